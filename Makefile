@@ -1,0 +1,56 @@
+# Every target does its own set-up: a virtual environment in .venv, made once and made again
+# when setup.cfg changes.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# One process per core for the tests; each of TensorFlow's own thread pools would take all.
+JOBS ?= 2
+
+.PHONY: help demo test lint format types fuzz coverage benchmark clean
+
+help:
+	@echo "make demo       rewrite a real trained model: table, verification, latency"
+	@echo "make test       the whole test suite"
+	@echo "make lint       linter, formatter check and type checker"
+	@echo "make format     format the code"
+	@echo "make fuzz       random models until stopped; SECONDS=600 SEED=1 to bound and repeat"
+	@echo "make coverage   BatchNormalization left in well-known networks, as a table"
+	@echo "make benchmark  cost of planning and converting, as a table"
+	@echo "make clean      remove the environment and all that was fetched or built"
+
+$(READY): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .[dev]
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python tools/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py $(if $(SECONDS),--seconds=$(SECONDS)) $(if $(SEED),--seed=$(SEED))
+
+coverage: $(READY)
+	$(BIN)/python benchmarks/coverage.py
+
+benchmark: $(READY)
+	$(BIN)/python benchmarks/convert.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,44 @@
+"""Rewrites BatchNormalization in TensorFlow models.
+
+    import mbn_rewrite as mbn
+
+    new = mbn.convert(model, mode="fold")   # same outputs, without BatchNormalization
+    print(mbn.plan(model))                  # what becomes of each one, and why
+    print(mbn.verify(model, new))           # the two compared
+
+Importing this package loads neither TensorFlow nor Keras; they come with the first call.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mbn_rewrite.api import convert, plan
+    from mbn_rewrite.comparison import verify
+    from mbn_rewrite.errors import RewriteError
+    from mbn_rewrite.exporter import rewrite_saved_model
+
+__version__ = "0.1.0"
+
+# The whole public surface: each name and the module that defines it.
+_PUBLIC = {
+    "RewriteError": "errors",
+    "convert": "api",
+    "plan": "api",
+    "rewrite_saved_model": "exporter",
+    "verify": "comparison",
+}
+
+__all__ = ["RewriteError", "convert", "plan", "rewrite_saved_model", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

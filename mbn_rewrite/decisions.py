@@ -1,0 +1,124 @@
+"""The plan: what becomes of every BatchNormalization, as data.
+
+A plan holds no framework object. It prints as a table, serialises to JSON, and two plans
+of one model can be compared by their JSON: edits are listed with a checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mbn_rewrite import report
+from mbn_rewrite.algebra import ChannelMap
+from mbn_rewrite.graph import Op
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one BatchNormalization.
+
+    Attributes:
+        name: the layer's name; inside nested models with their names before it, as in
+            "backbone/bn_1".
+        action: "folded", "depthwise" or "kept".
+        into: the layers that absorbed it, or that stand in its place.
+        reason: for "kept": what is in the way, in one sentence.
+    """
+
+    name: str
+    action: str
+    into: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """New weights for one layer, as maps that its weights absorb.
+
+    Attributes:
+        op: the operation, which says how the weights are laid out.
+        before: a map of the layer's input, or None.
+        after: a map of its output, or None.
+    """
+
+    op: Op
+    before: ChannelMap | None = None
+    after: ChannelMap | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What to do to a model. Layers are named by owner, as in `graph.Node`.
+
+    Attributes:
+        mode: "fold" or "depthwise".
+        decisions: one for each BatchNormalization, in the order of the model.
+        removed: BatchNormalizations that vanish.
+        edits: layers whose weights absorb maps.
+        renewed: BatchNormalizations that stay and take on another map (their own, and
+            those of others).
+        replaced: BatchNormalizations whose map is done by another layer in their place.
+    """
+
+    mode: str
+    decisions: tuple[Decision, ...]
+    removed: frozenset[str] = frozenset()
+    edits: Mapping[str, Edit] = field(default_factory=dict)
+    renewed: Mapping[str, ChannelMap] = field(default_factory=dict)
+    replaced: Mapping[str, ChannelMap] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many BatchNormalizations each action befalls."""
+        return dict(Counter(decision.action for decision in self.decisions))
+
+    @property
+    def left(self) -> int:
+        """How many BatchNormalizations stay."""
+        return self.counts.get("kept", 0)
+
+    @property
+    def summary(self) -> str:
+        """One line, such as "mode fold: 53 BatchNormalization: 53 folded"."""
+        if not self.decisions:
+            return f"mode {self.mode}: nothing to do: the model has no BatchNormalization"
+        counts = ", ".join(f"{count} {action}" for action, count in sorted(self.counts.items()))
+        return f"mode {self.mode}: {len(self.decisions)} BatchNormalization: {counts}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in types that JSON knows."""
+        maps = {
+            **{(name, "input"): edit.before for name, edit in self.edits.items()},
+            **{(name, "output"): edit.after for name, edit in self.edits.items()},
+            **{(name, "own map"): m for name, m in self.renewed.items()},
+            **{(name, "replacement"): m for name, m in self.replaced.items()},
+        }
+        return {
+            "mode": self.mode,
+            "summary": self.summary,
+            "counts": self.counts,
+            "decisions": [
+                {"name": d.name, "action": d.action, "into": list(d.into), "reason": d.reason}
+                for d in self.decisions
+            ],
+            "edits": [
+                {"layer": name, "side": side, "channels": m.channels, "sha256": _checksum(m)}
+                for (name, side), m in sorted(maps.items(), key=lambda item: item[0])
+                if m is not None
+            ],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        return report.decision_table(self)
+
+
+def _checksum(m: ChannelMap) -> str:
+    return hashlib.sha256(m.scale.tobytes() + m.shift.tobytes()).hexdigest()

@@ -1,0 +1,409 @@
+"""Decides what becomes of every BatchNormalization of a graph. numpy only.
+
+In `fold`, sites are taken in the order of the model. Each is moved backward to layers
+whose weights absorb it, or else forward; it goes only if every branch that it meets takes
+it and every layer that it would edit is edited alike by all calls of that layer. What
+was decided is carried out on a working copy of the graph before the next site is taken,
+so each step is exact for the graph as it then stands.
+
+In `depthwise`, each site is decided alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mbn_rewrite.algebra import Array, ChannelMap, fold
+from mbn_rewrite.decisions import Decision, Edit, Plan
+from mbn_rewrite.graph import BatchNorm, Graph, Node
+from mbn_rewrite.motion import RULES, Absorb, Blocked, Outcome, Shapes, Through
+
+# Merges within merges that one map is followed through: a bound on recursion, far above
+# what networks hold, since every branch on the way must have no other reader.
+_MAX_DEPTH = 100
+
+# Below this, a scale cannot take a float32 kernel of any trained network out of range, and
+# the kernel need not be read to know it. The writer checks every result all the same.
+_HARMLESS_SCALE = 2.0**20
+
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
+_SMALLEST_NORMAL_FLOAT16 = 2.0**-14
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """One call asks its layer to absorb a map, `before` its input or `after` its output."""
+
+    owner: str
+    side: str
+    map: ChannelMap
+
+
+_Asks = list[_Ask] | Blocked
+
+
+def make_plan(graph: Graph, mode: str) -> Plan:
+    """Decides what becomes of every BatchNormalization.
+
+    Args:
+        graph: the model.
+        mode: "fold" or "depthwise".
+    """
+    return _PLANNERS[mode](graph)
+
+
+# ------------------------------------------------------------------------------ depthwise
+
+
+def _plan_depthwise(graph: Graph) -> Plan:
+    decisions: dict[str, Decision] = {}
+    replaced: dict[str, ChannelMap] = {}
+    sites: list[tuple[str, BatchNorm, str]] = [
+        (node.owner, node.op, node.dtype) for node in graph.nodes if isinstance(node.op, BatchNorm)
+    ] + [(hidden.owner, hidden.op, hidden.dtype) for hidden in graph.hidden]
+    unknown_rank = {hidden.owner for hidden in graph.hidden if hidden.rank is None}
+    for owner, op, dtype in sites:
+        why = op.unfit or (op.map is not None and _out_of_range(op.map, dtype))
+        if owner in unknown_rank:
+            why = why or "the rank of its input is not known"
+        if why:
+            replaced.pop(owner, None)
+            decisions[owner] = Decision(owner, "kept", reason=f"{_capitalised(str(why))}.")
+        elif op.map is not None and owner not in decisions:
+            replaced[owner] = op.map
+            decisions[owner] = Decision(owner, "depthwise", (owner,))
+    return Plan("depthwise", tuple(decisions.values()), replaced=replaced)
+
+
+# ----------------------------------------------------------------------------------- fold
+
+
+def _plan_fold(graph: Graph) -> Plan:
+    folding = _Folding(graph)
+    decisions = [folding.decide(owner) for owner in folding.sites]
+    for hidden in graph.hidden:
+        why = hidden.op.unfit or f"{hidden.holder} holds it, and its calls cannot be seen"
+        decisions.append(Decision(hidden.owner, "kept", reason=f"{_capitalised(why)}."))
+    return Plan(
+        "fold",
+        tuple(decisions),
+        removed=frozenset(folding.removed),
+        edits=folding.edits,
+        renewed={owner: folding.maps[owner] for owner in folding.sites if folding.renewed(owner)},
+    )
+
+
+_PLANNERS: dict[str, Callable[[Graph], Plan]] = {
+    "fold": _plan_fold,
+    "depthwise": _plan_depthwise,
+}
+
+
+class _Folding:
+    """The graph as it stands after the sites decided so far."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.uses = graph.uses()
+        self.nodes = {node.owner: node for node in graph.nodes}
+        self.removed: set[str] = set()
+        self.edits: dict[str, Edit] = {}
+        self.maps: dict[str, ChannelMap] = {}
+        self.sites: dict[str, list[Node]] = {}
+        self._composed: set[str] = set()
+        self._alias: dict[int, int] = {}  # output of a removed site -> its input
+        self._outputs = set(graph.outputs)
+        self._producer: dict[int, Node] = {}
+        self._readers: dict[int, list[tuple[Node, int]]] = {}
+        for node in graph.nodes:
+            for position, value in enumerate(node.inputs):
+                self._readers.setdefault(value, []).append((node, position))
+            for value in node.outputs:
+                self._producer[value] = node
+            if isinstance(node.op, BatchNorm):
+                self.sites.setdefault(node.owner, []).append(node)
+                if node.op.map is not None:
+                    self.maps[node.owner] = node.op.map
+
+    def renewed(self, owner: str) -> bool:
+        return owner in self._composed and owner not in self.removed
+
+    def decide(self, owner: str) -> Decision:
+        calls = self.sites[owner]
+        unfit = next((n.op.unfit for n in calls if isinstance(n.op, BatchNorm) and n.op.unfit), "")
+        if unfit:
+            return Decision(owner, "kept", reason=f"{_capitalised(unfit)}.")
+        reasons = []
+        for where, move in (("Before", self._backward), ("after", self._forward)):
+            asks = self._agreed(owner, _joined(move(call) for call in calls))
+            if not isinstance(asks, Blocked):
+                self._carry_out(owner, asks)
+                into = tuple(dict.fromkeys(ask.owner for ask in asks))
+                return Decision(owner, "folded", into)
+            reasons.append(f"{where} it, {asks.reason}")
+        return Decision(owner, "kept", reason=f"{'; '.join(reasons)}.")
+
+    # -- moving ------------------------------------------------------------------------
+
+    def _value(self, value: int) -> int:
+        """The value that stands for this one now that sites were removed."""
+        root = value
+        while root in self._alias:
+            root = self._alias[root]
+        while value != root:  # shorten the way for the next look-up
+            self._alias[value], value = root, self._alias[value]
+        return root
+
+    def _outcome(self, node: Node, m: ChannelMap, position: int | None) -> Outcome:
+        op = node.op
+        if isinstance(op, BatchNorm) and op.map is not None:
+            op = BatchNorm(self.maps[node.owner])  # with what it has taken on from others
+        shapes = Shapes(
+            tuple(self.graph.values[value].shape for value in node.inputs),
+            self.graph.values[node.outputs[0]].shape,
+        )
+        rule = RULES[type(op)]
+        outcome = (
+            rule.backward(op, m, shapes)
+            if position is None
+            else rule.forward(op, m, shapes, position)
+        )
+        return _named(outcome, node)
+
+    def _backward(self, site: Node) -> _Asks:
+        return self._before(site, site, 0, self.maps[site.owner])[0]
+
+    def _before(
+        self, site: Node, reader: Node, position: int, m: ChannelMap, depth: int = 0
+    ) -> tuple[_Asks, _Asks]:
+        """What to ask of the layers before a reader's input so that they do m on it, and
+        what to ask so that they do m without its shift.
+
+        Both are found in one walk: a merge needs one of its branches with the shift, and
+        all others without.
+        """
+        while True:
+            value = self._value(reader.inputs[position])
+            node = self._producer[value]
+            blocked = self._seen_by_others(value, node, reader)
+            if blocked is None and node.owner == site.owner:
+                blocked = Blocked("it reads its own output")
+            if blocked is None and depth > _MAX_DEPTH:
+                blocked = Blocked(f"{node.label} is a merge within too many merges")
+            if blocked is not None:
+                return blocked, blocked
+            full = self._outcome(node, m, None)
+            bare = self._outcome(node, m.without_shift(), None) if m.has_shift else full
+            if isinstance(bare, Blocked):
+                return full if isinstance(full, Blocked) else bare, bare
+            if isinstance(bare, Absorb):
+                ask: _Asks = [_Ask(node.owner, "after", m)]
+                without: _Asks = [_Ask(node.owner, "after", m.without_shift())]
+                return full if isinstance(full, Blocked) else ask, without
+            through = bare if isinstance(full, Blocked) else full
+            assert isinstance(through, Through)
+            if len(through.maps) == 1 and not isinstance(full, Blocked):
+                reader, position, m = node, 0, through.maps[0]
+                continue
+            branches = [
+                self._before(site, node, branch, branch_map, depth + 1)
+                for branch, branch_map in enumerate(through.maps)
+            ]
+            without = _joined(bare_asks for _, bare_asks in branches)
+            if isinstance(full, Blocked):
+                return full, without
+            if through.shift_once:
+                return _one_shifted(branches), without
+            return _joined(asks for asks, _ in branches), without
+
+    def _forward(self, site: Node) -> _Asks:
+        """What to ask of all the layers after a site so that they do its map."""
+        asks: list[_Ask] = []
+        pending = [(site.outputs[0], self.maps[site.owner])]
+        while pending:
+            value, m = pending.pop()
+            if value in self._outputs:
+                who = "it" if value == site.outputs[0] else self._producer[value].label
+                return Blocked(f"{who} is an output of the model")
+            readers = self._readers.get(value, [])
+            if len({id(node) for node, _ in readers}) < len(readers):
+                return Blocked(f"{readers[0][0].label} reads it more than once")
+            if not readers:
+                return Blocked("nothing reads it")
+            for node, position in readers:
+                if node.owner == site.owner:
+                    return Blocked("it reads its own output")
+                outcome = self._outcome(node, m, position)
+                if isinstance(outcome, Blocked):
+                    return outcome
+                if isinstance(outcome, Absorb):
+                    asks.append(_Ask(node.owner, "before", m))
+                else:
+                    pending.append((node.outputs[0], outcome.maps[0]))
+        return asks
+
+    def _seen_by_others(self, value: int, node: Node, reader: Node) -> Blocked | None:
+        """Blocked where anything but one input of `reader` sees this value."""
+        if value in self._outputs:
+            return Blocked(f"{node.label} is also an output of the model")
+        others = [other for other, _ in self._readers[value] if other is not reader]
+        if others:
+            labels = sorted({other.label for other in others})
+            return Blocked(f"{node.label} is also read by {_listed(labels)}")
+        if len(self._readers[value]) > 1:
+            return Blocked(f"{node.label} is read more than once by {reader.label}")
+        if len(node.outputs) > 1:
+            return Blocked(f"{node.label} has several outputs")
+        return None
+
+    # -- agreeing and carrying out -----------------------------------------------------
+
+    def _agreed(self, site: str, asks: _Asks) -> _Asks:
+        """One ask for each layer and side, or why its calls or its dtype forbid it."""
+        if isinstance(asks, Blocked):
+            return asks
+        grouped: dict[tuple[str, str], list[ChannelMap]] = {}
+        for ask in asks:
+            grouped.setdefault((ask.owner, ask.side), []).append(ask.map)
+        agreed = []
+        for (owner, side), maps in grouped.items():
+            node, uses = self.nodes[owner], self.uses[owner]
+            if len(maps) != uses or not all(m.equals(maps[0]) for m in maps[1:]):
+                where = "followed" if side == "after" else "preceded"
+                return Blocked(
+                    f"{node.label} is called {uses} times and not all its calls are {where} "
+                    "by the same scale and shift"
+                )
+            ask = _Ask(owner, side, maps[0])
+            why = self._unfit(node, ask)
+            if why:
+                return Blocked(f"{node.label} cannot absorb it: {why}")
+            agreed.append(ask)
+        return agreed
+
+    def _edited(self, node: Node, ask: _Ask) -> Edit:
+        edit = self.edits.get(node.owner, Edit(node.op))
+        if ask.side == "before":
+            return Edit(node.op, ask.map.then(edit.before) if edit.before else ask.map, edit.after)
+        return Edit(node.op, edit.before, edit.after.then(ask.map) if edit.after else ask.map)
+
+    def _composed_with(self, ask: _Ask) -> ChannelMap:
+        own = self.maps[ask.owner]
+        return own.then(ask.map) if ask.side == "after" else ask.map.then(own)
+
+    def _unfit(self, node: Node, ask: _Ask) -> str:
+        """Why the layer's dtype cannot hold what it would absorb, or ""."""
+        if isinstance(node.op, BatchNorm):
+            return _out_of_range(self._composed_with(ask), node.dtype)
+        edit = self._edited(node, ask)
+        for m in (edit.before, edit.after):
+            if m is not None and not m.is_finite:
+                return "the scale or shift would not be finite"
+        if not _needs_look(edit, node.dtype):
+            return ""
+        return _loses_range(edit, node.dtype, lambda name: self.graph.read_weight(node.owner, name))
+
+    def _carry_out(self, site: str, asks: list[_Ask]) -> None:
+        for ask in asks:
+            if ask.owner in self.sites:
+                self.maps[ask.owner] = self._composed_with(ask)
+                self._composed.add(ask.owner)
+            else:
+                self.edits[ask.owner] = self._edited(self.nodes[ask.owner], ask)
+        self.removed.add(site)
+        for call in self.sites[site]:
+            self._remove(call)
+
+    def _remove(self, call: Node) -> None:
+        """Joins the readers of a site's output to those of its input."""
+        source, gone = self._value(call.inputs[0]), call.outputs[0]
+        readers = [(n, p) for n, p in self._readers[source] if n is not call]
+        self._readers[source] = readers + self._readers.pop(gone, [])
+        self._alias[gone] = source
+        if gone in self._outputs:
+            self._outputs.add(source)
+
+
+# -------------------------------------------------------------------------------- helpers
+
+
+def _named(outcome: Outcome, node: Node) -> Outcome:
+    """A rule's phrase as a sentence about its node."""
+    return Blocked(f"{node.label} {outcome.reason}") if isinstance(outcome, Blocked) else outcome
+
+
+def _joined(parts: Iterable[_Asks]) -> _Asks:
+    """All asks, or what blocks the first branch that is blocked."""
+    joined: list[_Ask] = []
+    for part in parts:
+        if isinstance(part, Blocked):
+            return part
+        joined += part
+    return joined
+
+
+def _one_shifted(branches: list[tuple[_Asks, _Asks]]) -> _Asks:
+    """All branches without shift, but the first that can take it."""
+    bare = _joined(without for _, without in branches)
+    if isinstance(bare, Blocked):
+        return bare
+    for i, (shifted, _) in enumerate(branches):
+        if not isinstance(shifted, Blocked):
+            return _joined(
+                shifted if j == i else without for j, (_, without) in enumerate(branches)
+            )
+    return branches[0][0]
+
+
+def _listed(labels: list[str], most: int = 3) -> str:
+    if len(labels) > most:
+        labels = [*labels[:most], f"{len(labels) - most} more"]
+    return " and ".join([", ".join(labels[:-1]), labels[-1]]) if len(labels) > 1 else labels[0]
+
+
+def _capitalised(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _out_of_range(m: ChannelMap, dtype: str) -> str:
+    """Why a map cannot be held in a dtype, or ""."""
+    if not m.is_finite:
+        return "its scale or shift is not finite"
+    largest = max(np.abs(m.scale).max(initial=0), np.abs(m.shift).max(initial=0))
+    if largest > _LARGEST[dtype]:
+        return f"its scale or shift reaches {largest:.3g}, more than {dtype} can hold"
+    if dtype == "float16" and np.any((m.scale != 0) & (abs(m.scale) < _SMALLEST_NORMAL_FLOAT16)):
+        return "its scale is too small for float16 to hold precisely"
+    return ""
+
+
+def _needs_look(edit: Edit, dtype: str) -> bool:
+    if dtype == "float16":
+        return True
+    scales = [np.abs(m.scale).max(initial=1) for m in (edit.before, edit.after) if m is not None]
+    return bool(np.prod(scales) > _HARMLESS_SCALE)
+
+
+def _loses_range(edit: Edit, dtype: str, read: Callable[[str], Array]) -> str:
+    """Why the folded weights would not be finite, or not precise, in a dtype, or ""."""
+    for kernels, bias in edit.op.chains:
+        arrays = [(kernel, read(kernel.name).astype(np.float64)) for kernel in kernels]
+        folded, new_bias = fold(
+            arrays,
+            read(bias).astype(np.float64) if bias else None,
+            before=edit.before,
+            after=edit.after,
+        )
+        largest = np.abs(new_bias).max(initial=0)
+        for (kernel, array), new in zip(arrays, folded, strict=True):
+            old_size, size = kernel.largest(array), kernel.largest(new)
+            largest = max(largest, size.max(initial=0))
+            lost = (size > 0) & (size < _SMALLEST_NORMAL_FLOAT16)
+            if dtype == "float16" and np.any(lost & (old_size >= _SMALLEST_NORMAL_FLOAT16)):
+                return "its weights would become too small for float16 to hold precisely"
+        if not largest <= _LARGEST[dtype]:
+            return f"its weights would reach {largest:.3g}, more than {dtype} can hold"
+    return ""

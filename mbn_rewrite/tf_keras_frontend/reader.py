@@ -1,0 +1,233 @@
+"""Reads a tf_keras model into the neutral graph. Decides nothing, changes nothing.
+
+Functional and Sequential models are read call by call; nested ones are read in place, as
+if their layers were the outer model's. What a custom layer or a subclassed model does with
+the layers it holds is not visible: the Functional models among them are read as parts of
+their own, whose outputs are outputs, and the BatchNormalizations are listed as hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tf_keras.src.engine.functional import Functional
+from tf_keras.src.engine.sequential import Sequential
+
+from mbn_rewrite.graph import BatchNorm, Graph, HiddenBatchNorm, Input, Node, Shape, Value
+from mbn_rewrite.tf_keras_frontend import weights
+from mbn_rewrite.tf_keras_frontend.describe import Call, batch_norm, describe, is_batch_norm
+from mbn_rewrite.tf_keras_frontend.holders import held
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A model as the planner sees it, and the way back to its layers.
+
+    Attributes:
+        graph: the neutral graph.
+        layers: the layer of each owner named in the graph.
+        owners: id(layer) -> owner.
+    """
+
+    graph: Graph
+    layers: dict[str, Any]
+    owners: dict[int, str]
+
+
+def read(model: Any) -> Reading:
+    """Reads a built tf_keras model."""
+    reader = _Reader()
+    if is_visible(model):
+        reader.outputs.update(reader.read_calls(model, "", training=False))
+    else:
+        reader.read_held(model, "", f"{type(model).__name__} '{model.name}'")
+    reader.account_for_the_rest(model)
+    layers = reader.layers
+    graph = Graph(
+        tuple(reader.values),
+        tuple(reader.nodes),
+        frozenset(reader.outputs),
+        tuple(reader.hidden),
+        lambda owner, name: weights.read(layers[owner], name),
+    )
+    return Reading(graph, layers, reader.owners)
+
+
+def is_visible(layer: Any) -> bool:
+    """Whether a layer is a model whose calls Keras has on record, and that does only these."""
+    return (
+        isinstance(layer, Functional)
+        and bool(layer._is_graph_network)
+        and type(layer).call in (Functional.call, Sequential.call)
+    )
+
+
+def calls_of(model: Any) -> Iterator[Any]:
+    """The calls that a visible model's outputs depend on, each after those it depends on.
+
+    Leaves out what only serves training, such as the layers behind `add_loss`.
+    """
+    needed: set[int] = set()
+    pending = [t._keras_history for t in model.outputs]
+    while pending:
+        history = pending.pop()
+        node = history.layer._inbound_nodes[history.node_index]
+        if id(node) not in needed:
+            needed.add(id(node))
+            pending += [t._keras_history for t in node.keras_inputs]
+    for depth in sorted(model._nodes_by_depth, reverse=True):
+        yield from (node for node in model._nodes_by_depth[depth] if id(node) in needed)
+
+
+@dataclass
+class _Reader:
+    values: list[Value] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    outputs: set[int] = field(default_factory=set)
+    hidden: list[HiddenBatchNorm] = field(default_factory=list)
+    layers: dict[str, Any] = field(default_factory=dict)
+    owners: dict[int, str] = field(default_factory=dict)
+
+    def read_calls(
+        self, model: Any, prefix: str, training: bool | None, inputs: list[int] | None = None
+    ) -> list[int]:
+        """Reads a visible model; returns the values of its outputs.
+
+        Args:
+            prefix: what to put before the names of its layers.
+            training: how it is called; see `describe.Call`.
+            inputs: the values it is called with; None for one that is not called.
+        """
+        seen: dict[int, int] = {}
+        if inputs is not None:
+            seen = {id(t): v for t, v in zip(model.inputs, inputs, strict=True)}
+        for node in calls_of(model):
+            tensors = tf.nest.flatten(node.outputs)
+            if all(id(t) in seen for t in tensors):
+                continue
+            sources = [seen[id(t)] for t in node.keras_inputs]
+            results = self._read_call(node, prefix, training, sources)
+            seen.update(zip(map(id, tensors), results, strict=True))
+        return [seen[id(t)] for t in model.outputs]
+
+    def _read_call(
+        self, node: Any, prefix: str, training: bool | None, sources: list[int]
+    ) -> list[int]:
+        layer = node.layer
+        training = _training_of(node, training)
+        if is_visible(layer) and self._fits(layer, sources):
+            return self.read_calls(layer, self._path(layer, prefix), training, sources)
+        tensors = tf.nest.flatten(node.outputs)
+        results = [self._add_value(t) for t in tensors]
+        owner = self._owner(layer, prefix)
+        op = describe(
+            Call(
+                layer,
+                tuple(self.values[value].shape for value in sources),
+                self.values[results[0]].shape,
+                training,
+                _other_arguments(node),
+            )
+        )
+        if isinstance(op, BatchNorm) and not op.unfit:
+            before, after = self.values[sources[0]].dtype, self.values[results[0]].dtype
+            if before != after:
+                op = BatchNorm(None, f"it turns {before} into {after}")
+        self.nodes.append(
+            Node(owner, type(layer).__name__, op, tuple(sources), tuple(results), _dtype(layer))
+        )
+        if not isinstance(op, (Input, BatchNorm)):
+            self.read_held(layer, f"{owner}/", self.nodes[-1].label)
+        return results
+
+    def read_held(self, holder: Any, prefix: str, label: str) -> None:
+        """Reads what a layer holds whose calls cannot be seen."""
+        for _, layer in held(holder):
+            if id(layer) in self.owners:
+                continue
+            if is_batch_norm(layer):
+                self._add_hidden(layer, prefix, label)
+            elif is_visible(layer):
+                path = self._path(layer, prefix)
+                self.owners[id(layer)] = path
+                self.outputs.update(self.read_calls(layer, path, training=False))
+            else:
+                owner = self._owner(layer, prefix)
+                self.read_held(layer, f"{owner}/", f"{type(layer).__name__} '{owner}'")
+
+    def account_for_the_rest(self, model: Any) -> None:
+        """Lists the BatchNormalizations that are nowhere to be found, so that none is lost."""
+        for layer in model._flatten_layers(include_self=False, recursive=True):
+            if is_batch_norm(layer) and id(layer) not in self.owners:
+                self._add_hidden(layer, "", "", "it is held where it cannot be exchanged")
+
+    def _add_hidden(self, layer: Any, prefix: str, label: str, unfit: str = "") -> None:
+        op = BatchNorm(None, unfit) if unfit else batch_norm(layer, training=False)
+        rank = layer.input_spec.ndim if layer.built else None
+        owner = self._owner(layer, prefix)
+        self.hidden.append(HiddenBatchNorm(owner, label, op, rank, _dtype(layer)))
+
+    def _add_value(self, tensor: Any) -> int:
+        self.values.append(Value(_shape(tensor), tensor.dtype.name))
+        return len(self.values) - 1
+
+    def _path(self, model: Any, prefix: str) -> str:
+        return f"{prefix}{model.name}/"
+
+    def _owner(self, layer: Any, prefix: str) -> str:
+        """The unique name of a layer: its path of names, with a number if that is taken."""
+        if id(layer) not in self.owners:
+            name = path = f"{prefix}{layer.name}"
+            number = 2
+            while name in self.layers:
+                name, number = f"{path}#{number}", number + 1
+            self.owners[id(layer)] = name
+            self.layers[name] = layer
+        return self.owners[id(layer)]
+
+    def _fits(self, model: Any, sources: list[int]) -> bool:
+        """Whether a nested model takes these values as they are."""
+        return len(model.inputs) == len(sources) and all(
+            len(self.values[value].shape) == len(_shape(tensor))
+            and self.values[value].dtype == tensor.dtype.name
+            for value, tensor in zip(sources, model.inputs, strict=True)
+        )
+
+
+def _shape(tensor: Any) -> Shape:
+    shape = tensor.shape
+    return () if shape.rank is None else tuple(shape.as_list())
+
+
+def _dtype(layer: Any) -> str:
+    """The narrowest dtype that a layer's weights are stored or used in."""
+    names = [name for name in (layer.compute_dtype, layer.dtype) if name]
+    return min(names, key=lambda name: tf.as_dtype(name).size, default="float32")
+
+
+def _training_of(node: Any, inherited: bool | None) -> bool | None:
+    """Whether a call is in training: what it says itself, or else what its model is told."""
+    value = node.call_kwargs.get("training")
+    if value is None and len(node.call_args) > 1:
+        names = list(inspect.signature(node.layer.call).parameters)
+        if "training" in names[: len(node.call_args)]:
+            value = node.call_args[names.index("training")]
+    if value is None:
+        return inherited
+    return bool(value) if isinstance(value, (bool, int, np.bool_)) else None
+
+
+def _other_arguments(node: Any) -> tuple[Any, ...]:
+    """What a call was given beside Keras tensors, in order; names and Nones left out."""
+    arguments = (node.call_args, {k: v for k, v in node.call_kwargs.items() if k != "name"})
+    tensors = {id(t) for t in node.keras_inputs}
+    return tuple(
+        value
+        for value in tf.nest.flatten(arguments)
+        if value is not None and id(value) not in tensors
+    )

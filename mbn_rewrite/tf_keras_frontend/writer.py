@@ -1,0 +1,424 @@
+"""Carries out a plan on a copy of a tf_keras model.
+
+Every layer is copied from its configuration and called again in the order of the original,
+except that removed BatchNormalizations are passed by, replaced ones give way to another
+layer of the same name, and layers that absorbed a map get a bias where they had none. When
+all layers are built, weights are set: computed ones where the plan has an edit, the
+original's values everywhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from mbn_rewrite.algebra import ChannelMap, fold
+from mbn_rewrite.decisions import Edit, Plan
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.graph import Recurrent
+from mbn_rewrite.tf_keras_frontend import weights
+from mbn_rewrite.tf_keras_frontend.describe import effective_epsilon, einsum_axes
+from mbn_rewrite.tf_keras_frontend.holders import Place, at, exchange, held
+from mbn_rewrite.tf_keras_frontend.layers import ScaleAndShift
+from mbn_rewrite.tf_keras_frontend.reader import Reading, calls_of, is_visible
+
+keras = tf_keras.layers
+
+# They were meant for the weights as they were, and would spoil the folded ones.
+_MEANT_FOR_OLD_WEIGHTS = [
+    f"{weight}_{kind}"
+    for weight in ("kernel", "bias", "depthwise", "pointwise")
+    for kind in ("regularizer", "constraint")
+]
+
+
+def write(model: Any, reading: Reading, plan: Plan) -> Any:
+    """A rewritten copy of a model.
+
+    Args:
+        model: the model that was read.
+        reading: what was read of it.
+        plan: what was planned for it.
+
+    Raises:
+        RewriteError: a layer cannot be copied.
+    """
+    classes = {type(layer).__name__: type(layer) for layer in _all_layers(model)}
+    with tf_keras.utils.custom_object_scope(classes):
+        writer = _Writer(reading, plan)
+        new = writer.model(model) if is_visible(model) else writer.subclassed(model)
+        for finish in writer.unfinished:
+            finish()
+        for old_holder, new_holder in writer.holders:
+            writer.exchange_held(old_holder, new_holder)
+    planned = plan.removed | set(plan.edits) | set(plan.renewed) | set(plan.replaced)
+    if writer.done != planned:  # a defect of this library, never of the model
+        raise RewriteError(
+            f"the plan was not carried out on {sorted(planned ^ writer.done)}; please report this"
+        )
+    return new
+
+
+def _all_layers(model: Any) -> list[Any]:
+    return list(model._flatten_layers(include_self=True, recursive=True))
+
+
+class _Writer:
+    def __init__(self, reading: Reading, plan: Plan) -> None:
+        self.reading = reading
+        self.plan = plan
+        self.done: set[str] = set()
+        self.unfinished: list[Callable[[], None]] = []  # once all layers are built
+        self.holders: list[tuple[Any, Any]] = []  # layers that hold layers, and their copies
+        self._copies: dict[int, Any] = {}
+
+    # -- models ------------------------------------------------------------------------
+
+    def model(self, old: Any) -> Any:
+        """A copy of a Functional or Sequential model."""
+        if id(old) not in self._copies:
+            build = self._sequential if type(old) is tf_keras.Sequential else self._functional
+            new = build(old)
+            self._copies[id(old)] = new
+            if new.trainable != old.trainable:
+                self.unfinished.append(lambda: _set_own_trainable(new, old.trainable))
+        return self._copies[id(old)]
+
+    def _functional(self, old: Any) -> Any:
+        tensors: dict[int, Any] = {}
+        outputs = {id(t) for t in old.outputs}
+        for node in calls_of(old):
+            given = tf.nest.flatten(node.outputs)
+            if self._owner(node.layer) in self.plan.removed:
+                self.done.add(self._owner(node.layer))
+                tensors[id(given[0])] = self._passed_by(
+                    node.layer, tensors[id(node.keras_inputs[0])], id(given[0]) in outputs
+                )
+                continue
+            new = self.layer(node)
+            if node.is_input:
+                results = new._inbound_nodes[0].outputs
+            else:
+                args, kwargs = tf.nest.map_structure(
+                    lambda t: tensors.get(id(t), t), (node.call_args, node.call_kwargs)
+                )
+                results = new(*args, **kwargs)
+            for tensor, result in zip(given, tf.nest.flatten(results), strict=True):
+                tensors[id(tensor)] = result
+        inputs, results = tf.nest.map_structure(
+            lambda t: tensors[id(t)], (old._nested_inputs, old._nested_outputs)
+        )
+        return _functional_class(old)(inputs, results, name=old.name)
+
+    def _sequential(self, old: Any) -> Any:
+        new = tf_keras.Sequential(name=old.name)
+        if old._has_explicit_input_shape:
+            input_layer = old.inputs[0]._keras_history.layer
+            new.add(self._copied(input_layer))
+        nodes = {id(node.layer): node for node in calls_of(old)}
+        for layer in old.layers:
+            if self._owner(layer) not in self.plan.removed:
+                new.add(self.layer(nodes[id(layer)]))
+                continue
+            self.done.add(self._owner(layer))
+            if layer is old.layers[-1]:
+                new.add(_standing_in_for(layer))
+        if not new.built:
+            new.build(old.input_shape)
+        return new
+
+    def subclassed(self, old: Any) -> Any:
+        """A copy of a model that calls its layers in Python code."""
+        if hasattr(type(old).call, "get_concrete_function"):
+            raise RewriteError(
+                f"{_label(old)} cannot be rewritten: its call method is a tf.function, which "
+                "goes on calling the layers it was traced with. Remove the decorator; Keras "
+                "compiles predict() and saved models all the same"
+            )
+        new = self._copied(old)
+        arguments, keywords = old.save_spec(dynamic_batch=False)
+        try:
+            new(
+                *tf.nest.map_structure(_zeros, arguments),
+                **tf.nest.map_structure(_zeros, keywords),
+            )
+        except Exception as error:
+            raise RewriteError(
+                f"the copy of {_label(old)} cannot be called as the original was: {error}"
+            ) from error
+        return new
+
+    # -- layers ------------------------------------------------------------------------
+
+    def _owner(self, layer: Any) -> str:
+        return self.reading.owners.get(id(layer), "")
+
+    def _passed_by(self, layer: Any, tensor: Any, is_output: bool) -> Any:
+        """What stands for the output of a removed layer."""
+        if not is_output:
+            return tensor
+        if id(layer) not in self._copies:
+            self._copies[id(layer)] = _standing_in_for(layer)
+        return self._copies[id(layer)](tensor)
+
+    def layer(self, node: Any) -> Any:
+        """The new layer for a call, the same for all calls of one layer."""
+        old = node.layer
+        if is_visible(old):
+            return self.model(old)
+        if id(old) not in self._copies:
+            owner = self._owner(old)
+            if owner in self.plan.replaced:
+                new = self._replacement(old, len(node.outputs.shape), _has_mask(node))
+            elif owner in self.plan.renewed:
+                new = self._renewed(old, self.plan.renewed[owner])
+            elif owner in self.plan.edits:
+                new = self._edited(old, self.plan.edits[owner])
+            else:
+                new = self._copied(old)
+            self._copies[id(old)] = new
+        return self._copies[id(old)]
+
+    def _copied(self, old: Any) -> Any:
+        """A layer with the same configuration and the same weights."""
+        new = _from_config(old, _config(old))
+        if isinstance(old, keras.Lambda):
+            new.function = old.function  # its configuration holds byte code alone
+
+        def finish() -> None:
+            try:
+                weights.copy(old, new)
+            except ValueError as error:
+                raise RewriteError(f"{_label(old)} cannot be copied: {error}") from error
+            if isinstance(new, keras.Normalization):
+                new.finalize_state()  # its mean and variance are computed from its weights
+
+        self.unfinished.append(finish)
+        self.holders.append((old, new))
+        return new
+
+    def _edited(self, old: Any, edit: Edit) -> Any:
+        """A layer that has absorbed maps."""
+        self.done.add(self._owner(old))
+        needs_bias = any(m is not None and m.has_shift for m in (edit.before, edit.after))
+        config = _config(old)
+        for part in _configs_within(config):
+            part.update({key: None for key in _MEANT_FOR_OLD_WEIGHTS if key in part})
+            if needs_bias and "use_bias" in part:
+                part["use_bias"] = True
+        if needs_bias and isinstance(old, keras.EinsumDense) and not config["bias_axes"]:
+            config["bias_axes"] = _einsum_output(old)
+        new = _from_config(old, config)
+        self.unfinished.append(lambda: _set_folded(old, new, edit, needs_bias))
+        return new
+
+    def _renewed(self, old: Any, m: ChannelMap) -> Any:
+        """A BatchNormalization with another map, by way of its gamma and beta."""
+        self.done.add(self._owner(old))
+        new = _from_config(
+            old,
+            _config(old)
+            | {"scale": True, "center": True}
+            | {f"{weight}_{kind}": None for weight in ("gamma", "beta")
+               for kind in ("regularizer", "constraint")},
+        )  # fmt: skip
+
+        def finish() -> None:
+            mean, variance = (
+                weights.read(old, f"moving_{name}").astype(np.float64)
+                for name in ("mean", "variance")
+            )
+            new.moving_mean.assign(old.moving_mean)
+            new.moving_variance.assign(old.moving_variance)
+            weights.write(new, "gamma", m.scale * np.sqrt(variance + effective_epsilon(old)))
+            weights.write(new, "beta", m.shift + mean * m.scale)
+
+        self.unfinished.append(finish)
+        return new
+
+    def _replacement(self, old: Any, rank: int, masked: bool) -> Any:
+        """The layer that does a BatchNormalization's map in its place, under its name."""
+        owner = self._owner(old)
+        self.done.add(owner)
+        m = self.plan.replaced[owner]
+        common: dict[str, Any] = {
+            "name": old.name,
+            "dtype": old.dtype_policy,
+            "trainable": old.trainable,
+        }
+        last = m.axis == rank - 1
+        if rank == 4 and m.axis in (1, 3) and not masked:
+            layout = "channels_last" if last else "channels_first"
+            new = keras.DepthwiseConv2D(1, data_format=layout, **common)
+        elif rank == 3 and last and not masked:
+            new = keras.DepthwiseConv1D(1, data_format="channels_last", **common)
+        else:
+            new = ScaleAndShift(m.axis, **common)
+
+        def finish() -> None:
+            if not new.built:  # held by a layer, so that no call has built it
+                new.build([m.channels if i == m.axis else None for i in range(rank)])
+            scale, shift = (
+                ("scale", "shift")
+                if isinstance(new, ScaleAndShift)
+                else ("depthwise_kernel", "bias")
+            )
+            weights.write(new, scale, m.scale.reshape((1,) * (rank - 2) + (-1, 1))
+                          if scale == "depthwise_kernel" else m.scale)  # fmt: skip
+            weights.write(new, shift, m.shift)
+
+        self.unfinished.append(finish)
+        return new
+
+    # -- layers that hold layers ---------------------------------------------------------
+
+    def exchange_held(self, old: Any, new: Any) -> None:
+        """Exchanges, in the copy of a holder, the layers for which something is planned."""
+        for place, inner in held(old):
+            if not self._is_planned(inner):
+                continue
+            if is_visible(inner):
+                exchange(new, place, self._finished(partial(self.model, inner)))
+            elif self._owner(inner) in self.plan.replaced:
+                exchange(new, place, self._held_replacement(inner))
+            else:
+                self.exchange_held(inner, _counterpart(new, place))
+
+    def _held_replacement(self, old: Any) -> Any:
+        if id(old) not in self._copies:
+            # A mask may reach it; only ScaleAndShift lets masks flow on in every rank.
+            rank = old.input_spec.ndim
+            self._copies[id(old)] = self._finished(
+                lambda: self._replacement(old, rank, masked=rank == 3)
+            )
+        return self._copies[id(old)]
+
+    def _finished(self, make: Callable[[], Any]) -> Any:
+        """Makes a layer and sets its weights at once, when all others are set already."""
+        self.unfinished, before = [], self.unfinished
+        holders = len(self.holders)
+        new = make()
+        for finish in self.unfinished:
+            finish()
+        self.unfinished = before
+        for old_holder, new_holder in self.holders[holders:]:
+            self.exchange_held(old_holder, new_holder)
+        return new
+
+    def _is_planned(self, layer: Any) -> bool:
+        plan = self.plan
+        touched = plan.removed | set(plan.edits) | set(plan.renewed) | set(plan.replaced)
+        return any(self._owner(part) in touched for part in _all_layers(layer))
+
+
+# -------------------------------------------------------------------------------- helpers
+
+
+def _label(layer: Any) -> str:
+    return f"{type(layer).__name__} '{layer.name}'"
+
+
+def _config(layer: Any) -> dict[str, Any]:
+    try:
+        return layer.get_config()
+    except Exception as error:
+        raise RewriteError(
+            f"{_label(layer)} cannot be copied, because its get_config() fails: "
+            f"{_first_line(error)} Define get_config() so that it returns the arguments of "
+            "__init__"
+        ) from error
+
+
+def _from_config(layer: Any, config: dict[str, Any]) -> Any:
+    try:
+        return type(layer).from_config(config)
+    except Exception as error:
+        raise RewriteError(
+            f"{_label(layer)} cannot be copied from its configuration: {_first_line(error)} "
+            "Define get_config() so that it returns the arguments of __init__"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return text if text.endswith(".") else text + "."
+
+
+def _configs_within(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A layer's configuration, and those of the layers that it wraps."""
+    inner = [config[key]["config"] for key in ("layer", "backward_layer") if key in config]
+    return [config, *inner]
+
+
+def _einsum_output(layer: Any) -> str:
+    _, kernel, outputs = einsum_axes(layer.equation, 26, 26)
+    return next(letter for letter in kernel if letter in outputs)
+
+
+def _set_folded(old: Any, new: Any, edit: Edit, needs_bias: bool) -> None:
+    """Sets a new layer's weights to those of the old with the edit folded in."""
+    for kernels, bias in edit.op.chains:
+        prefix = kernels[0].name.rpartition(".")[0]
+        path = f"{prefix}." if prefix else ""
+        if isinstance(edit.op, Recurrent):
+            names = ["recurrent_kernel"] + ["bias"] * (bias is not None)
+            for name in names:
+                weights.write_whole(new, path + name, old)
+            if needs_bias and bias is None:
+                weights.clear(new, path + "bias")
+        arrays, new_bias = fold(
+            [(kernel, weights.read(old, kernel.name)) for kernel in kernels],
+            weights.read(old, bias) if bias else None,
+            before=edit.before,
+            after=edit.after,
+        )
+        for kernel, array in zip(kernels, arrays, strict=True):
+            weights.write(new, kernel.name, array)
+        if bias or needs_bias:
+            weights.write(new, path + "bias", new_bias)
+
+
+def _standing_in_for(layer: Any) -> Any:
+    """Keeps the name of an output whose BatchNormalization is gone; computes nothing."""
+    return keras.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
+
+
+def _has_mask(node: Any) -> bool:
+    return any(getattr(t, "_keras_mask", None) is not None for t in node.keras_inputs)
+
+
+def _functional_class(model: Any) -> type:
+    """The model's class where it is made as Functional models are, or else Functional."""
+    arguments = inspect.getfullargspec(type(model).__init__).args
+    made_alike = arguments == ["self", "inputs", "outputs", "name", "trainable"]
+    return type(model) if made_alike else tf_keras.Model
+
+
+def _set_own_trainable(model: Any, trainable: bool) -> None:
+    """Sets a model's flag without touching those of its layers, which setting it changes."""
+    flags = [(layer, layer.trainable) for layer in _all_layers(model) if layer is not model]
+    model.trainable = trainable
+    for layer, flag in flags:
+        layer._trainable = flag
+
+
+def _zeros(spec: Any) -> Any:
+    if not isinstance(spec, tf.TensorSpec):
+        return spec
+    return tf.zeros([1 if size is None else size for size in spec.shape], spec.dtype)
+
+
+def _counterpart(holder: Any, place: Place) -> Any:
+    try:
+        return at(holder, place)
+    except (AttributeError, KeyError, IndexError) as error:
+        raise RewriteError(
+            f"{_label(holder)} was copied without its attribute '{place.attribute}': make the "
+            "layer in __init__ or build, so that a copy of the model has it too"
+        ) from error

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Rewrites the BatchNormalization layers of a model on disk.
+
+    python tools/rewrite_savedmodel.py [FLAGS] IN OUT
+
+IN is a model that tf_keras can load: a .h5, .hdf5 or .keras file, or a SavedModel written
+by it. OUT is the directory of the SavedModel to write. IN is never changed; OUT appears
+only when the written model was loaded again and gave the outputs of the original.
+
+Examples:
+    python tools/rewrite_savedmodel.py model.h5 served
+    python tools/rewrite_savedmodel.py --mode=depthwise model.keras served
+    python tools/rewrite_savedmodel.py --dry_run model.h5
+    python tools/rewrite_savedmodel.py --report=report.json --overwrite model.h5 served
+    python tools/rewrite_savedmodel.py --verify_inputs=real_inputs.npz model.h5 served
+
+Exit codes:
+    0  done
+    1  the input cannot be read or rewritten, the output cannot be written, or a flag is
+       wrong: one line says why
+    3  the rewritten model did not give the original's outputs: the numbers are printed,
+       nothing is written
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+# The repository's own package comes first, so that the tool runs without installation.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags, logging
+
+from mbn_rewrite.api import MODES
+from mbn_rewrite.errors import RewriteError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("mode", "fold", list(MODES), "; ".join(f"{k}: {v}" for k, v in MODES.items()))
+flags.DEFINE_bool("dry_run", False, "Print what would be done; OUT is not needed.")
+flags.DEFINE_bool("overwrite", False, "Replace OUT if it is a SavedModel.")
+flags.DEFINE_string("report", None, "Write decisions and verification to this file, as JSON.")
+flags.DEFINE_string(
+    "verify_inputs",
+    None,
+    "Verify with these inputs: an .npz file with an array for each input, by its name. By "
+    "default inputs are random.",
+)
+flags.DEFINE_float(
+    "tolerance",
+    None,
+    "The largest error to accept, relative to the largest output. By default what rounding "
+    "in the model's dtype explains.",
+    lower_bound=0.0,
+)
+flags.DEFINE_bool("trusted", False, "Run code that IN holds (Lambda layers).")
+flags.DEFINE_list("import_modules", [], "Python modules that define the custom layers of IN.")
+flags.DEFINE_bool("quiet", False, "Print errors only.")
+
+EXIT_ERROR, EXIT_DIFFERENT = 1, 3
+
+
+def main(argv: list[str]) -> int:
+    try:
+        return _run(argv[1:])
+    except RewriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        report = getattr(error, "report", None)
+        if report is None:
+            return EXIT_ERROR
+        print(report, file=sys.stderr)
+        _write_report(report)
+        return EXIT_DIFFERENT
+
+
+def _run(paths: list[str]) -> int:
+    wanted = "IN" if FLAGS.dry_run else "IN and OUT"
+    if len(paths) not in ((1, 2) if FLAGS.dry_run else (2,)):
+        raise RewriteError(f"give {wanted} (got {len(paths)} paths); --help has examples")
+    if FLAGS.report and not Path(FLAGS.report).resolve().parent.is_dir():
+        raise RewriteError(f"there is no directory for the report {FLAGS.report}")
+    inputs = _load_inputs(FLAGS.verify_inputs)
+    _import_tensorflow_quietly()
+    _import(FLAGS.import_modules)
+    from mbn_rewrite.exporter import rewrite_saved_model
+
+    report = rewrite_saved_model(
+        paths[0],
+        paths[1] if len(paths) > 1 else "",
+        FLAGS.mode,
+        FLAGS.overwrite,
+        trusted=FLAGS.trusted,
+        dry_run=FLAGS.dry_run,
+        inputs=inputs,
+        tolerance=FLAGS.tolerance,
+        progress=None if FLAGS.quiet else lambda line: print(f"{line} ...", file=sys.stderr),
+    )
+    _write_report(report)
+    if not FLAGS.quiet:
+        print(report)
+        print(f"wrote {report.destination}" if report.destination else "dry run: wrote nothing")
+    return 0
+
+
+def _load_inputs(path: str | None) -> dict | None:
+    if path is None:
+        return None
+    import numpy as np
+
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, TypeError) as error:
+        raise RewriteError(f"--verify_inputs: {path} is no .npz file ({error})") from error
+
+
+def _import_tensorflow_quietly() -> None:
+    """Imports TensorFlow without what it says about the machine while it starts.
+
+    Its native code writes to the file descriptor before any setting of its log is read.
+    """
+    if FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.ERROR)
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+        try:
+            import tensorflow as tf
+
+            tf.config.list_physical_devices()  # looks for GPUs, and says what it misses
+            import tf_keras  # noqa: F401
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _import(modules: list[str]) -> None:
+    sys.path.insert(0, os.getcwd())
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise RewriteError(f"--import_modules: {error}") from error
+
+
+def _write_report(report) -> None:
+    if FLAGS.report:
+        try:
+            Path(FLAGS.report).write_text(report.to_json() + "\n")
+        except OSError as error:
+            raise RewriteError(f"the report cannot be written: {error}") from error
+
+
+if __name__ == "__main__":
+    app.run(main)
