@@ -136,9 +136,7 @@ def rewrite_saved_model(
     say = progress or (lambda line: None)
     check_mode(mode)
     source, destination = Path(source), Path(destination)
-    if not dry_run:
-        _check_destination(source, destination, overwrite)
-    _check_source(source, trusted)
+    check_paths(source, None if dry_run else destination, overwrite, trusted)
     say(f"loading {source}")
     model = _load(source)
     say(f"rewriting, mode {mode}")
@@ -163,7 +161,21 @@ def rewrite_saved_model(
     return report
 
 
-# ---------------------------------------------------------------------------- the source
+# ----------------------------------------------------------------------------- the paths
+
+
+def check_paths(
+    source: Path, destination: Path | None, overwrite: bool = False, trusted: bool = False
+) -> None:
+    """Finds what is wrong with the paths, without loading TensorFlow.
+
+    Raises:
+        RewriteError: the source is missing, damaged, of another kind, or holds code and is
+            not trusted; or the destination cannot be written.
+    """
+    if destination is not None:
+        _check_destination(source, destination, overwrite)
+    _check_source(source, trusted)
 
 
 def _check_source(source: Path, trusted: bool) -> None:
@@ -280,9 +292,6 @@ def _check_signatures(source: Path) -> None:
 def _first_line(error: BaseException) -> str:
     line = str(error).strip().split("\n")[0][:300] or type(error).__name__
     return line if line.endswith(".") else f"{line}."
-
-
-# ----------------------------------------------------------------------- the destination
 
 
 def _check_destination(source: Path, destination: Path, overwrite: bool) -> None:

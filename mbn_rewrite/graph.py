@@ -107,11 +107,13 @@ class BatchNorm(Op):
 
     Attributes:
         map: what it does, per channel; None where `unfit`.
-        unfit: why it must stay whatever stands around it, or "".
+        unfit: why it must stay as it is, or "".
+        rooted: why its map must stay in its place, though another layer may do it, or "".
     """
 
     map: ChannelMap | None
     unfit: str = ""
+    rooted: str = ""
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,10 @@ class _Folding:
 
     def decide(self, owner: str) -> Decision:
         calls = self.sites[owner]
-        unfit = next((n.op.unfit for n in calls if isinstance(n.op, BatchNorm) and n.op.unfit), "")
-        if unfit:
-            return Decision(owner, "kept", reason=f"{_capitalised(unfit)}.")
+        ops = [call.op for call in calls if isinstance(call.op, BatchNorm)]
+        why = next((op.unfit or op.rooted for op in ops if op.unfit or op.rooted), "")
+        if why:
+            return Decision(owner, "kept", reason=f"{_capitalised(why)}.")
         reasons = []
         for where, move in (("Before", self._backward), ("after", self._forward)):
             asks = self._agreed(owner, _joined(move(call) for call in calls))

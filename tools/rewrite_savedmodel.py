@@ -37,6 +37,7 @@ from absl import app, flags, logging
 
 from mbn_rewrite.api import MODES
 from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.exporter import check_paths, rewrite_saved_model
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "fold", list(MODES), "; ".join(f"{k}: {v}" for k, v in MODES.items()))
@@ -83,13 +84,14 @@ def _run(paths: list[str]) -> int:
     if FLAGS.report and not Path(FLAGS.report).resolve().parent.is_dir():
         raise RewriteError(f"there is no directory for the report {FLAGS.report}")
     inputs = _load_inputs(FLAGS.verify_inputs)
+    source, destination = Path(paths[0]), None if FLAGS.dry_run else Path(paths[1])
+    # What is wrong with the paths is said at once: TensorFlow takes seconds to load.
+    check_paths(source, destination, FLAGS.overwrite, FLAGS.trusted)
     _import_tensorflow_quietly()
     _import(FLAGS.import_modules)
-    from mbn_rewrite.exporter import rewrite_saved_model
-
     report = rewrite_saved_model(
-        paths[0],
-        paths[1] if len(paths) > 1 else "",
+        source,
+        destination or "",
         FLAGS.mode,
         FLAGS.overwrite,
         trusted=FLAGS.trusted,
@@ -122,8 +124,7 @@ def _import_tensorflow_quietly() -> None:
 
     Its native code writes to the file descriptor before any setting of its log is read.
     """
-    if FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.ERROR)
+    chatty = any(argument.lstrip("-").startswith(("verbosity", "v=")) for argument in sys.argv)
     sys.stderr.flush()
     saved = os.dup(2)
     with open(os.devnull, "w") as nothing:
@@ -136,6 +137,9 @@ def _import_tensorflow_quietly() -> None:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+    if not chatty:
+        logging.set_verbosity(logging.ERROR)
+        tf.get_logger().setLevel("ERROR")
 
 
 def _import(modules: list[str]) -> None:

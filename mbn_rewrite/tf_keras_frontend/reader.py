@@ -137,7 +137,7 @@ class _Reader:
         if isinstance(op, BatchNorm) and not op.unfit:
             before, after = self.values[sources[0]].dtype, self.values[results[0]].dtype
             if before != after:
-                op = BatchNorm(None, f"it turns {before} into {after}")
+                op = BatchNorm(op.map, rooted=f"it turns {before} into {after}")
         self.nodes.append(
             Node(owner, type(layer).__name__, op, tuple(sources), tuple(results), _dtype(layer))
         )
