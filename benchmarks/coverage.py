@@ -11,7 +11,13 @@ are compared on two kinds of inputs:
     real        in the range, or of the form, that the model is trained to read
 
 The networks of tf_keras.applications have random weights, and two sets of random
-BatchNormalization statistics, described at `typical_statistics` and `hard_statistics`.
+BatchNormalization statistics:
+
+    typical     gamma in [0.5, 1.5], mean and variance near those of the activations
+    hard        gamma of both signs or 0, some variances 0 or 1e-36
+
+A softmax at the end is taken off before anything is compared: it would bring the outputs
+together whatever went wrong before it.
 
 The column "spread" is the largest difference between outputs for different examples,
 relative to the largest output: an error far below it was not hidden by outputs that are
@@ -39,8 +45,8 @@ from pathlib import Path
 from typing import Any
 
 # The repository's own package comes first, so that the tool runs without installation.
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(_ROOT), str(_ROOT / "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
@@ -147,7 +153,7 @@ class Row:
 def rows_for(name: str, seed: int, image_size: int | None) -> Iterator[Row]:
     """The rows of one model, which is loaded or built here and dropped at the end."""
     if name in real_models.MODELS:
-        model = tf_keras.models.load_model(real_models.fetch(name), compile=False)
+        model = load(name)
         converted = {mode: mbn.convert(model, mode) for mode in MODES}
         for kind, inputs in real_inputs(name, model, seed).items():
             yield compared(name, kind, model, converted, inputs)
@@ -196,6 +202,15 @@ def spread_of(outputs: list[np.ndarray]) -> float:
 # -------------------------------------------------------------------------- trained models
 
 
+def load(name: str) -> Any:
+    """A trained model without the softmax at its end."""
+    model = tf_keras.models.load_model(real_models.fetch(name), compile=False)
+    last = model.layers[-1]
+    if last.activation is tf_keras.activations.softmax:
+        last.activation = tf_keras.activations.linear
+    return model
+
+
 def real_inputs(name: str, model: Any, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     shape = (_BATCH, *(size or _OPEN_LENGTH for size in model.input_shape[1:]))
@@ -212,10 +227,7 @@ def real_inputs(name: str, model: Any, seed: int) -> dict[str, Any]:
 
 
 def build(name: str, seed: int, image_size: int | None) -> Any:
-    """A network of tf_keras.applications with random weights, without its softmax.
-
-    A softmax would bring all outputs together, whatever went wrong before it.
-    """
+    """A network of tf_keras.applications with random weights, without its softmax."""
     tf_keras.utils.set_random_seed(seed)
     size = image_size or _DEFAULT_SIZE.get(name, 224)
     return getattr(tf_keras.applications, name)(
@@ -242,22 +254,31 @@ def random_images(model: Any, rng: np.random.Generator) -> Any:
 
 @dataclass(frozen=True)
 class Statistics:
-    """The weights of one BatchNormalization."""
+    """The weights of one BatchNormalization, and what suits them before it.
+
+    Attributes:
+        gamma, beta, mean, variance: its weights.
+        quieter: a factor per channel for the layer's own gamma or, where it has none, for
+            the kernel before it.
+    """
 
     gamma: np.ndarray
     beta: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
+    quieter: np.ndarray
 
 
 def typical_statistics(
-    mean: np.ndarray, variance: np.ndarray, rng: np.random.Generator
+    mean: np.ndarray, variance: np.ndarray, epsilon: float, rng: np.random.Generator
 ) -> Statistics:
     """gamma in [0.5, 1.5], beta about 0.1, statistics near those of what comes in.
 
     Args:
         mean, variance: of the layer's input, per channel. The moving mean is off by about
             0.1 standard deviations, the moving variance by a factor in [0.5, 1.5].
+        epsilon: the layer's.
+        rng: what to draw from.
     """
     size = len(mean)
     return Statistics(
@@ -265,22 +286,30 @@ def typical_statistics(
         beta=0.1 * rng.standard_normal(size),
         mean=mean + 0.1 * np.sqrt(variance) * rng.standard_normal(size),
         variance=variance * rng.uniform(0.5, 1.5, size),
+        quieter=np.ones(size),
     )
 
 
-def hard_statistics(mean: np.ndarray, variance: np.ndarray, rng: np.random.Generator) -> Statistics:
+def hard_statistics(
+    mean: np.ndarray, variance: np.ndarray, epsilon: float, rng: np.random.Generator
+) -> Statistics:
     """As `typical_statistics`, with what is exact only if it is treated with care.
 
-    Half of all gammas are negative and 5% are 0; 5% of all variances are 0 and 5% 1e-36,
-    so that epsilon alone bounds the scale.
+    Half of all gammas are negative and 5% are 0; 5% of all variances are 0 and 5% 1e-36.
+    In trained networks such channels hardly vary. Here they do, and would be amplified by
+    up to 1 / sqrt(epsilon) = 300 in every layer after the other, until nothing is finite.
+    So their gamma, or the kernel before them, is made smaller by what epsilon amplifies.
     """
-    typical, size = typical_statistics(mean, variance, rng), len(mean)
+    typical, size = typical_statistics(mean, variance, epsilon, rng), len(mean)
+    sign = rng.choice([-1.0, 1.0], size) * (rng.random(size) >= 0.05)
     zero, tiny = (rng.random(size) < 0.05 for _ in range(2))
+    quieter = np.sqrt(epsilon / (variance + epsilon))
     return Statistics(
-        gamma=typical.gamma * rng.choice([-1.0, 1.0], size) * (rng.random(size) >= 0.05),
+        gamma=typical.gamma * sign,
         beta=typical.beta,
         mean=typical.mean,
         variance=np.select([zero, tiny], [0.0, 1e-36], typical.variance),
+        quieter=np.where(zero | tiny, quieter, 1.0),
     )
 
 
@@ -318,12 +347,17 @@ def _setting(
 
     def call(inputs: Any, training: Any = None) -> Any:
         data = np.asarray(inputs, np.float64).reshape(-1, inputs.shape[-1])
-        drawn = statistics(data.mean(axis=0), data.var(axis=0), rng)
+        drawn = statistics(data.mean(axis=0), data.var(axis=0), layer.epsilon, rng)
+        mean = drawn.mean
         if layer.scale:
-            layer.gamma.assign(drawn.gamma)
+            layer.gamma.assign(drawn.gamma * drawn.quieter)
+        else:
+            before = layer.input._keras_history.layer
+            before.kernel.assign(before.kernel * drawn.quieter)  # output channels come last
+            inputs, mean = inputs * drawn.quieter, mean * drawn.quieter
         if layer.center:
             layer.beta.assign(drawn.beta)
-        layer.moving_mean.assign(drawn.mean)
+        layer.moving_mean.assign(mean)
         layer.moving_variance.assign(drawn.variance)
         return original(inputs, training=training)
 

@@ -180,9 +180,12 @@ def _random_tensor(spec: Any, rng: np.random.Generator) -> Any:
 
 
 def _called(model: Any, inputs: Any, who: str) -> list[np.ndarray]:
-    """All outputs of a model as a flat list."""
+    """All outputs of a model as a flat list; the model stays as it is."""
     import tensorflow as tf
 
+    # A BatchNormalization called with training=True moves its statistics even here. Values
+    # read share memory with their variables until one of the two changes.
+    before = [(variable, variable.read_value()) for variable in model.non_trainable_weights]
     try:
         outputs = run_anywhere(lambda data: model(data, training=False), inputs)
     except Exception as error:
@@ -191,6 +194,9 @@ def _called(model: Any, inputs: Any, who: str) -> list[np.ndarray]:
             f"{who} cannot be called with these inputs: {line}. "
             "Give inputs that it takes: verify(model, new, inputs=...)"
         ) from error
+    finally:
+        for variable, value in before:
+            variable.assign(value)
     return [np.asarray(output) for output in tf.nest.flatten(outputs)]
 
 

@@ -181,7 +181,9 @@ def check_paths(
 def _check_source(source: Path, trusted: bool) -> None:
     """Raises RewriteError for what cannot be loaded here, before TensorFlow is loaded."""
     if not source.exists():
-        raise RewriteError(f"there is no {source}. Give a .h5, .hdf5 or .keras file or a SavedModel")
+        raise RewriteError(
+            f"there is no {source}. Give a .h5, .hdf5 or .keras file or a SavedModel"
+        )
     if not os.access(source, os.R_OK):
         raise RewriteError(f"{source} cannot be read: no permission")
     config, version = _saved_config(source)

@@ -68,12 +68,13 @@ def is_visible(layer: Any) -> bool:
 
 
 def calls_of(model: Any) -> Iterator[Any]:
-    """The calls that a visible model's outputs depend on, each after those it depends on.
+    """A visible model's inputs and the calls that its outputs depend on, in order.
 
-    Leaves out what only serves training, such as the layers behind `add_loss`.
+    Each call comes after those it depends on. Leaves out what only serves training, such as
+    the layers behind `add_loss`.
     """
     needed: set[int] = set()
-    pending = [t._keras_history for t in model.outputs]
+    pending = [t._keras_history for t in (*model.inputs, *model.outputs)]
     while pending:
         history = pending.pop()
         node = history.layer._inbound_nodes[history.node_index]

@@ -108,7 +108,7 @@ class _Writer:
                 args, kwargs = tf.nest.map_structure(
                     lambda t: tensors.get(id(t), t), (node.call_args, node.call_kwargs)
                 )
-                results = new(*args, **kwargs)
+                results = _called(new, args, kwargs)
             for tensor, result in zip(given, tf.nest.flatten(results), strict=True):
                 tensors[id(tensor)] = result
         inputs, results = tf.nest.map_structure(
@@ -143,15 +143,11 @@ class _Writer:
             )
         new = self._copied(old)
         arguments, keywords = old.save_spec(dynamic_batch=False)
-        try:
-            new(
-                *tf.nest.map_structure(_zeros, arguments),
-                **tf.nest.map_structure(_zeros, keywords),
-            )
-        except Exception as error:
-            raise RewriteError(
-                f"the copy of {_label(old)} cannot be called as the original was: {error}"
-            ) from error
+        _called(
+            new,
+            tf.nest.map_structure(_zeros, arguments),
+            tf.nest.map_structure(_zeros, keywords),
+        )
         return new
 
     # -- layers ------------------------------------------------------------------------
@@ -324,9 +320,23 @@ def _label(layer: Any) -> str:
     return f"{type(layer).__name__} '{layer.name}'"
 
 
+def _called(layer: Any, args: Any, kwargs: Any) -> Any:
+    try:
+        return layer(*args, **kwargs)
+    except Exception as error:
+        raise RewriteError(
+            f"the copy of {_label(layer)} cannot be called as the original was: "
+            f"{_first_line(error)} Check that its get_config() describes it fully"
+        ) from error
+
+
 def _config(layer: Any) -> dict[str, Any]:
     try:
-        return layer.get_config()
+        config = layer.get_config()
+        if getattr(layer, "virtual_batch_size", None) is not None:
+            # Building such a BatchNormalization counts its axes from one further on.
+            config["axis"] = [axis - 1 for axis in layer.axis]
+        return config
     except Exception as error:
         raise RewriteError(
             f"{_label(layer)} cannot be copied, because its get_config() fails: "

@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+"""What planning and converting cost, beside a plain copy of the model.
+
+    python benchmarks/convert.py [FLAGS]
+
+Prints three tables:
+
+    time      planning and converting ResNet50 and a chain of 400 layers, measured in turn
+              with tf_keras.models.clone_model and a copy of the weights
+    growth    the same for chains of 100 to 800 layers; the exponent is that of the number
+              of layers, 1 for time that is linear in it
+    memory    the most memory that one call holds beyond what was held before it, its
+              result included, in a process of its own (Linux with glibc only)
+
+Times are medians over --repeats. Machines are noisy: what is over its limit is shown as
+NOT OK, and the exit code is 0 all the same.
+
+Examples:
+    python benchmarks/convert.py
+    python benchmarks/convert.py --repeats=11 --json=convert.json
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# The repository's own package comes first, so that the tool runs without installation.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import tf_keras
+from absl import app, flags
+
+import mbn_rewrite as mbn
+from mbn_rewrite.report import table
+
+PLAN_SECONDS = 0.3  # for ResNet50
+CONVERT_PER_CLONE = 2.0  # times clone and copy
+GROWTH_EXPONENT = 1.2  # linear, and something for noise
+PEAK_PER_WEIGHTS = 2.0  # times the bytes of the weights
+SIZES = (100, 200, 400, 800)
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("repeats", 5, "How often each call is timed.", lower_bound=1)
+flags.DEFINE_string("json", None, "Write the results to this file, as JSON.")
+
+
+def clone(model: Any) -> Any:
+    copy = tf_keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "plan": mbn.plan,
+    "convert fold": lambda model: mbn.convert(model, mode="fold"),
+    "convert depthwise": lambda model: mbn.convert(model, mode="depthwise"),
+    "clone and copy": clone,
+}
+flags.DEFINE_enum(
+    "memory_of", None, list(CALLS), "Measure the memory of this call alone; print it as JSON."
+)
+
+
+# ------------------------------------------------------------------------------- the models
+
+
+def make_model(layers: int, channels: int = 8) -> Any:
+    """A chain of Conv2D, BatchNormalization and ReLU with an Add every ten layers.
+
+    Args:
+        layers: how many, without the input; a multiple of 10.
+        channels: of every convolution.
+    """
+    inputs = x = tf_keras.Input((32, 32, channels))
+    for _ in range(layers // 10):
+        shortcut = x
+        for _ in range(3):
+            x = tf_keras.layers.Conv2D(channels, 3, padding="same", use_bias=False)(x)
+            x = tf_keras.layers.BatchNormalization()(x)
+            x = tf_keras.layers.ReLU()(x)
+        x = tf_keras.layers.Add()([x, shortcut])
+    return with_random_weights(tf_keras.Model(inputs, x))
+
+
+def resnet50() -> Any:
+    return with_random_weights(tf_keras.applications.ResNet50(weights=None))
+
+
+def with_random_weights(model: Any) -> Any:
+    """So that no scale is 1 and no shift 0. Nothing is computed with them."""
+    rng = np.random.default_rng(0)
+    for variable in model.weights:
+        variable.assign(rng.uniform(0.1, 1.0, variable.shape))
+    return model
+
+
+def weight_bytes(model: Any) -> int:
+    return sum(int(np.prod(v.shape)) * v.dtype.size for v in model.weights)
+
+
+# -------------------------------------------------------------------------------------- time
+
+
+def median_times(model: Any, repeats: int) -> dict[str, float]:
+    """Median seconds of every call, measured in turn."""
+    times: dict[str, list[float]] = {name: [] for name in CALLS}
+    for name in CALLS:
+        CALLS[name](model)  # warm up
+    for _ in range(repeats):
+        for name, seconds in times.items():
+            seconds.append(_seconds(CALLS[name], model))
+    return {name: float(np.median(seconds)) for name, seconds in times.items()}
+
+
+def _seconds(call: Callable[[Any], Any], model: Any) -> float:
+    gc.collect()  # what others left behind is not this call's to clear
+    start = time.perf_counter()
+    result = call(model)
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def time_row(model: str, call: str, times: Mapping[str, float]) -> dict[str, Any]:
+    seconds, per_clone = times[call], times[call] / times["clone and copy"]
+    row = {"model": model, "call": call, "seconds": seconds, "per_clone": per_clone}
+    if call == "plan" and model == "ResNet50":
+        return row | {"limit": f"{PLAN_SECONDS} s", "ok": seconds < PLAN_SECONDS}
+    if call.startswith("convert"):
+        limit = f"{CONVERT_PER_CLONE:g} x clone and copy"
+        return row | {"limit": limit, "ok": per_clone <= CONVERT_PER_CLONE}
+    return row
+
+
+def growth_row(call: str, seconds: Sequence[float]) -> dict[str, Any]:
+    """How the time of a call grows over SIZES."""
+    exponent = float(np.polyfit(np.log(SIZES), np.log(seconds), 1)[0])
+    row = {"call": call, "seconds": dict(zip(SIZES, seconds, strict=True)), "exponent": exponent}
+    if call == "clone and copy":
+        return row
+    return row | {"limit": f"exponent {GROWTH_EXPONENT}", "ok": exponent <= GROWTH_EXPONENT}
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+def memory_row(call: str) -> dict[str, Any]:
+    """The peak memory of one call on ResNet50, measured in a process of its own."""
+    command = [sys.executable, __file__, f"--memory_of={call}"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    row = {"model": "ResNet50", "call": call} | json.loads(result.stdout)
+    row["per_weights"] = row["peak"] / row["weights"]
+    if not call.startswith("convert"):
+        return row
+    limit = f"{PEAK_PER_WEIGHTS:g} x weights"
+    return row | {"limit": limit, "ok": row["per_weights"] <= PEAK_PER_WEIGHTS}
+
+
+def measure_memory(call: str) -> dict[str, int]:
+    """Bytes of the weights, of the call's peak and of what its result holds.
+
+    The peak is the kernel's own record of resident memory, so nothing falls between two
+    samples. What earlier work has freed is given back first, or it would hide a part.
+    """
+    CALLS[call](make_model(20))  # the libraries' own memory
+    model = resnet50()
+    _give_back_freed_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = _resident("VmRSS")
+    result = CALLS[call](model)
+    peak = _resident("VmHWM")
+    _give_back_freed_memory()
+    held = _resident("VmRSS")
+    del result
+    return {"weights": weight_bytes(model), "peak": peak - before, "result": held - before}
+
+
+def _give_back_freed_memory() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc's allocator keeps it otherwise
+
+
+def _resident(key: str) -> int:
+    """Bytes of resident memory: now ("VmRSS") or at most ("VmHWM"); see proc(5)."""
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if not found:
+        raise RuntimeError(f"/proc/self/status has no {key}")
+    return int(found[1]) * 1024
+
+
+# ------------------------------------------------------------------------------- the program
+
+
+def verdict(row: Mapping[str, Any]) -> list[str]:
+    return [row["limit"], "ok" if row["ok"] else "NOT OK"] if "ok" in row else ["", ""]
+
+
+def print_times(rows: Sequence[Mapping[str, Any]]) -> None:
+    cells = [
+        [r["model"], r["call"], f"{r['seconds']:.3f}", f"{r['per_clone']:.2f}", *verdict(r)]
+        for r in rows
+    ]
+    print(table(["model", "call", "seconds", "per clone and copy", "limit", "ok"], cells, "Time"))
+
+
+def print_growth(rows: Sequence[Mapping[str, Any]]) -> None:
+    cells = [
+        [
+            r["call"],
+            *(f"{s:.3f} / {1000 * s / n:.2f}" for n, s in r["seconds"].items()),
+            *(f"{r['exponent']:.2f}", *verdict(r)),
+        ]
+        for r in rows
+    ]
+    columns = ["call", *(f"{n} layers" for n in SIZES), "exponent", "limit", "ok"]
+    print(table(columns, cells, "Growth (seconds / milliseconds per layer)"))
+
+
+def print_memory(rows: Sequence[Mapping[str, Any]]) -> None:
+    cells = [
+        [
+            *(r["model"], r["call"]),
+            *(f"{r[key] / 2**20:.0f}" for key in ("weights", "peak", "result")),
+            *(f"{r['per_weights']:.2f}", *verdict(r)),
+        ]
+        for r in rows
+    ]
+    columns = ["model", "call", "weights", "peak", "result", "peak / weights", "limit", "ok"]
+    print(table(columns, cells, "Memory (MiB)"))
+
+
+def progress(what: str) -> None:
+    print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+def timed(name: str, model: Any) -> dict[str, float]:
+    progress(f"timing {name}")
+    times = median_times(model, FLAGS.repeats)
+    tf_keras.backend.clear_session()
+    return times
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; --help has examples")
+    if FLAGS.memory_of:
+        print(json.dumps(measure_memory(FLAGS.memory_of)))
+        return
+    memory = []
+    for call in CALLS:
+        progress(f"measuring the memory of {call}")
+        memory.append(memory_row(call))
+    resnet = timed("ResNet50", resnet50())
+    chains = {size: timed(f"{size} layers", make_model(size)) for size in SIZES}
+    times = [time_row("ResNet50", call, resnet) for call in CALLS]
+    times += [time_row("400 layers", call, chains[400]) for call in CALLS]
+    growth = [growth_row(call, [chains[size][call] for size in SIZES]) for call in CALLS]
+    print_times(times)
+    print_growth(growth)
+    print_memory(memory)
+    if FLAGS.json:
+        report = {"time": times, "growth": growth, "memory": memory}
+        Path(FLAGS.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,61 @@
+"""What must hold of any rewrite, shared by the suite and the fuzzer."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+import mbn_rewrite as mbn
+from mbn_rewrite.comparison import Comparison, compare_outputs, run_anywhere, tolerance_of
+from mbn_rewrite.tf_keras_frontend.describe import is_batch_norm
+
+
+def outputs(model, inputs, compiled=False):
+    """All outputs of a model at inference, as arrays."""
+
+    def function(data):
+        return model(data, training=False)
+
+    if compiled:
+        function = tf.function(function, jit_compile=True, autograph=False)
+    return [np.asarray(t) for t in tf.nest.flatten(run_anywhere(function, inputs))]
+
+
+def norms(model) -> list:
+    """All BatchNormalization layers of a model."""
+    return [layer for layer in model._flatten_layers() if is_batch_norm(layer)]
+
+
+def check_rewrite(model, inputs, mode, compiled=False) -> Comparison:
+    """Converts a model and asserts everything that must hold; returns the comparison."""
+    expected = outputs(model, inputs, compiled)
+    before = model.get_weights()
+    config = model.get_config()
+
+    plan = mbn.plan(model, mode)
+    new = mbn.convert(model, mode)
+
+    assert len(plan.decisions) == len(norms(model)), "a BatchNormalization without decision"
+    assert len({d.name for d in plan.decisions}) == len(plan.decisions)
+    for decision in plan.decisions:
+        assert bool(decision.reason) == (decision.action == "kept"), decision
+        assert bool(decision.into) == (decision.action != "kept"), decision
+    assert len(norms(new)) == plan.left, "another number of BatchNormalizations than planned"
+    assert new.input_names == model.input_names
+    assert new.output_names == model.output_names
+    assert [t.shape for t in new.outputs] == [t.shape for t in model.outputs]
+    assert [t.dtype for t in new.outputs] == [t.dtype for t in model.outputs]
+
+    comparison = compare_outputs(expected, outputs(new, inputs, compiled), tolerance_of(model))
+    assert comparison.ok, f"{comparison}\n{plan}"
+    for old, now in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, now, "the original was changed")
+    assert model.get_config() == config, "the original was changed"
+    return comparison
+
+
+def clear():
+    """Forgets models and policies, so that names and memory do not pile up."""
+    tf_keras.mixed_precision.set_global_policy("float32")
+    tf_keras.backend.clear_session()

@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Rewrites random models until stopped, and checks each against the original.
+
+    python tests/fuzz.py [--seconds=600] [--seed=1]
+
+Prints the seed that it starts from. A failure prints the seed of its model and how to
+repeat it, and is counted; the fuzzer goes on. Exit code 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_float("seconds", float("inf"), "How long to go on; by default until Ctrl-C.")
+flags.DEFINE_integer("seed", None, "The seed of the first model; by default from the clock.")
+flags.DEFINE_integer("models", 0, "Stop after this many models; 0 for no limit.")
+
+
+def main(_: list[str]) -> int:
+    from tests.checks import check_rewrite, clear
+    from tests.random_models import random_model
+
+    start = time.monotonic()
+    first = FLAGS.seed if FLAGS.seed is not None else int(time.time())
+    seed, failed = first, []
+    print(f"first seed {first}", flush=True)
+    try:
+        while time.monotonic() - start < FLAGS.seconds:
+            if FLAGS.models and seed - first >= FLAGS.models:
+                break
+            try:
+                case = random_model(seed)
+                for mode in ("fold", "depthwise"):
+                    check_rewrite(case.model, case.inputs, mode, compiled=case.needs_xla)
+            except Exception:
+                failed.append(seed)
+                traceback.print_exc()
+                print(f"FAILED: repeat with --seed={seed} --models=1", flush=True)
+            clear()
+            seed += 1
+            if (seed - first) % 50 == 0:
+                rate = (seed - first) / (time.monotonic() - start)
+                print(
+                    f"{seed - first} models, {rate:.1f} a second, {len(failed)} failed", flush=True
+                )
+    except KeyboardInterrupt:
+        print("stopped")
+    print(f"{seed - first} models from seed {first}, {len(failed)} failed: {failed}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    app.run(main)
