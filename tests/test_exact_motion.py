@@ -395,7 +395,9 @@ def first(layer, *args, **kwargs):
 
 CHANNELS_FIRST = {
     "conv2d": lambda: chain(first(K.Conv2D, 4, 3, padding="same"), norm(axis=1), K.ReLU()),
-    "depthwise": lambda: chain(first(K.DepthwiseConv2D, 3, depth_multiplier=2), norm(axis=1), K.ReLU()),
+    "depthwise": lambda: chain(
+        first(K.DepthwiseConv2D, 3, depth_multiplier=2), norm(axis=1), K.ReLU()
+    ),
     "separable": lambda: chain(first(K.SeparableConv2D, 4, 3), norm(axis=1), K.ReLU()),
     "transpose": lambda: chain(first(K.Conv2DTranspose, 4, 3), norm(axis=1), K.ReLU()),
     "pool": lambda: chain(

@@ -27,8 +27,8 @@ from mbn_rewrite.graph import (
     Linear,
     Merge,
     Monotone,
-    Opaque,
     Op,
+    Opaque,
     Permute,
     PositivelyHomogeneous,
     Recurrent,
@@ -86,16 +86,17 @@ def batch_norm(layer: Any, training: bool | None) -> BatchNorm:
         return BatchNorm(None, unfit)
     (axis,) = layer.axis
     shape = layer.moving_mean.shape
-    channel_map = ChannelMap.of_batch_norm(
+    parameters = (
         weights.read(layer, "gamma") if layer.scale else np.ones(shape),
         weights.read(layer, "beta") if layer.center else np.zeros(shape),
         weights.read(layer, "moving_mean"),
         weights.read(layer, "moving_variance"),
-        effective_epsilon(layer),
-        axis,
     )
+    if not all(np.all(np.isfinite(array.astype(np.float64))) for array in parameters):
+        return BatchNorm(None, "its weights or moving statistics hold NaN or infinity")
+    channel_map = ChannelMap.of_batch_norm(*parameters, effective_epsilon(layer), axis)
     if not channel_map.is_finite:
-        return BatchNorm(None, "its weights or moving statistics give no finite scale and shift")
+        return BatchNorm(None, "its moving variance and epsilon give no finite scale")
     return BatchNorm(channel_map)
 
 
