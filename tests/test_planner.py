@@ -197,9 +197,7 @@ def test_hidden_norms_are_accounted_for(w):
     )
     graph = w.graph(w.relu("relu", w.source()), hidden=hidden)
     fold, depthwise = make_plan(graph, "fold"), make_plan(graph, "depthwise")
-    assert [d.reason for d in fold.decisions][0] == (
-        "Block 'block' holds it, and its calls cannot be seen."
-    )
+    assert fold.decisions[0].reason == ("Block 'block' holds it, and its calls cannot be seen.")
     assert [d.action for d in depthwise.decisions] == ["depthwise", "kept", "kept"]
     assert depthwise.decisions[2].reason == "It trains."
 
