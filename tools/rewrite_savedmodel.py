@@ -15,11 +15,12 @@ Examples:
     python tools/rewrite_savedmodel.py --verify_inputs=real_inputs.npz model.h5 served
 
 Exit codes:
-    0  done
-    1  the input cannot be read or rewritten, the output cannot be written, or a flag is
-       wrong: one line says why
-    3  the rewritten model did not give the original's outputs: the numbers are printed,
-       nothing is written
+    0    done
+    1    the input cannot be read or rewritten, the output cannot be written, or a flag is
+         wrong: one line says why
+    3    the rewritten model did not give the original's outputs: the numbers are printed,
+         nothing is written
+    130  interrupted (Ctrl-C): nothing is written
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from mbn_rewrite.api import MODES
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.exporter import check_paths, rewrite_saved_model
+from tools.quiet import import_tensorflow
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "fold", list(MODES), "; ".join(f"{k}: {v}" for k, v in MODES.items()))
@@ -61,12 +63,15 @@ flags.DEFINE_bool("trusted", False, "Run code that IN holds (Lambda layers).")
 flags.DEFINE_list("import_modules", [], "Python modules that define the custom layers of IN.")
 flags.DEFINE_bool("quiet", False, "Print errors only.")
 
-EXIT_ERROR, EXIT_DIFFERENT = 1, 3
+EXIT_ERROR, EXIT_DIFFERENT, EXIT_INTERRUPTED = 1, 3, 130
 
 
 def main(argv: list[str]) -> int:
     try:
         return _run(argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except RewriteError as error:
         print(f"error: {error}", file=sys.stderr)
         report = getattr(error, "report", None)
@@ -87,7 +92,7 @@ def _run(paths: list[str]) -> int:
     source, destination = Path(paths[0]), None if FLAGS.dry_run else Path(paths[1])
     # What is wrong with the paths is said at once: TensorFlow takes seconds to load.
     check_paths(source, destination, FLAGS.overwrite, FLAGS.trusted)
-    _import_tensorflow_quietly()
+    import_tensorflow(quiet_log=not FLAGS["verbosity"].present)
     _import(FLAGS.import_modules)
     report = rewrite_saved_model(
         source,
@@ -117,29 +122,6 @@ def _load_inputs(path: str | None) -> dict | None:
             return dict(arrays)
     except (OSError, ValueError, TypeError) as error:
         raise RewriteError(f"--verify_inputs: {path} is no .npz file ({error})") from error
-
-
-def _import_tensorflow_quietly() -> None:
-    """Imports TensorFlow without what it says about the machine while it starts.
-
-    Its native code writes to the file descriptor before any setting of its log is read.
-    """
-    chatty = any(argument.lstrip("-").startswith(("verbosity", "v=")) for argument in sys.argv)
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 2)
-        try:
-            import tensorflow as tf
-
-            tf.config.list_physical_devices()  # looks for GPUs, and says what it misses
-            import tf_keras  # noqa: F401
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-    if not chatty:
-        logging.set_verbosity(logging.ERROR)
-        tf.get_logger().setLevel("ERROR")
 
 
 def _import(modules: list[str]) -> None:

@@ -1,0 +1,34 @@
+"""Times variants in turn, so that what slows the machine down slows all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], repeats: int = 30, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each call of each variant; the variants take turns.
+
+    Args:
+        variants: functions by name. What they return is thrown away.
+        repeats: how many times each is timed.
+        warmup: how many times each is called before.
+    """
+    for _ in range(warmup):
+        for function in variants.values():
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, function in variants.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
+    """How many times as long as `base` a variant takes, by their medians."""
+    return statistics.median(seconds[name]) / statistics.median(seconds[base])

@@ -1,0 +1,387 @@
+"""`tools/rewrite_savedmodel.py` and `rewrite_saved_model`: files in, files out, exit codes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from absl import flags
+
+import mbn_rewrite as mbn
+from tests.random_models import K, randomise
+from tools import rewrite_savedmodel as tool
+
+TOOL = Path(tool.__file__)
+
+
+def small_model(**kwargs):
+    x = K.Input((8, 8, 3), name="picture")
+    y = K.ReLU()(K.BatchNormalization(name="bn")(K.Conv2D(4, 3)(x)))
+    model = tf_keras.Model(x, K.Dense(2, name="scores")(K.GlobalMaxPooling2D()(y)), **kwargs)
+    randomise(model, np.random.default_rng(0))
+    return model
+
+
+def lambda_model():
+    x = K.Input((4,))
+    return tf_keras.Model(x, K.Lambda(lambda t: t * 2.0)(K.BatchNormalization()(K.Dense(3)(x))))
+
+
+def saved(model, directory, kind):
+    """The path of a model saved in one of the formats that Keras has."""
+    path = directory / {"h5": "m.h5", "hdf5": "m.hdf5", "keras": "m.keras", "tf": "m"}[kind]
+    model.save(path, save_format="h5" if kind == "hdf5" else kind)
+    return path
+
+
+def run(*arguments):
+    """The tool in this process; returns its exit code."""
+    flags.FLAGS.unparse_flags()
+    for name in tool.FLAGS.flags_by_module_dict()[tool.__name__]:
+        name.unparse()
+    return tool.main(flags.FLAGS(["tool", *map(str, arguments)]))
+
+
+def nothing_left(directory, *but):
+    """Whether a directory holds nothing else, hidden or not."""
+    return sorted(p.name for p in directory.iterdir()) == sorted(p.name for p in but)
+
+
+FORMATS = ("h5", "hdf5", "keras", "tf")
+
+
+@pytest.mark.parametrize("mode", ["fold", "depthwise"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_becomes_a_verified_saved_model(kind, mode, tmp_path, capsys):
+    model = small_model()
+    source, out = saved(model, tmp_path, kind), tmp_path / "out"
+    assert run(f"--mode={mode}", source, out) == 0
+    printed = capsys.readouterr().out
+    assert "equal within tolerance" in printed
+    assert "bn" in printed
+    serve = tf.saved_model.load(str(out)).signatures["serving_default"]
+    inputs = tf.constant(np.random.default_rng(1).standard_normal((2, 8, 8, 3)), tf.float32)
+    np.testing.assert_allclose(serve(picture=inputs)["scores"], model(inputs), rtol=1e-4, atol=1e-5)
+    assert tf_keras.models.load_model(out, compile=False).output_names == ["scores"]
+    assert nothing_left(tmp_path, source, out)
+
+
+def test_outputs_by_name_in_order(tmp_path):
+    left, right = K.Input((4,), name="left"), K.Input((4,), name="right")
+    outputs = {
+        "z": K.BatchNormalization(name="z")(K.Dense(3)(left)),
+        "a": K.BatchNormalization(name="a")(K.Dense(3)(right)),
+    }
+    model = tf_keras.Model({"right": right, "left": left}, outputs)
+    randomise(model, np.random.default_rng(0))
+    report = mbn.rewrite_saved_model(saved(model, tmp_path, "h5"), tmp_path / "out")
+    assert report.comparison.ok
+    serve = tf.saved_model.load(str(tmp_path / "out")).signatures["serving_default"]
+    assert sorted(serve.structured_outputs) == ["a", "z"]
+    assert sorted(serve.structured_input_signature[1]) == ["left", "right"]
+
+
+def test_report_is_written_as_json(tmp_path):
+    source, report = saved(small_model(), tmp_path, "h5"), tmp_path / "report.json"
+    assert run(f"--report={report}", source, tmp_path / "out") == 0
+    read = json.loads(report.read_text())
+    assert read["plan"]["counts"] == {"folded": 1}
+    assert read["plan"]["decisions"][0]["name"] == "bn"
+    assert read["verification"]["ok"] is True
+    assert read["parameters"]["after"] < read["parameters"]["before"]
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    source = saved(small_model(), tmp_path, "h5")
+    assert run("--dry_run", source) == 0
+    assert "folded" in capsys.readouterr().out
+    assert nothing_left(tmp_path, source)
+
+
+def test_model_without_norm_is_copied_and_said_so(tmp_path, capsys):
+    x = K.Input((4,))
+    source = saved(tf_keras.Model(x, K.Dense(3)(x)), tmp_path, "h5")
+    assert run(source, tmp_path / "out") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "out" / "saved_model.pb").exists()
+
+
+def test_real_inputs_are_used(tmp_path):
+    source, inputs = saved(small_model(), tmp_path, "h5"), tmp_path / "inputs.npz"
+    np.savez(inputs, picture=np.zeros((3, 8, 8, 3), np.float32))
+    assert run(f"--verify_inputs={inputs}", source, tmp_path / "out") == 0
+
+
+def test_quiet_says_nothing(tmp_path, capfd):
+    assert run("--quiet", saved(small_model(), tmp_path, "h5"), tmp_path / "out") == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_failed_verification_leaves_nothing(tmp_path, capsys):
+    source, report = saved(small_model(), tmp_path, "h5"), tmp_path / "report.json"
+    assert run("--tolerance=0", f"--report={report}", source, tmp_path / "out") == 3
+    printed = capsys.readouterr().err
+    assert "NOT EQUAL: max abs error" in printed
+    assert nothing_left(tmp_path, source, report)
+    assert json.loads(report.read_text())["verification"]["ok"] is False
+
+
+def test_failed_verification_leaves_what_was_there(tmp_path):
+    source, out = saved(small_model(), tmp_path, "h5"), tmp_path / "out"
+    assert run(source, out) == 0
+    before = (out / "saved_model.pb").read_bytes()
+    assert run("--tolerance=0", "--overwrite", source, out) == 3
+    assert (out / "saved_model.pb").read_bytes() == before
+    assert nothing_left(tmp_path, source, out)
+
+
+def test_overwrite_replaces_a_saved_model(tmp_path):
+    source, out = saved(small_model(), tmp_path, "h5"), tmp_path / "out"
+    assert run(source, out) == 0
+    assert run("--overwrite", "--mode=depthwise", source, out) == 0
+    assert tf_keras.models.load_model(out, compile=False).get_layer("bn").kernel_size == (1, 1)
+    assert nothing_left(tmp_path, source, out)
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+def truncated(tmp_path, kind):
+    path = saved(small_model(), tmp_path, kind)
+    victim = path / "saved_model.pb" if path.is_dir() else path
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    return path
+
+
+def text_file(tmp_path):
+    path = tmp_path / "notes.h5"
+    path.write_text("no model")
+    return path
+
+
+def empty_file(tmp_path):
+    path = tmp_path / "empty.keras"
+    path.touch()
+    return path
+
+
+def weights_only(tmp_path):
+    small_model().save_weights(tmp_path / "weights.h5")
+    return tmp_path / "weights.h5"
+
+
+def plain_directory(tmp_path):
+    (tmp_path / "directory").mkdir()
+    return tmp_path / "directory"
+
+
+def plain_saved_model(tmp_path):
+    module = tf.Module()
+    module.f = tf.function(lambda x: x + 1, input_signature=[tf.TensorSpec([2])])
+    tf.saved_model.save(module, str(tmp_path / "module"))
+    return tmp_path / "module"
+
+
+def own_signature(tmp_path):
+    model = small_model()
+    serve = tf.function(lambda x: model(x), input_signature=[tf.TensorSpec([1, 8, 8, 3])])
+    model.save(tmp_path / "m", save_format="tf", signatures={"mine": serve})
+    return tmp_path / "m"
+
+
+def keras_3_file(tmp_path):
+    import keras
+
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(tmp_path / "three.keras")
+    return tmp_path / "three.keras"
+
+
+def unknown_class(tmp_path):
+    class Unheard(K.Layer):
+        pass
+
+    x = K.Input((4,))
+    return saved(tf_keras.Model(x, Unheard()(x)), tmp_path, "h5")
+
+
+BAD_SOURCES = {
+    "missing": (lambda tmp_path: tmp_path / "nowhere.h5", "there is no"),
+    "text": (text_file, "neither an HDF5 file"),
+    "empty": (empty_file, "neither an HDF5 file"),
+    "weights": (weights_only, "holds weights but no model"),
+    "directory": (plain_directory, "without saved_model.pb"),
+    "module": (plain_saved_model, "not written by tf_keras"),
+    "own_signature": (own_signature, "would lose: mine"),
+    "keras_3": (keras_3_file, "written by Keras 3"),
+    "unknown_class": (unknown_class, "cannot be loaded by tf_keras: "),
+    "truncated_h5": (lambda tmp_path: truncated(tmp_path, "h5"), "cut short"),
+    "truncated_keras": (lambda tmp_path: truncated(tmp_path, "keras"), "cut short"),
+    "truncated_tf": (lambda tmp_path: truncated(tmp_path, "tf"), "cut short"),
+    **{
+        f"lambda_{kind}": (lambda tmp_path, kind=kind: saved(lambda_model(), tmp_path, kind),
+                           "--trusted")
+        for kind in ("h5", "keras", "tf")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_SOURCES)
+def test_bad_source_is_one_line_and_writes_nothing(name, tmp_path, capsys):
+    make, message = BAD_SOURCES[name]
+    source = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert run("--quiet", source, tmp_path / "out") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["h5", "keras", "tf"])
+def test_trusted_code_is_run(kind, tmp_path):
+    source = saved(lambda_model(), tmp_path, kind)
+    assert run("--trusted", source, tmp_path / "out") == 0
+
+
+def test_custom_layers_are_imported(tmp_path, monkeypatch):
+    (tmp_path / "my_layers_for_test.py").write_text(
+        "import tf_keras\n"
+        "@tf_keras.utils.register_keras_serializable('mine')\n"
+        "class Twice(tf_keras.layers.Layer):\n"
+        "    def call(self, x):\n"
+        "        return 2 * x\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from my_layers_for_test import Twice
+
+    x = K.Input((4,))
+    source = saved(tf_keras.Model(x, K.BatchNormalization()(Twice()(x))), tmp_path, "h5")
+    assert run("--import_modules=my_layers_for_test", source, tmp_path / "out") == 0
+    assert run("--import_modules=no_such_module", source, tmp_path / "out2") == 1
+
+
+def test_existing_output_is_left_alone(tmp_path, capsys):
+    source, out = saved(small_model(), tmp_path, "h5"), tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("precious")
+    assert run(source, out) == 1
+    assert "exists" in capsys.readouterr().err
+    assert run("--overwrite", source, out) == 1  # it is no SavedModel
+    assert "no SavedModel" in capsys.readouterr().err
+    assert (out / "precious.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("nowhere/out", "there is no directory"), ("m.h5", "exists"), ("m.h5/out", "would lie in")],
+)
+def test_impossible_outputs(out, message, tmp_path, capsys):
+    source = saved(small_model(), tmp_path, "h5")
+    assert run(source, tmp_path / out) == 1
+    assert message in capsys.readouterr().err
+    assert nothing_left(tmp_path, source)
+
+
+def test_directory_that_is_not_writable(tmp_path, capsys):
+    source = saved(small_model(), tmp_path, "h5")
+    # /proc takes no directories, not even from the superuser, to whom no mode is a barrier.
+    assert run(source, "/proc/out") == 1
+    assert "not writable" in capsys.readouterr().err
+
+
+def test_output_inside_the_input_and_over_it(tmp_path, capsys):
+    source = saved(small_model(), tmp_path, "tf")
+    assert run(source, source / "out") == 1
+    assert "would lie in the input" in capsys.readouterr().err
+    assert run("--overwrite", source, source) == 1
+    assert (source / "saved_model.pb").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_wrong_number_of_paths(count, capsys):
+    assert run(*["path"] * count) == 1
+    assert "give IN and OUT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--verify_inputs=nowhere.npz", "no .npz"), ("--report=no/where.json", "no directory")],
+)
+def test_bad_side_files(flag, message, tmp_path, capsys):
+    source = saved(small_model(), tmp_path, "h5")
+    assert run(flag, source, tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+    assert nothing_left(tmp_path, source)
+
+
+def test_wrong_names_of_inputs(tmp_path, capsys):
+    source, inputs = saved(small_model(), tmp_path, "h5"), tmp_path / "inputs.npz"
+    np.savez(inputs, photo=np.zeros((3, 8, 8, 3), np.float32))
+    assert run(f"--verify_inputs={inputs}", source, tmp_path / "out") == 1
+    assert "['picture']" in capsys.readouterr().err
+    assert nothing_left(tmp_path, source, inputs)
+
+
+# -------------------------------------------------------------------------- as a real process
+
+
+def process(*arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, **kwargs
+    )
+
+
+def test_from_a_shell(tmp_path):
+    source = saved(small_model(), tmp_path, "h5")
+    done = process(source, "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "verification: equal within tolerance" in done.stdout
+    assert done.stderr.split("\n")[0].startswith("loading ")
+    assert len(done.stderr.strip().split("\n")) == 4  # its own progress, and no other noise
+
+
+def test_help_has_examples_and_exit_codes():
+    done = process("--help")
+    assert "python tools/rewrite_savedmodel.py model.h5 served" in done.stdout
+    assert "Exit codes" in done.stdout
+
+
+def test_unknown_mode_on_the_command_line_lists_the_modes():
+    done = process("--mode=faster", "a", "b")
+    assert done.returncode == 1
+    assert "fold|depthwise" in done.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_killed_while_writing_leaves_no_output(how, tmp_path):
+    source = saved(small_model(), tmp_path, "h5")
+    running = subprocess.Popen(
+        [sys.executable, TOOL, source, tmp_path / "out"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    for line in running.stderr:
+        if line.startswith("writing"):
+            break
+    time.sleep(0.2)
+    os.kill(running.pid, how)
+    assert running.wait() != 0
+    running.stderr.close()
+    assert not (tmp_path / "out").exists()
+    leftovers = [p for p in tmp_path.iterdir() if p.name.startswith(".out.")]
+    if how is signal.SIGINT:
+        assert not leftovers
+    for path in leftovers:
+        shutil.rmtree(path)
