@@ -224,8 +224,12 @@ class _Folding:
         """What to ask of all the layers after a site so that they do its map."""
         asks: list[_Ask] = []
         pending = [(site.outputs[0], self.maps[site.owner])]
+        reached: set[int] = set()
         while pending:
             value, m = pending.pop()
+            if value in reached:
+                return Blocked(f"{self._producer[value].label} is reached on several ways")
+            reached.add(value)
             if value in self._outputs:
                 who = "it" if value == site.outputs[0] else self._producer[value].label
                 return Blocked(f"{who} is an output of the model")

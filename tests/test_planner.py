@@ -9,6 +9,7 @@ from mbn_rewrite.algebra import ChannelMap, Kernel
 from mbn_rewrite.graph import (
     Affine,
     BatchNorm,
+    Concat,
     Graph,
     HiddenBatchNorm,
     Input,
@@ -143,6 +144,21 @@ def test_value_read_twice_by_one_node_blocks(w):
     y = w.norm("other", w.relu("relu", w.source()))
     plan = make_plan(w.graph(w.add("twice", Merge("add"), y, y)), "fold")
     assert "reads it more than once" in plan.decisions[-1].reason
+
+
+def test_ways_that_meet_again_block_and_do_not_multiply(w):
+    y = w.norm("bn", w.relu("relu", w.source()))
+    for i in range(60):  # walked one by one, these would be 2 ** 60 ways
+        y = w.add(f"concat{i}", Concat(0), w.add(f"a{i}", Affine(), y), w.add(f"b{i}", Affine(), y))
+    plan = make_plan(w.graph(w.dense("dense", y)), "fold")
+    assert actions(plan) == {"bn": "kept"}
+
+
+def test_ways_that_meet_in_a_concatenation_block(w):
+    y = w.norm("bn", w.relu("relu", w.source()))
+    y = w.add("concat", Concat(1), w.add("a", Affine(), y), w.add("b", Affine(), y))
+    plan = make_plan(w.graph(w.dense("dense", y)), "fold")
+    assert "Concat 'concat' is reached on several ways" in plan.decisions[0].reason
 
 
 def test_deeply_nested_merges_are_declined_not_overrun(w):
