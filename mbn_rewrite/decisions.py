@@ -73,6 +73,11 @@ class Plan:
     replaced: Mapping[str, ChannelMap] = field(default_factory=dict)
 
     @property
+    def touched(self) -> frozenset[str]:
+        """The owners of all layers for which something is planned."""
+        return self.removed | set(self.edits) | set(self.renewed) | set(self.replaced)
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many BatchNormalizations each action befalls."""
         return dict(Counter(decision.action for decision in self.decisions))

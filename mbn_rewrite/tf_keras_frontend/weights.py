@@ -26,7 +26,7 @@ def write(layer: Any, name: str, array: np.ndarray) -> None:
         rows[0] = array
         variable.assign(rows)
         return
-    variable.assign(np.broadcast_to(np.asarray(array).astype(dtype), tuple(variable.shape)))
+    variable.assign(np.broadcast_to(array.astype(dtype, copy=False), tuple(variable.shape)))
 
 
 def write_whole(layer: Any, name: str, source: Any) -> None:

@@ -2,16 +2,16 @@
 
 Every layer is copied from its configuration and called again in the order of the original,
 except that removed BatchNormalizations are passed by, replaced ones give way to another
-layer of the same name, and layers that absorbed a map get a bias where they had none. When
-all layers are built, weights are set: computed ones where the plan has an edit, the
-original's values everywhere else.
+layer of the same name, and layers that absorbed a map get a bias where they had none. As
+soon as a layer is built its weights are set, so that no more than one layer's initial values
+are held beside them: computed ones where the plan has an edit, the original's values
+everywhere else.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,15 +53,10 @@ def write(model: Any, reading: Reading, plan: Plan) -> Any:
     with tf_keras.utils.custom_object_scope(classes):
         writer = _Writer(reading, plan)
         new = writer.model(model) if is_visible(model) else writer.subclassed(model)
-        for finish in writer.unfinished:
-            finish()
-        for old_holder, new_holder in writer.holders:
-            writer.exchange_held(old_holder, new_holder)
-    planned = plan.removed | set(plan.edits) | set(plan.renewed) | set(plan.replaced)
-    if writer.done != planned:  # a defect of this library, never of the model
-        raise RewriteError(
-            f"the plan was not carried out on {sorted(planned ^ writer.done)}; please report this"
-        )
+        writer.exchange_in_holders()
+    missed = plan.touched ^ writer.done
+    if missed:  # a defect of this library, never of the model
+        raise RewriteError(f"the plan was not carried out on {sorted(missed)}; please report this")
     return new
 
 
@@ -74,8 +69,8 @@ class _Writer:
         self.reading = reading
         self.plan = plan
         self.done: set[str] = set()
-        self.unfinished: list[Callable[[], None]] = []  # once all layers are built
-        self.holders: list[tuple[Any, Any]] = []  # layers that hold layers, and their copies
+        self._unfinished: list[Callable[[], None]] = []  # what sets weights, once built
+        self._holders: list[tuple[Any, Any]] = []  # layers that may hold layers, and copies
         self._copies: dict[int, Any] = {}
 
     # -- models ------------------------------------------------------------------------
@@ -87,7 +82,7 @@ class _Writer:
             new = build(old)
             self._copies[id(old)] = new
             if new.trainable != old.trainable:
-                self.unfinished.append(lambda: _set_own_trainable(new, old.trainable))
+                _set_own_trainable(new, old.trainable)
         return self._copies[id(old)]
 
     def _functional(self, old: Any) -> Any:
@@ -109,6 +104,7 @@ class _Writer:
                     lambda t: tensors.get(id(t), t), (node.call_args, node.call_kwargs)
                 )
                 results = _called(new, args, kwargs)
+            self._finish()
             for tensor, result in zip(given, tf.nest.flatten(results), strict=True):
                 tensors[id(tensor)] = result
         inputs, results = tf.nest.map_structure(
@@ -125,12 +121,15 @@ class _Writer:
         for layer in old.layers:
             if self._owner(layer) not in self.plan.removed:
                 new.add(self.layer(nodes[id(layer)]))
+                if new.built:
+                    self._finish()
                 continue
             self.done.add(self._owner(layer))
             if layer is old.layers[-1]:
                 new.add(_standing_in_for(layer))
         if not new.built:
             new.build(old.input_shape)
+        self._finish()
         return new
 
     def subclassed(self, old: Any) -> Any:
@@ -148,9 +147,16 @@ class _Writer:
             tf.nest.map_structure(_zeros, arguments),
             tf.nest.map_structure(_zeros, keywords),
         )
+        self._finish()
         return new
 
     # -- layers ------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Sets the weights of the layers that were built since the last time."""
+        unfinished, self._unfinished = self._unfinished, []
+        for finish in unfinished:
+            finish()
 
     def _owner(self, layer: Any) -> str:
         return self.reading.owners.get(id(layer), "")
@@ -195,8 +201,8 @@ class _Writer:
             if isinstance(new, keras.Normalization):
                 new.finalize_state()  # its mean and variance are computed from its weights
 
-        self.unfinished.append(finish)
-        self.holders.append((old, new))
+        self._unfinished.append(finish)
+        self._holders.append((old, new))
         return new
 
     def _edited(self, old: Any, edit: Edit) -> Any:
@@ -211,7 +217,7 @@ class _Writer:
         if needs_bias and isinstance(old, keras.EinsumDense) and not config["bias_axes"]:
             config["bias_axes"] = _einsum_output(old)
         new = _from_config(old, config)
-        self.unfinished.append(lambda: _set_folded(old, new, edit, needs_bias))
+        self._unfinished.append(lambda: _set_folded(old, new, edit, needs_bias))
         return new
 
     def _renewed(self, old: Any, m: ChannelMap) -> Any:
@@ -235,7 +241,7 @@ class _Writer:
             weights.write(new, "gamma", m.scale * np.sqrt(variance + effective_epsilon(old)))
             weights.write(new, "beta", m.shift + mean * m.scale)
 
-        self.unfinished.append(finish)
+        self._unfinished.append(finish)
         return new
 
     def _replacement(self, old: Any, rank: int, masked: bool) -> Any:
@@ -269,48 +275,37 @@ class _Writer:
                           if scale == "depthwise_kernel" else m.scale)  # fmt: skip
             weights.write(new, shift, m.shift)
 
-        self.unfinished.append(finish)
+        self._unfinished.append(finish)
         return new
 
     # -- layers that hold layers ---------------------------------------------------------
 
-    def exchange_held(self, old: Any, new: Any) -> None:
-        """Exchanges, in the copy of a holder, the layers for which something is planned."""
+    def exchange_in_holders(self) -> None:
+        """Exchanges, in copies of layers that hold others, those with something planned."""
+        while self._holders:  # making what is put in their place may copy more holders
+            self._exchange_held(*self._holders.pop(0))
+
+    def _exchange_held(self, old: Any, new: Any) -> None:
         for place, inner in held(old):
             if not self._is_planned(inner):
                 continue
             if is_visible(inner):
-                exchange(new, place, self._finished(partial(self.model, inner)))
+                exchange(new, place, self.model(inner))
             elif self._owner(inner) in self.plan.replaced:
                 exchange(new, place, self._held_replacement(inner))
             else:
-                self.exchange_held(inner, _counterpart(new, place))
+                self._exchange_held(inner, _counterpart(new, place))
 
     def _held_replacement(self, old: Any) -> Any:
         if id(old) not in self._copies:
             # A mask may reach it; only ScaleAndShift lets masks flow on in every rank.
             rank = old.input_spec.ndim
-            self._copies[id(old)] = self._finished(
-                lambda: self._replacement(old, rank, masked=rank == 3)
-            )
+            self._copies[id(old)] = self._replacement(old, rank, masked=rank == 3)
+            self._finish()
         return self._copies[id(old)]
 
-    def _finished(self, make: Callable[[], Any]) -> Any:
-        """Makes a layer and sets its weights at once, when all others are set already."""
-        self.unfinished, before = [], self.unfinished
-        holders = len(self.holders)
-        new = make()
-        for finish in self.unfinished:
-            finish()
-        self.unfinished = before
-        for old_holder, new_holder in self.holders[holders:]:
-            self.exchange_held(old_holder, new_holder)
-        return new
-
     def _is_planned(self, layer: Any) -> bool:
-        plan = self.plan
-        touched = plan.removed | set(plan.edits) | set(plan.renewed) | set(plan.replaced)
-        return any(self._owner(part) in touched for part in _all_layers(layer))
+        return any(self._owner(part) in self.plan.touched for part in _all_layers(layer))
 
 
 # -------------------------------------------------------------------------------- helpers
