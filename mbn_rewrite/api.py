@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.front_ends import front_end_of
 from mbn_rewrite.planner import make_plan
 
 MODES = {
@@ -56,13 +56,13 @@ def plan(model: Any, mode: str = "fold", stride: Any = None) -> Plan:
         RewriteError: as for `convert`.
     """
     check_mode(mode, stride)
-    return make_plan(_front_end(model).read(model).graph, mode)
+    return make_plan(front_end_of(model).read(model).graph, mode)
 
 
 def convert_with_plan(model: Any, mode: str, stride: Any = None) -> tuple[Any, Plan]:
     """`convert` and `plan` in one, reading the model once."""
     check_mode(mode, stride)
-    front_end = _front_end(model)
+    front_end = front_end_of(model)
     reading = front_end.read(model)
     made = make_plan(reading.graph, mode)
     return front_end.write(model, reading, made), made
@@ -79,45 +79,3 @@ def check_mode(mode: str, stride: Any = None) -> None:
             f'mode "{mode}" takes no stride (it was given {stride!r}): it does not compute '
             f"statistics. Modes that take one: {which}"
         )
-
-
-def _front_end(model: Any) -> Any:
-    """The front end for a model, chosen by where its class comes from."""
-    if isinstance(model, (str, os.PathLike)):
-        raise RewriteError(
-            f"a model is needed, not the path {os.fspath(model)!r}. Load it first with "
-            "tf_keras.models.load_model, or use rewrite_saved_model or "
-            "tools/rewrite_savedmodel.py, which take paths"
-        )
-    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
-    if "tf_keras" in packages:
-        return _tf_keras_front_end(model)
-    if "keras" in packages:
-        raise RewriteError(
-            f"{type(model).__name__} is of Keras 3, which this release cannot rewrite; it "
-            "rewrites models of tf_keras (Keras 2). Rebuild the model with tf_keras (or with "
-            "tf.keras where TF_USE_LEGACY_KERAS=1 is set before TensorFlow is imported) and "
-            "copy its weights"
-        )
-    raise RewriteError(
-        f"a tf_keras model is needed, not {type(model).__name__}. "
-        "Give a tf_keras.Model, Functional, Sequential or subclassed"
-    )
-
-
-def _tf_keras_front_end(model: Any) -> Any:
-    import tf_keras
-
-    from mbn_rewrite import tf_keras_frontend
-
-    if not isinstance(model, tf_keras.Model):
-        raise RewriteError(
-            f"a model is needed, not the {type(model).__name__} '{getattr(model, 'name', model)}'. "
-            "Put layers in a tf_keras.Sequential with an input shape"
-        )
-    if not model.built or not (model.weights or model.inputs):
-        raise RewriteError(
-            f"{type(model).__name__} '{model.name}' has not been built, so it has no weights. "
-            "Call it once on data, or give it an input shape"
-        )
-    return tf_keras_frontend

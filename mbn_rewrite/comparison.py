@@ -9,22 +9,18 @@ since rounding in a network grows with what it adds up, not with what is left in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.front_ends import front_end_of
 
 # The largest error, relative to the output's largest magnitude, that rounding explains.
 # About 2000 units in the last place for the wide types; 10 and 6 for the narrow ones, whose
 # sums are wide but whose kernels are rounded once more when a scale is folded in.
 TOLERANCES = {"float64": 5e-13, "float32": 2e-4, "float16": 1e-2, "bfloat16": 5e-2}
-
-# What stands for a size that the model leaves open.
-_OPEN_SIZE = 64
-_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -93,13 +89,19 @@ def verify(
         RewriteError: inputs of this dtype cannot be made up, or one of the models cannot be
             called with them.
     """
+    front_end = front_end_of(model)
     if inputs is None:
-        inputs = random_inputs(model, seed)
+        inputs = front_end.random_inputs(model, seed)
     return compare_outputs(
-        _called(model, inputs, "the original"),
-        _called(new, inputs, "the rewritten model"),
-        tolerance_of(model) if tolerance is None else tolerance,
+        front_end.outputs_of(model, inputs, "the original"),
+        front_end_of(new).outputs_of(new, inputs, "the rewritten model"),
+        tolerance_for(front_end.compute_dtypes(model)) if tolerance is None else tolerance,
     )
+
+
+def tolerance_for(dtypes: set[str]) -> float:
+    """The tolerance for a model that computes in these dtypes: that of the narrowest."""
+    return max((TOLERANCES[name] for name in dtypes & set(TOLERANCES)), default=0.0)
 
 
 def compare_outputs(
@@ -108,128 +110,29 @@ def compare_outputs(
     """Compares lists of outputs, pair by pair; see `Comparison`."""
     shapes, new_shapes = [a.shape for a in expected], [a.shape for a in actual]
     examples = next((len(array) for array in expected if array.ndim), 0)
-    if shapes != new_shapes:
-        note = f"the outputs have the shapes {new_shapes}, those of the original {shapes}"
+
+    def different(note: str) -> Comparison:
         return Comparison(np.inf, np.inf, 0.0, tolerance, examples, note)
-    worst_abs = worst_rel = 0.0
-    agreement, note = 1.0, ""
+
+    if shapes != new_shapes:
+        return different(f"the outputs have the shapes {new_shapes}, not {shapes}")
+    if not any(array.size for array in expected):
+        return different("there is not one value to compare")
+    worst_abs, worst_rel, agreement = 0.0, 0.0, 1.0
     for number, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        if a.size == 0:
-            continue
         if a.dtype.kind in "OSU":
-            worst_rel = worst_rel if np.array_equal(a, b) else np.inf
+            if not np.array_equal(a, b):
+                return different(f"the texts in output {number} differ")
             continue
-        a, b = a.astype(np.float64), b.astype(np.float64)
-        for who, array in (("original", a), ("rewritten model", b)):
-            if not np.all(np.isfinite(array)):
-                note = f"the {who} gives NaN or infinity in output {number}"
-                worst_abs = worst_rel = np.inf
-        if note:
-            continue
-        error, size = float(np.abs(a - b).max()), float(np.abs(a).max())
+        wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
+        a, b = a.astype(wide), b.astype(wide)
+        finite = {"original": np.all(np.isfinite(a)), "rewritten model": np.all(np.isfinite(b))}
+        if not all(finite.values()):
+            who = " and the ".join(name for name, fine in finite.items() if not fine)
+            return different(f"NaN or infinity from the {who} in output {number}")
+        error, size = (float(np.abs(x).max(initial=0)) for x in (a - b, a))
         worst_abs = max(worst_abs, error)
         worst_rel = max(worst_rel, error / size if size else (np.inf if error else 0.0))
-        if a.ndim > 1 and a.shape[-1] > 1:
+        if a.ndim > 1 and a.shape[-1] > 1 and a.size and wide is np.float64:
             agreement = min(agreement, float(np.mean(a.argmax(-1) == b.argmax(-1))))
-    return Comparison(worst_abs, worst_rel, agreement, tolerance, examples, note)
-
-
-def tolerance_of(model: Any) -> float:
-    """The tolerance for the narrowest dtype that a tf_keras model computes in."""
-    import tf_keras
-
-    names = {
-        layer.compute_dtype
-        for layer in model._flatten_layers(include_self=False, recursive=True)
-        if not isinstance(layer, (tf_keras.Model, tf_keras.layers.InputLayer))
-    }
-    return max((TOLERANCES[name] for name in names & set(TOLERANCES)), default=0.0)
-
-
-def random_inputs(model: Any, seed: int = 0) -> Any:
-    """Random inputs for a tf_keras model, in the structure in which it takes them.
-
-    Raises:
-        RewriteError: the model takes strings or tensors that are not dense.
-    """
-    import tensorflow as tf
-
-    if getattr(model, "_is_graph_network", False):
-        specs = model._nested_inputs
-    else:
-        arguments, _ = model.save_spec(dynamic_batch=False)
-        if len(arguments) != 1:
-            raise RewriteError(f"'{model.name}' takes several arguments: give `inputs` to verify")
-        specs = arguments[0]
-    rng = np.random.default_rng(seed)
-    return tf.nest.map_structure(lambda spec: _random_tensor(spec, rng), specs)
-
-
-def _random_tensor(spec: Any, rng: np.random.Generator) -> Any:
-    import tensorflow as tf
-
-    dtype = tf.as_dtype(spec.dtype)
-    dense = not isinstance(
-        getattr(spec, "type_spec", spec), (tf.SparseTensorSpec, tf.RaggedTensorSpec)
-    )
-    if not dense or not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
-        raise RewriteError(
-            f"cannot make up inputs of dtype {dtype.name}{'' if dense else ' that are not dense'}. "
-            "Give real ones: verify(model, new, inputs=...)"
-        )
-    shape = [
-        (_BATCH if i == 0 else _OPEN_SIZE) if size is None else size
-        for i, size in enumerate(spec.shape.as_list())
-    ]
-    values = rng.standard_normal(shape) if dtype.is_floating else rng.integers(0, 2, shape)
-    return tf.cast(tf.constant(values), dtype)
-
-
-def _called(model: Any, inputs: Any, who: str) -> list[np.ndarray]:
-    """All outputs of a model as a flat list; the model stays as it is."""
-    import tensorflow as tf
-
-    # A BatchNormalization called with training=True moves its statistics even here. Values
-    # read share memory with their variables until one of the two changes.
-    before = [(variable, variable.read_value()) for variable in model.non_trainable_weights]
-    try:
-        outputs = run_anywhere(lambda data: model(data, training=False), inputs)
-    except Exception as error:
-        line = str(error).strip().split("\n")[0]
-        raise RewriteError(
-            f"{who} cannot be called with these inputs: {line}. "
-            "Give inputs that it takes: verify(model, new, inputs=...)"
-        ) from error
-    finally:
-        for variable, value in before:
-            variable.assign(value)
-    return [np.asarray(output) for output in tf.nest.flatten(outputs)]
-
-
-def run_anywhere(function: Callable[[Any], Any], inputs: Any) -> Any:
-    """Calls a function of tensors, compiled by XLA if it cannot run otherwise.
-
-    TensorFlow's own kernels take channels-first layouts on GPUs only; XLA takes them
-    everywhere.
-    """
-    import tensorflow as tf
-
-    try:
-        return function(inputs)
-    except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError):
-        if tf.config.list_physical_devices("GPU"):
-            raise
-        return tf.function(function, jit_compile=True, autograph=False)(inputs)
-
-
-def named_inputs(inputs: Mapping[str, np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
-    """Arrays from a file in the order of a model's inputs.
-
-    Raises:
-        RewriteError: the names differ.
-    """
-    if set(inputs) != set(names):
-        raise RewriteError(
-            f"the inputs are named {sorted(inputs)}; the model's are named {sorted(names)}"
-        )
-    return [inputs[name] for name in names]
+    return Comparison(worst_abs, worst_rel, agreement, tolerance, examples)

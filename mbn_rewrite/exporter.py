@@ -10,9 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,11 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.api import check_mode, convert_with_plan
-from mbn_rewrite.comparison import (
-    Comparison,
-    compare_outputs,
-    named_inputs,
-    random_inputs,
-    run_anywhere,
-    tolerance_of,
-)
+from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
 from mbn_rewrite.decisions import Plan
-from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.report import table
+from mbn_rewrite.tf_keras_frontend import files
 
 Progress = Callable[[str], None]
 
@@ -84,12 +77,11 @@ class Report:
     def __str__(self) -> str:
         lines = [str(self.plan)]
         if self.new_parameters is not None:
-            left = self.plan.left if self.plan.mode == "fold" else self.plan.counts.get("kept", 0)
             lines.append(
                 table(
                     ["", "before", "after"],
                     [
-                        ["BatchNormalization", str(len(self.plan.decisions)), str(left)],
+                        ["BatchNormalization", str(len(self.plan.decisions)), str(self.plan.left)],
                         ["weights", f"{self.parameters:,}", f"{self.new_parameters:,}"],
                     ],
                 )
@@ -135,19 +127,21 @@ def rewrite_saved_model(
     """
     say = progress or (lambda line: None)
     check_mode(mode)
+    if tolerance is not None and not 0 <= tolerance < np.inf:
+        raise RewriteError(f"the tolerance must be a number from 0 up, not {tolerance}")
     source, destination = Path(source), Path(destination)
     check_paths(source, None if dry_run else destination, overwrite, trusted)
     say(f"loading {source}")
-    model = _load(source)
+    model = files.load(source, trusted)
     say(f"rewriting, mode {mode}")
     new, plan = convert_with_plan(model, mode)
     if dry_run:
         return Report(str(source), "", plan, None, model.count_params(), None)
     with _written_whole(destination, overwrite) as temporary:
         say("writing")
-        _save(new, temporary)
+        files.save(new, temporary)
         say("verifying what was written")
-        comparison = _verify_written(model, temporary, inputs, tolerance)
+        comparison = _verify_written(model, source, temporary, inputs, tolerance)
         report = Report(
             str(source), str(destination), plan, comparison, model.count_params(),
             new.count_params(),
@@ -174,126 +168,17 @@ def check_paths(
             not trusted; or the destination cannot be written.
     """
     if destination is not None:
-        _check_destination(source, destination, overwrite)
-    _check_source(source, trusted)
+        try:
+            _check_destination(source, destination, overwrite)
+        except (OSError, RuntimeError) as error:  # names too long, links in a circle
+            raise RewriteError(f"{destination} cannot be written: {cause_of(error)}") from error
+    files.check(source, trusted)
 
 
-def _check_source(source: Path, trusted: bool) -> None:
-    """Raises RewriteError for what cannot be loaded here, before TensorFlow is loaded."""
-    if not source.exists():
-        raise RewriteError(
-            f"there is no {source}. Give a .h5, .hdf5 or .keras file or a SavedModel"
-        )
-    if not os.access(source, os.R_OK):
-        raise RewriteError(f"{source} cannot be read: no permission")
-    config, version = _saved_config(source)
-    if version.startswith("3"):
-        raise RewriteError(
-            f"{source} was written by Keras {version}; this release rewrites models of tf_keras "
-            "(Keras 2). Rebuild the model with tf_keras and load the weights into it"
-        )
-    if not trusted and _holds_code(config):
-        raise RewriteError(
-            f"{source} holds Lambda layers, which run code from the file when it is loaded. If "
-            "you trust whoever made it, pass --trusted (trusted=True in Python)"
-        )
-
-
-def _saved_config(source: Path) -> tuple[str, str]:
-    """A model's configuration as JSON text, and the version of Keras that wrote it."""
-    if source.is_dir():
-        return _saved_model_config(source), "2"
-    try:
-        if zipfile.is_zipfile(source):
-            with zipfile.ZipFile(source) as archive:
-                config = archive.read("config.json").decode()
-                metadata = json.loads(archive.read("metadata.json"))
-                return config, str(metadata.get("keras_version", ""))
-        import h5py
-
-        if not h5py.is_hdf5(source):
-            raise RewriteError(
-                f"{source} is neither an HDF5 file nor a .keras file nor a directory. "
-                "Give a model saved by tf_keras; if it should be one, it may be cut short"
-            )
-        with h5py.File(source) as file:
-            config = file.attrs.get("model_config")
-            version = file.attrs.get("keras_version", "")
-            if config is None:
-                raise RewriteError(
-                    f"{source} holds weights but no model. Build the model, load the weights "
-                    "into it and save it whole with model.save()"
-                )
-            return _text(config), _text(version)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise RewriteError(
-            f"{source} cannot be read as a model ({_first_line(error)}); it may be cut short"
-        ) from error
-
-
-def _saved_model_config(source: Path) -> str:
-    if not (source / "saved_model.pb").exists():
-        raise RewriteError(f"{source} is a directory without saved_model.pb, so no SavedModel")
-    if not (source / "keras_metadata.pb").exists():
-        raise RewriteError(
-            f"{source} is a SavedModel that was not written by tf_keras (it has no "
-            "keras_metadata.pb), which this release cannot rewrite. Rewrite the Keras model "
-            "with mbn_rewrite.convert and export the result"
-        )
-    return (source / "keras_metadata.pb").read_bytes().decode("utf-8", "replace")
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _holds_code(config: str) -> bool:
-    """Whether a configuration names a layer class that carries code."""
-    compact = config.replace(" ", "")
-    return '"class_name":"Lambda"' in compact or '"__lambda__"' in compact
-
-
-def _load(source: Path) -> Any:
-    import tensorflow as tf
-    import tf_keras
-
-    if source.is_dir():
-        _check_signatures(source)
-    try:
-        # What code there is was accepted by _check_source.
-        if source.suffix == ".keras":
-            return tf_keras.models.load_model(source, compile=False, safe_mode=False)
-        return tf_keras.models.load_model(source, compile=False)
-    except (Exception, tf.errors.OpError) as error:
-        raise RewriteError(
-            f"{source} cannot be loaded by tf_keras: {_first_line(error)} A custom class has to "
-            "be imported first (--import_modules), a broken file to be fetched anew"
-        ) from error
-
-
-def _check_signatures(source: Path) -> None:
-    """Raises RewriteError where Keras would lose signatures that it did not make."""
-    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
-
-    proto = SavedModel()
-    try:
-        proto.ParseFromString((source / "saved_model.pb").read_bytes())
-        names = {name for graph in proto.meta_graphs for name in graph.signature_def}
-    except Exception as error:
-        raise RewriteError(
-            f"{source / 'saved_model.pb'} cannot be read; it may be cut short"
-        ) from error
-    others = sorted(names - {"serving_default", "__saved_model_init_op", "__saved_model_train_op"})
-    if others:
-        raise RewriteError(
-            f"{source} has signatures that Keras did not make and would lose: "
-            f"{', '.join(others)}. This release carries over serving_default alone"
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    line = str(error).strip().split("\n")[0][:300] or type(error).__name__
-    return line if line.endswith(".") else f"{line}."
+# What a SavedModel consists of; anything else in its directory is somebody's.
+_PARTS = {
+    "saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables", "assets", "assets.extra",
+}  # fmt: skip
 
 
 def _check_destination(source: Path, destination: Path, overwrite: bool) -> None:
@@ -306,6 +191,12 @@ def _check_destination(source: Path, destination: Path, overwrite: bool) -> None
         if not destination.is_dir() or not (destination / "saved_model.pb").exists():
             raise RewriteError(
                 f"{destination} is no SavedModel, so it is not replaced. Give another path"
+            )
+        others = sorted(path.name for path in destination.iterdir() if path.name not in _PARTS)
+        if others:
+            raise RewriteError(
+                f"{destination} holds more than a SavedModel ({', '.join(others[:3])}), so it is "
+                "not replaced. Give another path"
             )
     inside = destination.resolve()
     if source.resolve() in (inside, *inside.parents):
@@ -327,20 +218,20 @@ def _written_whole(destination: Path, overwrite: bool) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     except OSError as error:
         raise RewriteError(f"{destination.parent} is not writable ({error.strerror})") from error
+    kept = work / "old"
     try:
         yield work / "new"
         _give_default_permissions(work / "new")
         if overwrite and destination.exists():
-            destination.rename(work / "old")
-        try:
-            (work / "new").rename(destination)
-        except OSError:
-            with suppress(OSError):
-                (work / "old").rename(destination)
-            raise
+            destination.rename(kept)
+        (work / "new").rename(destination)
+        shutil.rmtree(kept, ignore_errors=True)
     except OSError as error:
         raise RewriteError(f"{destination} cannot be written: {error.strerror or error}") from error
     finally:
+        # Whatever came in between, Ctrl-C too: what was there comes back, or stays aside.
+        if kept.exists() and not destination.exists():
+            kept.rename(destination)
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -351,55 +242,120 @@ def _give_default_permissions(directory: Path) -> None:
     directory.chmod(0o777 & ~mask)
 
 
-def _save(model: Any, directory: Path) -> None:
-    import tensorflow as tf
-    import tf_keras
-
-    try:
-        tf_keras.models.save_model(model, directory, save_format="tf", include_optimizer=False)
-    except (tf.errors.OpError, ValueError, TypeError) as error:
-        raise RewriteError(
-            f"the rewritten model cannot be written: {_first_line(error)}"
-        ) from error
+# -------------------------------------------------------------------------- verification
 
 
 def _verify_written(
     model: Any,
+    source: Path,
     directory: Path,
     inputs: Mapping[str, np.ndarray] | None,
     tolerance: float | None,
 ) -> Comparison:
-    """Compares the serving signature on disk with the original model in memory."""
+    """Compares the serving signature on disk with the original.
+
+    The original is the source's own serving signature where it has one, or else the model in
+    memory.
+    """
+    from mbn_rewrite.tf_keras_frontend import running
+
+    written = files.Serving(directory)
+    original = files.Serving(source) if source.is_dir() else None
+    if original is not None:
+        _check_alike(original, written)
+    if inputs is not None:
+        given = _checked_inputs(inputs, written)
+    else:
+        given = _by_name(model, running.random_inputs(model), written)
+    results = _named_outputs(written, given, "the rewritten model")
+    if original is not None:
+        expected = _named_outputs(original, given, "the original")
+    else:
+        arrays = running.outputs_of(model, _as_structure(model, given), "the original")
+        names = list(results) if len(results) == 1 else list(model.output_names)
+        expected = dict(zip(names, arrays, strict=True))
+    if set(expected) != set(results):
+        raise RewriteError(
+            f"the written model names its outputs {sorted(results)}, the original "
+            f"{sorted(expected)}"
+        )
+    return compare_outputs(
+        list(expected.values()),
+        [results[name] for name in expected],
+        tolerance_for(running.compute_dtypes(model)) if tolerance is None else tolerance,
+    )
+
+
+def _check_alike(original: files.Serving, written: files.Serving) -> None:
+    """Raises RewriteError where a signature would not be carried over as it was."""
+
+    def described(specs: Mapping[str, Any]) -> dict[str, str]:
+        return {name: f"{s.dtype.name} {s.shape}" for name, s in sorted(specs.items())}
+
+    for what in ("inputs", "outputs"):
+        before, after = described(getattr(original, what)), described(getattr(written, what))
+        if before != after:
+            raise RewriteError(
+                f"the serving signature of the source is not the one that Keras makes: its "
+                f"{what} are {before}, they would become {after}. This release cannot carry "
+                "it over"
+            )
+
+
+def _by_name(model: Any, structure: Any, written: files.Serving) -> dict[str, Any]:
+    """A model's inputs by the names of its serving signature."""
     import tensorflow as tf
 
-    loaded = tf.saved_model.load(str(directory))
-    serve = loaded.signatures["serving_default"]
-    specs = serve.structured_input_signature[1]
-    if inputs is None:
-        structure = random_inputs(model)
-    else:
-        arrays = named_inputs(inputs, model.input_names)
-        tensors = [tf.constant(a, t.dtype) for a, t in zip(arrays, model.inputs, strict=True)]
-        structure = tf.nest.pack_sequence_as(model._nested_inputs, tensors)
     flat = tf.nest.flatten(structure)
-    names = model.input_names if len(specs) > 1 else list(specs)
-    by_name = dict(zip(names, flat, strict=True))
-    expected = tf.nest.flatten(run_anywhere(lambda data: model(data, training=False), structure))
-    results = run_anywhere(lambda data: serve(**data), by_name)
-    return compare_outputs(
-        [np.asarray(t) for t in expected],
-        [np.asarray(results[name]) for name in _output_names(model, results)],
-        tolerance_of(model) if tolerance is None else tolerance,
-    )
+    if len(flat) == len(written.inputs) == 1:
+        return dict(zip(written.inputs, flat, strict=True))
+    names = structure if isinstance(structure, dict) else (model.input_names or ())
+    if set(names) != set(written.inputs):
+        raise RewriteError(
+            f"the serving signature names its inputs {sorted(written.inputs)}, the model "
+            f"{sorted(names)}: give inputs by name (--verify_inputs)"
+        )
+    return dict(zip(sorted(names) if isinstance(structure, dict) else names, flat, strict=True))
 
 
-def _output_names(model: Any, results: Mapping[str, Any]) -> list[str]:
-    """The signature's names of the model's outputs, in the order of the model."""
-    names = list(model.output_names)
-    if set(names) == set(results):
-        return names
-    if len(results) == len(names) == 1:
-        return list(results)
-    raise RewriteError(
-        f"the written model names its outputs {sorted(results)}, the original {sorted(names)}"
-    )
+def _as_structure(model: Any, given: Mapping[str, Any]) -> Any:
+    """Inputs by name in the structure that the model in memory takes."""
+    import tensorflow as tf
+
+    names = list(given) if len(given) == 1 else model.input_names
+    flat = [given[name] for name in names]
+    structure = getattr(model, "_nested_inputs", None)
+    return tf.nest.pack_sequence_as(flat if structure is None else structure, flat)
+
+
+def _checked_inputs(inputs: Mapping[str, np.ndarray], written: files.Serving) -> dict[str, Any]:
+    """Arrays of the caller as tensors that the signature takes."""
+    import tensorflow as tf
+
+    if set(inputs) != set(written.inputs):
+        raise RewriteError(
+            f"the inputs are named {sorted(inputs)}; the model's are named {sorted(written.inputs)}"
+        )
+    tensors = {}
+    for name, array in inputs.items():
+        spec, array = written.inputs[name], np.asarray(array)
+        text, complex_numbers = array.dtype.kind in "SUO", array.dtype.kind == "c"
+        if text != (spec.dtype == tf.string) or (complex_numbers and not spec.dtype.is_complex):
+            raise RewriteError(f"input '{name}' is of {array.dtype}; {spec.dtype.name} is needed")
+        if not spec.shape.is_compatible_with(array.shape):
+            raise RewriteError(
+                f"input '{name}' has the shape {array.shape}; {spec.shape} is needed"
+            )
+        tensor = tf.constant(array)
+        tensors[name] = tensor if text else tf.cast(tensor, spec.dtype)
+    return tensors
+
+
+def _named_outputs(
+    serving: files.Serving, given: dict[str, Any], who: str
+) -> dict[str, np.ndarray]:
+    from mbn_rewrite.tf_keras_frontend import running
+
+    names = sorted(serving.outputs)
+    arrays = running.called(lambda data: [serving(data)[name] for name in names], given, who)
+    return dict(zip(names, arrays, strict=True))

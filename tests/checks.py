@@ -7,8 +7,9 @@ import tensorflow as tf
 import tf_keras
 
 import mbn_rewrite as mbn
-from mbn_rewrite.comparison import Comparison, compare_outputs, run_anywhere, tolerance_of
+from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
 from mbn_rewrite.tf_keras_frontend.describe import is_batch_norm
+from mbn_rewrite.tf_keras_frontend.running import called, compute_dtypes
 
 
 def outputs(model, inputs, compiled=False):
@@ -19,7 +20,7 @@ def outputs(model, inputs, compiled=False):
 
     if compiled:
         function = tf.function(function, jit_compile=True, autograph=False)
-    return [np.asarray(t) for t in tf.nest.flatten(run_anywhere(function, inputs))]
+    return called(function, inputs, "the model")
 
 
 def norms(model) -> list:
@@ -47,7 +48,8 @@ def check_rewrite(model, inputs, mode, compiled=False) -> Comparison:
     assert [t.shape for t in new.outputs] == [t.shape for t in model.outputs]
     assert [t.dtype for t in new.outputs] == [t.dtype for t in model.outputs]
 
-    comparison = compare_outputs(expected, outputs(new, inputs, compiled), tolerance_of(model))
+    tolerance = tolerance_for(compute_dtypes(model))
+    comparison = compare_outputs(expected, outputs(new, inputs, compiled), tolerance)
     assert comparison.ok, f"{comparison}\n{plan}"
     for old, now in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, now, "the original was changed")

@@ -29,6 +29,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # The repository's own package comes first, so that the tool runs without installation.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,8 +38,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags
 
 from mbn_rewrite.api import MODES
-from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.exporter import check_paths, rewrite_saved_model
+from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.exporter import Report, VerificationError, check_paths, rewrite_saved_model
 from tools.quiet import import_tensorflow
 
 FLAGS = flags.FLAGS
@@ -72,26 +73,25 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except VerificationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        print(error.report, file=sys.stderr)
+        _write_report(error.report)
+        return EXIT_DIFFERENT
     except RewriteError as error:
         print(f"error: {error}", file=sys.stderr)
-        report = getattr(error, "report", None)
-        if report is None:
-            return EXIT_ERROR
-        print(report, file=sys.stderr)
-        _write_report(report)
-        return EXIT_DIFFERENT
+        return EXIT_ERROR
 
 
 def _run(paths: list[str]) -> int:
     wanted = "IN" if FLAGS.dry_run else "IN and OUT"
     if len(paths) not in ((1, 2) if FLAGS.dry_run else (2,)):
         raise RewriteError(f"give {wanted} (got {len(paths)} paths); --help has examples")
-    if FLAGS.report and not Path(FLAGS.report).resolve().parent.is_dir():
-        raise RewriteError(f"there is no directory for the report {FLAGS.report}")
-    inputs = _load_inputs(FLAGS.verify_inputs)
     source, destination = Path(paths[0]), None if FLAGS.dry_run else Path(paths[1])
     # What is wrong with the paths is said at once: TensorFlow takes seconds to load.
     check_paths(source, destination, FLAGS.overwrite, FLAGS.trusted)
+    _check_report(source, destination)
+    inputs = _load_inputs(FLAGS.verify_inputs)
     import_tensorflow(quiet_log=not FLAGS["verbosity"].present)
     _import(FLAGS.import_modules)
     report = rewrite_saved_model(
@@ -105,14 +105,48 @@ def _run(paths: list[str]) -> int:
         tolerance=FLAGS.tolerance,
         progress=None if FLAGS.quiet else lambda line: print(f"{line} ...", file=sys.stderr),
     )
-    _write_report(report)
     if not FLAGS.quiet:
         print(report)
         print(f"wrote {report.destination}" if report.destination else "dry run: wrote nothing")
-    return 0
+    return 0 if _write_report(report) else EXIT_ERROR
 
 
-def _load_inputs(path: str | None) -> dict | None:
+def _check_report(source: Path, destination: Path | None) -> None:
+    """Raises RewriteError where the report would overwrite a model, or cannot be written."""
+    if FLAGS.report is None:
+        return
+    report = Path(FLAGS.report)
+    try:
+        place = report.resolve()
+        for model in filter(None, (source, destination)):
+            if model.resolve() in (place, *place.parents):
+                raise RewriteError(f"the report {report} would lie in {model}. Give another path")
+        if not FLAGS.report or (place.exists() and not place.is_file()):
+            raise RewriteError(f"the report {FLAGS.report!r} is no file. Give another path")
+        if not place.parent.is_dir():
+            raise RewriteError(f"there is no directory for the report {report}")
+    except (OSError, RuntimeError) as error:
+        raise RewriteError(f"the report cannot be written: {cause_of(error)}") from error
+
+
+def _write_report(report: Report) -> bool:
+    """Writes the report whole or not at all; says so where it cannot."""
+    if not FLAGS.report:
+        return True
+    place = Path(FLAGS.report).resolve()
+    part = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        part.write_text(report.to_json() + "\n")
+        part.replace(place)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        what = f"{report.destination} was written" if report.destination else "done"
+        print(f"error: {what}, but the report cannot be: {cause_of(error)}", file=sys.stderr)
+        return False
+    return True
+
+
+def _load_inputs(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return None
     import numpy as np
@@ -120,26 +154,29 @@ def _load_inputs(path: str | None) -> dict | None:
     try:
         with np.load(path) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, TypeError) as error:
-        raise RewriteError(f"--verify_inputs: {path} is no .npz file ({error})") from error
+    except Exception as error:  # zip files, pickles and headers fail in many ways
+        raise RewriteError(
+            f"--verify_inputs: {path} is no .npz file of plain arrays: {cause_of(error)}"
+        ) from error
 
 
 def _import(modules: list[str]) -> None:
-    sys.path.insert(0, os.getcwd())
+    if modules:
+        sys.path.append(os.getcwd())
     for module in modules:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise RewriteError(f"--import_modules: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise RewriteError(f"--import_modules: {module}: {cause_of(error)}") from error
 
 
-def _write_report(report) -> None:
-    if FLAGS.report:
-        try:
-            Path(FLAGS.report).write_text(report.to_json() + "\n")
-        except OSError as error:
-            raise RewriteError(f"the report cannot be written: {error}") from error
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}; --help lists the flags", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

@@ -231,7 +231,9 @@ def _dense(call: Call) -> Op:
 def _einsum_dense(call: Call) -> Op:
     """Products with one output channel axis that comes from the kernel alone."""
     layer = call.layer
-    inputs, kernel, outputs = einsum_axes(layer.equation, len(call.inputs[0]), len(call.output))
+    inputs, kernel, outputs = _einsum_terms(layer.equation)
+    inputs = _spelled_out(inputs, len(call.inputs[0]))
+    outputs = _spelled_out(outputs, len(call.output))
     made = [letter for letter in kernel if letter in outputs]
     if len(made) != 1 or made[0] in inputs:
         return Opaque("has no single axis of output channels")
@@ -246,17 +248,22 @@ def _einsum_dense(call: Call) -> Op:
     return _linear(call, (layout,), in_axis, outputs.index(made[0]))
 
 
-def einsum_axes(equation: str, in_rank: int, out_rank: int) -> tuple[str, str, str]:
-    """The axes of input, kernel and output, with capitals in place of an ellipsis."""
+def einsum_output_axis(equation: str) -> str:
+    """The letter of the output channels: the only one in kernel and output."""
+    _, kernel, outputs = _einsum_terms(equation)
+    return next(letter for letter in kernel if letter in outputs)
+
+
+def _einsum_terms(equation: str) -> tuple[str, str, str]:
     inputs, rest = equation.replace(" ", "").split(",")
     kernel, outputs = rest.split("->")
-    return _spelled_out(inputs, in_rank), kernel, _spelled_out(outputs, out_rank)
+    return inputs, kernel, outputs
 
 
 def _spelled_out(axes: str, rank: int) -> str:
-    """Einsum axes with capitals in place of an ellipsis."""
+    """Einsum axes with digits, which no equation has, in place of an ellipsis."""
     missing = rank - len(axes.replace("...", ""))
-    return axes.replace("...", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:missing])
+    return axes.replace("...", "0123456789"[:missing])
 
 
 def _time_distributed(call: Call) -> Op:

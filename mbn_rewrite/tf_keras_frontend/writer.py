@@ -20,10 +20,10 @@ import tf_keras
 
 from mbn_rewrite.algebra import ChannelMap, fold
 from mbn_rewrite.decisions import Edit, Plan
-from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.graph import Recurrent
 from mbn_rewrite.tf_keras_frontend import weights
-from mbn_rewrite.tf_keras_frontend.describe import effective_epsilon, einsum_axes
+from mbn_rewrite.tf_keras_frontend.describe import effective_epsilon, einsum_output_axis
 from mbn_rewrite.tf_keras_frontend.holders import Place, at, exchange, held
 from mbn_rewrite.tf_keras_frontend.layers import ScaleAndShift
 from mbn_rewrite.tf_keras_frontend.reader import Reading, calls_of, is_visible
@@ -215,7 +215,7 @@ class _Writer:
             if needs_bias and "use_bias" in part:
                 part["use_bias"] = True
         if needs_bias and isinstance(old, keras.EinsumDense) and not config["bias_axes"]:
-            config["bias_axes"] = _einsum_output(old)
+            config["bias_axes"] = einsum_output_axis(old.equation)
         new = _from_config(old, config)
         self._unfinished.append(lambda: _set_folded(old, new, edit, needs_bias))
         return new
@@ -321,7 +321,7 @@ def _called(layer: Any, args: Any, kwargs: Any) -> Any:
     except Exception as error:
         raise RewriteError(
             f"the copy of {_label(layer)} cannot be called as the original was: "
-            f"{_first_line(error)} Check that its get_config() describes it fully"
+            f"{cause_of(error)} Check that its get_config() describes it fully"
         ) from error
 
 
@@ -335,7 +335,7 @@ def _config(layer: Any) -> dict[str, Any]:
     except Exception as error:
         raise RewriteError(
             f"{_label(layer)} cannot be copied, because its get_config() fails: "
-            f"{_first_line(error)} Define get_config() so that it returns the arguments of "
+            f"{cause_of(error)} Define get_config() so that it returns the arguments of "
             "__init__"
         ) from error
 
@@ -345,25 +345,15 @@ def _from_config(layer: Any, config: dict[str, Any]) -> Any:
         return type(layer).from_config(config)
     except Exception as error:
         raise RewriteError(
-            f"{_label(layer)} cannot be copied from its configuration: {_first_line(error)} "
+            f"{_label(layer)} cannot be copied from its configuration: {cause_of(error)} "
             "Define get_config() so that it returns the arguments of __init__"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    return text if text.endswith(".") else text + "."
 
 
 def _configs_within(config: dict[str, Any]) -> list[dict[str, Any]]:
     """A layer's configuration, and those of the layers that it wraps."""
     inner = [config[key]["config"] for key in ("layer", "backward_layer") if key in config]
     return [config, *inner]
-
-
-def _einsum_output(layer: Any) -> str:
-    _, kernel, outputs = einsum_axes(layer.equation, 26, 26)
-    return next(letter for letter in kernel if letter in outputs)
 
 
 def _set_folded(old: Any, new: Any, edit: Edit, needs_bias: bool) -> None:
@@ -384,9 +374,20 @@ def _set_folded(old: Any, new: Any, edit: Edit, needs_bias: bool) -> None:
             after=edit.after,
         )
         for kernel, array in zip(kernels, arrays, strict=True):
+            _check_range(old, weights.read(old, kernel.name), array)
             weights.write(new, kernel.name, array)
         if bias or needs_bias:
             weights.write(new, path + "bias", new_bias)
+            _check_range(old, new_bias, weights.read(new, path + "bias"))
+
+
+def _check_range(layer: Any, before: np.ndarray, after: np.ndarray) -> None:
+    """Raises RewriteError where folding took finite weights out of their dtype's range."""
+    if np.all(np.isfinite(before)) and not np.all(np.isfinite(after)):
+        raise RewriteError(
+            f"{_label(layer)} cannot absorb a BatchNormalization: weights would leave the range "
+            f'of {after.dtype}. Use mode="depthwise" for this model'
+        )
 
 
 def _standing_in_for(layer: Any) -> Any:

@@ -1,0 +1,88 @@
+"""Finds the front end for a model.
+
+A front end knows one kind of model. It reads it, writes it, and runs it; it decides nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Protocol
+
+import numpy as np
+
+from mbn_rewrite.decisions import Plan
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.graph import Graph
+
+
+class Reading(Protocol):
+    """A model as its front end has read it."""
+
+    @property
+    def graph(self) -> Graph:
+        """What the planner sees of it."""
+
+
+class FrontEnd(Protocol):
+    """What every front end can do."""
+
+    def read(self, model: Any) -> Any:
+        """A `Reading` of a model."""
+
+    def write(self, model: Any, reading: Any, plan: Plan) -> Any:
+        """A copy of the model with the plan carried out."""
+
+    def random_inputs(self, model: Any, seed: int) -> Any:
+        """Inputs of the model's shapes and dtypes, in the structure that it takes."""
+
+    def outputs_of(self, model: Any, inputs: Any, who: str) -> list[np.ndarray]:
+        """All outputs at inference; the model stays as it is. `who` is for errors."""
+
+    def compute_dtypes(self, model: Any) -> set[str]:
+        """The names of the dtypes that the model computes in."""
+
+
+def front_end_of(model: Any) -> FrontEnd:
+    """The front end for a model, chosen by where its class comes from.
+
+    Raises:
+        RewriteError: there is none for this kind of model, or it has not been built.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        raise RewriteError(
+            f"a model is needed, not the path {os.fspath(model)!r}. Load it first with "
+            "tf_keras.models.load_model, or use rewrite_saved_model or "
+            "tools/rewrite_savedmodel.py, which take paths"
+        )
+    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    if "tf_keras" in packages:
+        return _tf_keras_front_end(model)
+    if "keras" in packages:
+        raise RewriteError(
+            f"{type(model).__name__} is of Keras 3, which this release cannot rewrite; it "
+            "rewrites models of tf_keras (Keras 2). Rebuild the model with tf_keras (or with "
+            "tf.keras where TF_USE_LEGACY_KERAS=1 is set before TensorFlow is imported) and "
+            "copy its weights"
+        )
+    raise RewriteError(
+        f"a tf_keras model is needed, not {type(model).__name__}. "
+        "Give a tf_keras.Model, Functional, Sequential or subclassed"
+    )
+
+
+def _tf_keras_front_end(model: Any) -> FrontEnd:
+    import tf_keras
+
+    from mbn_rewrite.tf_keras_frontend import entry
+
+    if not isinstance(model, tf_keras.Model):
+        raise RewriteError(
+            f"a model is needed, not the {type(model).__name__} '{getattr(model, 'name', model)}'. "
+            "Put layers in a tf_keras.Sequential with an input shape"
+        )
+    if not model.built or not (model.weights or model.inputs):
+        raise RewriteError(
+            f"{type(model).__name__} '{model.name}' has not been built, so it has no weights. "
+            "Call it once on data, or give it an input shape"
+        )
+    return entry
