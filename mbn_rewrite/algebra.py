@@ -224,6 +224,8 @@ def reshaped(
         None where the reshaped map is not a map per channel.
     """
     axis, channels = channel_map.axis, channel_map.channels
+    if len(shape) < 2 or len(new_shape) < 2 or 0 in (*shape, *new_shape):
+        return None
     inner = list(shape[axis:])
     if None not in inner and inner == list(new_shape[1:][-len(inner) :]):
         # What lies inside each channel is left as it was.

@@ -77,7 +77,8 @@ def verify(
         model: the original tf_keras model.
         new: the rewritten one, with the same inputs and outputs.
         inputs: what to call both with. By default random values for inputs of the shapes
-            and dtypes of the model's: normally distributed floats, integers 0 and 1.
+            and dtypes of the model's: normally distributed floats (pixels from 0 to 255
+            where the model rescales them), integers that its embeddings have rows for.
         tolerance: the largest relative error to accept; by default the one of `TOLERANCES`
             for the narrowest dtype that the model computes in.
         seed: of the random inputs.

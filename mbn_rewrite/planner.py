@@ -25,10 +25,6 @@ from mbn_rewrite.motion import RULES, Absorb, Blocked, Outcome, Shapes, Through
 # what networks hold, since every branch on the way must have no other reader.
 _MAX_DEPTH = 100
 
-# Below this, a scale cannot take a float32 kernel of any trained network out of range, and
-# the kernel need not be read to know it. The writer checks every result all the same.
-_HARMLESS_SCALE = 2.0**20
-
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
 _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
@@ -167,11 +163,16 @@ class _Folding:
             self.graph.values[node.outputs[0]].shape,
         )
         rule = RULES[type(op)]
-        outcome = (
+        outcome: Outcome = (
             rule.backward(op, m, shapes)
             if position is None
             else rule.forward(op, m, shapes, position)
         )
+        if isinstance(outcome, Through):
+            before, after = (self.graph.values[v[0]].dtype for v in (node.inputs, node.outputs))
+            if before != after and "16" in before + after:
+                # Moved past it, the map would work in another range and precision.
+                outcome = Blocked(f"turns {before} into {after}")
         return _named(outcome, node)
 
     def _backward(self, site: Node) -> _Asks:
@@ -307,9 +308,13 @@ class _Folding:
         for m in (edit.before, edit.after):
             if m is not None and not m.is_finite:
                 return "the scale or shift would not be finite"
-        if not _needs_look(edit, node.dtype):
+
+        def read(name: str) -> Array:
+            return self.graph.read_weight(node.owner, name)
+
+        if _surely_fits(edit, node.dtype, read):
             return ""
-        return _loses_range(edit, node.dtype, lambda name: self.graph.read_weight(node.owner, name))
+        return _loses_range(edit, node.dtype, read)
 
     def _carry_out(self, site: str, asks: list[_Ask]) -> None:
         for ask in asks:
@@ -385,11 +390,32 @@ def _out_of_range(m: ChannelMap, dtype: str) -> str:
     return ""
 
 
-def _needs_look(edit: Edit, dtype: str) -> bool:
+def _surely_fits(edit: Edit, dtype: str, read: Callable[[str], Array]) -> bool:
+    """Whether bounds alone show that the folded weights are within a dtype's range."""
     if dtype == "float16":
-        return True
-    scales = [np.abs(m.scale).max(initial=1) for m in (edit.before, edit.after) if m is not None]
-    return bool(np.prod(scales) > _HARMLESS_SCALE)
+        return False  # where small numbers matter too
+    scale_before, shift_before = _bounds(edit.before)
+    scale_after, shift_after = _bounds(edit.after)
+    for kernels, bias in edit.op.chains:
+        largest, added = 0.0, shift_before
+        for kernel in kernels:
+            array = read(kernel.name)
+            size = _magnitude(array)
+            largest, added = max(largest, size), added * size * array.size
+        added = (added + (_magnitude(read(bias)) if bias else 0.0)) * scale_after + shift_after
+        if not max(largest * scale_before * scale_after, added) < _LARGEST[dtype]:
+            return False
+    return True
+
+
+def _bounds(m: ChannelMap | None) -> tuple[float, float]:
+    """The largest scale, or 1 if that is less, and the largest shift of a map."""
+    return (max(1.0, _magnitude(m.scale)), _magnitude(m.shift)) if m else (1.0, 0.0)
+
+
+def _magnitude(array: Array) -> float:
+    # Without a copy of the array, which may be large.
+    return max(float(array.max(initial=0)), -float(array.min(initial=0)))
 
 
 def _loses_range(edit: Edit, dtype: str, read: Callable[[str], Array]) -> str:

@@ -68,6 +68,8 @@ def describe(call: Call) -> Op:
         if is_batch_norm(call.layer):
             return batch_norm(call.layer, call.training)
         return Opaque()
+    if call.arguments and describer is not _tensorflow_function:
+        return Opaque("is called with constants")
     return describer(call)
 
 
@@ -159,7 +161,10 @@ _HOMOGENEOUS = (tf_keras.activations.relu, tf.nn.relu, tf.nn.leaky_relu)
 
 
 def _channel_axis(layer: Any, rank: int) -> int:
-    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
+    if getattr(layer, "data_format", None) != "channels_first":
+        return rank - 1
+    # Convolutions take further axes like the batch before the channels.
+    return rank - 1 - getattr(layer, "rank", rank - 2)
 
 
 def _linear(
@@ -241,6 +246,8 @@ def _einsum_dense(call: Call) -> Op:
         return Opaque("sums over positions")
     if layer.bias is not None and layer.bias_axes != made[0]:
         return Opaque("has a bias along other axes than its output channels")
+    if not outputs.endswith(made[0]):
+        return Opaque("does not have its output channels last")
     contracted = [axis for axis, letter in enumerate(inputs) if letter in kernel]
     in_axis = contracted[0] if len(contracted) == 1 else None
     in_dims = () if in_axis is None else (kernel.index(inputs[in_axis]),)

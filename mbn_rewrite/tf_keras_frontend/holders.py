@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tf_keras
+from tf_keras.src.engine.functional import Functional
 
 # Where Keras keeps books about what the attributes hold.
 _BOOKKEEPING = ("_self_", "_obj_reference_counts", "_inbound_nodes", "_outbound_nodes")
@@ -32,8 +33,10 @@ class Place:
 
 def held(layer: Any) -> Iterator[tuple[Place, Any]]:
     """The layers that a layer holds in its attributes, with their places."""
+    # What a Functional model of a class of its own keeps of its calls is private.
+    private = ("_",) if isinstance(layer, Functional) else _BOOKKEEPING
     for attribute, value in list(vars(layer).items()):
-        if not attribute.startswith(_BOOKKEEPING):
+        if not attribute.startswith(private):
             for keys, inner in _layers_in(value, ()):
                 yield Place(attribute, keys), inner
 

@@ -38,7 +38,7 @@ class ScaleAndShift(tf_keras.layers.Layer):
         self.shift = self.add_weight("shift", (channels,), initializer="zeros")
         super().build(input_shape)
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+    def call(self, inputs: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
         rank = inputs.shape.rank
         shape = [1] * rank
         shape[self.axis] = -1

@@ -9,8 +9,8 @@ their own, whose outputs are outputs, and the BatchNormalizations are listed as 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from tf_keras.src.engine.sequential import Sequential
 
 from mbn_rewrite.graph import BatchNorm, Graph, HiddenBatchNorm, Input, Node, Shape, Value
 from mbn_rewrite.tf_keras_frontend import weights
+from mbn_rewrite.tf_keras_frontend.copying import label
 from mbn_rewrite.tf_keras_frontend.describe import Call, batch_norm, describe, is_batch_norm
 from mbn_rewrite.tf_keras_frontend.holders import held
 
@@ -32,11 +33,13 @@ class Reading:
         graph: the neutral graph.
         layers: the layer of each owner named in the graph.
         owners: id(layer) -> owner.
+        masked: owners of layers that some call gives a mask.
     """
 
     graph: Graph
     layers: dict[str, Any]
     owners: dict[int, str]
+    masked: frozenset[str]
 
 
 def read(model: Any) -> Reading:
@@ -45,8 +48,9 @@ def read(model: Any) -> Reading:
     if is_visible(model):
         reader.outputs.update(reader.read_calls(model, "", training=False))
     else:
-        reader.read_held(model, "", f"{type(model).__name__} '{model.name}'")
+        reader.read_held(model, "", label(model), training=False)
     reader.account_for_the_rest(model)
+    reader.root_what_is_also_held()
     layers = reader.layers
     graph = Graph(
         tuple(reader.values),
@@ -55,7 +59,7 @@ def read(model: Any) -> Reading:
         tuple(reader.hidden),
         lambda owner, name: weights.read(layers[owner], name),
     )
-    return Reading(graph, layers, reader.owners)
+    return Reading(graph, layers, reader.owners, frozenset(reader.masked))
 
 
 def is_visible(layer: Any) -> bool:
@@ -93,6 +97,8 @@ class _Reader:
     hidden: list[HiddenBatchNorm] = field(default_factory=list)
     layers: dict[str, Any] = field(default_factory=dict)
     owners: dict[int, str] = field(default_factory=dict)
+    masked: set[str] = field(default_factory=set)
+    holders: dict[int, str] = field(default_factory=dict)  # id(held layer) -> who holds it
 
     def read_calls(
         self, model: Any, prefix: str, training: bool | None, inputs: list[int] | None = None
@@ -139,39 +145,72 @@ class _Reader:
             before, after = self.values[sources[0]].dtype, self.values[results[0]].dtype
             if before != after:
                 op = BatchNorm(op.map, rooted=f"it turns {before} into {after}")
+            elif len(sources) > 1:
+                op = BatchNorm(op.map, rooted="it is given a mask, which others read from it")
+        if len(sources) > 1 or any(
+            getattr(t, "_keras_mask", None) is not None for t in node.keras_inputs
+        ):
+            self.masked.add(owner)
         self.nodes.append(
             Node(owner, type(layer).__name__, op, tuple(sources), tuple(results), _dtype(layer))
         )
         if not isinstance(op, (Input, BatchNorm)):
-            self.read_held(layer, f"{owner}/", self.nodes[-1].label)
+            calls = [_training_of(call, training) for call in layer._inbound_nodes]
+            worst = False if all(value is False for value in calls) else (True in calls or None)
+            self.read_held(layer, f"{owner}/", self.nodes[-1].label, worst)
         return results
 
-    def read_held(self, holder: Any, prefix: str, label: str) -> None:
-        """Reads what a layer holds whose calls cannot be seen."""
+    def read_held(self, holder: Any, prefix: str, who: str, training: bool | None) -> None:
+        """Reads what a layer holds whose calls cannot be seen.
+
+        Args:
+            holder: the layer.
+            prefix: what to put before the names of the layers that it holds.
+            who: its label.
+            training: how the holder itself is called; see `describe.Call`.
+        """
         for _, layer in held(holder):
+            self.holders.setdefault(id(layer), who)
             if id(layer) in self.owners:
                 continue
             if is_batch_norm(layer):
-                self._add_hidden(layer, prefix, label)
+                self._add_hidden(layer, prefix, who, batch_norm(layer, training))
             elif is_visible(layer):
                 path = self._path(layer, prefix)
                 self.owners[id(layer)] = path
-                self.outputs.update(self.read_calls(layer, path, training=False))
+                self.outputs.update(self.read_calls(layer, path, training))
             else:
                 owner = self._owner(layer, prefix)
-                self.read_held(layer, f"{owner}/", f"{type(layer).__name__} '{owner}'")
+                self.read_held(layer, f"{owner}/", label(layer), training)
+        if not is_visible(holder):
+            self._account_for(holder.submodules, who)
 
     def account_for_the_rest(self, model: Any) -> None:
         """Lists the BatchNormalizations that are nowhere to be found, so that none is lost."""
-        for layer in model._flatten_layers(include_self=False, recursive=True):
-            if is_batch_norm(layer) and id(layer) not in self.owners:
-                self._add_hidden(layer, "", "", "it is held where it cannot be exchanged")
+        self._account_for(model._flatten_layers(include_self=False, recursive=True), "")
 
-    def _add_hidden(self, layer: Any, prefix: str, label: str, unfit: str = "") -> None:
-        op = BatchNorm(None, unfit) if unfit else batch_norm(layer, training=False)
-        rank = layer.input_spec.ndim if layer.built else None
+    def _account_for(self, modules: Iterable[Any], who: str) -> None:
+        for layer in modules:
+            if is_batch_norm(layer) and id(layer) not in self.owners:
+                op = BatchNorm(None, "it is held where it cannot be exchanged")
+                self._add_hidden(layer, "", who, op)
+
+    def root_what_is_also_held(self) -> None:
+        """A BatchNormalization that is called in sight and held out of sight cannot move."""
+        nodes = [(node, self.holders.get(id(self.layers[node.owner]))) for node in self.nodes]
+        seen = {node.owner for node in self.nodes}
+        self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
+        self.nodes = [
+            replace(node, op=BatchNorm(node.op.map, node.op.unfit, f"{who} holds it too"))
+            if isinstance(node.op, BatchNorm) and who
+            else node
+            for node, who in nodes
+        ]
+
+    def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm) -> None:
+        rank = getattr(layer.input_spec, "ndim", None)
         owner = self._owner(layer, prefix)
-        self.hidden.append(HiddenBatchNorm(owner, label, op, rank, _dtype(layer)))
+        self.hidden.append(HiddenBatchNorm(owner, who, op, rank, _dtype(layer)))
 
     def _add_value(self, tensor: Any) -> int:
         self.values.append(Value(_shape(tensor), tensor.dtype.name))
@@ -224,11 +263,11 @@ def _training_of(node: Any, inherited: bool | None) -> bool | None:
 
 
 def _other_arguments(node: Any) -> tuple[Any, ...]:
-    """What a call was given beside Keras tensors, in order; names and Nones left out."""
+    """What a call was given beside Keras tensors; names, flags and Nones left out."""
     arguments = (node.call_args, {k: v for k, v in node.call_kwargs.items() if k != "name"})
     tensors = {id(t) for t in node.keras_inputs}
     return tuple(
         value
         for value in tf.nest.flatten(arguments)
-        if value is not None and id(value) not in tensors
+        if value is not None and not isinstance(value, bool) and id(value) not in tensors
     )

@@ -34,18 +34,25 @@ def random_inputs(model: Any, seed: int = 0) -> Any:
     if getattr(model, "_is_graph_network", False):
         specs = model._nested_inputs
     else:
-        arguments, _ = model.save_spec(dynamic_batch=False)
-        if len(arguments) != 1:
+        spec = model.save_spec(dynamic_batch=False)
+        if spec is None or len(spec[0]) != 1:
             raise RewriteError(
-                f"'{model.name}' takes several arguments, for which no inputs can be made up. "
-                "Compare the models on real ones"
+                f"no inputs can be made up for '{model.name}', whose arguments are "
+                f"{'not known' if spec is None else 'several'}. Give real ones (inputs=... in "
+                "Python, --verify_inputs on the command line)"
             )
-        specs = arguments[0]
+        specs = spec[0][0]
     rng = np.random.default_rng(seed)
-    return tf.nest.map_structure(lambda spec: _random_tensor(spec, rng), specs)
+    layers = list(model._flatten_layers(include_self=False, recursive=True))
+    # What a model scales down first are the pixels of images.
+    top = 255.0 if any(isinstance(x, tf_keras.layers.Rescaling) for x in layers) else None
+    words = min(
+        (x.input_dim for x in layers if isinstance(x, tf_keras.layers.Embedding)), default=2
+    )
+    return tf.nest.map_structure(lambda spec: _random_tensor(spec, rng, top, words), specs)
 
 
-def _random_tensor(spec: Any, rng: np.random.Generator) -> Any:
+def _random_tensor(spec: Any, rng: np.random.Generator, top: float | None, words: int) -> Any:
     dtype = tf.as_dtype(spec.dtype)
     kind = getattr(spec, "type_spec", spec)
     dense = not isinstance(kind, (tf.SparseTensorSpec, tf.RaggedTensorSpec))
@@ -58,8 +65,10 @@ def _random_tensor(spec: Any, rng: np.random.Generator) -> Any:
         (_BATCH if i == 0 else _OPEN_SIZE) if size is None else size
         for i, size in enumerate(spec.shape.as_list())
     ]
-    values = rng.standard_normal(shape) if dtype.is_floating else rng.integers(0, 2, shape)
-    return tf.cast(tf.constant(values), dtype)
+    if not dtype.is_floating:
+        return tf.cast(rng.integers(0, 2 if dtype.is_bool else words, shape), dtype)
+    values = rng.standard_normal(shape) if top is None else rng.uniform(0, top, shape)
+    return tf.cast(values, dtype)
 
 
 def outputs_of(model: Any, inputs: Any, who: str = "the model") -> list[np.ndarray]:
@@ -70,7 +79,8 @@ def outputs_of(model: Any, inputs: Any, who: str = "the model") -> list[np.ndarr
     """
     # A BatchNormalization called with training=True moves its statistics even here. Values
     # read share memory with their variables until one of the two changes.
-    before = [(variable, variable.read_value()) for variable in model.non_trainable_weights]
+    variables = [*model.non_trainable_weights, *_states(model)]
+    before = [(variable, variable.read_value()) for variable in variables]
     try:
         return called(lambda data: model(data, training=False), inputs, who)
     finally:
@@ -99,4 +109,11 @@ def called(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.nda
             f"{who} cannot be called with these inputs: {cause_of(error)} Give inputs that it "
             "takes (inputs=... in Python, --verify_inputs on the command line)"
         ) from error
-    return [np.asarray(output) for output in tf.nest.flatten(outputs)]
+    return [np.asarray(output) for output in tf.nest.flatten(outputs, expand_composites=True)]
+
+
+def _states(model: Any) -> list[tf.Variable]:
+    """The states that stateful recurrent layers keep from call to call."""
+    layers = model._flatten_layers(include_self=False, recursive=True)
+    states = [x.states for x in layers if getattr(x, "stateful", False) and hasattr(x, "states")]
+    return [state for state in tf.nest.flatten(states) if isinstance(state, tf.Variable)]

@@ -21,8 +21,14 @@ import tf_keras
 from mbn_rewrite.algebra import ChannelMap, fold
 from mbn_rewrite.decisions import Edit, Plan
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.graph import Recurrent
 from mbn_rewrite.tf_keras_frontend import weights
+from mbn_rewrite.tf_keras_frontend.copying import (
+    config_of,
+    copy_weights,
+    from_config,
+    label,
+    paired,
+)
 from mbn_rewrite.tf_keras_frontend.describe import effective_epsilon, einsum_output_axis
 from mbn_rewrite.tf_keras_frontend.holders import Place, at, exchange, held
 from mbn_rewrite.tf_keras_frontend.layers import ScaleAndShift
@@ -31,11 +37,11 @@ from mbn_rewrite.tf_keras_frontend.reader import Reading, calls_of, is_visible
 keras = tf_keras.layers
 
 # They were meant for the weights as they were, and would spoil the folded ones.
-_MEANT_FOR_OLD_WEIGHTS = [
+_MEANT_FOR_OLD_WEIGHTS = {
     f"{weight}_{kind}"
-    for weight in ("kernel", "bias", "depthwise", "pointwise")
+    for weight in ("kernel", "bias", "depthwise", "pointwise", "gamma", "beta")
     for kind in ("regularizer", "constraint")
-]
+}
 
 
 def write(model: Any, reading: Reading, plan: Plan) -> Any:
@@ -49,11 +55,9 @@ def write(model: Any, reading: Reading, plan: Plan) -> Any:
     Raises:
         RewriteError: a layer cannot be copied.
     """
-    classes = {type(layer).__name__: type(layer) for layer in _all_layers(model)}
-    with tf_keras.utils.custom_object_scope(classes):
-        writer = _Writer(reading, plan)
-        new = writer.model(model) if is_visible(model) else writer.subclassed(model)
-        writer.exchange_in_holders()
+    writer = _Writer(reading, plan)
+    new = writer.model(model) if is_visible(model) else writer.subclassed(model)
+    writer.exchange_in_holders()
     missed = plan.touched ^ writer.done
     if missed:  # a defect of this library, never of the model
         raise RewriteError(f"the plan was not carried out on {sorted(missed)}; please report this")
@@ -128,20 +132,22 @@ class _Writer:
             if layer is old.layers[-1]:
                 new.add(_standing_in_for(layer))
         if not new.built:
-            new.build(old.input_shape)
+            # As `build` does, which has no argument for the dtype.
+            new._build_graph_network_for_inferred_shape(old.input_shape, old.inputs[0].dtype)
         self._finish()
         return new
 
     def subclassed(self, old: Any) -> Any:
         """A copy of a model that calls its layers in Python code."""
-        if hasattr(type(old).call, "get_concrete_function"):
-            raise RewriteError(
-                f"{_label(old)} cannot be rewritten: its call method is a tf.function, which "
-                "goes on calling the layers it was traced with. Remove the decorator; Keras "
-                "compiles predict() and saved models all the same"
-            )
+        _check_not_traced(old)
         new = self._copied(old)
-        arguments, keywords = old.save_spec(dynamic_batch=False)
+        spec = old.save_spec(dynamic_batch=False)
+        if spec is None:
+            raise RewriteError(
+                f"{label(old)} was built but never called, so it is not known how to call its "
+                "copy. Call it once on data"
+            )
+        arguments, keywords = spec
         _called(
             new,
             tf.nest.map_structure(_zeros, arguments),
@@ -177,7 +183,7 @@ class _Writer:
         if id(old) not in self._copies:
             owner = self._owner(old)
             if owner in self.plan.replaced:
-                new = self._replacement(old, len(node.outputs.shape), _has_mask(node))
+                new = self._replacement(old, len(node.outputs.shape), owner in self.reading.masked)
             elif owner in self.plan.renewed:
                 new = self._renewed(old, self.plan.renewed[owner])
             elif owner in self.plan.edits:
@@ -189,19 +195,8 @@ class _Writer:
 
     def _copied(self, old: Any) -> Any:
         """A layer with the same configuration and the same weights."""
-        new = _from_config(old, _config(old))
-        if isinstance(old, keras.Lambda):
-            new.function = old.function  # its configuration holds byte code alone
-
-        def finish() -> None:
-            try:
-                weights.copy(old, new)
-            except ValueError as error:
-                raise RewriteError(f"{_label(old)} cannot be copied: {error}") from error
-            if isinstance(new, keras.Normalization):
-                new.finalize_state()  # its mean and variance are computed from its weights
-
-        self._unfinished.append(finish)
+        new = from_config(old, config_of(old))
+        self._unfinished.append(lambda: copy_weights(old, new))
         self._holders.append((old, new))
         return new
 
@@ -209,27 +204,25 @@ class _Writer:
         """A layer that has absorbed maps."""
         self.done.add(self._owner(old))
         needs_bias = any(m is not None and m.has_shift for m in (edit.before, edit.after))
-        config = _config(old)
+        config = config_of(old)
         for part in _configs_within(config):
-            part.update({key: None for key in _MEANT_FOR_OLD_WEIGHTS if key in part})
             if needs_bias and "use_bias" in part:
                 part["use_bias"] = True
         if needs_bias and isinstance(old, keras.EinsumDense) and not config["bias_axes"]:
             config["bias_axes"] = einsum_output_axis(old.equation)
-        new = _from_config(old, config)
+        new = from_config(old, config)
+        for _, part in paired(old, new):
+            for name in _MEANT_FOR_OLD_WEIGHTS & set(vars(part)):
+                setattr(part, name, None)
         self._unfinished.append(lambda: _set_folded(old, new, edit, needs_bias))
         return new
 
     def _renewed(self, old: Any, m: ChannelMap) -> Any:
         """A BatchNormalization with another map, by way of its gamma and beta."""
         self.done.add(self._owner(old))
-        new = _from_config(
-            old,
-            _config(old)
-            | {"scale": True, "center": True}
-            | {f"{weight}_{kind}": None for weight in ("gamma", "beta")
-               for kind in ("regularizer", "constraint")},
-        )  # fmt: skip
+        new = from_config(old, config_of(old) | {"scale": True, "center": True})
+        for name in _MEANT_FOR_OLD_WEIGHTS & set(vars(new)):
+            setattr(new, name, None)
 
         def finish() -> None:
             mean, variance = (
@@ -289,6 +282,7 @@ class _Writer:
         for place, inner in held(old):
             if not self._is_planned(inner):
                 continue
+            _check_not_traced(old)
             if is_visible(inner):
                 exchange(new, place, self.model(inner))
             elif self._owner(inner) in self.plan.replaced:
@@ -311,42 +305,13 @@ class _Writer:
 # -------------------------------------------------------------------------------- helpers
 
 
-def _label(layer: Any) -> str:
-    return f"{type(layer).__name__} '{layer.name}'"
-
-
 def _called(layer: Any, args: Any, kwargs: Any) -> Any:
     try:
         return layer(*args, **kwargs)
     except Exception as error:
         raise RewriteError(
-            f"the copy of {_label(layer)} cannot be called as the original was: "
+            f"the copy of {label(layer)} cannot be called as the original was: "
             f"{cause_of(error)} Check that its get_config() describes it fully"
-        ) from error
-
-
-def _config(layer: Any) -> dict[str, Any]:
-    try:
-        config = layer.get_config()
-        if getattr(layer, "virtual_batch_size", None) is not None:
-            # Building such a BatchNormalization counts its axes from one further on.
-            config["axis"] = [axis - 1 for axis in layer.axis]
-        return config
-    except Exception as error:
-        raise RewriteError(
-            f"{_label(layer)} cannot be copied, because its get_config() fails: "
-            f"{cause_of(error)} Define get_config() so that it returns the arguments of "
-            "__init__"
-        ) from error
-
-
-def _from_config(layer: Any, config: dict[str, Any]) -> Any:
-    try:
-        return type(layer).from_config(config)
-    except Exception as error:
-        raise RewriteError(
-            f"{_label(layer)} cannot be copied from its configuration: {cause_of(error)} "
-            "Define get_config() so that it returns the arguments of __init__"
         ) from error
 
 
@@ -358,15 +323,10 @@ def _configs_within(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _set_folded(old: Any, new: Any, edit: Edit, needs_bias: bool) -> None:
     """Sets a new layer's weights to those of the old with the edit folded in."""
+    copy_weights(old, new)
     for kernels, bias in edit.op.chains:
         prefix = kernels[0].name.rpartition(".")[0]
         path = f"{prefix}." if prefix else ""
-        if isinstance(edit.op, Recurrent):
-            names = ["recurrent_kernel"] + ["bias"] * (bias is not None)
-            for name in names:
-                weights.write_whole(new, path + name, old)
-            if needs_bias and bias is None:
-                weights.clear(new, path + "bias")
         arrays, new_bias = fold(
             [(kernel, weights.read(old, kernel.name)) for kernel in kernels],
             weights.read(old, bias) if bias else None,
@@ -385,7 +345,7 @@ def _check_range(layer: Any, before: np.ndarray, after: np.ndarray) -> None:
     """Raises RewriteError where folding took finite weights out of their dtype's range."""
     if np.all(np.isfinite(before)) and not np.all(np.isfinite(after)):
         raise RewriteError(
-            f"{_label(layer)} cannot absorb a BatchNormalization: weights would leave the range "
+            f"{label(layer)} cannot absorb a BatchNormalization: weights would leave the range "
             f'of {after.dtype}. Use mode="depthwise" for this model'
         )
 
@@ -395,8 +355,13 @@ def _standing_in_for(layer: Any) -> Any:
     return keras.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
 
 
-def _has_mask(node: Any) -> bool:
-    return any(getattr(t, "_keras_mask", None) is not None for t in node.keras_inputs)
+def _check_not_traced(layer: Any) -> None:
+    if hasattr(type(layer).call, "get_concrete_function"):
+        raise RewriteError(
+            f"{label(layer)} cannot be rewritten: its call method is a tf.function, which goes on "
+            "calling the layers it was traced with. Remove the decorator; Keras compiles "
+            "predict() and saved models all the same"
+        )
 
 
 def _functional_class(model: Any) -> type:
@@ -425,6 +390,6 @@ def _counterpart(holder: Any, place: Place) -> Any:
         return at(holder, place)
     except (AttributeError, KeyError, IndexError) as error:
         raise RewriteError(
-            f"{_label(holder)} was copied without its attribute '{place.attribute}': make the "
+            f"{label(holder)} was copied without its attribute '{place.attribute}': make the "
             "layer in __init__ or build, so that a copy of the model has it too"
         ) from error
