@@ -50,6 +50,8 @@ def randomise(model, rng: np.random.Generator) -> None:
             _randomise_norm(layer, rng)
         elif not list(layer._flatten_layers(include_self=False)):
             for variable in layer.weights:
+                if None in tuple(getattr(variable, "shape", (None,))):
+                    continue  # the words of a lookup layer
                 fan = max(1, int(np.prod(variable.shape[:-1])))
                 values = rng.standard_normal(variable.shape) / np.sqrt(fan)
                 variable.assign(values.astype(variable.dtype.as_numpy_dtype))

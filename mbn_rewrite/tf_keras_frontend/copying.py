@@ -172,8 +172,7 @@ def _without_objects(config: dict[str, Any]) -> dict[str, Any]:
     result = dict(config)
     for key, value in config.items():
         if key in _FUNCTIONS:
-            named = isinstance(value, dict) and value.get("class_name") == "function"
-            if named or isinstance(value, str):
+            if not _describes_a_layer(value):
                 result[key] = "linear"
         elif key.endswith(_OBJECTS):
             result[key] = None
@@ -184,6 +183,12 @@ def _without_objects(config: dict[str, Any]) -> dict[str, Any]:
             if module in ("tf_keras", "keras") and isinstance(value.get("config"), dict):
                 result[key] = {**value, "config": _without_objects(value["config"])}
     return result
+
+
+def _describes_a_layer(value: Any) -> bool:
+    """Whether a configured activation is a layer, and no function."""
+    functions = (None, "function", "__lambda__")
+    return isinstance(value, dict) and value.get("class_name") not in functions
 
 
 def _take_over(old: Any, new: Any) -> None:
