@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -247,6 +249,47 @@ def test_bad_source_is_one_line_and_writes_nothing(name, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def disguised(path, kind, replacement):
+    """Writes "Lambda" in another way that JSON reads as the same."""
+    old, new = b'"class_name": "Lambda"', replacement
+    if kind == "h5":
+        with h5py.File(path, "r+") as file:
+            config = file.attrs["model_config"]
+            config = config.encode() if isinstance(config, str) else config
+            assert old in config
+            file.attrs["model_config"] = config.replace(old, new)
+        return path
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    assert old in members["config.json"]
+    members["config.json"] = members["config.json"].replace(old, new)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["h5", "keras"])
+@pytest.mark.parametrize(
+    "replacement",
+    [b'"class_name":\t"Lambda"', b'"class_name" :\n "Lambda"', b'"class_name": "\\u004cambda"'],
+    ids=["tab", "newline", "escape"],
+)
+def test_disguised_code_is_refused(replacement, kind, tmp_path, capsys):
+    source = disguised(saved(lambda_model(), tmp_path, kind), kind, replacement)
+    assert run("--quiet", source, tmp_path / "out") == 1
+    assert "holds code" in capsys.readouterr().err
+    assert nothing_left(tmp_path, source)
+
+
+def test_lambda_function_as_activation_is_code(tmp_path, capsys):
+    x = K.Input((4,))
+    model = tf_keras.Model(x, K.Dense(3, activation=lambda t: t * 2.0)(x))
+    source = saved(model, tmp_path, "keras")
+    assert run("--quiet", source, tmp_path / "out") == 1
+    assert "holds code" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["h5", "keras", "tf"])
 def test_trusted_code_is_run(kind, tmp_path):
     source = saved(lambda_model(), tmp_path, kind)
@@ -267,8 +310,130 @@ def test_custom_layers_are_imported(tmp_path, monkeypatch):
 
     x = K.Input((4,))
     source = saved(tf_keras.Model(x, K.BatchNormalization()(Twice()(x))), tmp_path, "h5")
-    assert run("--import_modules=my_layers_for_test", source, tmp_path / "out") == 0
-    assert run("--import_modules=no_such_module", source, tmp_path / "out2") == 1
+    # In a process of its own, where nothing has imported the module yet.
+    done = process(source, "without", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "--import_modules" in done.stderr
+    done = process("--import_modules=my_layers_for_test", source, "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("content", [None, "raise ValueError('broken')", "def", "exit(5)"])
+def test_module_that_cannot_be_imported(content, tmp_path, monkeypatch, capsys):
+    source = saved(small_model(), tmp_path, "h5")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = f"broken_{abs(hash(content))}"
+    if content:
+        (tmp_path / f"{name}.py").write_text(content)
+    assert run("--quiet", f"--import_modules={name}", source, tmp_path / "out") == 1
+    assert capsys.readouterr().err.startswith(f"error: --import_modules: {name}: ")
+
+
+def test_own_serving_default_is_refused(tmp_path, capsys):
+    model = small_model()
+    serve = tf.function(
+        lambda pixels: {"answer": model(pixels)},
+        input_signature=[tf.TensorSpec([None, 8, 8, 3], name="pixels")],
+    )
+    model.save(tmp_path / "m", save_format="tf", signatures={"serving_default": serve})
+    assert run("--quiet", tmp_path / "m", tmp_path / "out") == 1
+    assert "not the one that Keras makes" in capsys.readouterr().err
+    assert nothing_left(tmp_path, tmp_path / "m")
+
+
+@tf_keras.utils.register_keras_serializable("tests")
+class Subclassed(tf_keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense, self.norm = K.Dense(3), K.BatchNormalization(name="own")
+
+    def call(self, x):
+        return self.norm(self.dense(x))
+
+
+@pytest.mark.parametrize("mode", ["fold", "depthwise"])
+def test_subclassed_saved_model(mode, tmp_path):
+    model = Subclassed()
+    model(tf.ones((1, 4)))
+    randomise(model, np.random.default_rng(0))
+    model.save(tmp_path / "m", save_format="tf")
+    report = mbn.rewrite_saved_model(tmp_path / "m", tmp_path / "out", mode)
+    assert report.comparison.ok
+    assert report.plan.counts == ({"kept": 1} if mode == "fold" else {"depthwise": 1})
+
+
+def test_input_is_never_changed(tmp_path):
+    source = saved(small_model(), tmp_path, "h5")
+    before = source.read_bytes()
+    assert run(source, tmp_path / "out") == 0
+    assert run("--tolerance=0", source, tmp_path / "out2") == 3
+    assert run(f"--report={source}", source, tmp_path / "out3") == 1
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["m.h5", "out/report.json", "out", "", "."])
+def test_report_in_a_bad_place(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = saved(small_model(), tmp_path, "h5")
+    assert run("--quiet", f"--report={place}", source, tmp_path / "out") == 1
+    assert "report" in capsys.readouterr().err
+    assert nothing_left(tmp_path, source)
+
+
+def test_interrupted_overwrite_brings_back_what_was_there(tmp_path, monkeypatch):
+    source, out = saved(small_model(), tmp_path, "h5"), tmp_path / "out"
+    assert run(source, out) == 0
+    before = (out / "saved_model.pb").read_bytes()
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    assert run("--overwrite", source, out) == 130
+    monkeypatch.undo()
+    assert (out / "saved_model.pb").read_bytes() == before
+    assert nothing_left(tmp_path, source, out)
+
+
+def test_overwrite_spares_what_is_not_part_of_a_saved_model(tmp_path, capsys):
+    source, out = saved(small_model(), tmp_path, "h5"), tmp_path / "out"
+    assert run(source, out) == 0
+    (out / "notes.txt").write_text("precious")
+    assert run("--quiet", "--overwrite", source, out) == 1
+    assert "holds more than a SavedModel (notes.txt)" in capsys.readouterr().err
+    assert (out / "notes.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (np.zeros((0, 8, 8, 3)), "not one value"),
+        (np.zeros((2, 9, 8, 3)), "shape"),
+        (np.zeros((8, 8, 3)), "shape"),
+        (np.zeros(()), "shape"),
+        (np.array(["a"]), "float32 is needed"),
+        (np.zeros((2, 8, 8, 3), complex), "float32 is needed"),
+        (np.full((2, 8, 8, 3), np.nan), "NaN or infinity from the original and the rewritten"),
+    ],
+    ids=["empty", "size", "rank", "scalar", "text", "complex", "nan"],
+)
+def test_inputs_that_do_not_fit(picture, message, tmp_path, capsys):
+    source, inputs = saved(small_model(), tmp_path, "h5"), tmp_path / "inputs.npz"
+    np.savez(inputs, picture=picture)
+    assert run("--quiet", f"--verify_inputs={inputs}", source, tmp_path / "out") in (1, 3)
+    assert message in capsys.readouterr().err
+    assert nothing_left(tmp_path, source, inputs)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no zip"])
+def test_broken_inputs(content, tmp_path, capsys):
+    source, inputs = saved(small_model(), tmp_path, "h5"), tmp_path / "inputs.npz"
+    inputs.write_bytes(content)
+    assert run("--quiet", f"--verify_inputs={inputs}", source, tmp_path / "out") == 1
+    assert "is no .npz file" in capsys.readouterr().err
 
 
 def test_existing_output_is_left_alone(tmp_path, capsys):

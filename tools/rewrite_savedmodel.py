@@ -152,7 +152,7 @@ def _load_inputs(path: str | None) -> dict[str, Any] | None:
     import numpy as np
 
     try:
-        with np.load(path) as arrays:
+        with open(path, "rb") as file, np.load(file) as arrays:
             return dict(arrays)
     except Exception as error:  # zip files, pickles and headers fail in many ways
         raise RewriteError(

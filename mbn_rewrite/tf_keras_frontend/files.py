@@ -120,9 +120,12 @@ def _text(value: Any) -> str:
 
 
 def _holds_code(config: Any) -> bool:
-    """Whether a parsed configuration names something that carries code."""
+    """Whether a parsed configuration names something that carries code.
+
+    A bare {"value": ...} is how Keras writes the byte code of a function.
+    """
     if isinstance(config, dict):
-        named = config.get("class_name") in ("Lambda", "__lambda__")
+        named = config.get("class_name") in ("Lambda", "__lambda__") or set(config) == {"value"}
         typed = any(config.get(k) == "lambda" for k in config if str(k).endswith("function_type"))
         return named or typed or any(map(_holds_code, config.values()))
     if isinstance(config, list):
