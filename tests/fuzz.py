@@ -20,6 +20,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import app, flags
 
+from tools.quiet import import_tensorflow
+
 FLAGS = flags.FLAGS
 flags.DEFINE_float("seconds", float("inf"), "How long to go on; by default until Ctrl-C.")
 flags.DEFINE_integer("seed", None, "The seed of the first model; by default from the clock.")
@@ -27,6 +29,7 @@ flags.DEFINE_integer("models", 0, "Stop after this many models; 0 for no limit."
 
 
 def main(_: list[str]) -> int:
+    import_tensorflow()
     from tests.checks import check_rewrite, clear
     from tests.random_models import random_model
 

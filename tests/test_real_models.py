@@ -1,11 +1,10 @@
 """Trained models of others: everything that can be folded is, and outputs stay."""
 
-import numpy as np
 import pytest
-import tensorflow as tf
 import tf_keras
 
 import mbn_rewrite as mbn
+from benchmarks.networks import real_inputs
 from tests.checks import check_rewrite
 from tools.real_models import MODELS, fetch
 
@@ -26,23 +25,11 @@ def case(request):
     return request.param, model
 
 
-def inputs_for(name, model, kind):
-    rng = np.random.default_rng(0)
-    shape = (2, *(size or 10_050 for size in model.input_shape[1:]))
-    if kind == "normal":
-        values = rng.standard_normal(shape)
-    elif name == "spliceai1":  # one of four bases at each position
-        values = np.eye(4)[rng.integers(0, 4, shape[:-1])]
-    else:
-        values = rng.uniform(MODELS[name].low, MODELS[name].high, shape)
-    return tf.constant(values, tf.float32)
-
-
 @pytest.mark.parametrize("kind", ["normal", "real"])
 @pytest.mark.parametrize("mode", ["fold", "depthwise"])
 def test_real_model(case, mode, kind):
     name, model = case
-    check_rewrite(model, inputs_for(name, model, kind), mode)
+    check_rewrite(model, real_inputs(name, model, seed=0)[kind], mode)
     norms, left = EXPECTED[name]
     plan = mbn.plan(model, mode)
     assert len(plan.decisions) == norms

@@ -1,0 +1,40 @@
+"""The networks that people train: everything that can be folded is, and outputs stay."""
+
+import numpy as np
+import pytest
+
+import mbn_rewrite as mbn
+from benchmarks.networks import APPLICATIONS, STATISTICS, build, random_images, set_statistics
+from tests.checks import check_rewrite
+
+# (BatchNormalizations, left after fold). What stays in the last two stands behind a value
+# that others read too, and before a ReLU.
+EXPECTED = {
+    "ResNet50": (53, 0),
+    "MobileNet": (27, 0),
+    "MobileNetV2": (52, 0),
+    "MobileNetV3Small": (34, 0),
+    "InceptionV3": (94, 0),
+    "InceptionResNetV2": (204, 0),
+    "EfficientNetB0": (49, 0),
+    "EfficientNetV2B0": (59, 0),
+    "Xception": (40, 0),
+    "NASNetMobile": (192, 0),
+    "ResNet50V2": (49, 17),
+    "DenseNet121": (121, 62),
+}
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_network(name):
+    model = build(name, seed=0, image_size=96)
+    rng = np.random.default_rng(0)
+    # The harder set of statistics; benchmarks/coverage.py compares both, at full size.
+    set_statistics(model, STATISTICS["hard"], rng)
+    images = random_images(model, rng)
+    for mode in ("fold", "depthwise"):
+        check_rewrite(model, images, mode)
+    total, left = EXPECTED[name]
+    plan = mbn.plan(model)
+    assert (len(plan.decisions), plan.left) == (total, left)
+    assert mbn.plan(model, "depthwise").left == 0
