@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# One process per core for the tests; each of TensorFlow's own thread pools would take all.
+# Test processes at a time; each runs TensorFlow on one thread.
 JOBS ?= 2
 
 .PHONY: help demo test lint format types fuzz coverage benchmark clean
@@ -21,8 +21,8 @@ help:
 	@echo "make clean      remove the environment and all that was fetched or built"
 
 $(READY): setup.cfg pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .[dev]
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $(READY)
 
 demo: $(READY)

@@ -8,11 +8,11 @@
         the output does the same?
 
 A rule answers `Absorb` (the operation's weights take it), `Through` (it moves on) or
-`Blocked` with a phrase that completes "<layer> ...". Rules are exact or they decline.
-With s and t the scale and shift of m, each rule's docstring has its equation.
+`Blocked` with a phrase that completes "<layer> ...". Rules are exact or they decline. Their
+docstrings say why they are exact, with s and t for the scale and shift of m.
 
-To add an operation: describe it in graph.py, give it two rules here, and add its cases to
-tests/test_motion.py.
+To add an operation: describe it in graph.py, give it two rules here, say in the front ends'
+describe.py which layers it is, and add its cases to tests/test_exact_motion.py.
 """
 
 from __future__ import annotations
@@ -177,18 +177,22 @@ def _reshape(m: ChannelMap, shape: Shape, new_shape: Shape) -> Outcome:
 
 
 def _reshape_backward(op: Reshape, m: ChannelMap, shapes: Shapes) -> Outcome:
+    """Undoing a reshape is a reshape."""
     return _reshape(m, shapes.output, shapes.inputs[0])
 
 
 def _reshape_forward(op: Reshape, m: ChannelMap, shapes: Shapes, position: int) -> Outcome:
+    """See `_reshape`."""
     return _reshape(m, shapes.inputs[0], shapes.output)
 
 
 def _permute_backward(op: Permute, m: ChannelMap, shapes: Shapes) -> Outcome:
+    """Channels are the same channels on another axis."""
     return Through((m.on_axis(op.order[m.axis]),))
 
 
 def _permute_forward(op: Permute, m: ChannelMap, shapes: Shapes, position: int) -> Outcome:
+    """See `_permute_backward`."""
     return Through((m.on_axis(op.order.index(m.axis)),))
 
 
@@ -214,6 +218,7 @@ def _merge_backward(op: Merge, m: ChannelMap, shapes: Shapes) -> Outcome:
 
 
 def _merge_forward(op: Merge, m: ChannelMap, shapes: Shapes, position: int) -> Outcome:
+    """(s a + t) + b is no scaled a + b."""
     return Blocked("joins it with values that do not have its scale")
 
 
@@ -254,6 +259,7 @@ def _concat_forward(op: Concat, m: ChannelMap, shapes: Shapes, position: int) ->
 def _opaque(
     op: Opaque | Input | Recurrent, m: ChannelMap, shapes: Shapes, position: int | None = None
 ) -> Outcome:
+    """Nothing is known of it, so nothing is claimed."""
     if isinstance(op, Input):
         return Blocked("is an input of the model")
     return Blocked(op.why if isinstance(op, Opaque) else Opaque().why)

@@ -35,7 +35,11 @@ def main(arguments: list[str]) -> int:
     if name not in MODELS:
         print(f"error: no model {name!r}; there are {', '.join(MODELS)}", file=sys.stderr)
         return 1
-    source = fetch(name)
+    try:
+        source = fetch(name)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"model: {source.relative_to(ROOT)} from {MODELS[name].requirement}")
 
     import_tensorflow()

@@ -111,8 +111,12 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"error: unknown {unknown}; there are {sorted(MODELS)}", file=sys.stderr)
         return 1
-    for name in names or MODELS:
-        print(fetch(name))
+    try:
+        for name in names or MODELS:
+            print(fetch(name))
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
