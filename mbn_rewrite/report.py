@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 def table(
     columns: Sequence[str],
     rows: Iterable[Sequence[object]],
+    title: str = "",
     width: int | None = None,
 ) -> str:
     """A table as text, as wide as the terminal, or 100 characters where there is none.
@@ -25,7 +26,7 @@ def table(
     from rich.text import Text
 
     cells = [[str(cell) for cell in row] for row in rows]
-    result = Table(box=SIMPLE_HEAD, pad_edge=False)
+    result = Table(title=title or None, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for i, column in enumerate(columns):
         numbers = bool(cells) and all(row[i][:1].isdigit() or row[i] in ("", "-") for row in cells)
         # Names are never cut short: they are what a reader looks for elsewhere.
