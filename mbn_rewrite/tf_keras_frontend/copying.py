@@ -121,7 +121,7 @@ def copy_weights(old: Any, new: Any) -> None:
     rest = ([v for v in _variables(layer.weights) if id(v) not in copied] for layer in (old, new))
     for source, target in [*pairs, *_zipped(old, *rest)]:
         target.assign(source)
-    for part in _parts(new):
+    for part in parts(new):
         if isinstance(part, tf_keras.layers.Normalization):
             part.finalize_state()  # its mean and variance are computed from its weights
 
@@ -132,7 +132,7 @@ def paired(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
     Raises:
         RewriteError: the copy holds other layers.
     """
-    olds, news = _parts(old), _parts(new)
+    olds, news = parts(old), parts(new)
     if [type(part) for part in olds] != [type(part) for part in news]:
         raise RewriteError(
             f"{label(old)} cannot be copied: its copy holds other layers "
@@ -142,7 +142,8 @@ def paired(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
     return zip(olds, news, strict=True)
 
 
-def _parts(layer: Any) -> list[Any]:
+def parts(layer: Any) -> list[Any]:
+    """A layer and all layers that it holds, at any depth."""
     return list(layer._flatten_layers(include_self=True, recursive=True))
 
 
@@ -157,7 +158,7 @@ def _is_stock(kind: type) -> bool:
 def _own_classes(layer: Any) -> dict[str, type]:
     """The classes that are not Keras's own among a layer and those that it holds."""
     classes: dict[str, type] = {}
-    for part in _parts(layer):
+    for part in parts(layer):
         kind = type(part)
         if not _is_stock(kind) and classes.setdefault(kind.__name__, kind) is not kind:
             raise RewriteError(

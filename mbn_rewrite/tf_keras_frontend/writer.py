@@ -27,7 +27,7 @@ from mbn_rewrite.tf_keras_frontend.copying import (
     copy_weights,
     from_config,
     label,
-    paired,
+    parts,
 )
 from mbn_rewrite.tf_keras_frontend.describe import effective_epsilon, einsum_output_axis
 from mbn_rewrite.tf_keras_frontend.holders import Place, at, exchange, held
@@ -64,15 +64,12 @@ def write(model: Any, reading: Reading, plan: Plan) -> Any:
     return new
 
 
-def _all_layers(model: Any) -> list[Any]:
-    return list(model._flatten_layers(include_self=True, recursive=True))
-
-
 class _Writer:
     def __init__(self, reading: Reading, plan: Plan) -> None:
         self.reading = reading
         self.plan = plan
         self.done: set[str] = set()
+        self._touched = plan.touched
         self._unfinished: list[Callable[[], None]] = []  # what sets weights, once built
         self._holders: list[tuple[Any, Any]] = []  # layers that may hold layers, and copies
         self._copies: dict[int, Any] = {}
@@ -211,9 +208,7 @@ class _Writer:
         if needs_bias and isinstance(old, keras.EinsumDense) and not config["bias_axes"]:
             config["bias_axes"] = einsum_output_axis(old.equation)
         new = from_config(old, config)
-        for _, part in paired(old, new):
-            for name in _MEANT_FOR_OLD_WEIGHTS & set(vars(part)):
-                setattr(part, name, None)
+        _drop_what_was_meant_for_old_weights(new)
         self._unfinished.append(lambda: _set_folded(old, new, edit, needs_bias))
         return new
 
@@ -221,8 +216,7 @@ class _Writer:
         """A BatchNormalization with another map, by way of its gamma and beta."""
         self.done.add(self._owner(old))
         new = from_config(old, config_of(old) | {"scale": True, "center": True})
-        for name in _MEANT_FOR_OLD_WEIGHTS & set(vars(new)):
-            setattr(new, name, None)
+        _drop_what_was_meant_for_old_weights(new)
 
         def finish() -> None:
             mean, variance = (
@@ -299,10 +293,16 @@ class _Writer:
         return self._copies[id(old)]
 
     def _is_planned(self, layer: Any) -> bool:
-        return any(self._owner(part) in self.plan.touched for part in _all_layers(layer))
+        return any(self._owner(part) in self._touched for part in parts(layer))
 
 
 # -------------------------------------------------------------------------------- helpers
+
+
+def _drop_what_was_meant_for_old_weights(layer: Any) -> None:
+    for part in parts(layer):
+        for name in _MEANT_FOR_OLD_WEIGHTS & set(vars(part)):
+            setattr(part, name, None)
 
 
 def _called(layer: Any, args: Any, kwargs: Any) -> Any:
@@ -327,14 +327,15 @@ def _set_folded(old: Any, new: Any, edit: Edit, needs_bias: bool) -> None:
     for kernels, bias in edit.op.chains:
         prefix = kernels[0].name.rpartition(".")[0]
         path = f"{prefix}." if prefix else ""
+        before = [weights.read(old, kernel.name) for kernel in kernels]
         arrays, new_bias = fold(
-            [(kernel, weights.read(old, kernel.name)) for kernel in kernels],
+            list(zip(kernels, before, strict=True)),
             weights.read(old, bias) if bias else None,
             before=edit.before,
             after=edit.after,
         )
-        for kernel, array in zip(kernels, arrays, strict=True):
-            _check_range(old, weights.read(old, kernel.name), array)
+        for kernel, old_array, array in zip(kernels, before, arrays, strict=True):
+            _check_range(old, old_array, array)
             weights.write(new, kernel.name, array)
         if bias or needs_bias:
             weights.write(new, path + "bias", new_bias)
@@ -373,7 +374,7 @@ def _functional_class(model: Any) -> type:
 
 def _set_own_trainable(model: Any, trainable: bool) -> None:
     """Sets a model's flag without touching those of its layers, which setting it changes."""
-    flags = [(layer, layer.trainable) for layer in _all_layers(model) if layer is not model]
+    flags = [(layer, layer.trainable) for layer in parts(model) if layer is not model]
     model.trainable = trainable
     for layer, flag in flags:
         layer._trainable = flag
