@@ -17,6 +17,7 @@ import tf_keras
 from tf_keras.src.layers.core.tf_op_layer import TFOpLambda
 from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
 
+from mbn_rewrite import layouts
 from mbn_rewrite.algebra import ChannelMap, Kernel
 from mbn_rewrite.graph import (
     Affine,
@@ -186,91 +187,51 @@ def _reads_padding(layer: Any) -> bool:
 
 def _conv(call: Call) -> Op:
     layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
-    *window, inputs, outputs = layer.kernel.shape
-    n = len(window)
-    if layer.groups == 1:
-        kernel = Kernel("kernel", (*window, inputs, outputs), (n,), (n + 1,))
-    else:  # input channel g * inputs + i, output channel g * outputs/groups + o
-        view = (*window, inputs, layer.groups, outputs // layer.groups)
-        kernel = Kernel("kernel", view, (n + 1, n), (n + 1, n + 2))
+    kernel = layouts.conv("kernel", layer.kernel.shape, layer.groups)
     return _linear(call, (kernel,), axis, axis, _reads_padding(layer))
 
 
 def _conv_transpose(call: Call) -> Op:
     layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
-    shape = tuple(layer.kernel.shape)  # (*window, output channels, input channels)
-    n = len(shape) - 2
-    kernel = Kernel("kernel", shape, (n + 1,), (n,))
+    kernel = layouts.conv_transpose("kernel", layer.kernel.shape)
     # A constant input gives a constant output only if each output reads one input by the
     # same weights.
     uneven = any(size != 1 for size in (*layer.kernel_size, *layer.strides))
     return _linear(call, (kernel,), axis, axis, uneven)
 
 
-def _depthwise_kernel(layer: Any) -> Kernel:
-    shape = tuple(layer.depthwise_kernel.shape)  # (*window, channels, multiplier)
-    n = len(shape) - 2
-    return Kernel("depthwise_kernel", shape, (n,), (n, n + 1))
-
-
 def _depthwise_conv(call: Call) -> Op:
     layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
-    kernel = _depthwise_kernel(layer)
+    kernel = layouts.depthwise("depthwise_kernel", layer.depthwise_kernel.shape)
     return _linear(call, (kernel,), axis, axis, _reads_padding(layer))
 
 
 def _separable_conv(call: Call) -> Op:
     layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
-    depthwise = _depthwise_kernel(layer)
-    shape = tuple(layer.pointwise_kernel.shape)
-    n = len(shape) - 2
-    pointwise = Kernel("pointwise_kernel", shape, (n,), (n + 1,))
-    return _linear(call, (depthwise, pointwise), axis, axis, _reads_padding(layer))
+    kernels = (
+        layouts.depthwise("depthwise_kernel", layer.depthwise_kernel.shape),
+        layouts.conv("pointwise_kernel", layer.pointwise_kernel.shape),
+    )
+    return _linear(call, kernels, axis, axis, _reads_padding(layer))
 
 
 def _dense(call: Call) -> Op:
-    kernel = Kernel("kernel", tuple(call.layer.kernel.shape), (0,), (1,))
+    kernel = layouts.matrix("kernel", call.layer.kernel.shape)
     return _linear(call, (kernel,), len(call.inputs[0]) - 1, len(call.output) - 1)
 
 
 def _einsum_dense(call: Call) -> Op:
     """Products with one output channel axis that comes from the kernel alone."""
     layer = call.layer
-    inputs, kernel, outputs = _einsum_terms(layer.equation)
-    inputs = _spelled_out(inputs, len(call.inputs[0]))
-    outputs = _spelled_out(outputs, len(call.output))
-    made = [letter for letter in kernel if letter in outputs]
-    if len(made) != 1 or made[0] in inputs:
-        return Opaque("has no single axis of output channels")
-    if set(inputs) - set(kernel) - set(outputs):
-        return Opaque("sums over positions")
-    if layer.bias is not None and layer.bias_axes != made[0]:
+    read = layouts.einsum(layer.equation, len(call.inputs[0]), len(call.output))
+    if isinstance(read, str):
+        return Opaque(read)
+    if layer.bias is not None and layer.bias_axes != read.channels:
         return Opaque("has a bias along other axes than its output channels")
-    if not outputs.endswith(made[0]):
+    if read.out_axis != len(call.output) - 1:
         return Opaque("does not have its output channels last")
-    contracted = [axis for axis, letter in enumerate(inputs) if letter in kernel]
-    in_axis = contracted[0] if len(contracted) == 1 else None
-    in_dims = () if in_axis is None else (kernel.index(inputs[in_axis]),)
-    layout = Kernel("kernel", tuple(layer.kernel.shape), in_dims, (kernel.index(made[0]),))
-    return _linear(call, (layout,), in_axis, outputs.index(made[0]))
-
-
-def einsum_output_axis(equation: str) -> str:
-    """The letter of the output channels: the only one in kernel and output."""
-    _, kernel, outputs = _einsum_terms(equation)
-    return next(letter for letter in kernel if letter in outputs)
-
-
-def _einsum_terms(equation: str) -> tuple[str, str, str]:
-    inputs, rest = equation.replace(" ", "").split(",")
-    kernel, outputs = rest.split("->")
-    return inputs, kernel, outputs
-
-
-def _spelled_out(axes: str, rank: int) -> str:
-    """Einsum axes with digits, which no equation has, in place of an ellipsis."""
-    missing = rank - len(axes.replace("...", ""))
-    return axes.replace("...", "0123456789"[:missing])
+    kernel = read.layout("kernel", layer.kernel.shape)
+    return _linear(call, (kernel,), read.in_axis, read.out_axis)
 
 
 def _time_distributed(call: Call) -> Op:
@@ -317,7 +278,7 @@ def _sequence(call: Call, layers: tuple[tuple[str, Any], ...]) -> Op:
     for prefix, layer in layers:
         if call.training is not False and layer.dropout:
             return Opaque("drops out inputs, since it is called with training=True")
-        kernel = Kernel(prefix + "cell.kernel", tuple(layer.cell.kernel.shape), (0,), (1,))
+        kernel = layouts.matrix(prefix + "cell.kernel", layer.cell.kernel.shape)
         branches.append(((kernel,), prefix + "cell.bias" if layer.use_bias else None))
     return Recurrent(tuple(branches), in_axis=2)
 

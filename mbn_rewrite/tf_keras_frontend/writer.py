@@ -21,6 +21,7 @@ import tf_keras
 from mbn_rewrite.algebra import ChannelMap, fold
 from mbn_rewrite.decisions import Edit, Plan
 from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.layouts import einsum_channels
 from mbn_rewrite.tf_keras_frontend import weights
 from mbn_rewrite.tf_keras_frontend.copying import (
     config_of,
@@ -29,7 +30,7 @@ from mbn_rewrite.tf_keras_frontend.copying import (
     label,
     parts,
 )
-from mbn_rewrite.tf_keras_frontend.describe import effective_epsilon, einsum_output_axis
+from mbn_rewrite.tf_keras_frontend.describe import effective_epsilon
 from mbn_rewrite.tf_keras_frontend.holders import Place, at, exchange, held
 from mbn_rewrite.tf_keras_frontend.layers import ScaleAndShift
 from mbn_rewrite.tf_keras_frontend.reader import Reading, calls_of, is_visible
@@ -206,7 +207,7 @@ class _Writer:
             if needs_bias and "use_bias" in part:
                 part["use_bias"] = True
         if needs_bias and isinstance(old, keras.EinsumDense) and not config["bias_axes"]:
-            config["bias_axes"] = einsum_output_axis(old.equation)
+            config["bias_axes"] = einsum_channels(old.equation)
         new = from_config(old, config)
         _drop_what_was_meant_for_old_weights(new)
         self._unfinished.append(lambda: _set_folded(old, new, edit, needs_bias))
