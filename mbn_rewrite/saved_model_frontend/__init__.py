@@ -1,0 +1,1 @@
+"""The front end for SavedModels, at the level of TensorFlow functions."""

@@ -1,0 +1,234 @@
+"""Writes functions, rewritten or as they were, as a SavedModel with all that they need."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.python.saved_model import fingerprinting_utils
+
+from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.saved_model_frontend.loading import Entry, Loaded
+from mbn_rewrite.saved_model_frontend.writer import Rewritten
+
+# Lists of variables that Keras and TF-Hub modules offer.
+_VARIABLE_LISTS = ("variables", "trainable_variables", "non_trainable_variables")
+
+
+def save(
+    loaded: Loaded,
+    functions: list[tuple[Entry, Rewritten | None]],
+    initializer: Rewritten | None,
+    source: Path,
+    directory: Path,
+) -> None:
+    """Writes a SavedModel.
+
+    Args:
+        loaded: the original.
+        initializer: what TensorFlow 1 runs before all signatures, or None.
+        functions: what to write: each function with its new graph, or None where it is carried
+            over as it was.
+        source: where the original lies.
+        directory: what to write.
+
+    Raises:
+        RewriteError: the disk is full, or a function cannot be traced.
+    """
+    root = tf.__internal__.tracking.AutoTrackable()
+    signatures = {}
+    try:
+        for entry, new in functions:
+            if not entry.method:
+                signatures[entry.name] = _signature(entry, new)
+        for method in dict.fromkeys(entry.method for entry, _ in functions if entry.method):
+            concrete = [(entry, new) for entry, new in functions if entry.method == method]
+            setattr(root, method, _method(getattr(loaded.root, method), concrete))
+        _track(root, loaded, functions)
+        if initializer is not None:
+            root.initializer = _Initializer(initializer, loaded.root.asset_paths)
+        tf.saved_model.save(root, str(directory), signatures=signatures)
+    except Exception as error:
+        raise RewriteError(f"the rewritten model cannot be written: {cause_of(error)}") from error
+    _finish(loaded.meta_graph, source, directory)
+
+
+# -------------------------------------------------------------------------------- functions
+
+
+def _called(new: Rewritten, tensors: list[Any]) -> list[Any]:
+    """Puts a graph into the function that is being traced."""
+    graph = tf.compat.v1.get_default_graph()
+    inputs = {
+        f"{name}:0": tensor for name, tensor in zip(new.view.arguments, tensors, strict=True)
+    }
+    for name, external in new.captures.items():
+        if name not in new.view.arguments:
+            handle = external.handle if isinstance(external, tf.Variable) else external
+            inputs[f"{name}:0"] = graph.capture(handle)
+    body = type(new.graph_def)(versions=new.graph_def.versions, library=new.graph_def.library)
+    body.node.extend(node for node in new.graph_def.node if f"{node.name}:0" not in inputs)
+    read = {source for node in body.node for source in _tensors(node)} | set(new.outputs)
+    results = tf.graph_util.import_graph_def(
+        body,
+        input_map={name: tensor for name, tensor in inputs.items() if name in read},
+        return_elements=[name for name in new.outputs if name not in inputs],
+        name="",
+    )
+    given = iter(results)
+    outputs = [inputs[name] if name in inputs else next(given) for name in new.outputs]
+    for output, old in zip(outputs, new.view.function.graph.outputs, strict=True):
+        output.set_shape(old.shape)
+    return outputs
+
+
+def _tensors(node: Any) -> list[str]:
+    return [
+        source if ":" in source else f"{source}:0"
+        for source in node.input
+        if not source.startswith("^")
+    ]
+
+
+def _packed(function: Any, outputs: list[Any]) -> Any:
+    """Flat outputs in the structure that a function gives."""
+    tensors = iter(outputs)
+    flat = tf.nest.flatten(function.structured_outputs, expand_composites=True)
+    given = [
+        next(tensors) if isinstance(x, (tf.TensorSpec, tf.Tensor)) else x for x in flat
+    ]  # None stays None
+    return tf.nest.pack_sequence_as(function.structured_outputs, given, expand_composites=True)
+
+
+def _signature(entry: Entry, new: Rewritten | None) -> Any:
+    """A concrete function with the arguments of a signature."""
+    if new is None:
+        return entry.function
+    names = entry.function._arg_keywords
+    specs = {
+        name: tf.TensorSpec(tensor.shape, tensor.dtype, name=name)
+        for name, tensor in zip(names, entry.function.inputs, strict=False)
+    }
+
+    def signature(**inputs: Any) -> Any:
+        return _packed(entry.function, _called(new, [inputs[name] for name in names]))
+
+    function = tf.function(signature, autograph=False, jit_compile=new.view.compiled or None)
+    return function.get_concrete_function(**specs)
+
+
+def _method(original: Any, concrete: list[tuple[Entry, Rewritten | None]]) -> Any:
+    """A method of the root object, traced for all that the original was traced for."""
+    tracing: list[tuple[Entry, Rewritten | None]] = []
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        entry, new = tracing[-1]
+        flat = tf.nest.flatten((args, kwargs), expand_composites=True)
+        tensors = [value for value in flat if isinstance(value, tf.Tensor)]
+        if new is None:
+            return _packed(entry.function, tf.nest.flatten(entry.function(*tensors)))
+        return _packed(entry.function, _called(new, tensors))
+
+    parameters = original.function_spec.function_type.parameters.values()
+    defaults = original.function_spec.default_values
+    method.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(p.name, p.kind, default=defaults.get(p.name, inspect.Parameter.empty))
+            for p in parameters
+        ]
+    )
+    compiled = any(new is not None and new.view.compiled for _, new in concrete)
+    function = tf.function(method, autograph=False, jit_compile=compiled or None)
+    for entry, new in concrete:
+        tracing.append((entry, new))
+        args, kwargs = entry.function.structured_input_signature
+        function.get_concrete_function(*args, **kwargs)
+    return function
+
+
+# ------------------------------------------------------------------------- what they need
+
+
+def _track(
+    root: Any, loaded: Loaded, functions: list[tuple[Entry, Rewritten | None]]
+) -> None:
+    """Makes the new root own what its functions use."""
+    captured: dict[int, Any] = {}
+    for entry, new in functions:
+        if new is None:
+            variables = {id(v): v for v in entry.function.graph.variables}
+            captured |= variables | {id(t): t for t in entry.function.captured_inputs}
+        else:
+            captured |= {id(external): external for external in new.captures.values()}
+    kept = [x for x in captured.values() if isinstance(x, tf.Variable)]
+    ids = {id(variable) for variable in kept}
+    for name, value in vars(loaded.root).items():
+        if isinstance(value, tf.Variable) and id(value) in ids:
+            setattr(root, name, value)
+        elif name in _VARIABLE_LISTS and name != "variables":
+            setattr(root, name, [v for v in value if id(v) in ids])
+    root.variables = kept
+    others = [
+        node
+        for node in tf.train.TrackableView(loaded.root).descendants()
+        if _is_resource(node, captured)
+    ]
+    if others:
+        root.resources = others
+
+
+class _Initializer(tf.saved_model.experimental.TrackableResource):  # type: ignore[misc]
+    """What has to run when the model is loaded: TensorFlow 1 fills its tables in the graph."""
+
+    def __init__(self, initializer: Rewritten, assets: list[Any]) -> None:
+        super().__init__()
+        self._assets = assets
+        self._paths = [asset.asset_path for asset in assets]
+        self._rewritten = initializer
+
+    def _create_resource(self) -> Any:
+        return tf.constant(1.0)  # there is no resource to hold: the graph names its own
+
+    def _initialize(self) -> Any:
+        return _called(self._rewritten, self._paths)[0]
+
+    def _destroy_resource(self) -> None:
+        pass
+
+
+def _is_resource(node: Any, captured: Mapping[int, Any]) -> bool:
+    """Whether an object is an asset, or a table or the like that a function uses."""
+    if hasattr(node, "asset_path"):
+        return True
+    return not isinstance(node, tf.Variable) and id(getattr(node, "resource_handle", None)) in (
+        captured
+    )
+
+
+def _finish(meta_graph: Any, source: Path, directory: Path) -> None:
+    """Gives the written model what `tf.saved_model.save` has no argument for."""
+    if (source / "assets.extra").is_dir():
+        shutil.copytree(source / "assets.extra", directory / "assets.extra")
+    file = directory / "saved_model.pb"
+    proto = saved_model_pb2.SavedModel()
+    proto.ParseFromString(file.read_bytes())
+    (new,) = proto.meta_graphs
+    before = new.SerializeToString(deterministic=True)
+    new.meta_info_def.tags[:] = meta_graph.meta_info_def.tags
+    for key, signature in meta_graph.signature_def.items():
+        if key in new.signature_def and not key.startswith("__"):
+            new.signature_def[key].method_name = signature.method_name
+            for name, value in signature.defaults.items():
+                new.signature_def[key].defaults[name].CopyFrom(value)
+    if new.SerializeToString(deterministic=True) != before:
+        file.write_bytes(proto.SerializeToString(deterministic=True))
+        (directory / "fingerprint.pb").unlink(missing_ok=True)
+        fingerprinting_utils.write_fingerprint(str(directory))
+
+
+_ = Callable

@@ -1,0 +1,171 @@
+"""One function of a SavedModel, flat, with what its graph reads from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import tensorflow as tf
+
+from mbn_rewrite.saved_model_frontend.inlining import GraphDef, inlined
+
+_ASSIGNS = ("Assign", "ScatterUpdate", "ResourceScatter", "ResourceApply", "ResourceSparseApply")
+# Stateful operations that change nothing, so that they are needed only where they are read.
+_READS = {
+    *("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VarHandleOp", "Variable"),
+    *("VariableV2", "Placeholder", "NoOp", "HashTableV2", "HashTable"),
+    *("RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal"),
+}
+# Operations whose results do not depend on the values that they read, only on shapes.
+SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
+# Operations that give their input as it is.
+ALIASES = {"Identity", "Snapshot", "StopGradient", "PreventGradient", "PlaceholderWithDefault"}
+
+
+@dataclass(frozen=True)
+class View:
+    """A concrete function as one flat graph.
+
+    Attributes:
+        name: what its user calls it: the key of a signature, or the name of a method.
+        function: the tf.ConcreteFunction.
+        graph_def: its graph, inlined.
+        graph: the same, imported: for shapes, dtypes and who reads what.
+        compiled: whether XLA must compile all of it.
+        arguments: the names of the Placeholders of its arguments, in order.
+        captures: Placeholder name -> the tensor outside that it stands for.
+        variables: Placeholder name -> the tf.Variable whose handle it stands for.
+        value_in_graph: gives the value of a variable of TensorFlow 1, which is a node of the
+            graph.
+    """
+
+    name: str
+    function: Any
+    graph_def: GraphDef
+    graph: Any
+    compiled: bool
+    arguments: tuple[str, ...]
+    captures: dict[str, Any]
+    variables: dict[str, Any]
+    value_in_graph: Callable[[str], Any]
+
+    @cached_property
+    def outputs(self) -> list[Any]:
+        """The tensors of `graph` that are its outputs."""
+        return [self.graph.get_tensor_by_name(t.name) for t in self.function.graph.outputs]
+
+    @cached_property
+    def output_names(self) -> frozenset[str]:
+        """The names of its outputs, past what only hands them on."""
+        return frozenset(source_of(tensor).name for tensor in self.outputs)
+
+    @cached_property
+    def operations(self) -> list[Any]:
+        """The operations that outputs or side effects depend on, in order."""
+        needed: set[str] = set()
+        pending = [t.op for t in self.outputs]
+        pending += [op for op in self.graph.get_operations() if has_side_effect(op)]
+        while pending:
+            op = pending.pop()
+            if op.name not in needed:
+                needed.add(op.name)
+                pending += [t.op for t in op.inputs]
+                pending += op.control_inputs
+        return [op for op in self.graph.get_operations() if op.name in needed]
+
+    @cached_property
+    def readers(self) -> dict[str, list[tuple[Any, int]]]:
+        """Tensor name -> the operations that read its values, past what only hands it on."""
+        readers: dict[str, list[tuple[Any, int]]] = {}
+        for op in self.operations:
+            if op.type not in SHAPE_ONLY and op.type not in ALIASES:
+                for i, tensor in enumerate(op.inputs):
+                    readers.setdefault(source_of(tensor).name, []).append((op, i))
+        return readers
+
+    def only_reader(self, tensor: Any) -> tuple[Any, int] | None:
+        """Who alone reads a tensor, unless it is an output."""
+        found = self.readers.get(tensor.name, [])
+        return found[0] if len(found) == 1 and tensor.name not in self.output_names else None
+
+    def variable(self, handle: Any) -> Any:
+        """The variable behind a tensor of dtype resource, or None."""
+        return self.variables.get(source_of(handle).op.name)
+
+
+@dataclass
+class Writes:
+    """The variables that functions write to, or hand to functions that may."""
+
+    by: dict[int, str] = field(default_factory=dict)  # id(variable) -> name of the function
+
+    def note(self, view: View) -> None:
+        for op in view.operations:
+            writes = op.type.startswith(_ASSIGNS) or _may_write(view, op)
+            if writes:
+                for tensor in op.inputs:
+                    variable = view.variable(tensor)
+                    if variable is not None:
+                        self.by.setdefault(id(variable), view.name)
+
+
+def _may_write(view: View, op: Any) -> bool:
+    from mbn_rewrite.saved_model_frontend.inlining import bodies_called
+
+    if not any(t.dtype == tf.resource for t in op.inputs):
+        return False
+    bodies = bodies_called(view.graph_def, op.node_def)
+    return any(node.op.startswith(_ASSIGNS) for body in bodies for node in body.node_def)
+
+
+def has_side_effect(op: Any) -> bool:
+    """Whether an operation runs for more than its outputs."""
+    return bool(op.op_def.is_stateful) and op.type not in _READS
+
+
+def source_of(tensor: Any) -> Any:
+    """The tensor that this one is handed on from."""
+    while tensor.op.type in ALIASES or tensor.op.type == "IdentityN":
+        tensor = tensor.op.inputs[tensor.value_index]
+    return tensor
+
+
+def view_of(name: str, function: Any, value_in_graph: Callable[[str], Any]) -> View:
+    """Reads a concrete function; see `View` for the arguments."""
+    graph_def, compiled = inlined(function)
+    externals = function.captured_inputs
+    placeholders = function.inputs[len(function.inputs) - len(externals) :]
+    captures = {p.op.name: e for p, e in zip(placeholders, externals, strict=True)}
+    handles = {id(variable.handle): variable for variable in function.graph.variables}
+    variables = {name: handles[id(e)] for name, e in captures.items() if id(e) in handles}
+    _state_shapes(graph_def, variables)
+    graph = tf.Graph()
+    with graph.as_default():
+        tf.graph_util.import_graph_def(graph_def, name="")
+    arguments = function.inputs[: len(function.inputs) - len(externals)]
+    return View(
+        name,
+        function,
+        graph_def,
+        graph,
+        compiled,
+        tuple(t.op.name for t in arguments),
+        captures,
+        variables,
+        value_in_graph,
+    )
+
+
+def _state_shapes(graph_def: GraphDef, variables: dict[str, Any]) -> None:
+    """Notes at each read the shape of its variable, which its handle does not tell."""
+    nodes = {node.name: node for node in graph_def.node}
+    for node in graph_def.node:
+        if node.op == "ReadVariableOp":
+            source = nodes[node.input[0].partition(":")[0]]
+            while source.op in ALIASES:
+                source = nodes[source.input[0].partition(":")[0]]
+            if source.name in variables:
+                shape = variables[source.name].shape.as_proto()
+                node.attr["_output_shapes"].list.shape.add().CopyFrom(shape)

@@ -1,0 +1,408 @@
+"""Carries out a plan on the graphs of a SavedModel's functions.
+
+Graphs are edited as they are stored: readers of a removed BatchNormalization read its input
+instead, weights that absorbed something get their new values, and what then nothing needs is
+left out. Variables that were not edited stay the same objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.framework import node_def_pb2
+
+from mbn_rewrite.algebra import Array, ChannelMap, fold
+from mbn_rewrite.decisions import Edit, Plan
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.graph import Linear
+from mbn_rewrite.saved_model_frontend.inlining import GraphDef
+from mbn_rewrite.saved_model_frontend.reader import LinearCall, NormCall, Reading
+from mbn_rewrite.saved_model_frontend.views import View, has_side_effect
+from mbn_rewrite.saved_model_frontend.weights import Stored
+
+
+@dataclass
+class Rewritten:
+    """A function with its plan carried out.
+
+    Attributes:
+        view: the function as it was.
+        graph_def: its new graph.
+        outputs: the names of the tensors that it gives, in order.
+        captures: Placeholder name -> the tf.Variable or tensor that it stands for.
+    """
+
+    view: View
+    graph_def: GraphDef
+    outputs: list[str]
+    captures: dict[str, Any]
+
+    @property
+    def op_counts(self) -> dict[str, int]:
+        """How many operations of each type run."""
+        return counts_of(self.graph_def)
+
+
+def counts_of(graph_def: GraphDef) -> dict[str, int]:
+    """How many operations of each type a graph has; what costs nothing is left out."""
+    counts: dict[str, int] = {}
+    for node in graph_def.node:
+        if node.op not in ("Placeholder", "Const", "Identity", "NoOp", "ReadVariableOp"):
+            counts[node.op] = counts.get(node.op, 0) + 1
+    return counts
+
+
+def unchanged(view: View) -> Rewritten | None:
+    """A function without what nothing needs; None where then nothing is left to run."""
+    if not any(has_side_effect(op) for op in view.operations):
+        return None
+    return _Editor(view).finished()
+
+
+def rewritten(views: list[View], reading: Reading, plan: Plan) -> list[Rewritten]:
+    """New graphs for functions, with their weights.
+
+    Variables that absorb something are assigned their new values: functions that were loaded
+    with them give other results from then on.
+
+    Raises:
+        RewriteError: folding takes weights out of the range of their dtype.
+    """
+    writer = _Writer(views, reading, plan)
+    writer.carry_out()
+    missed = plan.touched ^ writer.done
+    if missed:  # a defect of this library, never of the model
+        raise RewriteError(f"the plan was not carried out on {sorted(missed)}; please report this")
+    return [editor.finished() for editor in writer.editors.values()]
+
+
+class _Writer:
+    def __init__(self, views: list[View], reading: Reading, plan: Plan) -> None:
+        self.reading = reading
+        self.plan = plan
+        self.editors = {id(view): _Editor(view) for view in views}
+        self.done: set[str] = set()
+        self._variables: dict[Any, Any] = {}  # what new variables replace, or are for
+
+    def carry_out(self) -> None:
+        self._take_out_of_graphs()
+        for owner, calls in self.reading.norms.items():
+            if owner in self.plan.removed:
+                self._each(owner, calls, self._remove)
+            elif owner in self.plan.replaced:
+                m = self.plan.replaced[owner]
+                self._each(owner, calls, lambda owner, call, m=m: self._replace(owner, call, m))
+            elif owner in self.plan.renewed:
+                m = self.plan.renewed[owner]
+                self._each(owner, calls, lambda owner, call, m=m: self._renew(owner, call, m))
+        for owner, edit in self.plan.edits.items():
+            self._edit(owner, edit)
+            self.done.add(owner)
+
+    def _each(
+        self, owner: str, calls: list[NormCall], act: Callable[[str, NormCall], None]
+    ) -> None:
+        for call in calls:
+            act(owner, call)
+        self.done.add(owner)
+
+    def _editor(self, view: View) -> _Editor:
+        return self.editors[id(view)]
+
+    # -- BatchNormalizations -------------------------------------------------------------
+
+    def _remove(self, owner: str, call: NormCall) -> None:
+        self._editor(call.view).redirect(call.norm.sink.name, call.norm.source.name)
+
+    def _replace(self, owner: str, call: NormCall, m: ChannelMap) -> None:
+        """By a depthwise 1x1 convolution, or by a multiplication and an addition."""
+        editor, norm = self._editor(call.view), call.norm
+        rank, dtype = norm.source.shape.rank, norm.source.dtype
+        stored = _is_stored_in_variables(norm)
+        if rank == 4 and m.axis == 3:
+            kernel = self._new(owner, "depthwise_kernel", m.scale.reshape(1, 1, -1, 1), dtype)
+            bias = self._new(owner, "bias", m.shift, dtype)
+            name = editor.add(
+                f"{norm.sink.op.name}/depthwise",
+                "DepthwiseConv2dNative",
+                [norm.source.name, editor.read(kernel, stored)],
+                T=dtype,
+                strides=[1, 1, 1, 1],
+                padding=b"VALID",
+                data_format=b"NHWC",
+            )
+            name = editor.add(
+                f"{norm.sink.op.name}/bias", "BiasAdd", [name, editor.read(bias, stored)], T=dtype
+            )
+        else:
+            name = self._scaled_and_shifted(owner, call, m, stored)
+        editor.redirect(norm.sink.name, name)
+
+    def _scaled_and_shifted(self, owner: str, call: NormCall, m: ChannelMap, stored: bool) -> str:
+        editor, norm = self._editor(call.view), call.norm
+        rank, dtype = norm.source.shape.rank, norm.source.dtype
+        shape = (-1,) + (1,) * (rank - 1 - m.axis)
+        scale = self._new(owner, "scale", m.scale.reshape(shape), dtype)
+        shift = self._new(owner, "shift", m.shift.reshape(shape), dtype)
+        place = norm.sink.op.name
+        name = editor.add(
+            f"{place}/scale", "Mul", [norm.source.name, editor.read(scale, stored)], T=dtype
+        )
+        return editor.add(f"{place}/shift", "AddV2", [name, editor.read(shift, stored)], T=dtype)
+
+    def _renew(self, owner: str, call: NormCall, m: ChannelMap) -> None:
+        """Gives a BatchNormalization another map: by its gamma and beta, if it is fused."""
+        editor, norm = self._editor(call.view), call.norm
+        stored = _is_stored_in_variables(norm)
+        op = norm.ops[0]
+        if not op.type.startswith("FusedBatchNorm"):
+            editor.redirect(
+                norm.sink.name, self._scaled_and_shifted(owner, call, m, stored)
+            )
+            return
+        # gamma / sqrt(1 - epsilon + epsilon) (x - 0) + beta
+        epsilon = op.get_attr("epsilon")
+        dtype = op.inputs[1].dtype
+        for index, (name, array) in enumerate(
+            (
+                ("gamma", m.scale),
+                ("beta", m.shift),
+                ("moving_mean", np.zeros(m.channels)),
+                ("moving_variance", np.full(m.channels, 1.0 - epsilon)),
+            ),
+            start=1,
+        ):
+            weight = self._new(owner, name, array, dtype)
+            editor.set_input(op.name, index, editor.read(weight, stored))
+
+    def _new(self, owner: str, name: str, value: Array, dtype: Any) -> Any:
+        """A new weight, made once for all calls of an owner."""
+        key = (owner, name)
+        if key not in self._variables:
+            self._variables[key] = tf.Variable(
+                value.astype(dtype.as_numpy_dtype), name=f"{owner}/{name}", trainable=False
+            )
+        return self._variables[key]
+
+    # -- layers that absorb --------------------------------------------------------------
+
+    def _edit(self, owner: str, edit: Edit) -> None:
+        op = edit.op
+        assert isinstance(op, Linear)
+        calls = self.reading.linears[owner]
+        kernel = self.reading.weight(owner, "kernel")
+        bias = self.reading.weight(owner, "bias") if op.bias else None
+        (new_kernel,), new_bias = fold(
+            [(op.kernels[0], kernel.read())],
+            None if bias is None else bias.read().reshape(-1),
+            before=edit.before,
+            after=edit.after,
+        )
+        self._store(owner, kernel, new_kernel)
+        channels = calls[0].op.outputs[0].shape[_axis_of_result(calls[0])]
+        full = np.broadcast_to(new_bias, (channels,))
+        if bias is not None:
+            self._store(owner, bias, full.reshape(bias.shape))
+        elif np.any(full != 0):
+            for call in calls:
+                self._add_bias(owner, call, full, kernel.is_variable)
+
+    def _store(self, owner: str, stored: Stored, value: Array) -> None:
+        dtype = tf.as_dtype(stored.dtype)
+        with np.errstate(all="ignore"):
+            array = value.astype(dtype.as_numpy_dtype)
+        if not np.all(np.isfinite(array.astype(np.float64))):
+            raise RewriteError(
+                f"'{owner}' cannot absorb a BatchNormalization: its weights would leave the "
+                f'range of {stored.dtype}. Use mode "depthwise" for this model'
+            )
+        if isinstance(stored.place, tf.Variable):
+            stored.place.assign(array)
+        elif stored.is_variable:
+            self._variables[stored.key].assign(array)
+        else:
+            view, name = stored.place
+            self._editor(view).set_constant(name, array)
+
+    def _add_bias(self, owner: str, call: LinearCall, bias: Array, as_variable: bool) -> None:
+        """Adds a bias right behind an operation that has none."""
+        editor, result = self._editor(call.view), call.op.outputs[0]
+        axis, rank = _axis_of_result(call), result.shape.rank
+        layout = b"NHWC" if axis == rank - 1 else b"NCHW"
+        name = f"{call.op.name}/bias"
+        if layout == b"NHWC" or rank == 4:
+            weight = self._new(owner, "bias", bias, result.dtype)
+            name = editor.add(
+                name, "BiasAdd", ["", editor.read(weight, as_variable)],
+                T=result.dtype, data_format=layout,
+            )  # fmt: skip
+        else:
+            shaped = bias.reshape((-1,) + (1,) * (rank - 1 - axis))
+            weight = self._new(owner, "bias", shaped, result.dtype)
+            name = editor.add(
+                name, "AddV2", ["", editor.read(weight, as_variable)], T=result.dtype
+            )
+        editor.redirect(result.name, name)
+        editor.set_input(name, 0, result.name)
+
+    # -- variables that live in graphs -----------------------------------------------------
+
+    def _take_out_of_graphs(self) -> None:
+        """Makes variables of those that TensorFlow 1 keeps as nodes of its graph."""
+        for editor in self.editors.values():
+            for op in editor.view.operations:
+                if op.type not in ("VariableV2", "Variable"):
+                    continue
+                key = ("in graph", op.name)
+                if key not in self._variables:
+                    value = editor.view.value_in_graph(op.name)
+                    self._variables[key] = tf.Variable(value, name=op.name, trainable=False)
+                editor.redirect(op.outputs[0].name, editor.read(self._variables[key], True))
+
+
+def _is_stored_in_variables(norm: Any) -> bool:
+    return any(key[0] != "constant" for key in norm.keys)
+
+
+def _axis_of_result(call: LinearCall) -> int:
+    """The channel axis of what an operation gives, before anything that lies behind it."""
+    op = call.described.op
+    assert isinstance(op, Linear)
+    last = op.out_axis == call.described.result.shape.rank - 1
+    return call.op.outputs[0].shape.rank - 1 if last else op.out_axis
+
+
+@dataclass
+class _Editor:
+    """Edits one graph. Tensors are named as in a GraphDef, output 0 with ":0"."""
+
+    view: View
+    captures: dict[str, Any] = field(default_factory=dict)
+    _redirected: dict[str, str] = field(default_factory=dict)
+    _inputs: dict[tuple[str, int], str] = field(default_factory=dict)
+    _constants: dict[str, Array] = field(default_factory=dict)
+    _added: dict[str, Any] = field(default_factory=dict)
+    _reads: dict[int, str] = field(default_factory=dict)
+    _taken: set[str] = field(default_factory=set)
+    _handed_on: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for node in self.view.graph_def.node:
+            self._taken.add(node.name)
+            if node.op == "Identity" and len(node.input) == 1:
+                source = node.input[0]
+                self._handed_on[f"{node.name}:0"] = source if ":" in source else f"{source}:0"
+
+    def redirect(self, tensor: str, to: str) -> None:
+        """Lets all who read a tensor read another."""
+        self._redirected[tensor] = to
+
+    def set_input(self, node: str, index: int, tensor: str) -> None:
+        """Lets one node read a tensor, wherever that is redirected for others."""
+        self._inputs[node.partition(":")[0], index] = tensor
+
+    def set_constant(self, node: str, value: Array) -> None:
+        self._constants[node] = value
+
+    def add(self, name: str, op: str, inputs: list[str], **attributes: Any) -> str:
+        """Adds a node; returns the tensor that it gives."""
+        name = self._free(name)
+        node = node_def_pb2.NodeDef(name=name, op=op, input=inputs)
+        for key, value in attributes.items():
+            _set_attribute(node, key, value)
+        self._added[name] = node
+        return f"{name}:0"
+
+    def read(self, variable: Any, as_variable: bool) -> str:
+        """A tensor with a variable's value, which is a constant in a frozen graph."""
+        if id(variable) not in self._reads:
+            name = variable.name.partition(":")[0]
+            if as_variable:
+                handle = self.add(f"{name}/handle", "Placeholder", [], dtype=tf.resource)
+                self.captures[handle.partition(":")[0]] = variable
+                read = self.add(f"{name}/read", "ReadVariableOp", [handle], dtype=variable.dtype)
+            else:
+                read = self.add(name, "Const", [], dtype=variable.dtype, value=variable.numpy())
+            self._reads[id(variable)] = read
+        return self._reads[id(variable)]
+
+    def _free(self, name: str) -> str:
+        result, number = name, 1
+        while result in self._taken:
+            result, number = f"{name}_{number}", number + 1
+        self._taken.add(result)
+        return result
+
+    # -- the new graph -------------------------------------------------------------------
+
+    def finished(self) -> Rewritten:
+        """The graph with all edits, without what is no longer needed."""
+        old = self.view.graph_def
+        nodes = {node.name: node for node in old.node} | self._added
+        outputs = [self._target(t.name) for t in self.view.function.graph.outputs]
+        inputs: dict[str, list[str]] = {}
+        pending = [name.partition(":")[0] for name in outputs]
+        pending += [op.name for op in self.view.graph.get_operations() if has_side_effect(op)]
+        while pending:
+            name = pending.pop()
+            if name in inputs:
+                continue
+            inputs[name] = self._inputs_of(nodes[name])
+            pending += [source.lstrip("^").partition(":")[0] for source in inputs[name]]
+        graph_def = GraphDef(versions=old.versions, library=old.library)
+        for name, node in nodes.items():
+            if name not in inputs:
+                continue
+            new = graph_def.node.add()
+            new.CopyFrom(node)
+            new.attr.pop("_class", None)  # wants to be placed with nodes that may be gone
+            del new.input[:]
+            new.input.extend(inputs[name])
+            if name in self._constants:
+                _set_attribute(new, "value", self._constants[name])
+        captures = {**self.view.captures, **self.view.variables, **self.captures}
+        captures = {name: captures[name] for name in captures if name in inputs}
+        return Rewritten(self.view, graph_def, outputs, captures)
+
+    def _inputs_of(self, node: Any) -> list[str]:
+        data = [source for source in node.input if not source.startswith("^")]
+        controls = [source[1:] for source in node.input if source.startswith("^")]
+        new = []
+        for i, source in enumerate(data):
+            set_to = self._inputs.get((node.name, i))
+            new.append(set_to or self._target(source))
+        return new + sorted({f"^{self._control(name)}" for name in controls})
+
+    def _target(self, tensor: str) -> str:
+        """What to read in place of a tensor; nodes that only hand it on are passed by."""
+        name = tensor if ":" in tensor else f"{tensor}:0"
+        while True:
+            if name in self._redirected:
+                name = self._redirected[name]
+            elif name in self._handed_on:
+                name = self._handed_on[name]
+            else:
+                return name
+
+    def _control(self, node: str) -> str:
+        """What to wait for in place of a node that is taken out."""
+        tensor = f"{node}:0"
+        while tensor in self._redirected:
+            tensor = self._redirected[tensor]
+        return tensor.partition(":")[0]
+
+
+def _set_attribute(node: Any, key: str, value: Any) -> None:
+    attribute = node.attr[key]
+    if isinstance(value, tf.DType):
+        attribute.type = value.as_datatype_enum
+    elif isinstance(value, bytes):
+        attribute.s = value
+    elif isinstance(value, list):
+        attribute.list.i.extend(value)
+    else:
+        attribute.tensor.CopyFrom(tf.make_tensor_proto(value))
