@@ -6,24 +6,27 @@ only then renamed, so that it appears whole or not at all.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.api import check_mode, convert_with_plan
+from mbn_rewrite.api import STRIDED_MODES, check_mode
 from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.report import table
-from mbn_rewrite.tf_keras_frontend import files
+from mbn_rewrite.saved_model_frontend import files as saved_model_files
+from mbn_rewrite.stored import Exchange, Footprint, StoredModel, bytes_on_disk
+from mbn_rewrite.tf_keras_frontend import files as keras_files
 
 Progress = Callable[[str], None]
 
@@ -48,25 +51,43 @@ class Report:
         source: the path of the original.
         destination: the path of the rewritten SavedModel, or "" where none was written.
         plan: what became of every BatchNormalization.
-        comparison: the written SavedModel beside the original; None for a dry run.
-        parameters: how many weights the original has.
-        new_parameters: how many the rewritten model has; None for a dry run.
+        before: how large the original is.
+        after: how large the rewritten model is; None for a dry run.
+        comparisons: for each signature the written SavedModel beside the original.
+        unverified: signatures whose outputs cannot be compared, and why.
+        as_it_was: functions that were carried over as they were, and why.
+        left_out: functions that were not carried over, and why.
     """
 
     source: str
     destination: str
     plan: Plan
-    comparison: Comparison | None
-    parameters: int
-    new_parameters: int | None
+    before: Footprint
+    after: Footprint | None = None
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict)
+    unverified: Mapping[str, str] = field(default_factory=dict)
+    as_it_was: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all signatures agree within their tolerance."""
+        return all(comparison.ok for comparison in self.comparisons.values())
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON knows."""
         return {
             "source": self.source,
             "destination": self.destination,
-            "parameters": {"before": self.parameters, "after": self.new_parameters},
-            "verification": self.comparison.to_dict() if self.comparison else None,
+            "before": asdict(self.before),
+            "after": asdict(self.after) if self.after else None,
+            "verification": {
+                "ok": self.ok and bool(self.comparisons),
+                "signatures": {name: c.to_dict() for name, c in self.comparisons.items()},
+                "unverified": dict(self.unverified),
+            },
+            "carried_over_as_it_was": dict(self.as_it_was),
+            "left_out": dict(self.left_out),
             "plan": self.plan.to_dict(),
         }
 
@@ -76,19 +97,32 @@ class Report:
 
     def __str__(self) -> str:
         lines = [str(self.plan)]
-        if self.new_parameters is not None:
-            lines.append(
-                table(
-                    ["", "before", "after"],
-                    [
-                        ["BatchNormalization", str(len(self.plan.decisions)), str(self.plan.left)],
-                        ["weights", f"{self.parameters:,}", f"{self.new_parameters:,}"],
-                    ],
-                )
-            )
-        if self.comparison:
-            lines.append(f"verification: {self.comparison}")
+        if self.after is not None:
+            lines.append(table(["", "before", "after"], self._sizes(self.after)))
+        for title, named in (
+            ("carried over as it was", self.as_it_was),
+            ("left out", self.left_out),
+            ("not verified", self.unverified),
+        ):
+            lines += [f"{title}: {name} ({why})" for name, why in named.items()]
+        lines += [f"verification of {name}: {c}" for name, c in self.comparisons.items()]
         return "\n".join(lines)
+
+    def _sizes(self, after: Footprint) -> list[list[str]]:
+        rows = [
+            ["BatchNormalization", str(len(self.plan.decisions)), str(self.plan.left)],
+            ["weights", f"{self.before.weights:,}", f"{after.weights:,}"],
+            ["bytes on disk", f"{self.before.bytes:,}", f"{after.bytes:,}"],
+        ]
+        if not self.before.ops:
+            return rows
+        total = [str(sum(counts.values())) for counts in (self.before.ops, after.ops)]
+        rows.append([f"operations of {self.before.signature}", *total])
+        for name in sorted({*self.before.ops, *after.ops}):
+            counts = [ops.get(name, 0) for ops in (self.before.ops, after.ops)]
+            if counts[0] != counts[1]:
+                rows.append([f"  {name}", *map(str, counts)])
+        return rows
 
 
 def rewrite_saved_model(
@@ -97,6 +131,8 @@ def rewrite_saved_model(
     mode: str = "fold",
     overwrite: bool = False,
     *,
+    tags: Sequence[str] | None = None,
+    signatures: Sequence[str] | None = None,
     trusted: bool = False,
     dry_run: bool = False,
     inputs: Mapping[str, np.ndarray] | None = None,
@@ -106,13 +142,17 @@ def rewrite_saved_model(
     """Rewrites a model on disk and writes it as SavedModel, verified.
 
     Args:
-        source: what tf_keras can load: .h5, .hdf5 or .keras, or a SavedModel written by it.
+        source: any SavedModel, or a .h5, .hdf5 or .keras file of tf_keras.
         destination: the directory to write. Its parent must exist.
         mode: as for `convert`.
         overwrite: whether a destination that exists may be replaced.
-        trusted: whether code in the file (Lambda layers) may be run.
+        tags: which graph of a SavedModel with several; by default the one tagged "serve".
+        signatures: which signatures of a SavedModel to carry over; by default all, and the
+            methods that the loaded object has beside them.
+        trusted: whether code in a file of Keras (Lambda layers) may be run.
         dry_run: plan only; writes nothing.
-        inputs: what to verify with, by input name; random values by default.
+        inputs: what to verify with, by input name, or by "signature/input" where signatures
+            differ; random values by default.
         tolerance: as for `verify`.
         progress: called with a line when a step begins.
 
@@ -127,32 +167,63 @@ def rewrite_saved_model(
     """
     say = progress or (lambda line: None)
     check_mode(mode)
+    if mode in STRIDED_MODES:
+        raise RewriteError(
+            f'mode "{mode}" is for training, and a model on disk is there to be served. Use '
+            '"fold" or "depthwise", or mbn_rewrite.convert on a Keras model'
+        )
     if tolerance is not None and not 0 <= tolerance < np.inf:
         raise RewriteError(f"the tolerance must be a number from 0 up, not {tolerance}")
     source, destination = Path(source), Path(destination)
     check_paths(source, None if dry_run else destination, overwrite, trusted)
+    if not source.is_dir() and (tags is not None or signatures is not None):
+        raise RewriteError(f"{source} is a file of Keras, which has no tags and signatures")
     say(f"loading {source}")
-    model = files.load(source, trusted)
-    say(f"rewriting, mode {mode}")
-    new, plan = convert_with_plan(model, mode)
+    model = _opened(source, trusted, tags, signatures)
+    say(f"planning, mode {mode}")
+    report = Report(
+        str(source), "", model.plan(mode), model.footprint,
+        as_it_was=model.as_it_was, left_out=model.left_out,
+    )  # fmt: skip
     if dry_run:
-        return Report(str(source), "", plan, None, model.count_params(), None)
+        return report
+    say("running the original")
+    exchanges, dtypes = model.exchanges(inputs), model.dtypes
+    unverified = model.unverifiable
+    if tolerance is None:
+        tolerance = tolerance_for(dtypes)
     with _written_whole(destination, overwrite) as temporary:
         say("writing")
-        files.save(new, temporary)
+        weights = model.write(temporary)
+        del model  # so that the two are not in memory side by side
+        gc.collect()
         say("verifying what was written")
-        comparison = _verify_written(model, source, temporary, inputs, tolerance)
+        comparisons, ops = _verified(temporary, exchanges, tolerance, report.before.signature)
+        after = Footprint(weights, bytes_on_disk(temporary), ops, report.before.signature)
         report = Report(
-            str(source), str(destination), plan, comparison, model.count_params(),
-            new.count_params(),
+            str(source), str(destination), report.plan, report.before, after, comparisons,
+            unverified, report.as_it_was, report.left_out,
         )  # fmt: skip
-        if not comparison.ok:
+        if not report.ok:
+            worst = next(name for name, c in comparisons.items() if not c.ok)
             raise VerificationError(
-                f"the rewritten model does not give the original's outputs ({comparison}); "
-                f"nothing was written to {destination}",
+                f"the rewritten model does not give the original's outputs ({worst}: "
+                f"{comparisons[worst]}); nothing was written to {destination}",
                 report,
             )
     return report
+
+
+def _opened(
+    source: Path, trusted: bool, tags: Sequence[str] | None, signatures: Sequence[str] | None
+) -> StoredModel:
+    if source.is_dir():
+        from mbn_rewrite.saved_model_frontend.stored import SavedModelDirectory
+
+        return SavedModelDirectory(source, tags, signatures)
+    from mbn_rewrite.tf_keras_frontend.stored import KerasFile
+
+    return KerasFile(source, trusted)
 
 
 # ----------------------------------------------------------------------------- the paths
@@ -172,7 +243,10 @@ def check_paths(
             _check_destination(source, destination, overwrite)
         except (OSError, RuntimeError) as error:  # names too long, links in a circle
             raise RewriteError(f"{destination} cannot be written: {cause_of(error)}") from error
-    files.check(source, trusted)
+    if source.is_dir():
+        saved_model_files.check(source)
+    else:
+        keras_files.check(source, trusted)
 
 
 # What a SavedModel consists of; anything else in its directory is somebody's.
@@ -245,117 +319,31 @@ def _give_default_permissions(directory: Path) -> None:
 # -------------------------------------------------------------------------- verification
 
 
-def _verify_written(
-    model: Any,
-    source: Path,
-    directory: Path,
-    inputs: Mapping[str, np.ndarray] | None,
-    tolerance: float | None,
-) -> Comparison:
-    """Compares the serving signature on disk with the original.
+def _verified(
+    directory: Path, exchanges: Mapping[str, Exchange], tolerance: float, counted: str
+) -> tuple[dict[str, Comparison], dict[str, int]]:
+    """Compares what is on disk with what the original gave.
 
-    The original is the source's own serving signature where it has one, or else the model in
-    memory.
+    Returns:
+        A comparison for each signature, and the operations of one of them.
     """
-    from mbn_rewrite.tf_keras_frontend import running
+    from mbn_rewrite.saved_model_frontend.running import Served
+    from mbn_rewrite.saved_model_frontend.views import op_counts
 
-    written = files.Serving(directory)
-    original = files.Serving(source) if source.is_dir() else None
-    if original is not None:
-        _check_alike(original, written)
-    if inputs is not None:
-        given = _checked_inputs(inputs, written)
-    else:
-        given = _by_name(model, running.random_inputs(model), written)
-    results = _named_outputs(written, given, "the rewritten model")
-    if original is not None:
-        expected = _named_outputs(original, given, "the original")
-    else:
-        arrays = running.outputs_of(model, _as_structure(model, given), "the original")
-        names = list(results) if len(results) == 1 else list(model.output_names)
-        expected = dict(zip(names, arrays, strict=True))
-    if set(expected) != set(results):
-        raise RewriteError(
-            f"the written model names its outputs {sorted(results)}, the original "
-            f"{sorted(expected)}"
-        )
-    return compare_outputs(
-        list(expected.values()),
-        [results[name] for name in expected],
-        tolerance_for(running.compute_dtypes(model)) if tolerance is None else tolerance,
-    )
-
-
-def _check_alike(original: files.Serving, written: files.Serving) -> None:
-    """Raises RewriteError where a signature would not be carried over as it was."""
-
-    def described(specs: Mapping[str, Any]) -> dict[str, str]:
-        return {name: f"{s.dtype.name} {s.shape}" for name, s in sorted(specs.items())}
-
-    for what in ("inputs", "outputs"):
-        before, after = described(getattr(original, what)), described(getattr(written, what))
-        if before != after:
+    served = Served(directory)
+    comparisons = {}
+    for name, exchange in exchanges.items():
+        results = served(name, exchange.inputs)
+        expected = dict(exchange.outputs)
+        if len(expected) == len(results) == 1:
+            expected = dict(zip(results, expected.values(), strict=True))
+        if set(expected) != set(results):
             raise RewriteError(
-                f"the serving signature of the source is not the one that Keras makes: its "
-                f"{what} are {before}, they would become {after}. This release cannot carry "
-                "it over"
+                f"signature '{name}' of the written model names its outputs {sorted(results)}, "
+                f"that of the original {sorted(expected)}"
             )
-
-
-def _by_name(model: Any, structure: Any, written: files.Serving) -> dict[str, Any]:
-    """A model's inputs by the names of its serving signature."""
-    import tensorflow as tf
-
-    flat = tf.nest.flatten(structure)
-    if len(flat) == len(written.inputs) == 1:
-        return dict(zip(written.inputs, flat, strict=True))
-    names = structure if isinstance(structure, dict) else (model.input_names or ())
-    if set(names) != set(written.inputs):
-        raise RewriteError(
-            f"the serving signature names its inputs {sorted(written.inputs)}, the model "
-            f"{sorted(names)}: give inputs by name (--verify_inputs)"
+        names = sorted(expected)
+        comparisons[name] = compare_outputs(
+            [expected[key] for key in names], [results[key] for key in names], tolerance
         )
-    return dict(zip(sorted(names) if isinstance(structure, dict) else names, flat, strict=True))
-
-
-def _as_structure(model: Any, given: Mapping[str, Any]) -> Any:
-    """Inputs by name in the structure that the model in memory takes."""
-    import tensorflow as tf
-
-    names = list(given) if len(given) == 1 else model.input_names
-    flat = [given[name] for name in names]
-    structure = getattr(model, "_nested_inputs", None)
-    return tf.nest.pack_sequence_as(flat if structure is None else structure, flat)
-
-
-def _checked_inputs(inputs: Mapping[str, np.ndarray], written: files.Serving) -> dict[str, Any]:
-    """Arrays of the caller as tensors that the signature takes."""
-    import tensorflow as tf
-
-    if set(inputs) != set(written.inputs):
-        raise RewriteError(
-            f"the inputs are named {sorted(inputs)}; the model's are named {sorted(written.inputs)}"
-        )
-    tensors = {}
-    for name, array in inputs.items():
-        spec, array = written.inputs[name], np.asarray(array)
-        text, complex_numbers = array.dtype.kind in "SUO", array.dtype.kind == "c"
-        if text != (spec.dtype == tf.string) or (complex_numbers and not spec.dtype.is_complex):
-            raise RewriteError(f"input '{name}' is of {array.dtype}; {spec.dtype.name} is needed")
-        if not spec.shape.is_compatible_with(array.shape):
-            raise RewriteError(
-                f"input '{name}' has the shape {array.shape}; {spec.shape} is needed"
-            )
-        tensor = tf.constant(array)
-        tensors[name] = tensor if text else tf.cast(tensor, spec.dtype)
-    return tensors
-
-
-def _named_outputs(
-    serving: files.Serving, given: dict[str, Any], who: str
-) -> dict[str, np.ndarray]:
-    from mbn_rewrite.tf_keras_frontend import running
-
-    names = sorted(serving.outputs)
-    arrays = running.called(lambda data: [serving(data)[name] for name in names], given, who)
-    return dict(zip(names, arrays, strict=True))
+    return comparisons, op_counts(served.signatures[counted]) if counted else {}

@@ -8,8 +8,9 @@ import tf_keras
 
 import mbn_rewrite as mbn
 from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
+from mbn_rewrite.running import called
 from mbn_rewrite.tf_keras_frontend.describe import is_batch_norm
-from mbn_rewrite.tf_keras_frontend.running import called, compute_dtypes
+from mbn_rewrite.tf_keras_frontend.running import compute_dtypes
 
 
 def outputs(model, inputs, compiled=False):

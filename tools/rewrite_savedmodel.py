@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""Rewrites the BatchNormalization layers of a model on disk.
+"""Rewrites the BatchNormalization of a model on disk.
 
     python tools/rewrite_savedmodel.py [FLAGS] IN OUT
 
-IN is a model that tf_keras can load: a .h5, .hdf5 or .keras file, or a SavedModel written
-by it. OUT is the directory of the SavedModel to write. IN is never changed; OUT appears
-only when the written model was loaded again and gave the outputs of the original.
+IN is any SavedModel (of TensorFlow 1 or 2, Keras 2 or 3, frozen or not), or a .h5, .hdf5 or
+.keras file of tf_keras. OUT is the directory of the SavedModel to write, with the signatures,
+methods, assets and tables of IN. IN is never changed; OUT appears only when the written model
+was loaded again and every signature gave the outputs of the original.
 
 Examples:
-    python tools/rewrite_savedmodel.py model.h5 served
+    python tools/rewrite_savedmodel.py saved_model served
+    python tools/rewrite_savedmodel.py --dry_run saved_model
     python tools/rewrite_savedmodel.py --mode=depthwise model.keras served
-    python tools/rewrite_savedmodel.py --dry_run model.h5
     python tools/rewrite_savedmodel.py --report=report.json --overwrite model.h5 served
-    python tools/rewrite_savedmodel.py --verify_inputs=real_inputs.npz model.h5 served
+    python tools/rewrite_savedmodel.py --verify_inputs=real_inputs.npz saved_model served
+    python tools/rewrite_savedmodel.py --signatures=serving_default --tags=serve in out
 
 Exit codes:
     0    done
@@ -50,8 +52,8 @@ flags.DEFINE_string("report", None, "Write decisions and verification to this fi
 flags.DEFINE_string(
     "verify_inputs",
     None,
-    "Verify with these inputs: an .npz file with an array for each input, by its name. By "
-    "default inputs are random.",
+    "Verify with these inputs: an .npz file with an array for each input, by its name, or by "
+    "SIGNATURE/NAME where signatures differ. By default inputs are random.",
 )
 flags.DEFINE_float(
     "tolerance",
@@ -60,8 +62,19 @@ flags.DEFINE_float(
     "in the model's dtype explains.",
     lower_bound=0.0,
 )
-flags.DEFINE_bool("trusted", False, "Run code that IN holds (Lambda layers).")
-flags.DEFINE_list("import_modules", [], "Python modules that define the custom layers of IN.")
+flags.DEFINE_list(
+    "signatures",
+    None,
+    "Carry over these signatures of a SavedModel only. By default all, and the methods that the "
+    "loaded object has.",
+)
+flags.DEFINE_list(
+    "tags", None, 'The tags of the graph in a SavedModel that has several. By default "serve".'
+)
+flags.DEFINE_bool("trusted", False, "Run code that a Keras file holds (Lambda layers).")
+flags.DEFINE_list(
+    "import_modules", [], "Python modules that define the custom layers or operations of IN."
+)
 flags.DEFINE_bool("quiet", False, "Print errors only.")
 
 EXIT_ERROR, EXIT_DIFFERENT, EXIT_INTERRUPTED = 1, 3, 130
@@ -99,6 +112,8 @@ def _run(paths: list[str]) -> int:
         destination or "",
         FLAGS.mode,
         FLAGS.overwrite,
+        tags=FLAGS.tags,
+        signatures=FLAGS.signatures,
         trusted=FLAGS.trusted,
         dry_run=FLAGS.dry_run,
         inputs=inputs,

@@ -56,6 +56,12 @@ class Site:
         return shape_of(self.op.inputs[index])
 
     @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The shape of operand 1; () where it is not fully known."""
+        shape = self.op.inputs[1].shape
+        return tuple(shape) if shape.is_fully_defined() else ()
+
+    @property
     def output(self) -> Shape:
         return shape_of(self.op.outputs[0])
 
@@ -99,6 +105,7 @@ class Described:
 
 
 def shape_of(tensor: Any) -> Shape:
+    """A tensor's shape; () also where its rank is not known."""
     return () if tensor.shape.rank is None else tuple(tensor.shape.as_list())
 
 
@@ -198,9 +205,9 @@ def _reads_padding(site: Site, window: tuple[int, ...]) -> bool:
 
 
 def _conv(site: Site) -> Answer:
-    shape, axis = site.shape(1), site.channel_axis
+    shape, axis = site.kernel_shape, site.channel_axis
     inputs = site.shape(0)[axis] if site.shape(0) else None
-    if None in shape or not shape or inputs is None:
+    if not shape or inputs is None:
         return Opaque("has a kernel of unknown shape")
     groups = inputs // shape[-2]
     pads = _reads_padding(site, shape[:-2])
@@ -210,16 +217,16 @@ def _conv(site: Site) -> Answer:
 
 
 def _depthwise_conv(site: Site) -> Answer:
-    shape, axis = site.shape(1), site.channel_axis
-    if None in shape or not shape:
+    shape, axis = site.kernel_shape, site.channel_axis
+    if not shape:
         return Opaque("has a kernel of unknown shape")
     pads = _reads_padding(site, shape[:-2])
     return _linear(site, 0, 1, lambda s: layouts.depthwise("kernel", s), axis, axis, pads)
 
 
 def _conv_transpose(site: Site) -> Answer:
-    shape, axis = site.shape(1), site.channel_axis
-    if None in shape or not shape:
+    shape, axis = site.kernel_shape, site.channel_axis
+    if not shape:
         return Opaque("has a kernel of unknown shape")
     # A constant input gives a constant output only if each output reads one input by the
     # same weights.

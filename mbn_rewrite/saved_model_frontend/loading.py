@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from google.protobuf import text_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.saved_model_frontend.files import GRAPH_FILES
 
 # Methods that Keras saves for its own loading and training.
 _OF_KERAS = {
@@ -108,9 +110,12 @@ def load(
 def _meta_graph(source: Path, tags: Sequence[str] | None) -> Any:
     """The MetaGraphDef with these tags, or the only one."""
     proto = saved_model_pb2.SavedModel()
-    file = source / "saved_model.pb"
+    file = next(source / name for name in GRAPH_FILES if (source / name).is_file())
     try:
-        proto.ParseFromString(file.read_bytes())
+        if file.suffix == ".pb":
+            proto.ParseFromString(file.read_bytes())
+        else:
+            text_format.Parse(file.read_text(), proto)
     except OSError as error:
         raise RewriteError(f"{file} cannot be read: {cause_of(error)}") from error
     except Exception as error:
@@ -174,7 +179,7 @@ def _arguments(function: Any) -> str:
 
     def shown(value: Any) -> str:
         if isinstance(value, tf.TensorSpec):
-            return f"{value.dtype.name}{[s for s in value.shape] if value.shape.rank else ''}"
+            return f"{value.dtype.name}{list(value.shape) if value.shape.rank else ''}"
         return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else "..."
 
     listed = [shown(value) for value in arguments]

@@ -86,15 +86,17 @@ def fused_norm(constants: Constants, op: Any) -> Norm | None:
         writer = _writer(constants, tensor)
         if writer:
             return unfit(f"'{writer}' writes to its parameters or statistics")
-    statistics = [constants.value(tensor) for tensor in (mean, variance)]
-    if any(array is None for array in (*parameters, *statistics)):
+    parameters += [constants.value(tensor) for tensor in (mean, variance)]
+    arrays = [array for array in parameters if array is not None]
+    if len(arrays) < len(parameters):
         return unfit("its parameters or statistics are computed while the model runs")
     if any(_is_read(constants.view, tensor) for tensor in op.outputs[1:]):
         return unfit("its statistics are read as outputs")
-    parameters[0] = parameters[0] if scaled else np.ones_like(parameters[0])
-    if not all(np.all(np.isfinite(array)) for array in (*parameters, *statistics)):
+    if not all(np.all(np.isfinite(array)) for array in arrays):
         return unfit("its weights or moving statistics hold NaN or infinity")
-    channel_map = ChannelMap.of_batch_norm(*parameters, *statistics, epsilon, axis)
+    scale, shift, center, spread = arrays
+    scale = scale if scaled else np.ones_like(scale)
+    channel_map = ChannelMap.of_batch_norm(scale, shift, center, spread, epsilon, axis)
     if not channel_map.is_finite:
         return unfit("its moving variance and epsilon give no finite scale")
     return Norm((op,), source, op.outputs[0], axis, channel_map, keys)

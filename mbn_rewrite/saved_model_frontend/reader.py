@@ -88,21 +88,26 @@ class _Reader:
     uses: dict[Any, dict[int, str]] = field(default_factory=dict)  # stored key -> id(op) -> label
     owners: dict[Any, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
+    scope: str = ""  # what all names of the function at hand begin with
 
     # -- one function --------------------------------------------------------------------
 
     def read(self, view: View) -> None:
         constants = Constants(view, self.writes)
         described, norms = self._recognised(view, constants)
+        self.scope = _shared_scope(described, norms)
         known: dict[str, int] = {}  # tensor name -> value
         inside = {op.name for d in described.values() for op in d.absorbed}
         inside |= {op.name for norm in norms.values() for op in norm.ops}
         for op in view.operations:
             if op.name in norms:
                 self._add_norm(view, norms[op.name], known)
-            elif op.name in described and (op.name not in inside or described[op.name].absorbed):
-                if not self._is_constant(constants, op):
-                    self._add(view, op, described[op.name], known)
+            elif (
+                op.name in described
+                and (op.name not in inside or described[op.name].absorbed)
+                and not self._is_constant(constants, op)
+            ):
+                self._add(view, op, described[op.name], known)
             self._note_uses(view, constants, op)
             self._add_hidden(view, op)
         for tensor in view.outputs:
@@ -138,7 +143,7 @@ class _Reader:
     def _add(self, view: View, op: Any, described: Described, known: dict[str, int]) -> None:
         neutral = described.op
         dtype = "float32"
-        owner = display_name(op.name)
+        owner = self._shown(op.name)
         if isinstance(neutral, Linear):
             keys = tuple(weight.stored.key for weight in described.weights.values())
             owner = self._owner(keys, _without_leaf(owner))
@@ -156,7 +161,7 @@ class _Reader:
     def _add_norm(self, view: View, norm: Norm, known: dict[str, int]) -> None:
         stored = tuple(key for key in norm.keys if key[0] != "constant")
         key = (stored, _digest(norm)) if stored else (view.name, norm.sink.op.name)
-        owner = self._owner(key, _common_scope([display_name(op.name) for op in norm.ops]))
+        owner = self._owner(key, _common_scope([self._shown(op.name) for op in norm.ops]))
         op = BatchNorm(norm.map, norm.unfit)
         before, after = norm.source.dtype.name, norm.sink.dtype.name
         if before != after and not norm.unfit:
@@ -168,6 +173,9 @@ class _Reader:
         self.nodes.append(
             Node(owner, "BatchNormalization", op, (source,), (result,), _dtype_name(after))
         )
+
+    def _shown(self, name: str) -> str:
+        return display_name(name).removeprefix(self.scope)
 
     def _value(self, tensor: Any, known: dict[str, int]) -> int:
         if tensor.name not in known:
@@ -192,7 +200,7 @@ class _Reader:
         gives_weight = op.outputs and constants.weight(op.outputs[0]) is not None
         for tensor in op.inputs:
             weight = constants.weight(tensor)
-            label = f"{op.type} '{display_name(op.name)}'"
+            label = f"{op.type} '{self._shown(op.name)}'"
             if weight is not None and not gives_weight:
                 self.uses.setdefault(weight.stored.key, {})[id(op)] = label
             variable = view.variable(tensor) if tensor.dtype == tf.resource else None
@@ -201,14 +209,14 @@ class _Reader:
 
     def _add_hidden(self, view: View, op: Any) -> None:
         """Lists the BatchNormalizations in what an operation calls."""
-        label = f"{op.type} '{display_name(op.name)}'"
+        label = f"{op.type} '{self._shown(op.name)}'"
         for body in bodies_called(view.graph_def, op.node_def):
             for node in body.node_def:
                 if node.op in FUSED and not node.attr["is_training"].b:
                     op_ = BatchNorm(None, f"it is in the body of {label}, which stays as it is")
                     owner = self._owner(
                         (view.name, body.signature.name, node.name),
-                        f"{display_name(op.name)}/{_without_leaf(node.name)}",
+                        f"{self._shown(op.name)}/{_without_leaf(node.name)}",
                     )
                     self.hidden.append(HiddenBatchNorm(owner, label, op_, None, "float32"))
 
@@ -274,6 +282,15 @@ def display_name(name: str) -> str:
     return name
 
 
+def _shared_scope(described: dict[str, Described], norms: dict[str, Norm]) -> str:
+    """The outermost scope, usually the model's name, if all weights and norms are in it."""
+    names = [name for name, found in described.items() if isinstance(found.op, Linear)]
+    first = {display_name(name).partition("/") for name in (*names, *norms)}
+    scopes = {scope + slash for scope, slash, _ in first if slash}
+    inner = all(slash and "/" in rest for _, slash, rest in first)
+    return scopes.pop() if len(scopes) == 1 and inner else ""
+
+
 def _without_leaf(name: str) -> str:
     """The scope of an operation: what the layer was called that made it."""
     scope, _, leaf = name.rpartition("/")
@@ -314,4 +331,3 @@ def _narrowest(weights: Iterable[Weight], result: Any) -> str:
 
 def _dtype_name(name: str) -> str:
     return name if name in ("float16", "bfloat16", "float32", "float64") else "float32"
-

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def save(
     initializer: Rewritten | None,
     source: Path,
     directory: Path,
-) -> None:
-    """Writes a SavedModel.
+) -> int:
+    """Writes a SavedModel; returns how many numbers its variables hold.
 
     Args:
         loaded: the original.
@@ -56,6 +57,7 @@ def save(
     except Exception as error:
         raise RewriteError(f"the rewritten model cannot be written: {cause_of(error)}") from error
     _finish(loaded.meta_graph, source, directory)
+    return sum(math.prod(variable.shape) for variable in root.variables)
 
 
 # -------------------------------------------------------------------------------- functions
@@ -64,9 +66,7 @@ def save(
 def _called(new: Rewritten, tensors: list[Any]) -> list[Any]:
     """Puts a graph into the function that is being traced."""
     graph = tf.compat.v1.get_default_graph()
-    inputs = {
-        f"{name}:0": tensor for name, tensor in zip(new.view.arguments, tensors, strict=True)
-    }
+    inputs = {f"{name}:0": tensor for name, tensor in zip(new.view.arguments, tensors, strict=True)}
     for name, external in new.captures.items():
         if name not in new.view.arguments:
             handle = external.handle if isinstance(external, tf.Variable) else external
@@ -154,9 +154,7 @@ def _method(original: Any, concrete: list[tuple[Entry, Rewritten | None]]) -> An
 # ------------------------------------------------------------------------- what they need
 
 
-def _track(
-    root: Any, loaded: Loaded, functions: list[tuple[Entry, Rewritten | None]]
-) -> None:
+def _track(root: Any, loaded: Loaded, functions: list[tuple[Entry, Rewritten | None]]) -> None:
     """Makes the new root own what its functions use."""
     captured: dict[int, Any] = {}
     for entry, new in functions:
@@ -182,7 +180,7 @@ def _track(
         root.resources = others
 
 
-class _Initializer(tf.saved_model.experimental.TrackableResource):  # type: ignore[misc]
+class _Initializer(tf.saved_model.experimental.TrackableResource):
     """What has to run when the model is loaded: TensorFlow 1 fills its tables in the graph."""
 
     def __init__(self, initializer: Rewritten, assets: list[Any]) -> None:
@@ -229,6 +227,3 @@ def _finish(meta_graph: Any, source: Path, directory: Path) -> None:
         file.write_bytes(proto.SerializeToString(deterministic=True))
         (directory / "fingerprint.pb").unlink(missing_ok=True)
         fingerprinting_utils.write_fingerprint(str(directory))
-
-
-_ = Callable

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.core.framework.graph_pb2 import GraphDef
 
-from mbn_rewrite.saved_model_frontend.inlining import GraphDef, inlined
+from mbn_rewrite.saved_model_frontend.inlining import inlined
 
 _ASSIGNS = ("Assign", "ScatterUpdate", "ResourceScatter", "ResourceApply", "ResourceSparseApply")
 # Stateful operations that change nothing, so that they are needed only where they are read.
@@ -18,6 +20,8 @@ _READS = {
     *("VariableV2", "Placeholder", "NoOp", "HashTableV2", "HashTable"),
     *("RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal"),
 }
+# Operations that cost nothing where the model runs.
+_FREE = {"Placeholder", "Const", "Identity", "IdentityN", "NoOp", "ReadVariableOp", "VariableV2"}
 # Operations whose results do not depend on the values that they read, only on shapes.
 SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
 # Operations that give their input as it is.
@@ -75,6 +79,21 @@ class View:
                 pending += op.control_inputs
         return [op for op in self.graph.get_operations() if op.name in needed]
 
+    @property
+    def op_counts(self) -> dict[str, int]:
+        """How many operations of each type it runs; what costs nothing is left out."""
+        needed = {op.name for op in self.operations}
+        return counts_of(node for node in self.graph_def.node if node.name in needed)
+
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether its outputs differ from call to call."""
+        return any(
+            op.type.startswith(("Random", "TruncatedNormal", "ParameterizedTruncated"))
+            or op.type in ("Multinomial", "StatefulUniform", "StatefulStandardNormalV2")
+            for op in self.operations
+        )
+
     @cached_property
     def readers(self) -> dict[str, list[tuple[Any, int]]]:
         """Tensor name -> the operations that read its values, past what only hands it on."""
@@ -93,6 +112,16 @@ class View:
     def variable(self, handle: Any) -> Any:
         """The variable behind a tensor of dtype resource, or None."""
         return self.variables.get(source_of(handle).op.name)
+
+
+def counts_of(nodes: Iterable[Any]) -> dict[str, int]:
+    """How many nodes there are of each operation type; what costs nothing is left out."""
+    return dict(Counter(node.op for node in nodes if node.op not in _FREE))
+
+
+def op_counts(function: Any) -> dict[str, int]:
+    """How many operations of each type a concrete function runs."""
+    return counts_of(inlined(function)[0].node)
 
 
 @dataclass

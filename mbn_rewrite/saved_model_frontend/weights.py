@@ -45,7 +45,7 @@ class Stored:
 
     @property
     def is_variable(self) -> bool:
-        return not self.key[0] == "constant"
+        return bool(self.key[0] != "constant")
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import node_def_pb2
+from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from mbn_rewrite.algebra import Array, ChannelMap, fold
 from mbn_rewrite.decisions import Edit, Plan
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Linear
-from mbn_rewrite.saved_model_frontend.inlining import GraphDef
 from mbn_rewrite.saved_model_frontend.reader import LinearCall, NormCall, Reading
 from mbn_rewrite.saved_model_frontend.views import View, has_side_effect
 from mbn_rewrite.saved_model_frontend.weights import Stored
@@ -40,20 +41,6 @@ class Rewritten:
     graph_def: GraphDef
     outputs: list[str]
     captures: dict[str, Any]
-
-    @property
-    def op_counts(self) -> dict[str, int]:
-        """How many operations of each type run."""
-        return counts_of(self.graph_def)
-
-
-def counts_of(graph_def: GraphDef) -> dict[str, int]:
-    """How many operations of each type a graph has; what costs nothing is left out."""
-    counts: dict[str, int] = {}
-    for node in graph_def.node:
-        if node.op not in ("Placeholder", "Const", "Identity", "NoOp", "ReadVariableOp"):
-            counts[node.op] = counts.get(node.op, 0) + 1
-    return counts
 
 
 def unchanged(view: View) -> Rewritten | None:
@@ -94,11 +81,9 @@ class _Writer:
             if owner in self.plan.removed:
                 self._each(owner, calls, self._remove)
             elif owner in self.plan.replaced:
-                m = self.plan.replaced[owner]
-                self._each(owner, calls, lambda owner, call, m=m: self._replace(owner, call, m))
+                self._each(owner, calls, partial(self._replace, m=self.plan.replaced[owner]))
             elif owner in self.plan.renewed:
-                m = self.plan.renewed[owner]
-                self._each(owner, calls, lambda owner, call, m=m: self._renew(owner, call, m))
+                self._each(owner, calls, partial(self._renew, m=self.plan.renewed[owner]))
         for owner, edit in self.plan.edits.items():
             self._edit(owner, edit)
             self.done.add(owner)
@@ -160,9 +145,7 @@ class _Writer:
         stored = _is_stored_in_variables(norm)
         op = norm.ops[0]
         if not op.type.startswith("FusedBatchNorm"):
-            editor.redirect(
-                norm.sink.name, self._scaled_and_shifted(owner, call, m, stored)
-            )
+            editor.redirect(norm.sink.name, self._scaled_and_shifted(owner, call, m, stored))
             return
         # gamma / sqrt(1 - epsilon + epsilon) (x - 0) + beta
         epsilon = op.get_attr("epsilon")
@@ -243,9 +226,7 @@ class _Writer:
         else:
             shaped = bias.reshape((-1,) + (1,) * (rank - 1 - axis))
             weight = self._new(owner, "bias", shaped, result.dtype)
-            name = editor.add(
-                name, "AddV2", ["", editor.read(weight, as_variable)], T=result.dtype
-            )
+            name = editor.add(name, "AddV2", ["", editor.read(weight, as_variable)], T=result.dtype)
         editor.redirect(result.name, name)
         editor.set_input(name, 0, result.name)
 

@@ -1,0 +1,185 @@
+"""Calls the signatures of SavedModels: with made-up inputs, and without changing states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.running import Made, as_specified, called_by_name, random_tensor
+from mbn_rewrite.saved_model_frontend.views import View, Writes, source_of
+from mbn_rewrite.stored import Exchange
+
+# What is tried for sizes that a signature leaves open: networks have least sizes.
+_OPEN_SIZES = (64, 224, 16, 1)
+
+
+def specs_of(function: Any) -> dict[str, Any]:
+    """The inputs of a signature: name -> tf.TensorSpec."""
+    return dict(function.structured_input_signature[1])
+
+
+def described(specs: Mapping[str, Any]) -> dict[str, str]:
+    """Inputs or outputs in words, to be compared."""
+    return {name: f"{spec.dtype.name} {spec.shape}" for name, spec in sorted(specs.items())}
+
+
+def exchange(
+    name: str, function: Any, view: View | None, given: Mapping[str, np.ndarray] | None
+) -> Exchange:
+    """Calls a signature.
+
+    Args:
+        name: its key.
+        function: its concrete function.
+        view: the same as a graph, if it could be read: for what its inputs look like.
+        given: arrays for its inputs, by name; None to make them up.
+
+    Raises:
+        RewriteError: the arrays do not fit, or no inputs can be made up that it takes.
+    """
+    specs, who = specs_of(function), f"signature '{name}' of the original"
+    if given is not None:
+        inputs = {key: as_specified(key, given[key], spec) for key, spec in specs.items()}
+        return Exchange(inputs, called_by_name(function, inputs, who))
+    first: RewriteError | None = None
+    for made in _ways(specs, view):
+        rng = np.random.default_rng(0)
+        try:
+            inputs = {key: random_tensor(spec, rng, made) for key, spec in sorted(specs.items())}
+            return Exchange(inputs, called_by_name(function, inputs, who))
+        except RewriteError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def given_for(
+    name: str, function: Any, inputs: Mapping[str, np.ndarray] | None
+) -> dict[str, np.ndarray] | None:
+    """The caller's arrays for one signature: by the input's name, or "signature/name".
+
+    Raises:
+        RewriteError: there are some for this signature, but not all.
+    """
+    names = sorted(specs_of(function))
+    found: dict[str, np.ndarray] = {}
+    for key in names:
+        for path in (f"{name}/{key}", key):
+            if inputs is not None and path in inputs:
+                found.setdefault(key, inputs[path])
+    if not found:
+        return None
+    if len(found) < len(names):
+        raise RewriteError(
+            f"the inputs are named {sorted(inputs or ())}; those of signature '{name}' are named "
+            f"{names}"
+        )
+    return found
+
+
+def _ways(specs: Mapping[str, Any], view: View | None) -> Iterator[Made]:
+    """Ways to make up inputs, the likeliest first."""
+    top = 255.0 if view is not None and _scales_down(view) else None
+    words = _words(view) if view is not None else 2
+    texts: tuple[Callable[[np.random.Generator], bytes] | None, ...] = (None,)
+    if any(spec.dtype == tf.string for spec in specs.values()):
+        texts = (_word, _png, _jpeg)
+    is_open = any(spec.shape.rank and None in spec.shape[1:] for spec in specs.values())
+    for size in _OPEN_SIZES if is_open else _OPEN_SIZES[:1]:
+        for text in texts:
+            yield Made(size, top, words, text)
+
+
+def _word(rng: np.random.Generator) -> bytes:
+    return bytes(rng.integers(ord("a"), ord("z") + 1, rng.integers(1, 6)).astype(np.uint8))
+
+
+def _png(rng: np.random.Generator) -> bytes:
+    return bytes(tf.io.encode_png(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).numpy())
+
+
+def _jpeg(rng: np.random.Generator) -> bytes:
+    return bytes(tf.io.encode_jpeg(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).numpy())
+
+
+def _scales_down(view: View) -> bool:
+    """Whether an input is first multiplied by one number: the pixels of images are."""
+    for name in view.arguments:
+        tensor = view.graph.get_tensor_by_name(f"{name}:0")
+        for op, _ in view.readers.get(tensor.name, []):
+            others = [source_of(t) for t in op.inputs if source_of(t) is not tensor]
+            numbers = all(t.shape.rank == 0 for t in others)
+            if op.type in ("Mul", "RealDiv", "Div") and others and numbers:
+                return True
+    return any(
+        tf.as_dtype(t.dtype) == tf.uint8 for t in view.function.inputs[: len(view.arguments)]
+    )
+
+
+def _words(view: View) -> int:
+    """The fewest rows of what integers look things up in."""
+    rows = [256]
+    for op in view.operations:
+        shape = None
+        if op.type == "ResourceGather":
+            variable = view.variable(op.inputs[0])
+            shape = None if variable is None else variable.shape
+        elif op.type in ("GatherV2", "Gather") and op.inputs[0].dtype.is_floating:
+            shape = op.inputs[0].shape
+        if shape is not None and shape.rank and shape[0]:
+            rows.append(shape[0])
+    return min(rows)
+
+
+class StatesKept:
+    """Variables that functions write to, as they were before, when the block ends."""
+
+    def __init__(self, views: list[View], writes: Writes) -> None:
+        found = {
+            id(variable): variable
+            for view in views
+            for variable in view.variables.values()
+            if id(variable) in writes.by
+        }
+        self._variables = list(found.values())
+        self._values: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._values = [variable.read_value() for variable in self._variables]
+
+    def __exit__(self, *_: object) -> None:
+        for variable, value in zip(self._variables, self._values, strict=True):
+            variable.assign(value)
+
+
+class Served:
+    """A SavedModel as its users load it.
+
+    Attributes:
+        signatures: key -> concrete function.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            self._owner = tf.saved_model.load(str(directory))  # holds the variables
+            self.signatures = dict(self._owner.signatures)
+        except Exception as error:
+            raise RewriteError(f"{directory} cannot be served: {cause_of(error)}") from error
+
+    def __call__(self, name: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Outputs by name, for inputs by name; a lone input may have another name."""
+        signature = self.signatures[name]
+        specs = specs_of(signature)
+        if len(specs) == len(inputs) == 1:
+            inputs = dict(zip(specs, inputs.values(), strict=True))
+        if set(inputs) != set(specs):
+            raise RewriteError(
+                f"signature '{name}' of the rewritten model names its inputs {sorted(specs)}, "
+                f"the original {sorted(inputs)}"
+            )
+        return called_by_name(signature, inputs, "the rewritten model")

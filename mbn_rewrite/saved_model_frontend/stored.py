@@ -1,0 +1,122 @@
+"""A SavedModel on disk, to be rewritten as SavedModel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbn_rewrite.decisions import Plan
+from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.planner import make_plan
+from mbn_rewrite.saved_model_frontend import running, saving, writer
+from mbn_rewrite.saved_model_frontend.loading import Entry, load
+from mbn_rewrite.saved_model_frontend.reader import read
+from mbn_rewrite.saved_model_frontend.views import View, Writes, view_of
+from mbn_rewrite.stored import Exchange, Footprint, bytes_on_disk
+
+
+class SavedModelDirectory:
+    """See `stored.StoredModel`."""
+
+    def __init__(
+        self, source: Path, tags: Sequence[str] | None, signatures: Sequence[str] | None
+    ) -> None:
+        self._source = source
+        self._loaded = load(source, tags, signatures)
+        self.left_out: dict[str, str] = self._loaded.left_out
+        self.as_it_was: dict[str, str] = {}
+        self.unverifiable: dict[str, str] = {}
+        self._views: dict[str, View] = {}
+        self._writes = Writes()
+        pinned: list[Any] = []
+        for entry in self._loaded.entries:
+            view = self._view(entry)
+            if view is None:
+                pinned += entry.function.graph.variables
+            else:
+                self._views[entry.name] = view
+                self._writes.note(view)
+                if not entry.method and view.draws_random_numbers:
+                    self.unverifiable[entry.name] = "it draws random numbers"
+        initializer = self._loaded.initializer
+        self._initializer = (
+            view_of("initializer", initializer, self._loaded.value_in_graph)
+            if initializer is not None
+            else None
+        )
+        if self._initializer is not None:
+            self._writes.note(self._initializer)
+        self._reading = read(self._views.values(), self._writes, pinned)
+        self._plan: Plan | None = None
+
+    def _view(self, entry: Entry) -> View | None:
+        try:
+            return view_of(entry.name, entry.function, self._loaded.value_in_graph)
+        except Exception as error:
+            self.as_it_was[entry.name] = cause_of(error)
+            return None
+
+    @property
+    def footprint(self) -> Footprint:
+        variables = {
+            id(variable): math.prod(variable.shape)
+            for entry in self._loaded.entries
+            for variable in entry.function.graph.variables
+        } | {
+            op.name: op.outputs[0].shape.num_elements() or 0
+            for view in self._views.values()
+            for op in view.operations
+            if op.type in ("VariableV2", "Variable")
+        }
+        name = next(iter(sorted(self._loaded.signatures, key=lambda key: key != "serving_default")))
+        ops = self._views[name].op_counts if name in self._views else {}
+        return Footprint(sum(variables.values()), bytes_on_disk(self._source), ops, name)
+
+    @property
+    def dtypes(self) -> set[str]:
+        results = {
+            tensor.dtype.name
+            for function in self._loaded.signatures.values()
+            for tensor in function.outputs
+        }
+        return set(self._reading.dtypes) | results
+
+    def plan(self, mode: str) -> Plan:
+        self._plan = make_plan(self._reading.graph, mode)
+        return self._plan
+
+    def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:
+        signatures = self._loaded.signatures
+        taken = {
+            path
+            for name, function in signatures.items()
+            for key in running.specs_of(function)
+            for path in (key, f"{name}/{key}")
+        }
+        unknown = sorted(set(inputs or ()) - taken)
+        if unknown:
+            listed = "; ".join(
+                f"'{name}' takes {sorted(running.specs_of(function))}"
+                for name, function in signatures.items()
+            )
+            raise RewriteError(f"the inputs are named {sorted(inputs or ())}; {listed}")
+        found = {}
+        with running.StatesKept(list(self._views.values()), self._writes):
+            for name, function in signatures.items():
+                if name not in self.unverifiable:
+                    given = running.given_for(name, function, inputs)
+                    found[name] = running.exchange(name, function, self._views.get(name), given)
+        return found
+
+    def write(self, directory: Path) -> int:
+        assert self._plan is not None
+        views = list(self._views.values())
+        graphs = writer.rewritten(views, self._reading, self._plan)
+        new = dict(zip(self._views, graphs, strict=True))
+        initializer = None if self._initializer is None else writer.unchanged(self._initializer)
+        functions = [(entry, new.get(entry.name)) for entry in self._loaded.entries]
+        return saving.save(self._loaded, functions, initializer, self._source, directory)

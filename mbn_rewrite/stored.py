@@ -1,0 +1,85 @@
+"""What the exporter needs of a model on disk, whatever kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mbn_rewrite.decisions import Plan
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a signature was given, and what it gave.
+
+    Attributes:
+        inputs: tensors by name.
+        outputs: arrays by name.
+    """
+
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """How large a model is.
+
+    Attributes:
+        weights: how many numbers its variables hold.
+        bytes: its size on disk.
+        ops: operation type -> how many run in `signature`; empty for a file of Keras.
+        signature: the signature whose operations are counted.
+    """
+
+    weights: int
+    bytes: int
+    ops: Mapping[str, int] = field(default_factory=dict)
+    signature: str = ""
+
+
+class StoredModel(Protocol):
+    """A model on disk, opened to be rewritten."""
+
+    @property
+    def footprint(self) -> Footprint:
+        """How large it is."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """The functions that are not carried over, and why."""
+
+    @property
+    def as_it_was(self) -> Mapping[str, str]:
+        """The functions that are carried over as they were, and why."""
+
+    @property
+    def unverifiable(self) -> Mapping[str, str]:
+        """The signatures whose outputs cannot be compared, and why."""
+
+    @property
+    def dtypes(self) -> set[str]:
+        """The dtypes that it computes in."""
+
+    def plan(self, mode: str) -> Plan:
+        """What becomes of every BatchNormalization; kept for `write`."""
+
+    def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:
+        """What its signatures give, for these inputs or for made-up ones."""
+
+    def write(self, directory: Path) -> int:
+        """Writes the model with the plan carried out; returns how many weights it has.
+
+        The opened model is not used after that.
+        """
+
+
+def bytes_on_disk(path: Path) -> int:
+    """The size of a file, or of all files in a directory."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
