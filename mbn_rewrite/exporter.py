@@ -70,6 +70,11 @@ class Report:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def comparison(self) -> Comparison | None:
+        """The comparison of the signature that differs most; None where none was compared."""
+        return max(self.comparisons.values(), key=lambda c: c.max_rel_error, default=None)
+
+    @property
     def ok(self) -> bool:
         """Whether all signatures agree within their tolerance."""
         return all(comparison.ok for comparison in self.comparisons.values())

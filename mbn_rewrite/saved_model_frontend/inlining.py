@@ -57,17 +57,18 @@ def inlined(function: Any) -> tuple[GraphDef, bool]:
 def bodies_called(graph_def: GraphDef, node: Any) -> Iterator[Any]:
     """The functions that a node calls, those that they call, and so on."""
     library = {function.signature.name: function for function in graph_def.library.function}
-    pending, seen = list(_called(node)), set()
+    pending, seen = list(called_by(node)), set()
     while pending:
         name = pending.pop()
         if name in library and name not in seen:
             seen.add(name)
             yield library[name]
             for inner in library[name].node_def:
-                pending += _called(inner)
+                pending += called_by(inner)
 
 
-def _called(node: Any) -> Iterator[str]:
+def called_by(node: Any) -> Iterator[str]:
+    """The names of all functions that a node may call, and of its operation."""
     yield node.op
     for attribute in node.attr.values():
         if attribute.HasField("func"):

@@ -17,6 +17,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.saved_model_frontend.files import GRAPH_FILES
+from mbn_rewrite.saved_model_frontend.slimming import functions_of, slimmed
 
 # Methods that Keras saves for its own loading and training.
 _OF_KERAS = {
@@ -90,21 +91,37 @@ def load(
     meta_graph = _meta_graph(source, tags)
     stored = sorted(key for key in meta_graph.signature_def if not key.startswith("__"))
     _check_signatures(source, stored, signatures)
+    asked_for = [key for key in stored if signatures is None or key in signatures]
+    left_out = {f"signature {key}": "not asked for" for key in stored if key not in asked_for}
     try:
-        root = tf.saved_model.load(str(source), tags=list(meta_graph.meta_info_def.tags))
+        if meta_graph.HasField("object_graph_def"):
+            root = _load_slim(source, meta_graph, asked_for, signatures is None)
+        else:  # of TensorFlow 1
+            root = tf.saved_model.load(str(source), tags=list(meta_graph.meta_info_def.tags))
+    except RewriteError:
+        raise
     except Exception as error:
         raise RewriteError(f"{source} cannot be loaded: {_cause(error)}") from error
-    loaded = Loaded(root, meta_graph, [])
-    for key, function in root.signatures.items():
-        if signatures is None or key in signatures:
-            loaded.entries.append(Entry(key, "", function))
-        else:
-            loaded.left_out[f"signature {key}"] = "not asked for"
+    loaded = Loaded(root, meta_graph, [], left_out)
+    for key in asked_for:
+        loaded.entries.append(Entry(key, "", root.signatures[key]))
     for name in sorted(vars(root)):
         function = getattr(root, name)
         if hasattr(function, "concrete_functions"):
-            _add_method(loaded, name, function, signatures is None)
+            _add_method(loaded, name, function)
     return loaded
+
+
+def _load_slim(source: Path, meta_graph: Any, signatures: list[str], methods: bool) -> Any:
+    """Loads the functions that may be carried over, and nothing else."""
+    keys, named = functions_of(meta_graph)
+    wanted = [keys[key] for key in signatures if key in keys]
+    if methods:
+        wanted += [f for name, fs in named.items() if name not in _OF_KERAS for f in fs]
+    slim = type(meta_graph)()
+    slim.CopyFrom(meta_graph)
+    with slimmed(source, slim, wanted) as directory:
+        return tf.saved_model.load(str(directory))
 
 
 def _meta_graph(source: Path, tags: Sequence[str] | None) -> Any:
@@ -154,14 +171,10 @@ def _cause(error: Exception) -> str:
     return f"{cause_of(error)} It may be damaged or cut short"
 
 
-def _add_method(loaded: Loaded, name: str, function: Any, wanted: bool) -> None:
+def _add_method(loaded: Loaded, name: str, function: Any) -> None:
     for concrete in function.concrete_functions:
         label = f"{name}{_arguments(concrete)}"
-        if name in _OF_KERAS:
-            loaded.left_out[name] = "Keras trains by it"
-        elif not wanted:
-            loaded.left_out[label] = "no signature"
-        elif _is_for_training(concrete):
+        if _is_for_training(concrete):
             loaded.left_out[label] = "it is for training"
         else:
             loaded.entries.append(Entry(label, name, concrete))

@@ -1,0 +1,153 @@
+"""A SavedModel with only the functions that are wanted, and what they need, to be loaded.
+
+Loading a SavedModel makes Python objects of all its functions, and Keras saves hundreds: for
+training, and for each layer. They cost more time and memory than the model itself. The slim
+copy has the same objects at the same places, so that variables are found in the checkpoint,
+but those that are not needed are empty, and functions that nobody wants are gone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tensorflow.core.protobuf import saved_model_pb2
+
+from mbn_rewrite.saved_model_frontend.inlining import called_by
+
+
+@contextmanager
+def slimmed(source: Path, meta_graph: Any, wanted: Iterable[str]) -> Iterator[Path]:
+    """A directory to load a TensorFlow 2 SavedModel from while the block lasts.
+
+    Args:
+        source: the SavedModel.
+        meta_graph: its MetaGraphDef; it is changed.
+        wanted: the names of the concrete functions to keep.
+    """
+    _slim(meta_graph, set(wanted))
+    with TemporaryDirectory(prefix="mbn_rewrite.") as name:
+        directory = Path(name)
+        for part in ("variables", "assets"):
+            if (source / part).exists():
+                os.symlink((source / part).resolve(), directory / part)
+        proto = saved_model_pb2.SavedModel(saved_model_schema_version=1)
+        proto.meta_graphs.append(meta_graph)
+        (directory / "saved_model.pb").write_bytes(proto.SerializeToString())
+        yield directory
+
+
+def functions_of(meta_graph: Any) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The functions that users call.
+
+    Returns:
+        Signature key -> the name of its concrete function, and method of the root object ->
+        the names of its concrete functions.
+    """
+    nodes = meta_graph.object_graph_def.nodes
+    signatures: dict[str, str] = {}
+    methods: dict[str, list[str]] = {}
+    for child in nodes[0].children:
+        node = nodes[child.node_id]
+        if node.WhichOneof("kind") == "function":
+            methods[child.local_name] = list(node.function.concrete_functions)
+        elif child.local_name == "signatures":
+            for signature in node.children:
+                inner = nodes[signature.node_id]
+                signatures[signature.local_name] = (
+                    inner.bare_concrete_function.concrete_function_name
+                )
+    return signatures, methods
+
+
+def _slim(meta_graph: Any, wanted: set[str]) -> None:
+    objects = meta_graph.object_graph_def
+    needed, functions = _needed(objects, wanted)
+    gone: set[int] = set()
+    for i, node in enumerate(objects.nodes):
+        kind = node.WhichOneof("kind")
+        if kind == "function":
+            kept = [name for name in node.function.concrete_functions if name in functions]
+            del node.function.concrete_functions[:]
+            node.function.concrete_functions.extend(kept)
+            if not kept:
+                gone.add(i)
+        elif kind == "bare_concrete_function":
+            if node.bare_concrete_function.concrete_function_name not in functions:
+                gone.add(i)
+        elif kind != "user_object" and i not in needed:
+            _empty(node)
+        if i not in needed:
+            node.saveable_objects.clear()
+            del node.slot_variables[:]
+        if i in gone:
+            _empty(node)
+    for node in objects.nodes:
+        kept_children = [child for child in node.children if child.node_id not in gone]
+        del node.children[:]
+        node.children.extend(kept_children)
+        del node.dependencies[:]
+    for name in list(objects.concrete_functions):
+        if name not in functions:
+            del objects.concrete_functions[name]
+    _slim_library(meta_graph.graph_def, functions)
+
+
+def _empty(node: Any) -> None:
+    """Makes an object one that only holds others."""
+    children = list(node.children)
+    node.Clear()
+    node.children.extend(children)
+    node.user_object.identifier = "_generic_user_object"
+    node.user_object.version.producer = 1
+    node.user_object.version.min_consumer = 1
+
+
+def _needed(objects: Any, wanted: set[str]) -> tuple[set[int], set[str]]:
+    """The objects that functions use, and the functions that those objects need."""
+    needed: set[int] = set()
+    functions: set[str] = set()
+    pending: list[Any] = [name for name in wanted if name in objects.concrete_functions]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            if item not in functions:
+                functions.add(item)
+                pending += objects.concrete_functions[item].bound_inputs
+            continue
+        if item in needed:
+            continue
+        needed.add(item)
+        node = objects.nodes[item]
+        kind = node.WhichOneof("kind")
+        if kind == "function":
+            pending += node.function.concrete_functions
+        elif kind == "bare_concrete_function":
+            pending.append(node.bare_concrete_function.concrete_function_name)
+        if kind != "variable":  # a table needs what makes, fills and saves it
+            pending += [child.node_id for child in node.children]
+        for saved in node.saveable_objects.values():
+            pending += [saved.save_function, saved.restore_function]
+    return needed, functions
+
+
+def _slim_library(graph_def: Any, functions: set[str]) -> None:
+    """Keeps the functions and those that they call, and the constants of the graph."""
+    library = {function.signature.name: function for function in graph_def.library.function}
+    reached: set[str] = set()
+    pending = [name for name in functions if name in library]
+    while pending:
+        name = pending.pop()
+        if name not in reached:
+            reached.add(name)
+            for node in library[name].node_def:
+                pending += [called for called in called_by(node) if called in library]
+    kept = [function for name, function in library.items() if name in reached]
+    constants = [node for node in graph_def.node if node.op == "Const"]
+    del graph_def.library.function[:], graph_def.library.gradient[:], graph_def.node[:]
+    graph_def.library.function.extend(kept)
+    graph_def.node.extend(constants)
