@@ -6,7 +6,6 @@ only then renamed, so that it appears whole or not at all.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -192,8 +191,12 @@ def rewrite_saved_model(
     )  # fmt: skip
     if dry_run:
         return report
+    from mbn_rewrite.running import give_back_memory
+
     say("running the original")
+    give_back_memory()
     exchanges, dtypes = model.exchanges(inputs), model.dtypes
+    give_back_memory()
     unverified = model.unverifiable
     if tolerance is None:
         tolerance = tolerance_for(dtypes)
@@ -201,7 +204,7 @@ def rewrite_saved_model(
         say("writing")
         weights = model.write(temporary)
         del model  # so that the two are not in memory side by side
-        gc.collect()
+        give_back_memory()
         say("verifying what was written")
         comparisons, ops = _verified(temporary, exchanges, tolerance, report.before.signature)
         after = Footprint(weights, bytes_on_disk(temporary), ops, report.before.signature)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +14,8 @@ import tensorflow as tf
 
 from mbn_rewrite.errors import RewriteError, cause_of
 
-_BATCH = 4
+# How many examples are made up: fewer where one is as large as a picture.
+_BATCH, _LARGE_BATCH, _LARGE = 4, 2, 50_000
 GIVE_REAL_ONES = "Give real ones (inputs=... in Python, --verify_inputs on the command line)"
 
 
@@ -32,6 +36,14 @@ class Made:
     text: Callable[[np.random.Generator], bytes] | None = None
 
 
+def give_back_memory() -> None:
+    """Gives freed memory back to the system, which the allocator otherwise keeps."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others do not
+    if trim is not None:
+        trim(0)
+
+
 def random_tensor(spec: Any, rng: np.random.Generator, made: Made) -> Any:
     """A tensor of a spec's shape and dtype.
 
@@ -49,10 +61,9 @@ def random_tensor(spec: Any, rng: np.random.Generator, made: Made) -> Any:
             f"cannot make up inputs of dtype {dtype.name}{what}{'' if dense else ', not dense'}. "
             f"{GIVE_REAL_ONES}"
         )
-    shape = [
-        (_BATCH if i == 0 else made.open_size) if size is None else size
-        for i, size in enumerate(spec.shape.as_list())
-    ]
+    shape = [made.open_size if size is None else size for size in spec.shape]
+    if shape and spec.shape[0] is None:
+        shape[0] = _BATCH if math.prod(shape[1:]) < _LARGE else _LARGE_BATCH
     if made.text is not None and texts:
         strings = [made.text(rng) for _ in range(int(np.prod(shape)))]
         return tf.reshape(tf.constant(strings, tf.string), shape)

@@ -6,7 +6,8 @@ what only makes sense in training or belongs to inner objects.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,71 @@ _OF_KERAS = {
     *("call_and_return_all_conditional_losses", "call_and_return_conditional_losses"),
     *("_default_save_signature", "_call_fn"),
 }
+# `variables` is written anew.
+_VARIABLE_LISTS = ("trainable_variables", "non_trainable_variables")
 _TRAINING_ARGUMENTS = {"training", "is_training", "train"}
 
 
 @dataclass(frozen=True)
+class Interface:
+    """How a function is called, without the function.
+
+    Attributes:
+        keywords: the names of the arguments of a signature, in the order of `inputs`.
+        inputs: a tf.TensorSpec for each tensor that it takes.
+        arguments: all that it takes, as (args, kwargs) of tf.TensorSpec and Python values.
+        outputs: a tf.TensorSpec for each tensor that it gives.
+        structure: what it gives, with anything in the place of tensors.
+    """
+
+    keywords: tuple[str, ...]
+    inputs: tuple[Any, ...]
+    arguments: Any
+    outputs: tuple[Any, ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, function: Any) -> Interface:
+        """That of a tf.ConcreteFunction."""
+        captured = len(function.captured_inputs)
+        inputs = function.inputs[: len(function.inputs) - captured]
+        return cls(
+            tuple(getattr(function, "_arg_keywords", None) or ()),
+            tuple(tf.TensorSpec(t.shape, t.dtype) for t in inputs),
+            function.structured_input_signature,
+            tuple(tf.TensorSpec(t.shape, t.dtype) for t in function.graph.outputs),
+            tf.nest.map_structure(
+                lambda x: _TENSOR if isinstance(x, (tf.TensorSpec, tf.Tensor)) else x,
+                function.structured_outputs,
+                expand_composites=True,
+            ),
+        )
+
+    def packed(self, tensors: list[Any]) -> Any:
+        """Flat outputs in the structure that the function gives."""
+        given = iter(tensors)
+        flat = tf.nest.flatten(self.structure, expand_composites=True)
+        filled = [next(given) if x is _TENSOR else x for x in flat]  # None stays None
+        return tf.nest.pack_sequence_as(self.structure, filled, expand_composites=True)
+
+
+_TENSOR = object()  # stands for a tensor in a structure
+
+
+@dataclass
 class Entry:
     """A function to carry over.
 
     Attributes:
         name: the key of a signature, or "method(arguments)".
         method: the attribute of the root object that it is called by, or "" for a signature.
-        function: the tf.ConcreteFunction.
+        interface: how it is called.
+        function: the tf.ConcreteFunction; None once it is no longer needed.
     """
 
     name: str
     method: str
+    interface: Interface
     function: Any
 
 
@@ -48,20 +99,39 @@ class Loaded:
 
     Attributes:
         root: what tf.saved_model.load gave.
-        meta_graph: its MetaGraphDef, as stored.
+        meta_graph: its MetaGraphDef as stored, but for the graph.
         entries: the functions to carry over.
         left_out: what is not carried over: a name, and why.
+        methods: the methods to carry over, by name, and the arguments that they declare.
+        attributes: the variables that are attributes of the root object, by name.
+        lists: the lists of variables that Keras and TF-Hub modules offer, by name.
+        resources: tables and the like, and assets.
+        asset_paths: the assets of TensorFlow 1, which are arguments of its initializer.
     """
 
     root: Any
     meta_graph: Any
     entries: list[Entry]
     left_out: dict[str, str] = field(default_factory=dict)
+    methods: dict[str, inspect.Signature] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    lists: dict[str, list[Any]] = field(default_factory=dict)
+    resources: list[Any] = field(default_factory=list)
+    asset_paths: list[Any] = field(default_factory=list)
 
     @property
     def signatures(self) -> dict[str, Any]:
         """The signatures to carry over."""
         return {entry.name: entry.function for entry in self.entries if not entry.method}
+
+    def release(self, names: Iterable[str]) -> None:
+        """Lets go of functions, which hold more memory than small models do."""
+        gone = set(names)
+        for entry in self.entries:
+            if entry.name in gone:
+                entry.function = None
+        if not hasattr(self.root, "prune"):  # TensorFlow 1 keeps variables in its functions
+            self.root = None
 
     @property
     def initializer(self) -> Any:
@@ -102,14 +172,34 @@ def load(
         raise
     except Exception as error:
         raise RewriteError(f"{source} cannot be loaded: {_cause(error)}") from error
+    for part in ("graph_def", "object_graph_def"):  # large, and of no more use
+        meta_graph.ClearField(part)
     loaded = Loaded(root, meta_graph, [], left_out)
     for key in asked_for:
-        loaded.entries.append(Entry(key, "", root.signatures[key]))
+        function = root.signatures[key]
+        loaded.entries.append(Entry(key, "", Interface.of(function), function))
     for name in sorted(vars(root)):
         function = getattr(root, name)
-        if hasattr(function, "concrete_functions"):
+        if getattr(function, "concrete_functions", None):
             _add_method(loaded, name, function)
+    _note_holdings(loaded)
     return loaded
+
+
+def _note_holdings(loaded: Loaded) -> None:
+    """Notes what the root object holds beside functions."""
+    for name, value in vars(loaded.root).items():
+        if isinstance(value, tf.Variable):
+            loaded.attributes[name] = value
+        elif name in _VARIABLE_LISTS:
+            loaded.lists[name] = list(value)
+    loaded.asset_paths = list(getattr(loaded.root, "asset_paths", ()))
+    loaded.resources = [
+        node
+        for node in tf.train.TrackableView(loaded.root).descendants()
+        if not isinstance(node, tf.Variable)
+        and (hasattr(node, "asset_path") or hasattr(node, "resource_handle"))
+    ]
 
 
 def _load_slim(source: Path, meta_graph: Any, signatures: list[str], methods: bool) -> Any:
@@ -118,9 +208,7 @@ def _load_slim(source: Path, meta_graph: Any, signatures: list[str], methods: bo
     wanted = [keys[key] for key in signatures if key in keys]
     if methods:
         wanted += [f for name, fs in named.items() if name not in _OF_KERAS for f in fs]
-    slim = type(meta_graph)()
-    slim.CopyFrom(meta_graph)
-    with slimmed(source, slim, wanted) as directory:
+    with slimmed(source, meta_graph, wanted) as directory:
         return tf.saved_model.load(str(directory))
 
 
@@ -172,12 +260,21 @@ def _cause(error: Exception) -> str:
 
 
 def _add_method(loaded: Loaded, name: str, function: Any) -> None:
+    declared = function.function_spec
+    defaults = declared.default_values
+    empty = inspect.Parameter.empty
+    loaded.methods[name] = inspect.Signature(
+        [
+            inspect.Parameter(p.name, p.kind, default=defaults.get(p.name, empty))
+            for p in declared.function_type.parameters.values()
+        ]
+    )
     for concrete in function.concrete_functions:
         label = f"{name}{_arguments(concrete)}"
         if _is_for_training(concrete):
             loaded.left_out[label] = "it is for training"
         else:
-            loaded.entries.append(Entry(label, name, concrete))
+            loaded.entries.append(Entry(label, name, Interface.of(concrete), concrete))
 
 
 def _is_for_training(function: Any) -> bool:

@@ -116,9 +116,8 @@ def _scales_down(view: View) -> bool:
             numbers = all(t.shape.rank == 0 for t in others)
             if op.type in ("Mul", "RealDiv", "Div") and others and numbers:
                 return True
-    return any(
-        tf.as_dtype(t.dtype) == tf.uint8 for t in view.function.inputs[: len(view.arguments)]
-    )
+    arguments = [view.graph.get_tensor_by_name(f"{name}:0") for name in view.arguments]
+    return any(tensor.dtype == tf.uint8 for tensor in arguments)
 
 
 def _words(view: View) -> int:

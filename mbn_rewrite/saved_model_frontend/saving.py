@@ -14,11 +14,8 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.saved_model import fingerprinting_utils
 
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.saved_model_frontend.loading import Entry, Loaded
+from mbn_rewrite.saved_model_frontend.loading import Entry, Interface, Loaded
 from mbn_rewrite.saved_model_frontend.writer import Rewritten
-
-# Lists of variables that Keras and TF-Hub modules offer.
-_VARIABLE_LISTS = ("variables", "trainable_variables", "non_trainable_variables")
 
 
 def save(
@@ -49,10 +46,10 @@ def save(
                 signatures[entry.name] = _signature(entry, new)
         for method in dict.fromkeys(entry.method for entry, _ in functions if entry.method):
             concrete = [(entry, new) for entry, new in functions if entry.method == method]
-            setattr(root, method, _method(getattr(loaded.root, method), concrete))
+            setattr(root, method, _method(loaded.methods[method], concrete))
         _track(root, loaded, functions)
         if initializer is not None:
-            root.initializer = _Initializer(initializer, loaded.root.asset_paths)
+            root.initializer = _Initializer(initializer, loaded.asset_paths)
         tf.saved_model.save(root, str(directory), signatures=signatures)
     except Exception as error:
         raise RewriteError(f"the rewritten model cannot be written: {cause_of(error)}") from error
@@ -63,12 +60,12 @@ def save(
 # -------------------------------------------------------------------------------- functions
 
 
-def _called(new: Rewritten, tensors: list[Any]) -> list[Any]:
-    """Puts a graph into the function that is being traced."""
+def _called(new: Rewritten, interface: Interface | None, tensors: list[Any]) -> Any:
+    """Puts a graph into the function that is being traced; gives what the function gives."""
     graph = tf.compat.v1.get_default_graph()
-    inputs = {f"{name}:0": tensor for name, tensor in zip(new.view.arguments, tensors, strict=True)}
+    inputs = {f"{name}:0": tensor for name, tensor in zip(new.arguments, tensors, strict=True)}
     for name, external in new.captures.items():
-        if name not in new.view.arguments:
+        if name not in new.arguments:
             handle = external.handle if isinstance(external, tf.Variable) else external
             inputs[f"{name}:0"] = graph.capture(handle)
     body = type(new.graph_def)(versions=new.graph_def.versions, library=new.graph_def.library)
@@ -82,9 +79,11 @@ def _called(new: Rewritten, tensors: list[Any]) -> list[Any]:
     )
     given = iter(results)
     outputs = [inputs[name] if name in inputs else next(given) for name in new.outputs]
-    for output, old in zip(outputs, new.view.function.graph.outputs, strict=True):
-        output.set_shape(old.shape)
-    return outputs
+    if interface is None:
+        return outputs
+    for output, spec in zip(outputs, interface.outputs, strict=True):
+        output.set_shape(spec.shape)
+    return interface.packed(outputs)
 
 
 def _tensors(node: Any) -> list[str]:
@@ -95,34 +94,24 @@ def _tensors(node: Any) -> list[str]:
     ]
 
 
-def _packed(function: Any, outputs: list[Any]) -> Any:
-    """Flat outputs in the structure that a function gives."""
-    tensors = iter(outputs)
-    flat = tf.nest.flatten(function.structured_outputs, expand_composites=True)
-    given = [
-        next(tensors) if isinstance(x, (tf.TensorSpec, tf.Tensor)) else x for x in flat
-    ]  # None stays None
-    return tf.nest.pack_sequence_as(function.structured_outputs, given, expand_composites=True)
-
-
 def _signature(entry: Entry, new: Rewritten | None) -> Any:
     """A concrete function with the arguments of a signature."""
     if new is None:
         return entry.function
-    names = entry.function._arg_keywords
+    interface = entry.interface
     specs = {
-        name: tf.TensorSpec(tensor.shape, tensor.dtype, name=name)
-        for name, tensor in zip(names, entry.function.inputs, strict=False)
+        name: tf.TensorSpec(spec.shape, spec.dtype, name=name)
+        for name, spec in zip(interface.keywords, interface.inputs, strict=True)
     }
 
     def signature(**inputs: Any) -> Any:
-        return _packed(entry.function, _called(new, [inputs[name] for name in names]))
+        return _called(new, interface, [inputs[name] for name in interface.keywords])
 
-    function = tf.function(signature, autograph=False, jit_compile=new.view.compiled or None)
+    function = tf.function(signature, autograph=False, jit_compile=new.compiled or None)
     return function.get_concrete_function(**specs)
 
 
-def _method(original: Any, concrete: list[tuple[Entry, Rewritten | None]]) -> Any:
+def _method(declared: inspect.Signature, concrete: list[tuple[Entry, Rewritten | None]]) -> Any:
     """A method of the root object, traced for all that the original was traced for."""
     tracing: list[tuple[Entry, Rewritten | None]] = []
 
@@ -131,22 +120,15 @@ def _method(original: Any, concrete: list[tuple[Entry, Rewritten | None]]) -> An
         flat = tf.nest.flatten((args, kwargs), expand_composites=True)
         tensors = [value for value in flat if isinstance(value, tf.Tensor)]
         if new is None:
-            return _packed(entry.function, tf.nest.flatten(entry.function(*tensors)))
-        return _packed(entry.function, _called(new, tensors))
+            return entry.interface.packed(tf.nest.flatten(entry.function(*tensors)))
+        return _called(new, entry.interface, tensors)
 
-    parameters = original.function_spec.function_type.parameters.values()
-    defaults = original.function_spec.default_values
-    method.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(p.name, p.kind, default=defaults.get(p.name, inspect.Parameter.empty))
-            for p in parameters
-        ]
-    )
-    compiled = any(new is not None and new.view.compiled for _, new in concrete)
+    method.__signature__ = declared  # type: ignore[attr-defined]
+    compiled = any(new is not None and new.compiled for _, new in concrete)
     function = tf.function(method, autograph=False, jit_compile=compiled or None)
     for entry, new in concrete:
         tracing.append((entry, new))
-        args, kwargs = entry.function.structured_input_signature
+        args, kwargs = entry.interface.arguments
         function.get_concrete_function(*args, **kwargs)
     return function
 
@@ -165,19 +147,15 @@ def _track(root: Any, loaded: Loaded, functions: list[tuple[Entry, Rewritten | N
             captured |= {id(external): external for external in new.captures.values()}
     kept = [x for x in captured.values() if isinstance(x, tf.Variable)]
     ids = {id(variable) for variable in kept}
-    for name, value in vars(loaded.root).items():
-        if isinstance(value, tf.Variable) and id(value) in ids:
-            setattr(root, name, value)
-        elif name in _VARIABLE_LISTS and name != "variables":
-            setattr(root, name, [v for v in value if id(v) in ids])
+    for name, variable in loaded.attributes.items():
+        if id(variable) in ids:
+            setattr(root, name, variable)
+    for name, listed in loaded.lists.items():
+        setattr(root, name, [variable for variable in listed if id(variable) in ids])
     root.variables = kept
-    others = [
-        node
-        for node in tf.train.TrackableView(loaded.root).descendants()
-        if _is_resource(node, captured)
-    ]
-    if others:
-        root.resources = others
+    resources = [x for x in loaded.resources if _is_used(x, captured)]
+    if resources:
+        root.resources = resources
 
 
 class _Initializer(tf.saved_model.experimental.TrackableResource):
@@ -193,19 +171,15 @@ class _Initializer(tf.saved_model.experimental.TrackableResource):
         return tf.constant(1.0)  # there is no resource to hold: the graph names its own
 
     def _initialize(self) -> Any:
-        return _called(self._rewritten, self._paths)[0]
+        return _called(self._rewritten, None, self._paths)[0]
 
     def _destroy_resource(self) -> None:
         pass
 
 
-def _is_resource(node: Any, captured: Mapping[int, Any]) -> bool:
-    """Whether an object is an asset, or a table or the like that a function uses."""
-    if hasattr(node, "asset_path"):
-        return True
-    return not isinstance(node, tf.Variable) and id(getattr(node, "resource_handle", None)) in (
-        captured
-    )
+def _is_used(resource: Any, captured: Mapping[int, Any]) -> bool:
+    """Whether functions use a table or the like; assets may be read when a table is filled."""
+    return hasattr(resource, "asset_path") or id(resource.resource_handle) in captured
 
 
 def _finish(meta_graph: Any, source: Path, directory: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.planner import make_plan
+from mbn_rewrite.running import give_back_memory
 from mbn_rewrite.saved_model_frontend import running, saving, writer
 from mbn_rewrite.saved_model_frontend.loading import Entry, load
 from mbn_rewrite.saved_model_frontend.reader import read
@@ -26,6 +27,7 @@ class SavedModelDirectory:
         self, source: Path, tags: Sequence[str] | None, signatures: Sequence[str] | None
     ) -> None:
         self._source = source
+        self._initializer: View | None = None
         self._loaded = load(source, tags, signatures)
         self.left_out: dict[str, str] = self._loaded.left_out
         self.as_it_was: dict[str, str] = {}
@@ -43,12 +45,8 @@ class SavedModelDirectory:
                 if not entry.method and view.draws_random_numbers:
                     self.unverifiable[entry.name] = "it draws random numbers"
         initializer = self._loaded.initializer
-        self._initializer = (
-            view_of("initializer", initializer, self._loaded.value_in_graph)
-            if initializer is not None
-            else None
-        )
-        if self._initializer is not None:
+        if initializer is not None:
+            self._initializer = view_of("initializer", initializer, self._loaded.value_in_graph)
             self._writes.note(self._initializer)
         self._reading = read(self._views.values(), self._writes, pinned)
         self._plan: Plan | None = None
@@ -114,9 +112,13 @@ class SavedModelDirectory:
 
     def write(self, directory: Path) -> int:
         assert self._plan is not None
-        views = list(self._views.values())
-        graphs = writer.rewritten(views, self._reading, self._plan)
+        # The graphs were read; the functions themselves hold more memory than small models do.
+        self._loaded.release(self._views)
+        give_back_memory()
+        graphs = writer.rewritten(list(self._views.values()), self._reading, self._plan)
         new = dict(zip(self._views, graphs, strict=True))
         initializer = None if self._initializer is None else writer.unchanged(self._initializer)
+        del self._reading, self._views, self._initializer
+        give_back_memory()
         functions = [(entry, new.get(entry.name)) for entry in self._loaded.entries]
         return saving.save(self._loaded, functions, initializer, self._source, directory)

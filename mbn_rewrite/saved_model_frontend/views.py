@@ -34,11 +34,11 @@ class View:
 
     Attributes:
         name: what its user calls it: the key of a signature, or the name of a method.
-        function: the tf.ConcreteFunction.
         graph_def: its graph, inlined.
         graph: the same, imported: for shapes, dtypes and who reads what.
         compiled: whether XLA must compile all of it.
         arguments: the names of the Placeholders of its arguments, in order.
+        results: the names of the tensors that it gives, in order.
         captures: Placeholder name -> the tensor outside that it stands for.
         variables: Placeholder name -> the tf.Variable whose handle it stands for.
         value_in_graph: gives the value of a variable of TensorFlow 1, which is a node of the
@@ -46,11 +46,11 @@ class View:
     """
 
     name: str
-    function: Any
     graph_def: GraphDef
     graph: Any
     compiled: bool
     arguments: tuple[str, ...]
+    results: tuple[str, ...]
     captures: dict[str, Any]
     variables: dict[str, Any]
     value_in_graph: Callable[[str], Any]
@@ -58,7 +58,7 @@ class View:
     @cached_property
     def outputs(self) -> list[Any]:
         """The tensors of `graph` that are its outputs."""
-        return [self.graph.get_tensor_by_name(t.name) for t in self.function.graph.outputs]
+        return [self.graph.get_tensor_by_name(name) for name in self.results]
 
     @cached_property
     def output_names(self) -> frozenset[str]:
@@ -176,11 +176,11 @@ def view_of(name: str, function: Any, value_in_graph: Callable[[str], Any]) -> V
     arguments = function.inputs[: len(function.inputs) - len(externals)]
     return View(
         name,
-        function,
         graph_def,
         graph,
         compiled,
         tuple(t.op.name for t in arguments),
+        tuple(t.name for t in function.graph.outputs),
         captures,
         variables,
         value_in_graph,

@@ -31,14 +31,16 @@ class Rewritten:
     """A function with its plan carried out.
 
     Attributes:
-        view: the function as it was.
         graph_def: its new graph.
+        compiled: whether XLA must compile it.
+        arguments: the names of the Placeholders of its arguments, in order.
         outputs: the names of the tensors that it gives, in order.
         captures: Placeholder name -> the tf.Variable or tensor that it stands for.
     """
 
-    view: View
     graph_def: GraphDef
+    compiled: bool
+    arguments: tuple[str, ...]
     outputs: list[str]
     captures: dict[str, Any]
 
@@ -324,7 +326,7 @@ class _Editor:
         """The graph with all edits, without what is no longer needed."""
         old = self.view.graph_def
         nodes = {node.name: node for node in old.node} | self._added
-        outputs = [self._target(t.name) for t in self.view.function.graph.outputs]
+        outputs = [self._target(name) for name in self.view.results]
         inputs: dict[str, list[str]] = {}
         pending = [name.partition(":")[0] for name in outputs]
         pending += [op.name for op in self.view.graph.get_operations() if has_side_effect(op)]
@@ -347,7 +349,7 @@ class _Editor:
                 _set_attribute(new, "value", self._constants[name])
         captures = {**self.view.captures, **self.view.variables, **self.captures}
         captures = {name: captures[name] for name in captures if name in inputs}
-        return Rewritten(self.view, graph_def, outputs, captures)
+        return Rewritten(graph_def, self.view.compiled, self.view.arguments, outputs, captures)
 
     def _inputs_of(self, node: Any) -> list[str]:
         data = [source for source in node.input if not source.startswith("^")]
