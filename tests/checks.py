@@ -8,6 +8,7 @@ import tf_keras
 
 import mbn_rewrite as mbn
 from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
+from mbn_rewrite.decisions import Plan
 from mbn_rewrite.running import called
 from mbn_rewrite.tf_keras_frontend.describe import is_batch_norm
 from mbn_rewrite.tf_keras_frontend.running import compute_dtypes
@@ -66,3 +67,49 @@ def clear():
     """Forgets models and policies, so that names and memory do not pile up."""
     tf_keras.mixed_precision.set_global_policy("float32")
     tf_keras.backend.clear_session()
+
+
+def save_with_signature(model, inputs, directory) -> dict[str, np.ndarray]:
+    """Writes a model as a plain tf.Module with one signature; returns its inputs by name."""
+    flat = tf.nest.flatten(inputs)
+    given = {f"input_{i}": tensor for i, tensor in enumerate(flat)}
+
+    def serve(**tensors):
+        structure = tf.nest.pack_sequence_as(inputs, [tensors[name] for name in given])
+        outputs = tf.nest.flatten(model(structure, training=False))
+        return {f"output_{i}": output for i, output in enumerate(outputs)}
+
+    specs = {
+        name: tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype, name=name)
+        for name, tensor in given.items()
+    }
+    module = tf.Module()
+    module.model = model
+    function = tf.function(serve, autograph=False).get_concrete_function(**specs)
+    tf.saved_model.save(module, str(directory), signatures=function)
+    return {name: np.asarray(tensor) for name, tensor in given.items()}
+
+
+def check_saved_rewrite(model, inputs, directory, mode) -> Plan | None:
+    """Rewrites a model through a SavedModel and asserts everything that must hold.
+
+    Returns the plan, or None where the original gives NaN or infinity on these inputs.
+    """
+    given = save_with_signature(model, inputs, directory / "in")
+    owner = tf.saved_model.load(str(directory / "in"))  # holds the variables
+    original = owner.signatures["serving_default"]
+    tensors = {name: tf.constant(array) for name, array in given.items()}
+    names = sorted(original.structured_outputs)
+    expected = called(lambda data: [original(**data)[name] for name in names], tensors, "it")
+    if not all(np.all(np.isfinite(array)) for array in expected):
+        return None
+    report = mbn.rewrite_saved_model(directory / "in", directory / "out", mode, inputs=given)
+    assert report.ok
+    plan = report.plan
+    for decision in plan.decisions:
+        assert bool(decision.reason) == (decision.action == "kept"), decision
+        assert bool(decision.into) == (decision.action != "kept"), decision
+    written = tf.saved_model.load(str(directory / "out")).signatures["serving_default"]
+    assert written.structured_input_signature == original.structured_input_signature
+    assert written.structured_outputs == original.structured_outputs
+    return plan
