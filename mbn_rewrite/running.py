@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ def random_tensor(spec: Any, rng: np.random.Generator, made: Made) -> Any:
 
 
 def called(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
-    """What a function of tensors gives, as a flat list.
+    """What a function of tensors gives, as a flat list; by XLA where nothing else can.
 
     TensorFlow's own kernels take channels-first layouts on GPUs only; XLA takes them
     everywhere, so it is tried where they fail.
@@ -85,29 +85,44 @@ def called(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.nda
         RewriteError: the function cannot be called with these inputs.
     """
     try:
+        return _run(function, inputs)
+    except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
+        if tf.config.list_physical_devices("GPU"):
+            raise _uncallable(who, error) from error
         try:
-            outputs = function(inputs)
-        except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError):
-            if tf.config.list_physical_devices("GPU"):
-                raise
-            outputs = tf.function(function, jit_compile=True, autograph=False)(inputs)
+            return compiled(function, inputs, who)
+        except RewriteError:
+            raise _uncallable(who, error) from error
     except Exception as error:
-        raise RewriteError(
-            f"{who} cannot be called with these inputs: {cause_of(error)} Give inputs that it "
-            "takes (inputs=... in Python, --verify_inputs on the command line)"
-        ) from error
-    return [np.asarray(output) for output in tf.nest.flatten(outputs, expand_composites=True)]
+        raise _uncallable(who, error) from error
 
 
-def called_by_name(signature: Any, inputs: Mapping[str, Any], who: str) -> dict[str, np.ndarray]:
-    """What a signature gives, by name; see `called`."""
-    names = sorted(signature.structured_outputs)
+def compiled(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
+    """As `called`, by XLA alone."""
+    try:
+        return _run(tf.function(function, jit_compile=True, autograph=False), inputs)
+    except Exception as error:
+        raise _uncallable(who, error) from error
 
-    def function(data: Mapping[str, Any]) -> list[Any]:
-        outputs = signature(**data)
-        return [outputs[name] for name in names]
 
-    return dict(zip(names, called(function, dict(inputs), who), strict=True))
+def plain(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
+    """As `called`, without XLA."""
+    try:
+        return _run(function, inputs)
+    except Exception as error:
+        raise _uncallable(who, error) from error
+
+
+def _run(function: Callable[[Any], Any], inputs: Any) -> list[np.ndarray]:
+    outputs = tf.nest.flatten(function(inputs), expand_composites=True)
+    return [np.asarray(output) for output in outputs if output is not None]
+
+
+def _uncallable(who: str, error: Exception) -> RewriteError:
+    return RewriteError(
+        f"{who} cannot be called with these inputs: {cause_of(error)} Give inputs that it "
+        "takes (inputs=... in Python, --verify_inputs on the command line)"
+    )
 
 
 def as_specified(name: str, array: Any, spec: Any) -> Any:

@@ -18,11 +18,13 @@ class Exchange:
 
     Attributes:
         inputs: tensors by name.
-        outputs: arrays by name.
+        outputs: arrays by name; of what consists of several, each by name and number.
+        compiled: whether only XLA could run it on this machine.
     """
 
     inputs: Mapping[str, Any]
     outputs: Mapping[str, np.ndarray]
+    compiled: bool = False
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ class Described:
         result: the tensor that it gives.
         weights: by the names that `op` uses.
         absorbed: operations that it takes in: what adds its bias, and what lies between.
+        axis: of a linear operation: the channel axis of its own output, before any bias.
     """
 
     op: Op
@@ -102,6 +103,7 @@ class Described:
     result: Any
     weights: dict[str, Weight] = field(default_factory=dict)
     absorbed: tuple[Any, ...] = ()
+    axis: int = -1
 
 
 def shape_of(tensor: Any) -> Shape:
@@ -143,14 +145,14 @@ def _linear(
     laid_out = weight.laid_out(layout(weight.shape))
     if laid_out is None:
         return Opaque("has a transposed kernel")
-    channels = site.output[out_axis]
+    channels, axis = site.output[out_axis], out_axis
     result, bias, absorbed = site.op.outputs[0], None, ()
     found = _bias_after(site, out_axis, channels)
     if found is not None:
         result, bias, absorbed, out_axis = found
     weights = {"kernel": weight} | ({"bias": bias} if bias else {})
     op = Linear((laid_out,), "bias" if bias else None, in_axis, out_axis, pads)
-    return Described(op, (site.op.inputs[data],), result, weights, absorbed)
+    return Described(op, (site.op.inputs[data],), result, weights, absorbed, axis)
 
 
 def _bias_after(
@@ -228,6 +230,8 @@ def _conv_transpose(site: Site) -> Answer:
     shape, axis = site.kernel_shape, site.channel_axis
     if not shape:
         return Opaque("has a kernel of unknown shape")
+    if (site.shape(2) or site.output)[axis] != shape[-1] or site.output[axis] != shape[-2]:
+        return Opaque("works on groups of channels")
     # A constant input gives a constant output only if each output reads one input by the
     # same weights.
     uneven = any(size != 1 for size in (*shape[:-2], *site.attribute("strides")))

@@ -33,6 +33,11 @@ def inlined(function: Any) -> tuple[GraphDef, bool]:
         that they have in `function.graph`.
     """
     graph_def = function.graph.as_graph_def()
+    arguments = {tensor.op.name for tensor in function.inputs}
+    for node in graph_def.node:
+        if node.op == "PlaceholderWithDefault" and node.name in arguments:
+            node.op = "Placeholder"  # the caller gives it, so its default is not used
+            del node.input[:]
     compiled = _is_compiled_whole(graph_def)
     for nodes, attributes in _bodies(graph_def):
         if attributes is not None:
@@ -43,6 +48,7 @@ def inlined(function: Any) -> tuple[GraphDef, bool]:
                 attributes["_noinline"].b = True
         for node in nodes:
             node.attr.pop("_noinline", None)
+            node.attr.pop("_gradient_op_type", None)  # there is no way back at inference
             if compiled:
                 node.attr.pop("_XlaMustCompile", None)
             if "_lower_using_switch_merge" in node.attr:
@@ -111,7 +117,7 @@ def _is_compiled_whole(graph_def: GraphDef) -> bool:
     compiled = {
         function.signature.name
         for function in graph_def.library.function
-        if function.attr["_XlaMustCompile"].b
+        if _is_marked(function, "_XlaMustCompile")
     }
     library = {function.signature.name: function for function in graph_def.library.function}
     nodes: Iterable[Any] = graph_def.node
@@ -120,9 +126,14 @@ def _is_compiled_whole(graph_def: GraphDef) -> bool:
         if len(working) != 1 or working[0].op not in _CALLS:
             return False
         (call,) = working
-        if call.attr["_XlaMustCompile"].b or call.attr["f"].func.name in compiled:
+        if _is_marked(call, "_XlaMustCompile") or call.attr["f"].func.name in compiled:
             return True
         nodes = library[call.attr["f"].func.name].node_def
+
+
+def _is_marked(node_or_function: Any, attribute: str) -> bool:
+    # Reading an entry that is not there would make an empty one.
+    return attribute in node_or_function.attr and bool(node_or_function.attr[attribute].b)
 
 
 # ---------------------------------------------------------------- branches that are decided
@@ -232,7 +243,7 @@ def _constant_bool(nodes: dict[str, Any], source: str) -> bool | None:
     if node is None:
         return None
     if node.op in ("Identity", "PlaceholderWithDefault"):
-        # A default that a caller may replace was exchanged for a Placeholder beforehand.
+        # A default that the caller replaces has become a Placeholder, see `inlined`.
         return _constant_bool(nodes, node.input[0])
     if node.op == "LogicalNot":
         inner = _constant_bool(nodes, node.input[0])

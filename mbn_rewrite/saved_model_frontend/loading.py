@@ -18,7 +18,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.saved_model_frontend.files import GRAPH_FILES
-from mbn_rewrite.saved_model_frontend.slimming import functions_of, slimmed
+from mbn_rewrite.saved_model_frontend.slimming import SlimCopy, functions_of
 
 # Methods that Keras saves for its own loading and training.
 _OF_KERAS = {
@@ -39,7 +39,7 @@ class Interface:
         inputs: a tf.TensorSpec for each tensor that it takes.
         arguments: all that it takes, as (args, kwargs) of tf.TensorSpec and Python values.
         outputs: a tf.TensorSpec for each tensor that it gives.
-        structure: what it gives, with anything in the place of tensors.
+        structure: what it gives, with specifications in the place of tensors.
     """
 
     keywords: tuple[str, ...]
@@ -58,22 +58,21 @@ class Interface:
             tuple(tf.TensorSpec(t.shape, t.dtype) for t in inputs),
             function.structured_input_signature,
             tuple(tf.TensorSpec(t.shape, t.dtype) for t in function.graph.outputs),
-            tf.nest.map_structure(
-                lambda x: _TENSOR if isinstance(x, (tf.TensorSpec, tf.Tensor)) else x,
-                function.structured_outputs,
-                expand_composites=True,
-            ),
+            tf.nest.map_structure(_as_spec, function.structured_outputs),
         )
 
     def packed(self, tensors: list[Any]) -> Any:
         """Flat outputs in the structure that the function gives."""
         given = iter(tensors)
         flat = tf.nest.flatten(self.structure, expand_composites=True)
-        filled = [next(given) if x is _TENSOR else x for x in flat]  # None stays None
+        filled = [x if x is None else next(given) for x in flat]
         return tf.nest.pack_sequence_as(self.structure, filled, expand_composites=True)
 
 
-_TENSOR = object()  # stands for a tensor in a structure
+def _as_spec(value: Any) -> Any:
+    """A tensor, or what consists of several, as its specification."""
+    is_tensor = isinstance(value, (tf.Tensor, tf.SparseTensor, tf.RaggedTensor))
+    return tf.type_spec_from_value(value) if is_tensor else value
 
 
 @dataclass
@@ -107,6 +106,7 @@ class Loaded:
         lists: the lists of variables that Keras and TF-Hub modules offer, by name.
         resources: tables and the like, and assets.
         asset_paths: the assets of TensorFlow 1, which are arguments of its initializer.
+        copy: what it was loaded from, if not from the SavedModel itself.
     """
 
     root: Any
@@ -118,6 +118,7 @@ class Loaded:
     lists: dict[str, list[Any]] = field(default_factory=dict)
     resources: list[Any] = field(default_factory=list)
     asset_paths: list[Any] = field(default_factory=list)
+    copy: SlimCopy | None = None
 
     @property
     def signatures(self) -> dict[str, Any]:
@@ -161,20 +162,25 @@ def load(
     meta_graph = _meta_graph(source, tags)
     stored = sorted(key for key in meta_graph.signature_def if not key.startswith("__"))
     _check_signatures(source, stored, signatures)
+    copy: SlimCopy | None = None  # TensorFlow 1 has no object graph to make it of
     asked_for = [key for key in stored if signatures is None or key in signatures]
     left_out = {f"signature {key}": "not asked for" for key in stored if key not in asked_for}
     try:
         if meta_graph.HasField("object_graph_def"):
-            root = _load_slim(source, meta_graph, asked_for, signatures is None)
+            copy = _slim(source, meta_graph, asked_for, signatures is None)
+            root = tf.saved_model.load(str(copy.path))
         else:  # of TensorFlow 1
             root = tf.saved_model.load(str(source), tags=list(meta_graph.meta_info_def.tags))
     except RewriteError:
         raise
     except Exception as error:
-        raise RewriteError(f"{source} cannot be loaded: {_cause(error)}") from error
+        cause = _cause(error)
+        if copy is not None:
+            cause = cause.replace(str(copy.path), str(source))
+        raise RewriteError(f"{source} cannot be loaded: {cause}") from error
     for part in ("graph_def", "object_graph_def"):  # large, and of no more use
         meta_graph.ClearField(part)
-    loaded = Loaded(root, meta_graph, [], left_out)
+    loaded = Loaded(root, meta_graph, [], left_out, copy=copy)
     for key in asked_for:
         function = root.signatures[key]
         loaded.entries.append(Entry(key, "", Interface.of(function), function))
@@ -202,14 +208,13 @@ def _note_holdings(loaded: Loaded) -> None:
     ]
 
 
-def _load_slim(source: Path, meta_graph: Any, signatures: list[str], methods: bool) -> Any:
-    """Loads the functions that may be carried over, and nothing else."""
+def _slim(source: Path, meta_graph: Any, signatures: list[str], methods: bool) -> SlimCopy:
+    """The functions that may be carried over, and nothing else, to be loaded."""
     keys, named = functions_of(meta_graph)
     wanted = [keys[key] for key in signatures if key in keys]
     if methods:
         wanted += [f for name, fs in named.items() if name not in _OF_KERAS for f in fs]
-    with slimmed(source, meta_graph, wanted) as directory:
-        return tf.saved_model.load(str(directory))
+    return SlimCopy(source, meta_graph, wanted)
 
 
 def _meta_graph(source: Path, tags: Sequence[str] | None) -> Any:
@@ -241,6 +246,8 @@ def _meta_graph(source: Path, tags: Sequence[str] | None) -> Any:
 def _check_signatures(source: Path, stored: list[str], wanted: Sequence[str] | None) -> None:
     if not stored:
         raise RewriteError(f"{source} has no signatures, so there is nothing to serve")
+    if wanted is not None and not wanted:
+        raise RewriteError(f"no signature is asked for; there is {', '.join(stored)}")
     unknown = sorted(set(wanted or ()) - set(stored))
     if unknown:
         raise RewriteError(

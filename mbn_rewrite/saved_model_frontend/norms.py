@@ -39,6 +39,7 @@ class Norm:
         ops: its operations; those that compute its constants are left out.
         source: the tensor that it normalises.
         sink: the tensor that it gives.
+        rank: the number of axes of both.
         axis: of its channels, or None where `unfit`.
         map: what it does, or None where `unfit`.
         keys: which stored arrays it reads, and which constants.
@@ -48,6 +49,7 @@ class Norm:
     ops: tuple[Any, ...]
     source: Any
     sink: Any
+    rank: int
     axis: int | None
     map: ChannelMap | None
     keys: tuple[Any, ...]
@@ -59,7 +61,7 @@ class Norm:
 
 def fused_norm(constants: Constants, op: Any) -> Norm | None:
     """What a fused operation is; None where it is not a BatchNormalization."""
-    axis = _fused_axis(op)
+    rank, axis = _fused_rank(op), _fused_axis(op)
     if op.type == "BatchNormWithGlobalNormalization":
         source, mean, variance, beta, gamma = op.inputs
         training, epsilon = False, op.get_attr("variance_epsilon")
@@ -73,7 +75,7 @@ def fused_norm(constants: Constants, op: Any) -> Norm | None:
     )
 
     def unfit(why: str) -> Norm:
-        return Norm((op,), source, op.outputs[0], None, None, keys, why)
+        return Norm((op,), source, op.outputs[0], rank, None, None, keys, why)
 
     if training:
         if any(p is None and not _is_written(constants, t) for p, t in
@@ -99,15 +101,20 @@ def fused_norm(constants: Constants, op: Any) -> Norm | None:
     channel_map = ChannelMap.of_batch_norm(scale, shift, center, spread, epsilon, axis)
     if not channel_map.is_finite:
         return unfit("its moving variance and epsilon give no finite scale")
-    return Norm((op,), source, op.outputs[0], axis, channel_map, keys)
+    return Norm((op,), source, op.outputs[0], rank, axis, channel_map, keys)
 
 
 def _fused_axis(op: Any) -> int:
-    rank = op.inputs[0].shape.rank or 4
-    if "data_format" not in op.node_def.attr:
-        return rank - 1
-    layout = op.get_attr("data_format")
-    return 1 if layout in (b"NCHW", b"NCDHW") else rank - 1
+    return 1 if _layout(op) in (b"NCHW", b"NCDHW") else _fused_rank(op) - 1
+
+
+def _fused_rank(op: Any) -> int:
+    """The rank of what it normalises, which is told by its layout where it is not known."""
+    return op.inputs[0].shape.rank or (5 if _layout(op) in (b"NDHWC", b"NCDHW") else 4)
+
+
+def _layout(op: Any) -> bytes:
+    return bytes(op.get_attr("data_format")) if "data_format" in op.node_def.attr else b"NHWC"
 
 
 def _is_read(view: View, tensor: Any) -> bool:
@@ -205,9 +212,9 @@ def _varying_axis(value: Array, shape: Any) -> tuple[int | None, bool]:
 
 def _is_root_of_variance(op: Any) -> bool:
     """Whether an operation is 1/sqrt(variance + epsilon), or the square root alone."""
-    if op.type == "Rsqrt":
+    if source_of(op.inputs[0]).op.type in ("Add", "AddV2"):
         return True
-    return source_of(op.inputs[0]).op.type in ("Add", "AddV2")
+    return op.type == "Rsqrt" and op.outputs[0].shape.num_elements() != 1
 
 
 def arithmetic_norms(constants: Constants, taken: set[str]) -> Iterator[Norm]:
@@ -258,8 +265,10 @@ def _separated(run: list[Step]) -> Iterator[list[Step]]:
     roots: frozenset[str] = frozenset()
     for step in run:
         if part and roots and step.roots and not step.roots & roots:
+            # (y - mean) begins the next one.
+            begun = [part.pop()] if part[-1].op.type == "Sub" and not part[-1].roots else []
             yield part
-            part, roots = [], frozenset()
+            part, roots = begun, frozenset()
         part.append(step)
         roots |= step.roots
     yield part
@@ -271,14 +280,15 @@ def _norm_of(constants: Constants, run: list[Step]) -> Norm | None:
     if not any(step.roots for step in run) and not _is_precomputed(constants, run):
         return None
     axes = {step.axis for step in run if step.axis is not None}
-    source, sink = _ends(constants.view, run)
+    source, sink, casts = _ends(constants.view, run)
     keys = tuple(
         key for step in run if step.constant is not None for key in _keys(constants, step.constant)
     )
-    ops = tuple(step.op for step in run)
+    rank = source.shape.rank or 0
+    ops = (*(step.op for step in run), *casts)
 
     def unfit(why: str) -> Norm:
-        return Norm(ops, source, sink, None, None, keys, why)
+        return Norm(ops, source, sink, rank, None, None, keys, why)
 
     if len(axes) > 1:
         return unfit("it scales along one axis and shifts along another")
@@ -293,13 +303,17 @@ def _norm_of(constants: Constants, run: list[Step]) -> Norm | None:
     channel_map = ChannelMap(scale, shift, axis)
     if not channel_map.is_finite:
         return unfit("its statistics give no finite scale")
-    return Norm(ops, source, sink, axis, channel_map, keys)
+    return Norm(ops, source, sink, rank, axis, channel_map, keys)
 
 
 def _without_preparation(run: list[Step]) -> list[Step]:
-    """A run without what stands before a BatchNormalization: scaling by single numbers."""
+    """A run without what stands around a BatchNormalization: scaling by single numbers."""
+    if all(step.axis is None for step in run):
+        return run
     while len(run) > 1 and run[0].axis is None and not run[0].roots:
         run = run[1:]
+    while len(run) > 1 and run[-1].axis is None and not run[-1].roots:
+        run = run[:-1]
     return run
 
 
@@ -336,8 +350,8 @@ def _axis_of_one_channel(shape: Any) -> int | None:
     return next((axis for axis in (shape.rank - 1, 1) if shape[axis] == 1), None)
 
 
-def _ends(view: View, run: list[Step]) -> tuple[Any, Any]:
-    """Where a run begins and ends, with the casts around it that undo each other."""
+def _ends(view: View, run: list[Step]) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Where a run begins and ends, and the casts around it that undo each other."""
     source, sink = run[0].data, run[-1].op.outputs[0]
     inner = source_of(source)
     reader = view.only_reader(sink)
@@ -349,5 +363,5 @@ def _ends(view: View, run: list[Step]) -> tuple[Any, Any]:
         and reader[0].outputs[0].dtype == inner.op.inputs[0].dtype
         and inner.op.inputs[0].dtype.is_floating
     ):
-        return inner.op.inputs[0], reader[0].outputs[0]
-    return source, sink
+        return inner.op.inputs[0], reader[0].outputs[0], (inner.op, reader[0])
+    return source, sink, ()

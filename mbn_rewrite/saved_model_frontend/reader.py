@@ -110,8 +110,22 @@ class _Reader:
                 self._add(view, op, described[op.name], known)
             self._note_uses(view, constants, op)
             self._add_hidden(view, op)
+        self._add_constants(view, known)
         for tensor in view.outputs:
             self.outputs.add(self._value(source_of(tensor), known))
+            weight = constants.weight(tensor)
+            if weight is not None:
+                uses = self.uses.setdefault(weight.stored.key, {})
+                uses[id(tensor)] = f"an output of '{view.name}'"
+
+    def _add_constants(self, view: View, known: dict[str, int]) -> None:
+        """Adds what gives the values that operations read, but that was taken for a weight."""
+        given = {value for node in self.nodes for value in node.outputs}
+        for name, value in known.items():
+            if value not in given:
+                op = view.graph.get_tensor_by_name(name).op
+                why = Opaque("is a constant")
+                self.nodes.append(Node(self._shown(op.name), op.type, why, (), (value,)))
 
     def _recognised(
         self, view: View, constants: Constants
@@ -212,7 +226,7 @@ class _Reader:
         label = f"{op.type} '{self._shown(op.name)}'"
         for body in bodies_called(view.graph_def, op.node_def):
             for node in body.node_def:
-                if node.op in FUSED and not node.attr["is_training"].b:
+                if _is_norm(node, body):
                     op_ = BatchNorm(None, f"it is in the body of {label}, which stays as it is")
                     owner = self._owner(
                         (view.name, body.signature.name, node.name),
@@ -280,6 +294,30 @@ def display_name(name: str) -> str:
     while _CALL.match(name):
         name = _CALL.sub("", name, count=1)
     return name
+
+
+def _is_norm(node: Any, body: Any) -> bool:
+    """Whether a node of a function is a BatchNormalization at inference, or part of one.
+
+    Arithmetic is known by the root of a variance that is not computed from data: it is
+    read, or handed to the function.
+    """
+    if node.op in FUSED:
+        return not ("is_training" in node.attr and node.attr["is_training"].b)
+    if node.op not in ("Rsqrt", "Sqrt"):
+        return False
+    nodes = {inner.name: inner for inner in body.node_def}
+    added = nodes.get(node.input[0].partition(":")[0])
+    if added is None or added.op not in ("Add", "AddV2"):
+        return False
+    return any(_is_given(nodes, source) for source in added.input)
+
+
+def _is_given(nodes: dict[str, Any], source: str) -> bool:
+    node = nodes.get(source.lstrip("^").partition(":")[0])
+    while node is not None and node.op in ALIASES | {"Cast", "Reshape", "ReadVariableOp"}:
+        node = nodes.get(node.input[0].partition(":")[0])
+    return node is None  # an argument of the function
 
 
 def _shared_scope(described: dict[str, Described], norms: dict[str, Norm]) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.running import Made, as_specified, called_by_name, random_tensor
-from mbn_rewrite.saved_model_frontend.views import View, Writes, source_of
+from mbn_rewrite.running import Made, as_specified, called, compiled, plain, random_tensor
+from mbn_rewrite.saved_model_frontend.views import View, source_of
 from mbn_rewrite.stored import Exchange
 
 # What is tried for sizes that a signature leaves open: networks have least sizes.
@@ -45,17 +45,49 @@ def exchange(
     specs, who = specs_of(function), f"signature '{name}' of the original"
     if given is not None:
         inputs = {key: as_specified(key, given[key], spec) for key, spec in specs.items()}
-        return Exchange(inputs, called_by_name(function, inputs, who))
+        return exchanged(function, inputs, who)
     first: RewriteError | None = None
     for made in _ways(specs, view):
         rng = np.random.default_rng(0)
         try:
             inputs = {key: random_tensor(spec, rng, made) for key, spec in sorted(specs.items())}
-            return Exchange(inputs, called_by_name(function, inputs, who))
+            return exchanged(function, inputs, who)
         except RewriteError as error:
             first = first or error
     assert first is not None
     raise first
+
+
+def exchanged(
+    function: Any, inputs: Mapping[str, Any], who: str, by_xla: bool | None = None
+) -> Exchange:
+    """What a signature gives for these inputs.
+
+    Args:
+        function: its concrete function.
+        inputs: tensors by name.
+        who: it, for errors.
+        by_xla: whether XLA runs it; by default only where nothing else can.
+    """
+    names = sorted(function.structured_outputs)
+
+    def flat(data: Mapping[str, Any]) -> list[Any]:
+        outputs = function(**data)
+        return [outputs[name] for name in names]
+
+    labels: list[str] = []
+    for name in names:
+        parts = tf.nest.flatten(function.structured_outputs[name], expand_composites=True)
+        labels += [name] if len(parts) == 1 else [f"{name}/{i}" for i in range(len(parts))]
+    data = dict(inputs)
+    if by_xla is None:
+        try:
+            arrays, by_xla = plain(flat, data, who), False
+        except RewriteError:
+            arrays, by_xla = called(flat, data, who), True
+    else:
+        arrays = (compiled if by_xla else plain)(flat, data, who)
+    return Exchange(data, dict(zip(labels, arrays, strict=True)), by_xla)
 
 
 def given_for(
@@ -135,27 +167,6 @@ def _words(view: View) -> int:
     return min(rows)
 
 
-class StatesKept:
-    """Variables that functions write to, as they were before, when the block ends."""
-
-    def __init__(self, views: list[View], writes: Writes) -> None:
-        found = {
-            id(variable): variable
-            for view in views
-            for variable in view.variables.values()
-            if id(variable) in writes.by
-        }
-        self._variables = list(found.values())
-        self._values: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._values = [variable.read_value() for variable in self._variables]
-
-    def __exit__(self, *_: object) -> None:
-        for variable, value in zip(self._variables, self._values, strict=True):
-            variable.assign(value)
-
-
 class Served:
     """A SavedModel as its users load it.
 
@@ -170,10 +181,10 @@ class Served:
         except Exception as error:
             raise RewriteError(f"{directory} cannot be served: {cause_of(error)}") from error
 
-    def __call__(self, name: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Outputs by name, for inputs by name; a lone input may have another name."""
+    def __call__(self, name: str, exchange: Exchange) -> Mapping[str, np.ndarray]:
+        """What a signature gives for the inputs of an exchange; a lone one may be renamed."""
         signature = self.signatures[name]
-        specs = specs_of(signature)
+        specs, inputs = specs_of(signature), exchange.inputs
         if len(specs) == len(inputs) == 1:
             inputs = dict(zip(specs, inputs.values(), strict=True))
         if set(inputs) != set(specs):
@@ -181,4 +192,4 @@ class Served:
                 f"signature '{name}' of the rewritten model names its inputs {sorted(specs)}, "
                 f"the original {sorted(inputs)}"
             )
-        return called_by_name(signature, inputs, "the rewritten model")
+        return exchanged(signature, inputs, "the rewritten model", exchange.compiled).outputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,14 +46,14 @@ def save(
         for method in dict.fromkeys(entry.method for entry, _ in functions if entry.method):
             concrete = [(entry, new) for entry, new in functions if entry.method == method]
             setattr(root, method, _method(loaded.methods[method], concrete))
-        _track(root, loaded, functions)
+        kept = _track(root, loaded, functions)
         if initializer is not None:
-            root.initializer = _Initializer(initializer, loaded.asset_paths)
+            _hold(root, "initializer", _Initializer(initializer, loaded.asset_paths))
         tf.saved_model.save(root, str(directory), signatures=signatures)
     except Exception as error:
         raise RewriteError(f"the rewritten model cannot be written: {cause_of(error)}") from error
     _finish(loaded.meta_graph, source, directory)
-    return sum(math.prod(variable.shape) for variable in root.variables)
+    return sum(map(size_of, kept))
 
 
 # -------------------------------------------------------------------------------- functions
@@ -63,7 +62,10 @@ def save(
 def _called(new: Rewritten, interface: Interface | None, tensors: list[Any]) -> Any:
     """Puts a graph into the function that is being traced; gives what the function gives."""
     graph = tf.compat.v1.get_default_graph()
-    inputs = {f"{name}:0": tensor for name, tensor in zip(new.arguments, tensors, strict=True)}
+    inputs = {
+        f"{name}:0": graph.capture(tensor)
+        for name, tensor in zip(new.arguments, tensors, strict=True)
+    }
     for name, external in new.captures.items():
         if name not in new.arguments:
             handle = external.handle if isinstance(external, tf.Variable) else external
@@ -113,10 +115,9 @@ def _signature(entry: Entry, new: Rewritten | None) -> Any:
 
 def _method(declared: inspect.Signature, concrete: list[tuple[Entry, Rewritten | None]]) -> Any:
     """A method of the root object, traced for all that the original was traced for."""
-    tracing: list[tuple[Entry, Rewritten | None]] = []
 
     def method(*args: Any, **kwargs: Any) -> Any:
-        entry, new = tracing[-1]
+        entry, new = next(pair for pair in concrete if _takes(pair[0], declared, args, kwargs))
         flat = tf.nest.flatten((args, kwargs), expand_composites=True)
         tensors = [value for value in flat if isinstance(value, tf.Tensor)]
         if new is None:
@@ -126,18 +127,53 @@ def _method(declared: inspect.Signature, concrete: list[tuple[Entry, Rewritten |
     method.__signature__ = declared  # type: ignore[attr-defined]
     compiled = any(new is not None and new.compiled for _, new in concrete)
     function = tf.function(method, autograph=False, jit_compile=compiled or None)
-    for entry, new in concrete:
-        tracing.append((entry, new))
+    for entry, _ in concrete:
         args, kwargs = entry.interface.arguments
         function.get_concrete_function(*args, **kwargs)
     return function
 
 
+def _takes(entry: Entry, declared: inspect.Signature, args: Any, kwargs: Any) -> bool:
+    """Whether a function was traced for arguments like these."""
+
+    def flat(args: Any, kwargs: Any) -> list[Any]:
+        bound = declared.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return list(tf.nest.flatten(dict(bound.arguments), expand_composites=True))
+
+    expected, given = flat(*entry.interface.arguments), flat(args, kwargs)
+    if len(expected) != len(given):
+        return False
+    for spec, value in zip(expected, given, strict=True):
+        if isinstance(spec, tf.TensorSpec) != isinstance(value, (tf.Tensor, tf.TensorSpec)):
+            return False
+        if isinstance(spec, tf.TensorSpec):
+            same = str(spec.shape) == str(value.shape)  # an open size equals nothing else
+            if spec.dtype != value.dtype or not same:
+                return False
+        elif spec is not value and spec != value:
+            return False
+    return True
+
+
 # ------------------------------------------------------------------------- what they need
 
 
-def _track(root: Any, loaded: Loaded, functions: list[tuple[Entry, Rewritten | None]]) -> None:
-    """Makes the new root own what its functions use."""
+def size_of(variable: Any) -> int:
+    """How many numbers a variable holds."""
+    known = variable.shape.num_elements()
+    return int(tf.size(variable)) if known is None else known
+
+
+def _hold(root: Any, name: str, value: Any) -> None:
+    """Sets an attribute, under a longer name where a method has this one."""
+    while hasattr(root, name):
+        name = f"_{name}"
+    setattr(root, name, value)
+
+
+def _track(root: Any, loaded: Loaded, functions: list[tuple[Entry, Rewritten | None]]) -> list[Any]:
+    """Makes the new root own what its functions use; returns its variables."""
     captured: dict[int, Any] = {}
     for entry, new in functions:
         if new is None:
@@ -149,13 +185,14 @@ def _track(root: Any, loaded: Loaded, functions: list[tuple[Entry, Rewritten | N
     ids = {id(variable) for variable in kept}
     for name, variable in loaded.attributes.items():
         if id(variable) in ids:
-            setattr(root, name, variable)
+            _hold(root, name, variable)
     for name, listed in loaded.lists.items():
-        setattr(root, name, [variable for variable in listed if id(variable) in ids])
-    root.variables = kept
+        _hold(root, name, [variable for variable in listed if id(variable) in ids])
+    _hold(root, "variables", kept)
     resources = [x for x in loaded.resources if _is_used(x, captured)]
     if resources:
-        root.resources = resources
+        _hold(root, "resources", resources)
+    return kept
 
 
 class _Initializer(tf.saved_model.experimental.TrackableResource):

@@ -9,10 +9,11 @@ but those that are not needed are empty, and functions that nobody wants are gon
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from tensorflow.core.protobuf import saved_model_pb2
@@ -20,25 +21,32 @@ from tensorflow.core.protobuf import saved_model_pb2
 from mbn_rewrite.saved_model_frontend.inlining import called_by
 
 
-@contextmanager
-def slimmed(source: Path, meta_graph: Any, wanted: Iterable[str]) -> Iterator[Path]:
-    """A directory to load a TensorFlow 2 SavedModel from while the block lasts.
+class SlimCopy:
+    """A directory to load a TensorFlow 2 SavedModel from.
 
-    Args:
-        source: the SavedModel.
-        meta_graph: its MetaGraphDef; it is changed.
-        wanted: the names of the concrete functions to keep.
+    It is gone when this object is. What is loaded from it reads its assets there.
+
+    Attributes:
+        path: the directory.
     """
-    _slim(meta_graph, set(wanted))
-    with TemporaryDirectory(prefix="mbn_rewrite.") as name:
-        directory = Path(name)
+
+    def __init__(self, source: Path, meta_graph: Any, wanted: Iterable[str]) -> None:
+        """Makes it.
+
+        Args:
+            source: the SavedModel.
+            meta_graph: its MetaGraphDef; it is changed.
+            wanted: the names of the concrete functions to keep.
+        """
+        _slim(meta_graph, set(wanted))
+        self.path = Path(tempfile.mkdtemp(prefix="mbn_rewrite."))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         for part in ("variables", "assets"):
             if (source / part).exists():
-                os.symlink((source / part).resolve(), directory / part)
+                os.symlink((source / part).resolve(), self.path / part)
         proto = saved_model_pb2.SavedModel(saved_model_schema_version=1)
         proto.meta_graphs.append(meta_graph)
-        (directory / "saved_model.pb").write_bytes(proto.SerializeToString())
-        yield directory
+        (self.path / "saved_model.pb").write_bytes(proto.SerializeToString())
 
 
 def functions_of(meta_graph: Any) -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -149,5 +157,6 @@ def _slim_library(graph_def: Any, functions: set[str]) -> None:
     kept = [function for name, function in library.items() if name in reached]
     constants = [node for node in graph_def.node if node.op == "Const"]
     del graph_def.library.function[:], graph_def.library.gradient[:], graph_def.node[:]
+    del graph_def.library.registered_gradients[:]
     graph_def.library.function.extend(kept)
     graph_def.node.extend(constants)

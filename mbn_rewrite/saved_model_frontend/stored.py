@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.planner import make_plan
 from mbn_rewrite.running import give_back_memory
 from mbn_rewrite.saved_model_frontend import running, saving, writer
-from mbn_rewrite.saved_model_frontend.loading import Entry, load
+from mbn_rewrite.saved_model_frontend.loading import Entry, Loaded, load
 from mbn_rewrite.saved_model_frontend.reader import read
+from mbn_rewrite.saved_model_frontend.saving import size_of
 from mbn_rewrite.saved_model_frontend.views import View, Writes, view_of
 from mbn_rewrite.stored import Exchange, Footprint, bytes_on_disk
 
@@ -27,6 +27,7 @@ class SavedModelDirectory:
         self, source: Path, tags: Sequence[str] | None, signatures: Sequence[str] | None
     ) -> None:
         self._source = source
+        self._asked_for = (tags, signatures)
         self._initializer: View | None = None
         self._loaded = load(source, tags, signatures)
         self.left_out: dict[str, str] = self._loaded.left_out
@@ -39,6 +40,8 @@ class SavedModelDirectory:
             view = self._view(entry)
             if view is None:
                 pinned += entry.function.graph.variables
+                for variable in entry.function.graph.variables:  # it may write to any
+                    self._writes.by.setdefault(id(variable), entry.name)
             else:
                 self._views[entry.name] = view
                 self._writes.note(view)
@@ -61,7 +64,7 @@ class SavedModelDirectory:
     @property
     def footprint(self) -> Footprint:
         variables = {
-            id(variable): math.prod(variable.shape)
+            id(variable): size_of(variable)
             for entry in self._loaded.entries
             for variable in entry.function.graph.variables
         } | {
@@ -102,20 +105,38 @@ class SavedModelDirectory:
                 for name, function in signatures.items()
             )
             raise RewriteError(f"the inputs are named {sorted(inputs or ())}; {listed}")
+        if not any(view.has_side_effects for view in self._views.values()):
+            return self._exchanged(signatures, inputs)
+        # What the signatures change must not be what is written, nor must a failed attempt
+        # to make up inputs count: so find inputs on one copy, and use them on a fresh one.
+        found = self._exchanged(self._loaded_again().signatures, inputs)
+        fresh = self._loaded_again().signatures
+        return {
+            name: running.exchanged(fresh[name], exchange.inputs, name, exchange.compiled)
+            for name, exchange in found.items()
+        }
+
+    def _exchanged(
+        self, signatures: Mapping[str, Any], inputs: Mapping[str, np.ndarray] | None
+    ) -> dict[str, Exchange]:
         found = {}
-        with running.StatesKept(list(self._views.values()), self._writes):
-            for name, function in signatures.items():
-                if name not in self.unverifiable:
-                    given = running.given_for(name, function, inputs)
-                    found[name] = running.exchange(name, function, self._views.get(name), given)
+        for name, function in signatures.items():
+            if name not in self.unverifiable:
+                given = running.given_for(name, function, inputs)
+                found[name] = running.exchange(name, function, self._views.get(name), given)
         return found
+
+    def _loaded_again(self) -> Loaded:
+        return load(self._source, *self._asked_for)
 
     def write(self, directory: Path) -> int:
         assert self._plan is not None
         # The graphs were read; the functions themselves hold more memory than small models do.
         self._loaded.release(self._views)
         give_back_memory()
-        graphs = writer.rewritten(list(self._views.values()), self._reading, self._plan)
+        graphs = writer.rewritten(
+            list(self._views.values()), self._reading, self._plan, self._writes
+        )
         new = dict(zip(self._views, graphs, strict=True))
         initializer = None if self._initializer is None else writer.unchanged(self._initializer)
         del self._reading, self._views, self._initializer

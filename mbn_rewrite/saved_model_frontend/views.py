@@ -13,11 +13,12 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from mbn_rewrite.saved_model_frontend.inlining import inlined
 
-_ASSIGNS = ("Assign", "ScatterUpdate", "ResourceScatter", "ResourceApply", "ResourceSparseApply")
+WRITES = ("Assign", "ScatterUpdate", "ResourceScatter", "ResourceApply", "ResourceSparseApply")
 # Stateful operations that change nothing, so that they are needed only where they are read.
 _READS = {
     *("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VarHandleOp", "Variable"),
     *("VariableV2", "Placeholder", "NoOp", "HashTableV2", "HashTable"),
+    *("LookupTableFindV2", "LookupTableFind", "LookupTableSizeV2", "LookupTableExportV2"),
     *("RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal"),
 }
 # Operations that cost nothing where the model runs.
@@ -86,6 +87,11 @@ class View:
         return counts_of(node for node in self.graph_def.node if node.name in needed)
 
     @property
+    def has_side_effects(self) -> bool:
+        """Whether it leaves anything changed behind."""
+        return any(has_side_effect(op) for op in self.operations)
+
+    @property
     def draws_random_numbers(self) -> bool:
         """Whether its outputs differ from call to call."""
         return any(
@@ -132,7 +138,7 @@ class Writes:
 
     def note(self, view: View) -> None:
         for op in view.operations:
-            writes = op.type.startswith(_ASSIGNS) or _may_write(view, op)
+            writes = op.type.startswith(WRITES) or _may_write(view, op)
             if writes:
                 for tensor in op.inputs:
                     variable = view.variable(tensor)
@@ -146,7 +152,7 @@ def _may_write(view: View, op: Any) -> bool:
     if not any(t.dtype == tf.resource for t in op.inputs):
         return False
     bodies = bodies_called(view.graph_def, op.node_def)
-    return any(node.op.startswith(_ASSIGNS) for body in bodies for node in body.node_def)
+    return any(node.op.startswith(WRITES) for body in bodies for node in body.node_def)
 
 
 def has_side_effect(op: Any) -> bool:

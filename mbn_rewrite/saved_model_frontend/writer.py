@@ -7,6 +7,7 @@ left out. Variables that were not edited stay the same objects.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from mbn_rewrite.decisions import Edit, Plan
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Linear
 from mbn_rewrite.saved_model_frontend.reader import LinearCall, NormCall, Reading
-from mbn_rewrite.saved_model_frontend.views import View, has_side_effect
+from mbn_rewrite.saved_model_frontend.views import WRITES, View, Writes, has_side_effect
 from mbn_rewrite.saved_model_frontend.weights import Stored
 
 
@@ -49,10 +50,10 @@ def unchanged(view: View) -> Rewritten | None:
     """A function without what nothing needs; None where then nothing is left to run."""
     if not any(has_side_effect(op) for op in view.operations):
         return None
-    return _Editor(view).finished()
+    return _Editor(view, Writes()).finished()
 
 
-def rewritten(views: list[View], reading: Reading, plan: Plan) -> list[Rewritten]:
+def rewritten(views: list[View], reading: Reading, plan: Plan, writes: Writes) -> list[Rewritten]:
     """New graphs for functions, with their weights.
 
     Variables that absorb something are assigned their new values: functions that were loaded
@@ -61,7 +62,7 @@ def rewritten(views: list[View], reading: Reading, plan: Plan) -> list[Rewritten
     Raises:
         RewriteError: folding takes weights out of the range of their dtype.
     """
-    writer = _Writer(views, reading, plan)
+    writer = _Writer(views, reading, plan, writes)
     writer.carry_out()
     missed = plan.touched ^ writer.done
     if missed:  # a defect of this library, never of the model
@@ -70,10 +71,10 @@ def rewritten(views: list[View], reading: Reading, plan: Plan) -> list[Rewritten
 
 
 class _Writer:
-    def __init__(self, views: list[View], reading: Reading, plan: Plan) -> None:
+    def __init__(self, views: list[View], reading: Reading, plan: Plan, writes: Writes) -> None:
         self.reading = reading
         self.plan = plan
-        self.editors = {id(view): _Editor(view) for view in views}
+        self.editors = {id(view): _Editor(view, writes) for view in views}
         self.done: set[str] = set()
         self._variables: dict[Any, Any] = {}  # what new variables replace, or are for
 
@@ -108,7 +109,7 @@ class _Writer:
     def _replace(self, owner: str, call: NormCall, m: ChannelMap) -> None:
         """By a depthwise 1x1 convolution, or by a multiplication and an addition."""
         editor, norm = self._editor(call.view), call.norm
-        rank, dtype = norm.source.shape.rank, norm.source.dtype
+        rank, dtype = norm.rank, norm.source.dtype
         stored = _is_stored_in_variables(norm)
         if rank == 4 and m.axis == 3:
             kernel = self._new(owner, "depthwise_kernel", m.scale.reshape(1, 1, -1, 1), dtype)
@@ -131,7 +132,7 @@ class _Writer:
 
     def _scaled_and_shifted(self, owner: str, call: NormCall, m: ChannelMap, stored: bool) -> str:
         editor, norm = self._editor(call.view), call.norm
-        rank, dtype = norm.source.shape.rank, norm.source.dtype
+        rank, dtype = norm.rank, norm.source.dtype
         shape = (-1,) + (1,) * (rank - 1 - m.axis)
         scale = self._new(owner, "scale", m.scale.reshape(shape), dtype)
         shift = self._new(owner, "shift", m.shift.reshape(shape), dtype)
@@ -166,10 +167,12 @@ class _Writer:
 
     def _new(self, owner: str, name: str, value: Array, dtype: Any) -> Any:
         """A new weight, made once for all calls of an owner."""
-        key = (owner, name)
+        key = (owner, name, dtype, value.shape)  # one array may be used in two dtypes
         if key not in self._variables:
             self._variables[key] = tf.Variable(
-                value.astype(dtype.as_numpy_dtype), name=f"{owner}/{name}", trainable=False
+                value.astype(dtype.as_numpy_dtype),
+                name=as_node_name(f"{owner}/{name}"),
+                trainable=False,
             )
         return self._variables[key]
 
@@ -188,7 +191,7 @@ class _Writer:
             after=edit.after,
         )
         self._store(owner, kernel, new_kernel)
-        channels = calls[0].op.outputs[0].shape[_axis_of_result(calls[0])]
+        channels = calls[0].op.outputs[0].shape[calls[0].described.axis]
         full = np.broadcast_to(new_bias, (channels,))
         if bias is not None:
             self._store(owner, bias, full.reshape(bias.shape))
@@ -216,19 +219,21 @@ class _Writer:
     def _add_bias(self, owner: str, call: LinearCall, bias: Array, as_variable: bool) -> None:
         """Adds a bias right behind an operation that has none."""
         editor, result = self._editor(call.view), call.op.outputs[0]
-        axis, rank = _axis_of_result(call), result.shape.rank
+        axis, rank = call.described.axis, result.shape.rank
         layout = b"NHWC" if axis == rank - 1 else b"NCHW"
-        name = f"{call.op.name}/bias"
-        if layout == b"NHWC" or rank == 4:
-            weight = self._new(owner, "bias", bias, result.dtype)
-            name = editor.add(
-                name, "BiasAdd", ["", editor.read(weight, as_variable)],
-                T=result.dtype, data_format=layout,
-            )  # fmt: skip
+        shaped = bias.reshape((-1,) + (1,) * (rank - 1 - axis))
+        attributes: dict[str, Any] = {"T": result.dtype}
+        if _is_grouped(call):
+            # TensorFlow fuses a bias with the convolution before it, and then cannot run it
+            # in groups on a CPU. It fuses no subtraction.
+            op, weight = "Sub", self._new(owner, "minus_bias", -shaped, result.dtype)
+        elif layout == b"NHWC" or rank == 4:
+            op, weight = "BiasAdd", self._new(owner, "bias", bias, result.dtype)
+            attributes["data_format"] = layout
         else:
-            shaped = bias.reshape((-1,) + (1,) * (rank - 1 - axis))
-            weight = self._new(owner, "bias", shaped, result.dtype)
-            name = editor.add(name, "AddV2", ["", editor.read(weight, as_variable)], T=result.dtype)
+            op, weight = "AddV2", self._new(owner, "bias", shaped, result.dtype)
+        inputs = ["", editor.read(weight, as_variable)]
+        name = editor.add(f"{call.op.name}/bias", op, inputs, **attributes)
         editor.redirect(result.name, name)
         editor.set_input(name, 0, result.name)
 
@@ -240,6 +245,13 @@ class _Writer:
             for op in editor.view.operations:
                 if op.type not in ("VariableV2", "Variable"):
                     continue
+                for reader, _ in editor.view.readers.get(op.outputs[0].name, []):
+                    if reader.op_def.input_arg and reader.type.startswith(WRITES):
+                        raise RewriteError(
+                            f"'{editor.view.name}' writes to '{op.name}', a reference variable of "
+                            "TensorFlow 1, which cannot be carried over. Leave it out by naming "
+                            "the other signatures (--signatures)"
+                        )
                 key = ("in graph", op.name)
                 if key not in self._variables:
                     value = editor.view.value_in_graph(op.name)
@@ -247,16 +259,14 @@ class _Writer:
                 editor.redirect(op.outputs[0].name, editor.read(self._variables[key], True))
 
 
-def _is_stored_in_variables(norm: Any) -> bool:
-    return any(key[0] != "constant" for key in norm.keys)
-
-
-def _axis_of_result(call: LinearCall) -> int:
-    """The channel axis of what an operation gives, before anything that lies behind it."""
+def _is_grouped(call: LinearCall) -> bool:
     op = call.described.op
     assert isinstance(op, Linear)
-    last = op.out_axis == call.described.result.shape.rank - 1
-    return call.op.outputs[0].shape.rank - 1 if last else op.out_axis
+    return call.op.type.startswith("Conv") and len(op.kernels[0].in_dims) > 1
+
+
+def _is_stored_in_variables(norm: Any) -> bool:
+    return any(key[0] != "constant" for key in norm.keys)
 
 
 @dataclass
@@ -264,6 +274,7 @@ class _Editor:
     """Edits one graph. Tensors are named as in a GraphDef, output 0 with ":0"."""
 
     view: View
+    writes: Writes
     captures: dict[str, Any] = field(default_factory=dict)
     _redirected: dict[str, str] = field(default_factory=dict)
     _inputs: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -272,10 +283,14 @@ class _Editor:
     _reads: dict[int, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
     _handed_on: dict[str, str] = field(default_factory=dict)
+    _unordered: set[str] = field(default_factory=set)  # nodes that nobody has to wait for
 
     def __post_init__(self) -> None:
+        writes_none = not any(has_side_effect(op) for op in self.view.graph.get_operations())
         for node in self.view.graph_def.node:
             self._taken.add(node.name)
+            if writes_none or (node.op == "ReadVariableOp" and not self._is_written(node)):
+                self._unordered.add(node.name)
             if node.op == "Identity" and len(node.input) == 1:
                 source = node.input[0]
                 self._handed_on[f"{node.name}:0"] = source if ":" in source else f"{source}:0"
@@ -314,6 +329,7 @@ class _Editor:
         return self._reads[id(variable)]
 
     def _free(self, name: str) -> str:
+        name = as_node_name(name)
         result, number = name, 1
         while result in self._taken:
             result, number = f"{name}_{number}", number + 1
@@ -354,11 +370,18 @@ class _Editor:
     def _inputs_of(self, node: Any) -> list[str]:
         data = [source for source in node.input if not source.startswith("^")]
         controls = [source[1:] for source in node.input if source.startswith("^")]
+        controls = [name for name in controls if name not in self._unordered]
         new = []
         for i, source in enumerate(data):
             set_to = self._inputs.get((node.name, i))
             new.append(set_to or self._target(source))
         return new + sorted({f"^{self._control(name)}" for name in controls})
+
+    def _is_written(self, read: Any) -> bool:
+        """Whether a function writes to the variable that a node reads."""
+        op = self.view.graph.get_operation_by_name(read.name)
+        variable = self.view.variable(op.inputs[0])
+        return variable is None or id(variable) in self.writes.by
 
     def _target(self, tensor: str) -> str:
         """What to read in place of a tensor; nodes that only hand it on are passed by."""
@@ -377,6 +400,12 @@ class _Editor:
         while tensor in self._redirected:
             tensor = self._redirected[tensor]
         return tensor.partition(":")[0]
+
+
+def as_node_name(name: str) -> str:
+    """A name with what TensorFlow does not allow in names exchanged."""
+    name = re.sub(r"[^A-Za-z0-9_.\\/>-]", "_", name)
+    return name if re.match(r"[A-Za-z0-9.]", name) else f"n{name}"
 
 
 def _set_attribute(node: Any, key: str, value: Any) -> None:
