@@ -100,6 +100,8 @@ def _optimized(graph_def: GraphDef, function: Any) -> GraphDef:
     fetches.node_list.value.extend(t.name for t in function.graph.inputs + function.graph.outputs)
     # Side effects that nothing else waits for.
     fetches.node_list.value.extend(op.name for op in function.graph.control_outputs)
+    if not fetches.node_list.value:
+        return graph_def  # it takes and gives nothing
     meta_graph.collection_def["train_op"].CopyFrom(fetches)
     config = config_pb2.ConfigProto()
     options = config.graph_options.rewrite_options

@@ -14,7 +14,7 @@ from tensorflow.python.saved_model import fingerprinting_utils
 
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.saved_model_frontend.loading import Entry, Interface, Loaded
-from mbn_rewrite.saved_model_frontend.writer import Rewritten
+from mbn_rewrite.saved_model_frontend.writer import Rewritten, as_node_name
 
 
 def save(
@@ -101,16 +101,26 @@ def _signature(entry: Entry, new: Rewritten | None) -> Any:
     if new is None:
         return entry.function
     interface = entry.interface
-    specs = {
-        name: tf.TensorSpec(spec.shape, spec.dtype, name=name)
+    specs = [
+        tf.TensorSpec(spec.shape, spec.dtype, name=as_node_name(name))
         for name, spec in zip(interface.keywords, interface.inputs, strict=True)
-    }
+    ]
 
-    def signature(**inputs: Any) -> Any:
-        return _called(new, interface, [inputs[name] for name in interface.keywords])
+    def signature(*tensors: Any) -> Any:
+        return _called(new, interface, list(tensors))
 
-    function = tf.function(signature, autograph=False, jit_compile=new.compiled or None)
-    return function.get_concrete_function(**specs)
+    if new.has_frames:
+        # Control flow of TensorFlow 1 is known by the names of its nodes alone, which the
+        # tracing of a tf.function does not understand.
+        function = tf.compat.v1.wrap_function(signature, specs)
+    else:
+        traced = tf.function(signature, autograph=False, jit_compile=new.compiled or None)
+        function = traced.get_concrete_function(*specs)
+    # Names that are no identifiers cannot be those of arguments; TensorFlow's own loader of
+    # its first version's models sets them in this way.
+    function._arg_keywords = list(interface.keywords)
+    function._num_positional_args = int(len(specs) == 1)
+    return function
 
 
 def _method(declared: inspect.Signature, concrete: list[tuple[Entry, Rewritten | None]]) -> Any:

@@ -26,6 +26,8 @@ from mbn_rewrite.saved_model_frontend.reader import LinearCall, NormCall, Readin
 from mbn_rewrite.saved_model_frontend.views import WRITES, View, Writes, has_side_effect
 from mbn_rewrite.saved_model_frontend.weights import Stored
 
+_CONTROL_FLOW = {"Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "RefEnter"}
+
 
 @dataclass
 class Rewritten:
@@ -44,6 +46,11 @@ class Rewritten:
     arguments: tuple[str, ...]
     outputs: list[str]
     captures: dict[str, Any]
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether it has control flow of TensorFlow 1."""
+        return any(node.op in _CONTROL_FLOW for node in self.graph_def.node)
 
 
 def unchanged(view: View) -> Rewritten | None:
@@ -286,9 +293,14 @@ class _Editor:
     _unordered: set[str] = field(default_factory=set)  # nodes that nobody has to wait for
 
     def __post_init__(self) -> None:
-        writes_none = not any(has_side_effect(op) for op in self.view.graph.get_operations())
+        ops = self.view.graph.get_operations()
+        writes_none = not any(has_side_effect(op) for op in ops)
+        # There, waiting for a node puts one into its loop or branch.
+        waits = any(op.type in _CONTROL_FLOW for op in ops)
         for node in self.view.graph_def.node:
             self._taken.add(node.name)
+            if waits:
+                continue
             if writes_none or (node.op == "ReadVariableOp" and not self._is_written(node)):
                 self._unordered.add(node.name)
             if node.op == "Identity" and len(node.input) == 1:
