@@ -14,17 +14,19 @@ from mbn_rewrite.decisions import Plan
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a signature was given, and what it gave.
+    """What a signature or method was given, and what it gave.
 
     Attributes:
-        inputs: tensors by name.
+        inputs: tensors by name; for a method all its arguments, as (args, kwargs).
         outputs: arrays by name; of what consists of several, each by name and number.
         compiled: whether only XLA could run it on this machine.
+        method: the path of the method, or "" for a signature.
     """
 
-    inputs: Mapping[str, Any]
+    inputs: Any
     outputs: Mapping[str, np.ndarray]
     compiled: bool = False
+    method: str = ""
 
 
 @dataclass(frozen=True)

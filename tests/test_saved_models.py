@@ -156,7 +156,7 @@ def test_every_kind_is_rewritten_and_gives_what_it_gave(kind, mode, copied, tmp_
     report, model, new = rewritten(tmp_path, mode)
     left = KINDS[kind].left if mode == "fold" else 0
     assert report.ok
-    assert sorted(report.comparisons) == sorted(model.signatures)
+    assert set(report.comparisons) >= set(model.signatures)
     assert report.as_it_was == {}
     assert len(report.plan.decisions) == KINDS[kind].norms
     assert report.plan.left == left

@@ -23,7 +23,6 @@ from mbn_rewrite.saved_model_frontend.slimming import SlimCopy, functions_of
 # Methods that Keras saves for its own loading and training.
 _OF_KERAS = {
     *("call_and_return_all_conditional_losses", "call_and_return_conditional_losses"),
-    *("_default_save_signature", "_call_fn"),
 }
 # `variables` is written anew.
 _VARIABLE_LISTS = ("trainable_variables", "non_trainable_variables")
@@ -159,15 +158,26 @@ def load(
     Raises:
         RewriteError: it cannot be loaded, or has no such tags or signatures.
     """
+    if isinstance(signatures, str):
+        signatures = [signatures]
     meta_graph = _meta_graph(source, tags)
     stored = sorted(key for key in meta_graph.signature_def if not key.startswith("__"))
     _check_signatures(source, stored, signatures)
+    methods: list[str] = []
     copy: SlimCopy | None = None  # TensorFlow 1 has no object graph to make it of
     asked_for = [key for key in stored if signatures is None or key in signatures]
     left_out = {f"signature {key}": "not asked for" for key in stored if key not in asked_for}
     try:
         if meta_graph.HasField("object_graph_def"):
-            copy = _slim(source, meta_graph, asked_for, signatures is None)
+            functions = functions_of(meta_graph)
+            if functions.inner:
+                left_out[f"{functions.inner} functions of inner objects"] = "of layers, or in lists"
+            methods = [name for name in functions.methods if signatures is None]
+            left_out |= {name: why for name in methods if (why := _why_not(name))}
+            methods = [name for name in methods if not _why_not(name)]
+            wanted = [functions.signatures[key] for key in asked_for]
+            wanted += [name for method in methods for name in functions.methods[method]]
+            copy = SlimCopy(source, meta_graph, wanted)
             root = tf.saved_model.load(str(copy.path))
         else:  # of TensorFlow 1
             root = tf.saved_model.load(str(source), tags=list(meta_graph.meta_info_def.tags))
@@ -184,8 +194,8 @@ def load(
     for key in asked_for:
         function = root.signatures[key]
         loaded.entries.append(Entry(key, "", Interface.of(function), function))
-    for name in sorted(vars(root)):
-        function = getattr(root, name)
+    for name in methods:
+        function = attribute_of(root, name)
         if getattr(function, "concrete_functions", None):
             _add_method(loaded, name, function)
     _note_holdings(loaded)
@@ -208,13 +218,19 @@ def _note_holdings(loaded: Loaded) -> None:
     ]
 
 
-def _slim(source: Path, meta_graph: Any, signatures: list[str], methods: bool) -> SlimCopy:
-    """The functions that may be carried over, and nothing else, to be loaded."""
-    keys, named = functions_of(meta_graph)
-    wanted = [keys[key] for key in signatures if key in keys]
-    if methods:
-        wanted += [f for name, fs in named.items() if name not in _OF_KERAS for f in fs]
-    return SlimCopy(source, meta_graph, wanted)
+def _why_not(method: str) -> str:
+    """Why a method is not carried over, as far as its name tells, or ""."""
+    name = method.rpartition(".")[2]
+    if name in _OF_KERAS:
+        return "Keras trains by it"
+    return "it is private" if name.startswith("_") and name != "__call__" else ""
+
+
+def attribute_of(root: Any, path: str) -> Any:
+    """What an object has under a path such as "encoder.encode"."""
+    for name in path.split("."):
+        root = getattr(root, name)
+    return root
 
 
 def _meta_graph(source: Path, tags: Sequence[str] | None) -> Any:

@@ -55,6 +55,14 @@ class Reading:
     norms: dict[str, list[NormCall]]
     dtypes: frozenset[str]
 
+    @property
+    def variables(self) -> set[int]:
+        """The variables, by id, that linear operations and BatchNormalizations read."""
+        keys = {key for calls in self.norms.values() for call in calls for key in call.norm.keys}
+        for calls in self.linears.values():
+            keys |= {w.stored.key for call in calls for w in call.described.weights.values()}
+        return {key[1] for key in keys if key[0] == "variable"}
+
     def weight(self, owner: str, name: str) -> Stored:
         """The stored array that an owner calls by a name."""
         return self.linears[owner][0].described.weights[name].stored

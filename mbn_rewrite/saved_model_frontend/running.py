@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.running import Made, as_specified, called, compiled, plain, random_tensor
+from mbn_rewrite.saved_model_frontend.loading import Entry, attribute_of
 from mbn_rewrite.saved_model_frontend.views import View, source_of
 from mbn_rewrite.stored import Exchange
 
@@ -46,12 +47,71 @@ def exchange(
     if given is not None:
         inputs = {key: as_specified(key, given[key], spec) for key, spec in specs.items()}
         return exchanged(function, inputs, who)
+    return _first_that_fits(specs, view, lambda inputs: exchanged(function, inputs, who))
+
+
+def method_exchange(
+    entry: Entry, root: Any, view: View | None, known: Iterable[Exchange]
+) -> Exchange:
+    """Calls a method: with the inputs of a signature that takes alike, or made-up ones.
+
+    Args:
+        entry: one of its functions.
+        root: the object that has the method.
+        view: the function as a graph, if it could be read.
+        known: what signatures were given.
+
+    Raises:
+        RewriteError: no inputs can be made up that it takes, or it gives what is no number.
+    """
+    arguments = entry.interface.arguments
+    flat = tf.nest.flatten(arguments, expand_composites=True)
+    specs = {f"{i:04}": x for i, x in enumerate(flat) if isinstance(x, tf.TensorSpec)}
+
+    def call(inputs: Mapping[str, Any]) -> Exchange:
+        filled = [inputs.get(f"{i:04}", x) for i, x in enumerate(flat)]
+        packed = tf.nest.pack_sequence_as(arguments, filled, expand_composites=True)
+        return called_method(root, entry.method, packed, f"method '{entry.name}'")
+
+    inputs = next((x for e in known if (x := _suitable(e.inputs, specs)) is not None), None)
+    found = _first_that_fits(specs, view, call) if inputs is None else call(inputs)
+    for array in found.outputs.values():
+        if array.dtype.kind in "fc" and not np.all(np.isfinite(array)):
+            raise RewriteError("it gives NaN or infinity for made-up inputs")
+    return found
+
+
+def _suitable(inputs: Any, specs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The inputs of a signature in the place of others, if they are as those have to be."""
+    if not isinstance(inputs, dict) or len(inputs) != len(specs):
+        return None
+    pairs = dict(zip(sorted(specs), (inputs[name] for name in sorted(inputs)), strict=True))
+    fit = all(
+        specs[key].dtype == tensor.dtype and specs[key].shape.is_compatible_with(tensor.shape)
+        for key, tensor in pairs.items()
+    )
+    return pairs if fit else None
+
+
+def called_method(
+    root: Any, path: str, arguments: Any, who: str, by_xla: bool | None = None
+) -> Exchange:
+    """What a method gives for these arguments; see `exchanged`."""
+    method = attribute_of(root, path)
+    arrays, by_xla = _run(lambda given: method(*given[0], **given[1]), arguments, who, by_xla)
+    outputs = {str(i): array for i, array in enumerate(arrays)}
+    return Exchange(arguments, outputs, by_xla, path)
+
+
+def _first_that_fits(
+    specs: Mapping[str, Any], view: View | None, call: Callable[[dict[str, Any]], Exchange]
+) -> Exchange:
+    """Makes up inputs in one way after the other until they can be used."""
     first: RewriteError | None = None
     for made in _ways(specs, view):
         rng = np.random.default_rng(0)
         try:
-            inputs = {key: random_tensor(spec, rng, made) for key, spec in sorted(specs.items())}
-            return exchanged(function, inputs, who)
+            return call({key: random_tensor(specs[key], rng, made) for key in sorted(specs)})
         except RewriteError as error:
             first = first or error
     assert first is not None
@@ -80,14 +140,20 @@ def exchanged(
         parts = tf.nest.flatten(function.structured_outputs[name], expand_composites=True)
         labels += [name] if len(parts) == 1 else [f"{name}/{i}" for i in range(len(parts))]
     data = dict(inputs)
-    if by_xla is None:
-        try:
-            arrays, by_xla = plain(flat, data, who), False
-        except RewriteError:
-            arrays, by_xla = called(flat, data, who), True
-    else:
-        arrays = (compiled if by_xla else plain)(flat, data, who)
+    arrays, by_xla = _run(flat, data, who, by_xla)
     return Exchange(data, dict(zip(labels, arrays, strict=True)), by_xla)
+
+
+def _run(
+    function: Callable[[Any], Any], inputs: Any, who: str, by_xla: bool | None
+) -> tuple[list[np.ndarray], bool]:
+    """What a function gives, and whether XLA ran it."""
+    if by_xla is not None:
+        return (compiled if by_xla else plain)(function, inputs, who), by_xla
+    try:
+        return plain(function, inputs, who), False
+    except RewriteError:
+        return called(function, inputs, who), True
 
 
 def given_for(
@@ -182,7 +248,15 @@ class Served:
             raise RewriteError(f"{directory} cannot be served: {cause_of(error)}") from error
 
     def __call__(self, name: str, exchange: Exchange) -> Mapping[str, np.ndarray]:
-        """What a signature gives for the inputs of an exchange; a lone one may be renamed."""
+        """What a signature or method gives for the inputs of an exchange.
+
+        The lone input of a signature may have another name.
+        """
+        who = "the rewritten model"
+        if exchange.method:
+            return called_method(
+                self._owner, exchange.method, exchange.inputs, who, exchange.compiled
+            ).outputs
         signature = self.signatures[name]
         specs, inputs = specs_of(signature), exchange.inputs
         if len(specs) == len(inputs) == 1:
@@ -192,4 +266,4 @@ class Served:
                 f"signature '{name}' of the rewritten model names its inputs {sorted(specs)}, "
                 f"the original {sorted(inputs)}"
             )
-        return exchanged(signature, inputs, "the rewritten model", exchange.compiled).outputs
+        return exchanged(signature, inputs, who, exchange.compiled).outputs

@@ -45,7 +45,8 @@ def save(
                 signatures[entry.name] = _signature(entry, new)
         for method in dict.fromkeys(entry.method for entry, _ in functions if entry.method):
             concrete = [(entry, new) for entry, new in functions if entry.method == method]
-            setattr(root, method, _method(loaded.methods[method], concrete))
+            owner, name = _owner_of(root, method)
+            setattr(owner, name, _method(loaded.methods[method], concrete))
         kept = _track(root, loaded, functions)
         if initializer is not None:
             _hold(root, "initializer", _Initializer(initializer, loaded.asset_paths))
@@ -167,6 +168,16 @@ def _takes(entry: Entry, declared: inspect.Signature, args: Any, kwargs: Any) ->
 
 
 # ------------------------------------------------------------------------- what they need
+
+
+def _owner_of(root: Any, path: str) -> tuple[Any, str]:
+    """The object that has a method such as "encoder.encode", made if need be, and its name."""
+    *names, last = path.split(".")
+    for name in names:
+        if not hasattr(root, name):
+            setattr(root, name, tf.__internal__.tracking.AutoTrackable())
+        root = getattr(root, name)
+    return root, last
 
 
 def size_of(variable: Any) -> int:

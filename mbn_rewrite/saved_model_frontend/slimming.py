@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,27 +50,56 @@ class SlimCopy:
         (self.path / "saved_model.pb").write_bytes(proto.SerializeToString())
 
 
-def functions_of(meta_graph: Any) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The functions that users call.
+@dataclass
+class Functions:
+    """The functions that users call, by the names of their concrete functions.
 
-    Returns:
-        Signature key -> the name of its concrete function, and method of the root object ->
-        the names of its concrete functions.
+    Attributes:
+        signatures: key -> the function.
+        methods: "method" of the root object, or "attribute.method" of an object in it -> its
+            functions.
+        inner: how many functions belong to objects that Keras made or that are in lists.
     """
+
+    signatures: dict[str, str]
+    methods: dict[str, list[str]]
+    inner: int
+
+
+def functions_of(meta_graph: Any) -> Functions:
+    """The functions of a TensorFlow 2 SavedModel."""
     nodes = meta_graph.object_graph_def.nodes
-    signatures: dict[str, str] = {}
-    methods: dict[str, list[str]] = {}
-    for child in nodes[0].children:
-        node = nodes[child.node_id]
-        if node.WhichOneof("kind") == "function":
-            methods[child.local_name] = list(node.function.concrete_functions)
-        elif child.local_name == "signatures":
-            for signature in node.children:
-                inner = nodes[signature.node_id]
-                signatures[signature.local_name] = (
-                    inner.bare_concrete_function.concrete_function_name
-                )
-    return signatures, methods
+    found = Functions({}, {}, 0)
+    seen: set[int] = set()
+    pending: list[tuple[str, int]] = [("", 0)]
+    while pending:
+        path, i = pending.pop(0)
+        seen.add(i)
+        for child in nodes[i].children:
+            node, name = nodes[child.node_id], f"{path}{child.local_name}"
+            kind = node.WhichOneof("kind")
+            if kind == "function":
+                found.methods[name] = list(node.function.concrete_functions)
+            elif i == 0 and name == "signatures":
+                for signature in node.children:
+                    inner = nodes[signature.node_id].bare_concrete_function
+                    found.signatures[signature.local_name] = inner.concrete_function_name
+            elif (
+                kind == "user_object"
+                and node.user_object.identifier == "_generic_user_object"
+                and child.node_id not in seen
+                and child.local_name.isidentifier()
+                and child.local_name != "keras_api"  # the same again, for Keras's own loading
+            ):
+                pending.append((f"{name}.", child.node_id))
+    taken = {function for functions in found.methods.values() for function in functions}
+    found.inner = sum(
+        node.WhichOneof("kind") == "function"
+        and not taken.intersection(node.function.concrete_functions)
+        and bool(node.function.concrete_functions)
+        for node in nodes
+    )
+    return found
 
 
 def _slim(meta_graph: Any, wanted: set[str]) -> None:

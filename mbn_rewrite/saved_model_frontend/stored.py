@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,11 +12,14 @@ from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.planner import make_plan
 from mbn_rewrite.running import give_back_memory
 from mbn_rewrite.saved_model_frontend import running, saving, writer
-from mbn_rewrite.saved_model_frontend.loading import Entry, Loaded, load
+from mbn_rewrite.saved_model_frontend.loading import Loaded, load
 from mbn_rewrite.saved_model_frontend.reader import read
 from mbn_rewrite.saved_model_frontend.saving import size_of
 from mbn_rewrite.saved_model_frontend.views import View, Writes, view_of
 from mbn_rewrite.stored import Exchange, Footprint, bytes_on_disk
+
+_NONE = Writes()
+_LARGE = 10_000_000  # weights
 
 
 class SavedModelDirectory:
@@ -34,32 +36,44 @@ class SavedModelDirectory:
         self.as_it_was: dict[str, str] = {}
         self.unverifiable: dict[str, str] = {}
         self._views: dict[str, View] = {}
-        self._writes = Writes()
-        pinned: list[Any] = []
         for entry in self._loaded.entries:
-            view = self._view(entry)
-            if view is None:
-                pinned += entry.function.graph.variables
-                for variable in entry.function.graph.variables:  # it may write to any
-                    self._writes.by.setdefault(id(variable), entry.name)
-            else:
-                self._views[entry.name] = view
-                self._writes.note(view)
-                if not entry.method and view.draws_random_numbers:
-                    self.unverifiable[entry.name] = "it draws random numbers"
-        initializer = self._loaded.initializer
-        if initializer is not None:
-            self._initializer = view_of("initializer", initializer, self._loaded.value_in_graph)
-            self._writes.note(self._initializer)
+            try:
+                view = view_of(entry.name, entry.function, self._loaded.value_in_graph)
+            except Exception as error:
+                self.as_it_was[entry.name] = cause_of(error)
+                continue
+            self._views[entry.name] = view
+            if view.draws_random_numbers:
+                self.unverifiable[entry.name] = "it draws random numbers"
+        if self._loaded.initializer is not None:
+            self._initializer = view_of(
+                "initializer", self._loaded.initializer, self._loaded.value_in_graph
+            )
+        self._leave_out_what_trains()
+        self._writes = Writes.of(*self._views.values(), *filter(None, [self._initializer]))
+        pinned = []
+        for entry in self._loaded.entries:
+            if entry.name in self.as_it_was:
+                for variable in entry.function.graph.variables:
+                    pinned.append(variable)
+                    self._writes.by.setdefault(id(variable), entry.name)  # it may write to any
         self._reading = read(self._views.values(), self._writes, pinned)
         self._plan: Plan | None = None
 
-    def _view(self, entry: Entry) -> View | None:
-        try:
-            return view_of(entry.name, entry.function, self._loaded.value_in_graph)
-        except Exception as error:
-            self.as_it_was[entry.name] = cause_of(error)
-            return None
+    def _leave_out_what_trains(self) -> None:
+        """Leaves out methods that write to the weights of other functions."""
+        methods = {entry.name for entry in self._loaded.entries if entry.method}
+        written = {name: Writes.of(self._views[name]) for name in methods & set(self._views)}
+        if not any(writes.by for writes in written.values()):
+            return
+        others = [view for name, view in self._views.items() if not written.get(name, _NONE).by]
+        weights = read(others, Writes()).variables
+        for name, writes in written.items():
+            if weights & set(writes.by):
+                self.left_out[name] = "it trains: it writes to weights of other functions"
+                del self._views[name]
+        kept = [entry for entry in self._loaded.entries if entry.name not in self.left_out]
+        self._loaded.entries = kept
 
     @property
     def footprint(self) -> Footprint:
@@ -106,24 +120,37 @@ class SavedModelDirectory:
             )
             raise RewriteError(f"the inputs are named {sorted(inputs or ())}; {listed}")
         if not any(view.has_side_effects for view in self._views.values()):
-            return self._exchanged(signatures, inputs)
+            return self._exchanged(self._loaded, inputs)
         # What the signatures change must not be what is written, nor must a failed attempt
         # to make up inputs count: so find inputs on one copy, and use them on a fresh one.
-        found = self._exchanged(self._loaded_again().signatures, inputs)
-        fresh = self._loaded_again().signatures
+        found = self._exchanged(self._loaded_again(), inputs)
+        fresh = self._loaded_again()
         return {
-            name: running.exchanged(fresh[name], exchange.inputs, name, exchange.compiled)
-            for name, exchange in found.items()
+            name: running.called_method(fresh.root, e.method, e.inputs, name, e.compiled)
+            if e.method
+            else running.exchanged(fresh.signatures[name], e.inputs, name, e.compiled)
+            for name, e in found.items()
         }
 
     def _exchanged(
-        self, signatures: Mapping[str, Any], inputs: Mapping[str, np.ndarray] | None
+        self, loaded: Loaded, inputs: Mapping[str, np.ndarray] | None
     ) -> dict[str, Exchange]:
         found = {}
-        for name, function in signatures.items():
-            if name not in self.unverifiable:
-                given = running.given_for(name, function, inputs)
-                found[name] = running.exchange(name, function, self._views.get(name), given)
+        large = self.footprint.weights > _LARGE
+        for entry in loaded.entries:
+            name, view = entry.name, self._views.get(entry.name)
+            if name in self.unverifiable or name in self.left_out:
+                continue
+            if large:
+                give_back_memory()  # which running the one before has left
+            if not entry.method:
+                given = running.given_for(name, entry.function, inputs)
+                found[name] = running.exchange(name, entry.function, view, given)
+                continue
+            try:
+                found[name] = running.method_exchange(entry, loaded.root, view, found.values())
+            except RewriteError as error:
+                self.unverifiable[name] = str(error)
         return found
 
     def _loaded_again(self) -> Loaded:

@@ -136,7 +136,16 @@ class Writes:
 
     by: dict[int, str] = field(default_factory=dict)  # id(variable) -> name of the function
 
+    @classmethod
+    def of(cls, *views: View) -> Writes:
+        """Those of some functions."""
+        writes = cls()
+        for view in views:
+            writes.note(view)
+        return writes
+
     def note(self, view: View) -> None:
+        """Adds those of a function."""
         for op in view.operations:
             writes = op.type.startswith(WRITES) or _may_write(view, op)
             if writes:
