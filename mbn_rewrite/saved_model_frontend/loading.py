@@ -178,7 +178,9 @@ def load(
             wanted = [functions.signatures[key] for key in asked_for]
             wanted += [name for method in methods for name in functions.methods[method]]
             copy = SlimCopy(source, meta_graph, wanted)
-            root = tf.saved_model.load(str(copy.path))
+            # The checkpoint has values of variables that the copy leaves out.
+            options = tf.saved_model.LoadOptions(allow_partial_checkpoint=copy.has_variables)
+            root = tf.saved_model.load(str(copy.path), options=options)
         else:  # of TensorFlow 1
             root = tf.saved_model.load(str(source), tags=list(meta_graph.meta_info_def.tags))
     except RewriteError:

@@ -29,6 +29,7 @@ class SlimCopy:
 
     Attributes:
         path: the directory.
+        has_variables: whether any is left.
     """
 
     def __init__(self, source: Path, meta_graph: Any, wanted: Iterable[str]) -> None:
@@ -40,6 +41,8 @@ class SlimCopy:
             wanted: the names of the concrete functions to keep.
         """
         _slim(meta_graph, set(wanted))
+        kinds = {node.WhichOneof("kind") for node in meta_graph.object_graph_def.nodes}
+        self.has_variables = "variable" in kinds
         self.path = Path(tempfile.mkdtemp(prefix="mbn_rewrite."))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         for part in ("variables", "assets"):
