@@ -428,7 +428,7 @@ def _merge(kind: str) -> Callable[[Site], Answer]:
         if not site.op.outputs[0].dtype.is_floating:
             return Opaque()
         if all(site.shape(i) == site.output for i in range(len(site.op.inputs))):
-            prelu = _prelu(site) if kind == "add" else None
+            prelu = _prelu(site) if site.op.type in ("Add", "AddV2") else None
             return prelu or Merge(kind)
         if any(site.constants.value(tensor) is not None for tensor in site.op.inputs):
             return Opaque("adds a constant")

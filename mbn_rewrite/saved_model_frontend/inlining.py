@@ -38,7 +38,8 @@ def inlined(function: Any) -> tuple[GraphDef, bool]:
         if node.op == "PlaceholderWithDefault" and node.name in arguments:
             node.op = "Placeholder"  # the caller gives it, so its default is not used
             del node.input[:]
-    compiled = _is_compiled_whole(graph_def)
+    compiled = _is_marked(function.function_def, "_XlaMustCompile")
+    compiled = compiled or _is_compiled_whole(graph_def)
     for nodes, attributes in _bodies(graph_def):
         if attributes is not None:
             attributes.pop("_noinline", None)

@@ -160,6 +160,8 @@ def load(
     """
     if isinstance(signatures, str):
         signatures = [signatures]
+    if isinstance(tags, str):
+        tags = [tags]
     meta_graph = _meta_graph(source, tags)
     stored = sorted(key for key in meta_graph.signature_def if not key.startswith("__"))
     _check_signatures(source, stored, signatures)
@@ -294,8 +296,13 @@ def _add_method(loaded: Loaded, name: str, function: Any) -> None:
             for p in declared.function_type.parameters.values()
         ]
     )
+    taken = {entry.name for entry in loaded.entries} | set(loaded.left_out)
     for concrete in function.concrete_functions:
-        label = f"{name}{_arguments(concrete)}"
+        label = shown = f"{name}{_arguments(concrete)}"
+        number = 2
+        while label in taken:  # arguments may differ in what is not shown
+            label, number = f"{shown}#{number}", number + 1
+        taken.add(label)
         if _is_for_training(concrete):
             loaded.left_out[label] = "it is for training"
         else:

@@ -117,6 +117,7 @@ class _Reader:
             ):
                 self._add(view, op, described[op.name], known)
             self._note_uses(view, constants, op)
+            self._add_written(view, constants, op)
             self._add_hidden(view, op)
         self._add_constants(view, known)
         for tensor in view.outputs:
@@ -228,6 +229,24 @@ class _Reader:
             variable = view.variable(tensor) if tensor.dtype == tf.resource else None
             if variable is not None and op.type not in ALIASES | {"ReadVariableOp"}:
                 self.uses.setdefault(("variable", id(variable)), {})[id(op)] = label
+
+    def _add_written(self, view: View, constants: Constants, op: Any) -> None:
+        """Lists a BatchNormalization written out as arithmetic whose variance is no constant."""
+        if op.type not in ("Rsqrt", "Sqrt") or constants.value(op.outputs[0]) is not None:
+            return
+        added = source_of(op.inputs[0]).op
+        for tensor in added.inputs if added.type in ("Add", "AddV2") else ():
+            read = source_of(tensor).op
+            while read.type in ("Reshape", "Cast", "ExpandDims", "BroadcastTo"):
+                read = source_of(read.inputs[0]).op
+            writer = constants.writer_of(read.outputs[0]) if read.type == "ReadVariableOp" else None
+            key = ("written", id(view.variable(read.inputs[0]))) if writer else None
+            if writer is not None and key not in self.owners:
+                scope = _common_scope([self._shown(op.name)])
+                why = f"'{writer}' writes to its parameters or statistics"
+                owner = self._owner(key, scope)
+                norm = BatchNorm(None, why)
+                self.hidden.append(HiddenBatchNorm(owner, view.name, norm, None, "float32"))
 
     def _add_hidden(self, view: View, op: Any) -> None:
         """Lists the BatchNormalizations in what an operation calls."""

@@ -66,6 +66,8 @@ def method_exchange(
     """
     arguments = entry.interface.arguments
     flat = tf.nest.flatten(arguments, expand_composites=True)
+    if len(flat) > len(tf.nest.flatten(arguments)):
+        raise RewriteError("it takes sparse or ragged tensors, which cannot be made up")
     specs = {f"{i:04}": x for i, x in enumerate(flat) if isinstance(x, tf.TensorSpec)}
 
     def call(inputs: Mapping[str, Any]) -> Exchange:

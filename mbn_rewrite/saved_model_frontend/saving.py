@@ -147,24 +147,24 @@ def _method(declared: inspect.Signature, concrete: list[tuple[Entry, Rewritten |
 def _takes(entry: Entry, declared: inspect.Signature, args: Any, kwargs: Any) -> bool:
     """Whether a function was traced for arguments like these."""
 
-    def flat(args: Any, kwargs: Any) -> list[Any]:
+    def described(args: Any, kwargs: Any) -> Any:
         bound = declared.bind(*args, **kwargs)
         bound.apply_defaults()
-        return list(tf.nest.flatten(dict(bound.arguments), expand_composites=True))
+        return _described(dict(bound.arguments))
 
-    expected, given = flat(*entry.interface.arguments), flat(args, kwargs)
-    if len(expected) != len(given):
-        return False
-    for spec, value in zip(expected, given, strict=True):
-        if isinstance(spec, tf.TensorSpec) != isinstance(value, (tf.Tensor, tf.TensorSpec)):
-            return False
-        if isinstance(spec, tf.TensorSpec):
-            same = str(spec.shape) == str(value.shape)  # an open size equals nothing else
-            if spec.dtype != value.dtype or not same:
-                return False
-        elif spec is not value and spec != value:
-            return False
-    return True
+    return bool(described(*entry.interface.arguments) == described(args, kwargs))
+
+
+def _described(value: Any) -> Any:
+    """Arguments with their tensors described, so that they can be compared."""
+    if isinstance(value, Mapping):
+        return {key: _described(value[key]) for key in value}
+    if isinstance(value, (list, tuple)):
+        return [_described(part) for part in value]
+    if isinstance(value, (tf.Tensor, tf.TensorSpec)):
+        return (value.dtype, str(value.shape))  # an open size equals nothing else
+    parts = tf.nest.flatten(value, expand_composites=True)
+    return value if parts == [value] else [_described(part) for part in parts]
 
 
 # ------------------------------------------------------------------------- what they need
