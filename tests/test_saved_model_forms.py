@@ -4,6 +4,7 @@ Every case is a function of a tensor and of `Weights`. It is saved, rewritten, a
 the original on inputs of the test's own.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,12 @@ IMAGE_FIRST = (3, 6, 6)
 SEQUENCE = (8, 4)
 VOLUME = (4, 4, 4, 3)
 CHANNELS = 4
+
+
+@pytest.fixture(autouse=True)
+def _little_to_collect():
+    """The exporter collects garbage; all that was made before need not be looked through."""
+    gc.freeze()
 
 
 class Weights(tf.Module):
@@ -63,6 +70,30 @@ class Weights(tf.Module):
         return [self.of(array) for array in arrays]
 
 
+def stored_both_ways(block):
+    """A block with variables, and behind it a block with constants; between them ReLU."""
+
+    def function(x, w):
+        w.constant = False
+        x = tf.nn.relu(block(x, w))
+        w.constant = True
+        return block(x, w)
+
+    return function
+
+
+def both_ways_beside(block):
+    """A block with variables, and beside it a block with constants."""
+
+    def function(x, w):
+        w.constant = False
+        first = block(x, w)
+        w.constant = True
+        return tf.concat([first, block(x, w)], -1)
+
+    return function
+
+
 class Case(NamedTuple):
     """What is saved.
 
@@ -82,14 +113,17 @@ class Case(NamedTuple):
 
 
 def save(directory, case, weights):
+    """Saves a case as the signature that is served by default; gives it as it is in memory."""
+
     def serve(x):
         weights.given = 0  # variables are made in one trace and used in the next
         return {"y": case.function(x, weights)}
 
     spec = tf.TensorSpec([None, *case.shape], case.dtype, "x")
     serve = tf.function(serve, autograph=False)
-    signatures = {"serving_default": serve.get_concrete_function(spec)}
-    tf.saved_model.save(weights, str(directory), signatures)
+    signature = serve.get_concrete_function(spec)
+    tf.saved_model.save(weights, str(directory), {"serving_default": signature})
+    return signature
 
 
 def assert_same_answers(signature, new, case):
@@ -117,13 +151,13 @@ def norm_operations(signature):
 
 def rewritten(tmp_path, case, mode="fold", weights=None):
     """Saves and rewrites a case, and compares; gives the decisions and the new signature."""
-    if not (tmp_path / "in").exists():
-        save(tmp_path / "in", case, weights or Weights(dtype=case.dtype))
+    weights = weights or Weights(dtype=case.dtype)  # which are to outlive the comparison
+    signature = save(tmp_path / "in", case, weights)
     report = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", mode)
     assert report.ok
     assert list(report.comparisons) == ["serving_default"]
-    model, new = (tf.saved_model.load(str(tmp_path / name)) for name in ("in", "out"))
-    signature, result = (loaded.signatures["serving_default"] for loaded in (model, new))
+    new = tf.saved_model.load(str(tmp_path / "out"))  # holds the variables
+    result = new.signatures["serving_default"]
     assert_same_answers(signature, result, case)
     return report.plan.decisions, result
 
@@ -221,14 +255,13 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("constant", "size"), [(False, 3), (True, 1)], ids=["variable", "constant"]
-)
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_batch_norm_folds(form, constant, size, tmp_path):
-    weights = Weights(constant)
-    case = Case(lambda x, w: FORMS[form](conv(x, w, size, padding="SAME"), *w.norm(CHANNELS)))
-    assert_all_gone(*rewritten(tmp_path, case, weights=weights))
+def test_every_form_of_batch_norm_folds(form, tmp_path):
+    def block(x, w):
+        size = 1 if w.constant else 3
+        return FORMS[form](conv(x, w, size, padding="SAME"), *w.norm(CHANNELS))
+
+    assert_all_gone(*rewritten(tmp_path, Case(stored_both_ways(block))), norms=2)
 
 
 def numbers(seed, size=CHANNELS):
@@ -244,12 +277,11 @@ PRECOMPUTED = {
 }
 
 
-@pytest.mark.parametrize("constant", [False, True], ids=["variable", "constant"])
 @pytest.mark.parametrize("form", PRECOMPUTED)
-def test_constants_computed_beforehand_fold(form, constant, tmp_path):
-    case = Case(lambda x, w: PRECOMPUTED[form](conv(x, w, 3)))
-    decisions, result = rewritten(tmp_path, case, weights=Weights(constant))
-    assert_all_gone(decisions, result)
+def test_constants_computed_beforehand_fold(form, tmp_path):
+    case = Case(stored_both_ways(lambda x, w: PRECOMPUTED[form](conv(x, w))))
+    decisions, result = rewritten(tmp_path, case)
+    assert_all_gone(decisions, result, norms=2)
     assert "Mul" not in op_counts(result)
 
 
@@ -271,11 +303,13 @@ HALF = {
 }
 
 
-@pytest.mark.parametrize("constant", [False, True], ids=["variable", "constant"])
 @pytest.mark.parametrize("form", HALF)
-def test_batch_norm_of_float16_folds(form, constant, tmp_path):
-    case = Case(lambda x, w: HALF[form](conv(x, w), *w.norm(CHANNELS)), dtype=tf.float16)
-    assert_all_gone(*rewritten(tmp_path, case, weights=Weights(constant, tf.float16)))
+def test_batch_norm_of_float16_folds(form, tmp_path):
+    def block(x, w):
+        return HALF[form](conv(x, w), *w.norm(CHANNELS))
+
+    case = Case(stored_both_ways(block), dtype=tf.float16)
+    assert_all_gone(*rewritten(tmp_path, case), norms=2)
 
 
 def conv_first(x, w, size=1):
@@ -291,14 +325,13 @@ CHANNELS_FIRST = {
 }
 
 
-@pytest.mark.parametrize("constant", [False, True], ids=["variable", "constant"])
 @pytest.mark.parametrize("form", CHANNELS_FIRST)
-def test_batch_norm_with_channels_first_folds(form, constant, tmp_path):
-    def function(x, w):
+def test_batch_norm_with_channels_first_folds(form, tmp_path):
+    def block(x, w):
         return CHANNELS_FIRST[form](conv_first(x, w, 3), *w.norm(CHANNELS))
 
-    case = Case(function, IMAGE_FIRST, compiled=True)
-    assert_all_gone(*rewritten(tmp_path, case, weights=Weights(constant)))
+    case = Case(stored_both_ways(block), IMAGE_FIRST, compiled=True)
+    assert_all_gone(*rewritten(tmp_path, case), norms=2)
 
 
 def through_images(x, *norm):
@@ -335,12 +368,11 @@ RANKS = {
 }
 
 
-@pytest.mark.parametrize("constant", [False, True], ids=["variable", "constant"])
 @pytest.mark.parametrize("rank", RANKS)
-def test_batch_norm_of_every_rank_folds(rank, constant, tmp_path):
+def test_batch_norm_of_every_rank_folds(rank, tmp_path):
     linear, form, shape = RANKS[rank]
-    case = Case(lambda x, w: form(linear(x, w), *w.norm(CHANNELS)), shape)
-    assert_all_gone(*rewritten(tmp_path, case, weights=Weights(constant)))
+    case = Case(stored_both_ways(lambda x, w: form(linear(x, w), *w.norm(CHANNELS))), shape)
+    assert_all_gone(*rewritten(tmp_path, case), norms=2)
 
 
 # ----------------------------------------------------------- BatchNormalization of old graphs
@@ -372,7 +404,7 @@ def old_graph(scaled, producer=8):
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_batch_norm_with_global_normalization_is_read(scaled):
-    """No TensorFlow of today loads a SavedModel with it."""
+    """On a graph alone: `tf.saved_model.load` refuses SavedModels with it."""
     graph_def, scale, shift = old_graph(scaled)
     with tf.Graph().as_default() as graph:
         tf.import_graph_def(graph_def, name="")
@@ -465,11 +497,12 @@ NO_NORMS = {
 }
 
 
-@pytest.mark.parametrize("constant", [False, True], ids=["variable", "constant"])
 @pytest.mark.parametrize("form", NO_NORMS)
-def test_what_is_no_batch_norm_is_left_alone(form, constant, tmp_path):
-    case = Case(lambda x, w: NO_NORMS[form](conv(x, w, 3, padding="SAME"), w))
-    decisions, _ = rewritten(tmp_path, case, weights=Weights(constant))
+def test_what_is_no_batch_norm_is_left_alone(form, tmp_path):
+    def block(x, w):
+        return NO_NORMS[form](conv(x, w, 3, padding="SAME"), w)
+
+    decisions, _ = rewritten(tmp_path, Case(both_ways_beside(block)))
     assert decisions == ()
 
 
@@ -631,10 +664,6 @@ def first_biased(x, w):
     return tf.nn.bias_add(conv_first(x, w, 3), w.of(numbers(5)), "NCHW")
 
 
-def first_added(x, w):
-    return conv_first(x, w, 3) + tf.reshape(w.of(numbers(5)), [1, CHANNELS, 1, 1])
-
-
 def first_depthwise(x, w):
     weights = w.kernel(3, 3, x.shape[1], 2)
     return tf.nn.depthwise_conv2d(x, weights, [1, 1, 1, 1], "VALID", "NCHW")
@@ -644,7 +673,6 @@ def first_depthwise(x, w):
 EXACT = {
     "conv2d_1x1": Case(conv),
     "conv2d_3x3": Case(lambda x, w: conv(x, w, 3)),
-    "conv2d_1x1_same": Case(lambda x, w: conv(x, w, padding="SAME")),
     "conv2d_BiasAdd": Case(biased(lambda x, w: conv(x, w, 3))),
     "conv2d_AddV2": Case(biased(lambda x, w: conv(x, w, 3), tf.add)),
     "conv2d_Add": Case(biased(lambda x, w: conv(x, w, 3), lambda x, b: raw.Add(x=x, y=b))),
@@ -652,26 +680,19 @@ EXACT = {
     "conv2d_open_size": Case(lambda x, w: conv(x, w, 3), (None, None, 3)),
     "conv1d": Case(conv1d, SEQUENCE),
     "conv1d_bias": Case(biased(conv1d), SEQUENCE),
-    "conv1d_AddV2": Case(biased(conv1d, tf.add), SEQUENCE),
     "conv1d_open_length": Case(biased(conv1d), (None, 4)),
     "dilated_1d": Case(convolution(2, "VALID"), SEQUENCE),
     "dilated_1d_bias": Case(biased(convolution(2, "VALID")), SEQUENCE),
-    "dilated_1d_open_length": Case(convolution(2, "VALID"), (None, 4)),
     "dilated_2d": Case(convolution([2, 2], "VALID", 2)),
-    "dilated_2d_open_size": Case(convolution([2, 2], "VALID", 2), (None, None, 3)),
     "blocks_2d": Case(blocked("VALID")),
     "blocks_2d_bias": Case(biased(blocked("VALID"))),
     "blocks_1d": Case(explicit_blocks(0), SEQUENCE),
-    "blocks_1d_bias": Case(biased(explicit_blocks(0)), SEQUENCE),
     "conv3d": Case(conv3d, VOLUME),
-    "conv3d_bias": Case(biased(conv3d), VOLUME),
     "depthwise": Case(depthwise(1)),
-    "depthwise_bias": Case(biased(depthwise(1))),
     "depthwise_multiplier_2": Case(depthwise(2)),
     "grouped": Case(grouped, (6, 6, 4)),
-    "grouped_bias": Case(biased(grouped), (6, 6, 4)),
+    "grouped_bias": Case(biased(grouped), (6, 6, 4), compiled=True),
     "transposed_1x1": Case(transposed(1, 1)),
-    "transposed_volume_1x1": Case(transposed_volume(1, 1), VOLUME),
     "matmul": Case(dense, (5,)),
     "matmul_BiasAdd": Case(biased(dense), (5,)),
     "matmul_AddV2": Case(biased(dense, tf.add), (5,)),
@@ -684,13 +705,10 @@ EXACT = {
     "tensordot_bias": Case(biased(tensordot), SEQUENCE),
     "tensordot_open_length": Case(biased(tensordot, tf.add), (None, 4)),
     "einsum": Case(einsum("abc,cd->abd", "c", "d"), SEQUENCE),
-    "einsum_bias": Case(biased(einsum("abc,cd->abd", "c", "d"), tf.add), SEQUENCE),
     "einsum_turned": Case(einsum("abc,dc->abd", "d", "c"), SEQUENCE),
     "einsum_ellipsis": Case(einsum("...c,cd->...d", "c", "d"), SEQUENCE),
     "conv2d_first_1x1": Case(conv_first, IMAGE_FIRST, 1, True),
-    "conv2d_first_3x3": Case(lambda x, w: conv_first(x, w, 3), IMAGE_FIRST, 1, True),
     "conv2d_first_BiasAdd": Case(first_biased, IMAGE_FIRST, 1, True),
-    "conv2d_first_AddV2": Case(first_added, IMAGE_FIRST, 1, True),
     "depthwise_first": Case(first_depthwise, IMAGE_FIRST, 1, True),
 }
 
@@ -702,8 +720,10 @@ PADDED = {
     "conv1d": Case(lambda x, w: conv1d(x, w, "SAME"), SEQUENCE),
     "dilated_1d": Case(convolution(2, "SAME"), SEQUENCE),
     "dilated_1d_open_length": Case(biased(convolution(2, "SAME")), (None, 4)),
+    "dilated_1d_open_length_valid": Case(convolution(2, "VALID"), (None, 4)),
     "dilated_2d": Case(biased(convolution([2, 2], "SAME", 2))),
     "dilated_2d_open_size": Case(convolution([2, 2], "SAME", 2), (None, None, 3)),
+    "dilated_2d_open_size_valid": Case(convolution([2, 2], "VALID", 2), (None, None, 3)),
     "blocks_1d": Case(explicit_blocks(1), SEQUENCE),
     "blocks_2d": Case(biased(blocked("SAME"))),
     "blocks_2d_open_size": Case(biased(blocked("SAME")), (None, None, 3)),
@@ -729,24 +749,16 @@ def preceded(case, **given):
     return case._replace(function=function)
 
 
-LINEAR = {**EXACT, **{f"{name}_padded": case for name, case in PADDED.items()}}
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_linear_operation_absorbs_what_follows(name, tmp_path):
-    assert_all_gone(*rewritten(tmp_path, followed(LINEAR[name])))
-
-
 @pytest.mark.parametrize("name", EXACT)
-def test_linear_operation_absorbs_what_precedes(name, tmp_path):
-    assert_all_gone(*rewritten(tmp_path, preceded(EXACT[name])))
+def test_linear_operation_absorbs_what_follows_and_what_precedes(name, tmp_path):
+    assert_all_gone(*rewritten(tmp_path, followed(preceded(EXACT[name]))), norms=2)
 
 
 @pytest.mark.parametrize("name", PADDED)
-def test_shift_does_not_pass_padding(name, tmp_path):
-    (decision,), _ = rewritten(tmp_path, preceded(PADDED[name]))
-    assert decision.action == "kept"
-    assert "pad" in decision.reason
+def test_padding_stops_the_shift_of_what_precedes_only(name, tmp_path):
+    (first, second), _ = rewritten(tmp_path, followed(preceded(PADDED[name])))
+    assert (first.action, second.action) == ("kept", "folded")
+    assert "pad" in first.reason
 
 
 @pytest.mark.parametrize("name", ["conv2d", "conv1d", "blocks_2d", "transposed_3x3"])
@@ -843,7 +855,7 @@ BLOCKED = {
     "relu": (WAYS["relu_without_shift"], "activation"),
     "flatten": (behind_conv(lambda x: tf.reshape(x, [-1, 6 * 6 * CHANNELS])), "mixes"),
     "reduce_mean_of_channels": (behind_conv(lambda x: tf.reduce_mean(x, [1, 3])), "axis"),
-    "slice_of_channels": (behind_conv(lambda x: x[..., 1:]), "axis"),
+    "slice_of_channels": (behind_conv(lambda x: x[..., 1:]), "part of it"),
 }
 
 
@@ -913,10 +925,9 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize("constant", [False, True], ids=["variable", "constant"])
 @pytest.mark.parametrize("form", IN_PLACE)
-def test_batch_norm_of_every_rank_is_replaced_in_place(form, constant, tmp_path):
+def test_batch_norm_of_every_rank_is_replaced_in_place(form, tmp_path):
     function, shape, kwargs = IN_PLACE[form]
-    case = Case(lambda x, w: tf.nn.relu(function(x, *w.norm(CHANNELS))), shape, **kwargs)
-    weights = Weights(constant, case.dtype)
-    assert_all_gone(*rewritten(tmp_path, case, "depthwise", weights), action="depthwise")
+    block = stored_both_ways(lambda x, w: function(x, *w.norm(CHANNELS)))
+    decisions, result = rewritten(tmp_path, Case(block, shape, **kwargs), "depthwise")
+    assert_all_gone(decisions, result, norms=2, action="depthwise")

@@ -378,9 +378,21 @@ def _reshape(site: Site) -> Answer:
     if known and math.prod(inner) == math.prod(new_inner):  # type: ignore[arg-type]
         return Reshape()
     # The batch may not stay; what has channels last on both sides only moves positions.
-    if len(before) > 1 and len(after) > 1 and before[-1] == after[-1] is not None:
+    last = after[-1] or _size_needed(site)
+    if len(before) > 1 and len(after) > 1 and before[-1] == last is not None:
         return Affine(len(before) - 1, len(after) - 1)
     return Opaque("mixes channels with positions")
+
+
+def _size_needed(site: Site) -> int | None:
+    """The last size of a result, as the matrix says that it is multiplied by."""
+    reader = site.view.only_reader(site.op.outputs[0])
+    if reader is None or reader[0].type != "MatMul" or reader[1] != 0:
+        return None
+    product = Site(reader[0], site.constants)
+    if product.attribute("transpose_a") or len(product.shape(1)) != 2:
+        return None
+    return product.shape(1)[1 if product.attribute("transpose_b") else 0]
 
 
 def _one_axis(site: Site) -> Answer:
@@ -428,7 +440,7 @@ def _merge(kind: str) -> Callable[[Site], Answer]:
         if not site.op.outputs[0].dtype.is_floating:
             return Opaque()
         if all(site.shape(i) == site.output for i in range(len(site.op.inputs))):
-            prelu = _prelu(site) if site.op.type in ("Add", "AddV2") else None
+            prelu = _prelu(site) if site.op.type in ("Add", "AddV2", "Sub") else None
             return prelu or Merge(kind)
         if any(site.constants.value(tensor) is not None for tensor in site.op.inputs):
             return Opaque("adds a constant")
@@ -438,7 +450,7 @@ def _merge(kind: str) -> Callable[[Site], Answer]:
 
 
 def _prelu(site: Site) -> Described | None:
-    """relu(x) - alpha * relu(-x), which Keras writes for PReLU, is positively homogeneous."""
+    """relu(x) +- alpha * relu(-x), which Keras writes for PReLU, is positively homogeneous."""
     left, right = (source_of(tensor) for tensor in site.op.inputs)
     if left.op.type != "Relu" or right.op.type != "Mul":
         return None

@@ -13,6 +13,7 @@ begins and ends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,8 @@ def fused_norm(constants: Constants, op: Any) -> Norm | None:
     channel_map = ChannelMap.of_batch_norm(scale, shift, center, spread, epsilon, axis)
     if not channel_map.is_finite:
         return unfit("its moving variance and epsilon give no finite scale")
-    return Norm((op,), source, op.outputs[0], rank, axis, channel_map, keys)
+    source, sink, casts = _ends(constants.view, source, op.outputs[0])
+    return Norm((op, *casts), source, sink, rank, axis, channel_map, keys)
 
 
 def _fused_axis(op: Any) -> int:
@@ -147,7 +149,7 @@ class Step:
         constant: the operand that is, or None (negation).
         scale, shift: float64, of the shape that `constant` has when it is broadcast.
         axis: the axis along which `constant` varies, or None where it is one number.
-        roots: the operations in `constant` that take the root of a variance.
+        roots: what is stored of the variances that `constant` takes the root of.
     """
 
     op: Any
@@ -156,7 +158,7 @@ class Step:
     scale: Array
     shift: Array
     axis: int | None
-    roots: frozenset[str]
+    roots: frozenset[Any]
 
 
 def step_of(constants: Constants, op: Any) -> Step | None:
@@ -190,9 +192,11 @@ def step_of(constants: Constants, op: Any) -> Step | None:
             "Sub": (-one, vector) if flipped else (one, -vector),
         }.get(op.type, (one, vector))
     roots = frozenset(
-        name
+        stored.key
         for name in constants.depends_on(constant, _ROOTS)
-        if _is_root_of_variance(constants.view.graph.get_operation_by_name(name))
+        if _is_root_of_variance(root := constants.view.graph.get_operation_by_name(name))
+        for stored in constants.stored_in(root.outputs[0])
+        if math.prod(stored.shape) > 1 or stored.is_variable
     )
     return Step(op, data, constant, scale, shift, axis, roots)
 
@@ -262,7 +266,7 @@ def _continues(view: View, step: Step, steps: dict[str, Step]) -> Step | None:
 def _separated(run: list[Step]) -> Iterator[list[Step]]:
     """A run with the roots of several variances is several BatchNormalizations."""
     part: list[Step] = []
-    roots: frozenset[str] = frozenset()
+    roots: frozenset[Any] = frozenset()
     for step in run:
         if part and roots and step.roots and not step.roots & roots:
             # (y - mean) begins the next one.
@@ -280,7 +284,7 @@ def _norm_of(constants: Constants, run: list[Step]) -> Norm | None:
     if not any(step.roots for step in run) and not _is_precomputed(constants, run):
         return None
     axes = {step.axis for step in run if step.axis is not None}
-    source, sink, casts = _ends(constants.view, run)
+    source, sink, casts = _ends(constants.view, run[0].data, run[-1].op.outputs[0])
     keys = tuple(
         key for step in run if step.constant is not None for key in _keys(constants, step.constant)
     )
@@ -350,9 +354,8 @@ def _axis_of_one_channel(shape: Any) -> int | None:
     return next((axis for axis in (shape.rank - 1, 1) if shape[axis] == 1), None)
 
 
-def _ends(view: View, run: list[Step]) -> tuple[Any, Any, tuple[Any, ...]]:
-    """Where a run begins and ends, and the casts around it that undo each other."""
-    source, sink = run[0].data, run[-1].op.outputs[0]
+def _ends(view: View, source: Any, sink: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Where a BatchNormalization begins and ends with the casts that undo each other."""
     inner = source_of(source)
     reader = view.only_reader(sink)
     if (

@@ -146,7 +146,7 @@ class _Reader:
         for op in view.operations:
             norm = fused_norm(constants, op) if op.type in FUSED else None
             if norm is not None:
-                norms[op.name] = norm
+                norms[norm.sink.op.name] = norm
             elif op.type not in ALIASES | SHAPE_ONLY and op.type != "IdentityN":
                 found = describe(Site(op, constants))
                 described[op.name] = found
@@ -265,12 +265,15 @@ class _Reader:
 
     def finish(self) -> Reading:
         shared = {owner: self._shared(owner) for owner in self.linears}
-        nodes = [
-            replace(node, op=Opaque(shared[node.owner]))
-            if isinstance(node.op, Linear) and shared[node.owner]
-            else node
-            for node in self.nodes
-        ]
+        nodes = []
+        for node in self.nodes:
+            if isinstance(node.op, Linear):
+                if shared[node.owner]:
+                    node = replace(node, op=Opaque(shared[node.owner]))
+            elif not isinstance(node.op, BatchNorm) and node.owner in self.taken:
+                # It is called as the scope of an operation that has weights.
+                node = replace(node, owner=f"{node.owner}:0")
+            nodes.append(node)
         linears = self.linears
         graph = Graph(
             tuple(self.values),

@@ -108,7 +108,7 @@ class Constants:
             if stored is None:
                 return None
             return Weight(stored, stored.shape, tuple(range(len(stored.shape))), stored.dtype)
-        if op.type not in ALIASES | {"Cast", "Reshape", "ExpandDims", "Squeeze", "Transpose"}:
+        if op.type not in ALIASES | {"Cast", "Transpose"} and not _reshapes(op):
             return None
         inner = self.weight(op.inputs[0])
         if inner is None or op.type in ALIASES:
@@ -181,7 +181,7 @@ class Constants:
         if op.type in ("Const", "ReadVariableOp", "VariableV2", "Variable"):
             weight = self.weight(tensor)
             return None if weight is None else _wide(weight.stored.read())
-        if op.type in ("Reshape", "ExpandDims", "Squeeze", "BroadcastTo"):
+        if op.type == "BroadcastTo" or _reshapes(op):
             inner = self.value(op.inputs[0])
             if inner is None:
                 return None
@@ -245,6 +245,16 @@ _COMPUTE: dict[str, Callable[..., Any]] = {
     "Reciprocal": np.reciprocal,
     "Inv": np.reciprocal,
 }
+
+
+def _reshapes(op: Any) -> bool:
+    """Whether an operation puts its first operand into another shape, and does no more."""
+    if op.type != "StridedSlice":
+        return op.type in ("Reshape", "ExpandDims", "Squeeze")
+    # x[None, :]: all elements are still there, and only axes of size 1 may be new or gone.
+    sizes = [tensor.shape.num_elements() for tensor in (op.inputs[0], op.outputs[0])]
+    steps = tf.get_static_value(op.inputs[3])
+    return sizes[0] == sizes[1] is not None and steps is not None and bool(np.all(steps == 1))
 
 
 def _cast(weight: Weight, dtype: Any) -> Weight | None:
