@@ -10,6 +10,8 @@ class RewriteError(Exception):
 
 def cause_of(error: BaseException) -> str:
     """What an error of a framework says, as one sentence of at most 200 characters."""
+    if "No space left on device" in str(error):  # TensorFlow says it behind its own names
+        return "No space left on device."
     lines = [line.strip() for line in str(error).strip().split("\n") if line.strip()]
     # Keras puts the name of the layer first, and what went wrong with it below.
     told = [line for line in lines if not line.startswith("Exception encountered when calling")]

@@ -537,3 +537,20 @@ def test_xla_and_tflite_take_the_result(mode, copied, tmp_path, rng):
     converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "out"))
     runner = tf.lite.Interpreter(model_content=converter.convert()).get_signature_runner()
     assert_close(runner(image=image.numpy())["scores"], expected)
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """As TensorFlow says it, with the cause behind much else."""
+    KINDS["module"].build(tmp_path / "in")
+
+    def full(*_, **__):
+        raise tf.errors.ResourceExhaustedError(
+            None, None, "{{function_node __wrapped__SaveV2}} /x/part.data; No space left on device"
+        )
+
+    monkeypatch.setattr(tf.saved_model, "save", full)
+    assert run("--quiet", tmp_path / "in", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "No space left on device." in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]

@@ -18,7 +18,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.saved_model_frontend.files import GRAPH_FILES
-from mbn_rewrite.saved_model_frontend.slimming import SlimCopy, functions_of
+from mbn_rewrite.saved_model_frontend.slimming import Functions, SlimCopy, functions_of
 
 # Methods that Keras saves for its own loading and training.
 _OF_KERAS = {
@@ -165,28 +165,22 @@ def load(
     meta_graph = _meta_graph(source, tags)
     stored = sorted(key for key in meta_graph.signature_def if not key.startswith("__"))
     _check_signatures(source, stored, signatures)
-    methods: list[str] = []
-    copy: SlimCopy | None = None  # TensorFlow 1 has no object graph to make it of
     asked_for = [key for key in stored if signatures is None or key in signatures]
     left_out = {f"signature {key}": "not asked for" for key in stored if key not in asked_for}
+    methods: list[str] = []
+    copy: SlimCopy | None = None
     try:
         if meta_graph.HasField("object_graph_def"):
             functions = functions_of(meta_graph)
-            if functions.inner:
-                left_out[f"{functions.inner} functions of inner objects"] = "of layers, or in lists"
-            methods = [name for name in functions.methods if signatures is None]
-            left_out |= {name: why for name in methods if (why := _why_not(name))}
-            methods = [name for name in methods if not _why_not(name)]
+            methods = _methods_of(functions, left_out) if signatures is None else []
             wanted = [functions.signatures[key] for key in asked_for]
             wanted += [name for method in methods for name in functions.methods[method]]
             copy = SlimCopy(source, meta_graph, wanted)
             # The checkpoint has values of variables that the copy leaves out.
             options = tf.saved_model.LoadOptions(allow_partial_checkpoint=copy.has_variables)
             root = tf.saved_model.load(str(copy.path), options=options)
-        else:  # of TensorFlow 1
+        else:  # TensorFlow 1 has neither methods nor objects
             root = tf.saved_model.load(str(source), tags=list(meta_graph.meta_info_def.tags))
-    except RewriteError:
-        raise
     except Exception as error:
         cause = _cause(error)
         if copy is not None:
@@ -204,6 +198,14 @@ def load(
             _add_method(loaded, name, function)
     _note_holdings(loaded)
     return loaded
+
+
+def _methods_of(functions: Functions, left_out: dict[str, str]) -> list[str]:
+    """The methods to carry over; notes those that are not."""
+    if functions.inner:
+        left_out[f"{functions.inner} functions of inner objects"] = "of layers, or in lists"
+    left_out |= {name: why for name in functions.methods if (why := _why_not(name))}
+    return [name for name in functions.methods if not _why_not(name)]
 
 
 def _note_holdings(loaded: Loaded) -> None:

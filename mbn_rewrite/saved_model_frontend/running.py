@@ -24,9 +24,17 @@ def specs_of(function: Any) -> dict[str, Any]:
     return dict(function.structured_input_signature[1])
 
 
-def described(specs: Mapping[str, Any]) -> dict[str, str]:
-    """Inputs or outputs in words, to be compared."""
-    return {name: f"{spec.dtype.name} {spec.shape}" for name, spec in sorted(specs.items())}
+def _interface_of(function: Any) -> dict[str, str]:
+    """The inputs and outputs that a signature declares, in words."""
+    given = {
+        name: x if isinstance(x, tf.TypeSpec) else tf.type_spec_from_value(x)
+        for name, x in function.structured_outputs.items()
+    }
+    return {
+        f"{what} {name}": f"{spec.dtype.name} {spec.shape}"
+        for what, specs in (("input", specs_of(function)), ("output", given))
+        for name, spec in sorted(specs.items())
+    }
 
 
 def exchange(
@@ -143,7 +151,8 @@ def exchanged(
         labels += [name] if len(parts) == 1 else [f"{name}/{i}" for i in range(len(parts))]
     data = dict(inputs)
     arrays, by_xla = _run(flat, data, who, by_xla)
-    return Exchange(data, dict(zip(labels, arrays, strict=True)), by_xla)
+    outputs = dict(zip(labels, arrays, strict=True))
+    return Exchange(data, outputs, by_xla, interface=_interface_of(function))
 
 
 def _run(
@@ -268,4 +277,10 @@ class Served:
                 f"signature '{name}' of the rewritten model names its inputs {sorted(specs)}, "
                 f"the original {sorted(inputs)}"
             )
-        return exchanged(signature, inputs, who, exchange.compiled).outputs
+        result = exchanged(signature, inputs, who, exchange.compiled)
+        if exchange.interface and result.interface != exchange.interface:
+            raise RewriteError(
+                f"signature '{name}' would declare {dict(result.interface)}, the original "
+                f"declares {dict(exchange.interface)}; please report this"
+            )
+        return result.outputs
