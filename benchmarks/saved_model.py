@@ -93,7 +93,10 @@ def make(name: str, keras_name: str, directory: str) -> dict[str, Any]:
         model = tf_keras.models.load_model(real_models.fetch(name), compile=False)
     else:
         model = networks.build(name, 0, None)
-        networks.set_statistics(model, networks.typical_statistics, np.random.default_rng(0))
+        rng = np.random.default_rng(0)
+        networks.set_statistics(model, networks.typical_statistics, rng)
+        # Noise is far from what the statistics were made for, and is amplified beyond measure.
+        np.save(f"{directory}.npy", networks.random_images(model, rng))
     left = mbn.plan(model).left
     if keras_name == "keras_3":
         import keras
@@ -123,10 +126,11 @@ def rewrite(source: str, destination: str) -> dict[str, Any]:
     import mbn_rewrite as mbn
     from mbn_rewrite.running import give_back_memory
 
+    inputs = _images_for(source)
     give_back_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before, start = _resident("VmRSS"), time.perf_counter()
-    report = mbn.rewrite_saved_model(source, destination)
+    report = mbn.rewrite_saved_model(source, destination, inputs=inputs)
     seconds = time.perf_counter() - start
     assert report.after is not None
     ops = report.after.ops
@@ -140,6 +144,19 @@ def rewrite(source: str, destination: str) -> dict[str, Any]:
         "norms": len(report.plan.decisions),
         "error": report.comparison.max_rel_error if report.comparison else None,
     }
+
+
+def _images_for(source: str) -> dict[str, Any] | None:
+    """The images that were made with a network, for the input of each of its signatures."""
+    import numpy as np
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+    if not Path(f"{source}.npy").exists():
+        return None
+    proto = SavedModel.FromString((Path(source) / "saved_model.pb").read_bytes())
+    signatures = proto.meta_graphs[0].signature_def.values()
+    images = np.load(f"{source}.npy")
+    return {name: images for signature in signatures for name in signature.inputs}
 
 
 def latency(source: str, destination: str, repeats: str) -> dict[str, Any]:
