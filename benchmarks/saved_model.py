@@ -254,7 +254,7 @@ def as_cells(row: dict[str, Any]) -> list[str]:
         str(row["norms"]),
         str(row["left"]),
         str(row["left_in_graph"]),
-        f"{row['error']:.0e}",
+        "none" if row["error"] is None else f"{row['error']:.0e}",
         f"{before:.1f} -> {after:.1f}",
         f"{row['speed_up']:.2f}",
         f"{row['time']:.2f}",
@@ -280,13 +280,13 @@ def main(argv: list[str]) -> int:
             except RuntimeError as error:
                 print(f"error: {error}", file=sys.stderr)
                 failed = True
+            if FLAGS.json:
+                Path(FLAGS.json).write_text(json.dumps(rows, indent=2) + "\n")
     columns = [
         *("model", "written by", "BN", "left", "in graph", "error", "ms", "times as fast"),
         *("time", "memory", "missed"),
     ]
     print(table(columns, map(as_cells, rows), "SavedModels, mode fold", width=140))
-    if FLAGS.json:
-        Path(FLAGS.json).write_text(json.dumps(rows, indent=2) + "\n")
     return int(failed or any(row["missed"] for row in rows))
 
 
