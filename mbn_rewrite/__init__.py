@@ -19,19 +19,33 @@ if TYPE_CHECKING:
     from mbn_rewrite.comparison import verify
     from mbn_rewrite.errors import RewriteError
     from mbn_rewrite.exporter import rewrite_saved_model
+    from mbn_rewrite.training_layers import (
+        ModifiedBatchNormalization,
+        StridedBatchNormalization,
+    )
 
 __version__ = "0.1.0"
 
 # The whole public surface: each name and the module that defines it.
 _PUBLIC = {
+    "ModifiedBatchNormalization": "training_layers",
     "RewriteError": "errors",
+    "StridedBatchNormalization": "training_layers",
     "convert": "api",
     "plan": "api",
     "rewrite_saved_model": "exporter",
     "verify": "comparison",
 }
 
-__all__ = ["RewriteError", "convert", "plan", "rewrite_saved_model", "verify"]
+__all__ = [
+    "ModifiedBatchNormalization",
+    "RewriteError",
+    "StridedBatchNormalization",
+    "convert",
+    "plan",
+    "rewrite_saved_model",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -119,8 +119,15 @@ def normalize(
     variance: tf.Tensor,
     sampling: Sampling,
 ) -> tf.Tensor:
-    """Batch normalisation by given statistics, as at inference; see `normalize_by_sample`."""
-    return _applied(x, gamma, beta, Moments(mean, variance, tf.ones([], mean.dtype)), sampling)
+    """Batch normalisation by given statistics, as at inference; see `normalize_by_sample`.
+
+    It is one fused operation where there is one, which other tools know too, and whose gradient
+    is TensorFlow's own.
+    """
+    moments = Moments(mean, variance, tf.ones([], mean.dtype))
+    fused = x.dtype in _FUSED_DTYPES and sampling.axis == x.shape.rank - 1
+    form = _kernel_normalized if fused else _plain_normalized
+    return form(x, gamma, beta, moments, sampling)
 
 
 # --------------------------------------------------------------------- choosing the form

@@ -1,0 +1,1 @@
+"""The front end for models of Keras 3."""
