@@ -29,13 +29,25 @@ class _SampledBatchNormalization:
 
     _DEPTHWISE = False
 
+    # What it uses of the BatchNormalization behind it.
+    name: str
+    axis: Any
+    epsilon: float
+    scale: bool
+    center: bool
+    synchronized: bool
+    gamma: Any
+    beta: Any
+    moving_mean: Any
+    moving_variance: Any
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__ == __name__:
             cls = getattr(_module_of_keras_in_use(), cls.__name__)
         elif not hasattr(cls, "call"):
+            modules = " or ".join(_MODULES.values())
             raise RewriteError(
-                f"{cls.__name__} is no layer: derive it from the class of one Keras, "
-                f"{' or '.join(f'{module}.{cls.__base__.__name__}' for module in _MODULES.values())}"
+                f"{cls.__name__} is no layer: derive it from the class of one Keras, in {modules}"
             )
         return super().__new__(cls, *args, **kwargs)
 
@@ -51,13 +63,14 @@ class _SampledBatchNormalization:
         for name in ("renorm", "virtual_batch_size", "adjustment"):
             if kwargs.get(name):
                 raise RewriteError(
-                    f"{type(self).__name__} has no {name}. Keep BatchNormalization where you need it"
+                    f"{type(self).__name__} has no {name}. Where it is needed, keep "
+                    "BatchNormalization"
                 )
         super().__init__(**kwargs)
         self.stride = stride
         self.min_samples = min_samples
         # What build makes of the axis and the stride.
-        self._channel_axis: int | None = None
+        self._channel_axis = -1
         self._strides: tuple[int, ...] = ()
 
     @property
@@ -65,8 +78,8 @@ class _SampledBatchNormalization:
         """The stride along each spatial axis, lowered where the input is small; once built."""
         return tuple(self._strides)
 
-    def _prepare(self, axis: Any, shape: tuple[int | None, ...]) -> int:
-        """Settles axis and strides for an input shape; gives the number of channels.
+    def _prepare(self, shape: tuple[int | None, ...]) -> None:
+        """Settles axis and strides for an input shape.
 
         Raises:
             RewriteError: the layer cannot serve the axis or the rank.
@@ -74,17 +87,16 @@ class _SampledBatchNormalization:
         rank = len(shape)
         if not 2 <= rank <= 5:
             raise RewriteError(
-                f"{self._label} was given an input of shape {shape}. Inputs of rank 2 to 5 are needed"
+                f"{self._label} takes inputs of rank 2 to 5; it was given one of shape {shape}"
             )
-        axes = list(axis) if isinstance(axis, (list, tuple)) else [axis]
+        axes = list(self.axis) if isinstance(self.axis, (list, tuple)) else [self.axis]
         if len(axes) != 1 or axes[0] not in (1, rank - 1, -1, 1 - rank):
             raise RewriteError(
-                f"{self._label} normalises along one axis, 1 or the last; it was given {axis} for "
-                f"an input of shape {shape}"
+                f"{self._label} normalises along one axis, 1 or the last; it was given "
+                f"{self.axis} for an input of shape {shape}"
             )
         channel_axis = axes[0] % rank
-        channels = shape[channel_axis]
-        if channels is None:
+        if shape[channel_axis] is None:
             raise RewriteError(
                 f"{self._label} needs to know how many channels there are; axis {channel_axis} of "
                 f"its input of shape {shape} is open"
@@ -94,11 +106,10 @@ class _SampledBatchNormalization:
         self._strides = strides.lowered(
             strides.along_axes(_plain(self.stride), len(sizes)), sizes, self.min_samples
         )
-        return channels
 
     @property
     def _label(self) -> str:
-        return f"{type(self).__name__} '{self.name}'"  # type: ignore[attr-defined]
+        return f"{type(self).__name__} '{self.name}'"
 
     @property
     def _sampling(self) -> Sampling:
@@ -107,8 +118,8 @@ class _SampledBatchNormalization:
         return Sampling(
             axis=self._channel_axis,
             strides=self.strides,
-            epsilon=self.epsilon,  # type: ignore[attr-defined]
-            synchronized=bool(self.synchronized),  # type: ignore[attr-defined]
+            epsilon=self.epsilon,
+            synchronized=bool(self.synchronized),
             depthwise=self._DEPTHWISE,
         )
 
@@ -117,14 +128,14 @@ class _SampledBatchNormalization:
         import tensorflow as tf
 
         gamma, beta = self._affine_weights()
-        channels = self.moving_mean.shape  # type: ignore[attr-defined]
+        channels = self.moving_mean.shape
         return (
             tf.ones(channels, dtype) if gamma is None else _vector(gamma, dtype),
             tf.zeros(channels, dtype) if beta is None else _vector(beta, dtype),
         )
 
     def _affine_weights(self) -> tuple[Any, Any]:
-        return self.gamma, self.beta  # type: ignore[attr-defined]
+        return self.gamma, self.beta
 
     def _by_sample(self, inputs: tf.Tensor, mask: Any) -> tuple[tf.Tensor, Moments]:
         """The output in training, and the statistics of the batch."""
@@ -138,7 +149,7 @@ class _SampledBatchNormalization:
         from mbn_rewrite.sampled_batch_norm import normalize
 
         dtype = _wide(inputs)
-        statistics = (self.moving_mean, self.moving_variance)  # type: ignore[attr-defined]
+        statistics = (self.moving_mean, self.moving_variance)
         mean, variance = (_vector(statistic, dtype) for statistic in statistics)
         return normalize(inputs, *self._scale_and_offset(dtype), mean, variance, self._sampling)
 
@@ -156,7 +167,7 @@ class _SampledBatchNormalization:
             **super().get_config(),  # type: ignore[misc]
             "stride": _plain(self.stride),
             "min_samples": self.min_samples,
-            "synchronized": self.synchronized,  # type: ignore[attr-defined]
+            "synchronized": self.synchronized,
         }
 
 
@@ -211,8 +222,34 @@ class ModifiedBatchNormalization(_SampledBatchNormalization):
 
     _DEPTHWISE = True
 
+    def build(self, input_shape: Any) -> None:
+        scale, center = self.scale, self.center
+        self.scale = self.center = False  # so that neither gamma nor beta is made
+        super().build(input_shape)  # type: ignore[misc]
+        self.scale, self.center = scale, center
+        (channels,) = self.moving_mean.shape
+        kernel_shape = (1, 1, channels, 1)
+        self.depthwise_kernel = (
+            self._made("depthwise_kernel", kernel_shape, "gamma") if scale else None
+        )
+        self.bias = self._made("bias", (channels,), "beta") if center else None
+
+    def _made(self, name: str, shape: tuple[int, ...], like: str) -> Any:
+        """A weight with the initializer, regularizer and constraint of another."""
+        options = {
+            kind: getattr(self, f"{like}_{kind}")
+            for kind in ("initializer", "regularizer", "constraint")
+        }
+        return self.add_weight(  # type: ignore[attr-defined]
+            name=name, shape=shape, **options, **self._weight_options()
+        )
+
+    def _weight_options(self) -> dict[str, Any]:
+        """What `add_weight` of the Keras at hand needs, so that the weight is not cast."""
+        raise NotImplementedError
+
     def _affine_weights(self) -> tuple[Any, Any]:
-        return self.depthwise_kernel, self.bias  # type: ignore[attr-defined]
+        return self.depthwise_kernel, self.bias
 
 
 # ------------------------------------------------------------------------- whose layers?

@@ -23,7 +23,7 @@ class _KerasLayer(keras.layers.BatchNormalization):
         super().__init__(**kwargs)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self._prepare(self.axis, tuple(input_shape))
+        self._prepare(tuple(input_shape))
         super().build(input_shape)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -35,6 +35,9 @@ class _KerasLayer(keras.layers.BatchNormalization):
         self._move(self.moving_variance, moments.variance, moments.count)
         return outputs
 
+    def _weight_options(self) -> dict[str, Any]:
+        return {"autocast": False}
+
     def _move(self, moving: Any, value: Any, count: Any) -> None:
         """Moves a statistic towards that of a batch, unless the batch was empty."""
         value = keras.ops.cast(value, moving.dtype)
@@ -44,32 +47,9 @@ class _KerasLayer(keras.layers.BatchNormalization):
 
 @keras.saving.register_keras_serializable(package="mbn_rewrite")
 class StridedBatchNormalization(training_layers.StridedBatchNormalization, _KerasLayer):
-    __doc__ = training_layers.StridedBatchNormalization.__doc__
+    """See `mbn_rewrite.training_layers.StridedBatchNormalization`."""
 
 
 @keras.saving.register_keras_serializable(package="mbn_rewrite")
 class ModifiedBatchNormalization(training_layers.ModifiedBatchNormalization, _KerasLayer):
-    __doc__ = training_layers.ModifiedBatchNormalization.__doc__
-
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
-        scale, center = self.scale, self.center
-        self.scale = self.center = False  # so that neither gamma nor beta is made
-        super().build(input_shape)
-        self.scale, self.center = scale, center
-        (channels,) = self.moving_mean.shape
-        self.depthwise_kernel = self._weight(
-            scale, "depthwise_kernel", (1, 1, channels, 1), "gamma"
-        )
-        self.bias = self._weight(center, "bias", (channels,), "beta")
-
-    def _weight(self, wanted: bool, name: str, shape: tuple[int, ...], like: str) -> Any:
-        if not wanted:
-            return None
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            initializer=getattr(self, f"{like}_initializer"),
-            regularizer=getattr(self, f"{like}_regularizer"),
-            constraint=getattr(self, f"{like}_constraint"),
-            autocast=False,
-        )
+    """See `mbn_rewrite.training_layers.ModifiedBatchNormalization`."""

@@ -14,7 +14,7 @@ class _TfKerasLayer(tf_keras.layers.BatchNormalization):
     """What the two layers add to the BatchNormalization of tf_keras."""
 
     def build(self, input_shape: tf.TensorShape) -> None:
-        self._prepare(self.axis, tuple(tf.TensorShape(input_shape).as_list()))
+        self._prepare(tuple(tf.TensorShape(input_shape).as_list()))
         super().build(input_shape)
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> tf.Tensor:
@@ -26,6 +26,9 @@ class _TfKerasLayer(tf_keras.layers.BatchNormalization):
             lambda: self._by_moving_statistics(inputs),
         )
 
+    def _weight_options(self) -> dict[str, Any]:
+        return {"dtype": self._param_dtype, "experimental_autocast": False}
+
     def _train(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
         outputs, moments = self._by_sample(inputs, mask)
         variance = moments.unbiased_variance if self.fused else moments.variance
@@ -36,35 +39,9 @@ class _TfKerasLayer(tf_keras.layers.BatchNormalization):
 
 @tf_keras.utils.register_keras_serializable(package="mbn_rewrite")
 class StridedBatchNormalization(training_layers.StridedBatchNormalization, _TfKerasLayer):
-    __doc__ = training_layers.StridedBatchNormalization.__doc__
+    """See `mbn_rewrite.training_layers.StridedBatchNormalization`."""
 
 
 @tf_keras.utils.register_keras_serializable(package="mbn_rewrite")
 class ModifiedBatchNormalization(training_layers.ModifiedBatchNormalization, _TfKerasLayer):
-    __doc__ = training_layers.ModifiedBatchNormalization.__doc__
-
-    def build(self, input_shape: tf.TensorShape) -> None:
-        scale, center = self.scale, self.center
-        self.scale = self.center = False  # so that neither gamma nor beta is made
-        super().build(input_shape)
-        self.scale, self.center = scale, center
-        (channels,) = self.moving_mean.shape
-        self.depthwise_kernel = self._weight(
-            scale, "depthwise_kernel", (1, 1, channels, 1), "gamma"
-        )
-        self.bias = self._weight(center, "bias", (channels,), "beta")
-
-    def _weight(
-        self, wanted: bool, name: str, shape: tuple[int, ...], like: str
-    ) -> tf.Variable | None:
-        if not wanted:
-            return None
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            dtype=self._param_dtype,
-            initializer=getattr(self, f"{like}_initializer"),
-            regularizer=getattr(self, f"{like}_regularizer"),
-            constraint=getattr(self, f"{like}_constraint"),
-            experimental_autocast=False,
-        )
+    """See `mbn_rewrite.training_layers.ModifiedBatchNormalization`."""
