@@ -526,6 +526,8 @@ def _of_all_replicas(moments: Moments) -> Moments:
 
     Sums of squares are taken about 0, as no replica knows another's mean beforehand.
     """
+    if _replicas() == 1:
+        return moments
     mean, variance, count = moments.mean, moments.variance, moments.count
     squares = count * (variance + tf.square(mean))
     packed = tf.concat([count * mean, squares, [count]], axis=0)
@@ -537,10 +539,15 @@ def _of_all_replicas(moments: Moments) -> Moments:
     return Moments(mean, tf.maximum(squares - tf.square(mean), 0), count)
 
 
-def _summed_over_replicas(tensor: tf.Tensor) -> tf.Tensor:
+def _replicas() -> int:
     context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
+    return 1 if context is None else int(context.num_replicas_in_sync)
+
+
+def _summed_over_replicas(tensor: tf.Tensor) -> tf.Tensor:
+    if _replicas() == 1:
         return tensor
+    context = tf.distribute.get_replica_context()
     return context.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
 
 
