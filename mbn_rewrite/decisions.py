@@ -16,6 +16,7 @@ from typing import Any
 from mbn_rewrite import report
 from mbn_rewrite.algebra import ChannelMap
 from mbn_rewrite.graph import Op
+from mbn_rewrite.strides import Stride
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Decision:
     Attributes:
         name: the layer's name; inside nested models with their names before it, as in
             "backbone/bn_1".
-        action: "folded", "depthwise" or "kept".
+        action: "folded", "depthwise", "strided", "mbn" or "kept".
         into: the layers that absorbed it, or that stand in its place.
-        reason: for "kept": what is in the way, in one sentence.
+        reason: for "kept": what is in the way, in one sentence. For "strided" and "mbn": the
+            stride, and why it was lowered.
     """
 
     name: str
@@ -51,18 +53,32 @@ class Edit:
     after: ChannelMap | None = None
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """A training layer for a BatchNormalization.
+
+    Attributes:
+        stride: an int, or (rows, columns); before it is lowered for small inputs.
+        depthwise: whether a depthwise convolution does the scale and shift.
+    """
+
+    stride: Stride
+    depthwise: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What to do to a model. Layers are named by owner, as in `graph.Node`.
 
     Attributes:
-        mode: "fold" or "depthwise".
+        mode: "fold", "depthwise", "strided" or "mbn".
         decisions: one for each BatchNormalization, in the order of the model.
         removed: BatchNormalizations that vanish.
         edits: layers whose weights absorb maps.
         renewed: BatchNormalizations that stay and take on another map (their own, and
             those of others).
         replaced: BatchNormalizations whose map is done by another layer in their place.
+        sampled: BatchNormalizations that training layers replace.
     """
 
     mode: str
@@ -71,11 +87,14 @@ class Plan:
     edits: Mapping[str, Edit] = field(default_factory=dict)
     renewed: Mapping[str, ChannelMap] = field(default_factory=dict)
     replaced: Mapping[str, ChannelMap] = field(default_factory=dict)
+    sampled: Mapping[str, Sampled] = field(default_factory=dict)
 
     @property
     def touched(self) -> frozenset[str]:
         """The owners of all layers for which something is planned."""
-        return self.removed | set(self.edits) | set(self.renewed) | set(self.replaced)
+        return frozenset().union(
+            self.removed, self.edits, self.renewed, self.replaced, self.sampled
+        )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -116,6 +135,7 @@ class Plan:
                 for (name, side), m in sorted(maps.items(), key=lambda item: item[0])
                 if m is not None
             ],
+            "strides": {name: sampled.stride for name, sampled in self.sampled.items()},
         }
 
     def to_json(self) -> str:

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.api import STRIDED_MODES, check_mode
+from mbn_rewrite.api import check_mode
 from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.planner import TRAINING_MODES
 from mbn_rewrite.report import table
 from mbn_rewrite.saved_model_frontend import files as saved_model_files
 from mbn_rewrite.stored import Exchange, Footprint, StoredModel, bytes_on_disk
@@ -171,7 +172,7 @@ def rewrite_saved_model(
     """
     say = progress or (lambda line: None)
     check_mode(mode)
-    if mode in STRIDED_MODES:
+    if mode in TRAINING_MODES:
         raise RewriteError(
             f'mode "{mode}" is for training, and a model on disk is there to be served. Use '
             '"fold" or "depthwise", or mbn_rewrite.convert on a Keras model'

@@ -109,11 +109,15 @@ class BatchNorm(Op):
         map: what it does, per channel; None where `unfit`.
         unfit: why it must stay as it is, or "".
         rooted: why its map must stay in its place, though another layer may do it, or "".
+        special: why, in training, no layer with sampled statistics can do its work, or "".
+        axis: the axis of the channels, or None where that is not one axis.
     """
 
     map: ChannelMap | None
     unfit: str = ""
     rooted: str = ""
+    special: str = ""
+    axis: int | None = None
 
 
 @dataclass(frozen=True)

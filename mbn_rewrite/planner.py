@@ -6,19 +6,21 @@ it and every layer that it would edit is edited alike by all calls of that layer
 was decided is carried out on a working copy of the graph before the next site is taken,
 so each step is exact for the graph as it then stands.
 
-In `depthwise`, each site is decided alone.
+In all other modes, each site is decided alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from mbn_rewrite import strides
 from mbn_rewrite.algebra import Array, ChannelMap, fold
-from mbn_rewrite.decisions import Decision, Edit, Plan
-from mbn_rewrite.graph import BatchNorm, Graph, Node
+from mbn_rewrite.decisions import Decision, Edit, Plan, Sampled
+from mbn_rewrite.graph import BatchNorm, Graph, Node, Shape
 from mbn_rewrite.motion import RULES, Absorb, Blocked, Outcome, Shapes, Through
 
 # Merges within merges that one map is followed through: a bound on recursion, far above
@@ -41,13 +43,19 @@ class _Ask:
 _Asks = list[_Ask] | Blocked
 
 
-def make_plan(graph: Graph, mode: str) -> Plan:
+def make_plan(graph: Graph, mode: str, stride: Any = None) -> Plan:
     """Decides what becomes of every BatchNormalization.
 
     Args:
         graph: the model.
-        mode: "fold" or "depthwise".
+        mode: "fold", "depthwise", "strided" or "mbn".
+        stride: for the latter two, see `strides.for_layer`.
+
+    Raises:
+        RewriteError: what was given is no stride.
     """
+    if mode in TRAINING_MODES:
+        return _plan_training(graph, mode, stride)
     return _PLANNERS[mode](graph)
 
 
@@ -74,6 +82,58 @@ def _plan_depthwise(graph: Graph) -> Plan:
     return Plan("depthwise", tuple(decisions.values()), replaced=replaced)
 
 
+# ------------------------------------------------------------------- training with samples
+
+
+def _plan_training(graph: Graph, mode: str, stride: Any) -> Plan:
+    decisions: dict[str, Decision] = {}
+    sampled: dict[str, Sampled] = {}
+    sites: list[tuple[str, BatchNorm, Shape | None]] = [
+        (node.owner, node.op, graph.values[node.inputs[0]].shape)
+        for node in graph.nodes
+        if isinstance(node.op, BatchNorm)
+    ] + [(hidden.owner, hidden.op, None) for hidden in graph.hidden]
+    for owner, op, shape in sites:
+        if owner in decisions:
+            continue
+        wanted = strides.for_layer(stride, owner)
+        why = op.special or _unsampled_axis(op.axis, shape)
+        if why:
+            decisions[owner] = Decision(owner, "kept", reason=f"{_capitalised(why)}.")
+            continue
+        sampled[owner] = Sampled(wanted, depthwise=mode == "mbn")
+        note = f"Stride {_written(wanted)}{_lowering(wanted, op.axis, shape)}."
+        decisions[owner] = Decision(owner, mode, (owner,), note)
+    return Plan(mode, tuple(decisions.values()), sampled=sampled)
+
+
+def _unsampled_axis(axis: int | None, shape: Shape | None) -> str:
+    """Why a training layer cannot serve an axis, or ""."""
+    if axis is None or shape is None or axis in (1, len(shape) - 1):
+        return ""
+    return f"it normalises along axis {axis}, which is neither 1 nor the last"
+
+
+def _lowering(stride: strides.Stride, axis: int | None, shape: Shape | None) -> str:
+    """What a training layer makes of a stride for small inputs, or ""."""
+    if axis is None or shape is None:
+        return ""
+    sizes = [size for i, size in enumerate(shape) if i not in (0, axis)]
+    along = strides.along_axes(stride, len(sizes))
+    lowered = strides.lowered(along, sizes)
+    if not sizes:
+        return ", but there are no positions to sample: its input has rank 2"
+    if strides.positions(along, sizes) == strides.positions(lowered, sizes):
+        return ""
+    size = " x ".join(map(str, sizes))
+    return f", lowered to {_written(lowered)}: its input of {size} positions is small"
+
+
+def _written(stride: strides.Stride | tuple[int, ...]) -> str:
+    parts = (stride,) if isinstance(stride, int) else stride
+    return str(parts[0]) if len(set(parts)) == 1 else " x ".join(map(str, parts))
+
+
 # ----------------------------------------------------------------------------------- fold
 
 
@@ -92,6 +152,7 @@ def _plan_fold(graph: Graph) -> Plan:
     )
 
 
+TRAINING_MODES = ("strided", "mbn")
 _PLANNERS: dict[str, Callable[[Graph], Plan]] = {
     "fold": _plan_fold,
     "depthwise": _plan_depthwise,

@@ -42,10 +42,14 @@ from absl import app, flags
 from mbn_rewrite.api import MODES
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.exporter import Report, VerificationError, check_paths, rewrite_saved_model
+from mbn_rewrite.planner import TRAINING_MODES
 from tools.quiet import import_tensorflow
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("mode", "fold", list(MODES), "; ".join(f"{k}: {v}" for k, v in MODES.items()))
+_SERVING = {mode: what for mode, what in MODES.items() if mode not in TRAINING_MODES}
+flags.DEFINE_enum(
+    "mode", "fold", list(_SERVING), "; ".join(f"{mode}: {what}" for mode, what in _SERVING.items())
+)
 flags.DEFINE_bool("dry_run", False, "Print what would be done; OUT is not needed.")
 flags.DEFINE_bool("overwrite", False, "Replace OUT if it is a SavedModel.")
 flags.DEFINE_string("report", None, "Write decisions and verification to this file, as JSON.")
