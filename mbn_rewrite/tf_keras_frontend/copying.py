@@ -22,6 +22,7 @@ from tf_keras.src.layers.core.tf_op_layer import (
 )
 
 from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.keras_models.holders import label
 
 # Layers that Keras makes of TensorFlow functions get their call method when they are made.
 _CALL_IS_MADE = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
@@ -29,11 +30,6 @@ _CALL_IS_MADE = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
 _FUNCTIONS = ("activation", "recurrent_activation")
 _OBJECTS = ("_regularizer", "_constraint")
 _INITIALIZER = "_initializer"
-
-
-def label(layer: Any) -> str:
-    """A layer's class and name, for messages."""
-    return f"{type(layer).__name__} '{layer.name}'"
 
 
 def config_of(layer: Any) -> dict[str, Any]:
@@ -55,8 +51,13 @@ def config_of(layer: Any) -> dict[str, Any]:
         ) from error
 
 
-def from_config(layer: Any, config: dict[str, Any]) -> Any:
+def from_config(layer: Any, config: dict[str, Any], kind: Any = None) -> Any:
     """A new layer of a layer's class, not built yet, from a configuration of it.
+
+    Args:
+        layer: the original.
+        config: its configuration, or a changed one.
+        kind: another class, with the same arguments and more, that takes its place.
 
     Raises:
         RewriteError: it cannot be made, or would not be the same.
@@ -70,7 +71,7 @@ def from_config(layer: Any, config: dict[str, Any]) -> Any:
         config = _without_objects(config)
     try:
         with tf_keras.utils.custom_object_scope(_own_classes(layer)):
-            new = type(layer).from_config(config)
+            new = (kind or type(layer)).from_config(config)
     except RewriteError:
         raise
     except Exception as error:
@@ -79,6 +80,10 @@ def from_config(layer: Any, config: dict[str, Any]) -> Any:
             "Define get_config() so that it returns the arguments of __init__"
         ) from error
     new._name = layer.name
+    if kind is not None:
+        _take_over(layer, new)
+        _take_over_attributes(layer, new, _initializers(layer))
+        return new
     for old_part, new_part in paired(layer, new):
         _take_over(old_part, new_part)
     return new
@@ -113,8 +118,7 @@ def copy_weights(old: Any, new: Any) -> None:
             pairs += [(a, b) for a, b in states if a is not None and b is not None]
         new_part._trainable = old_part._trainable
         # Not before: Keras warns where one initializer is used for two layers.
-        initializers = [name for name in vars(old_part) if name.endswith(_INITIALIZER)]
-        _take_over_attributes(old_part, new_part, initializers)
+        _take_over_attributes(old_part, new_part, _initializers(old_part))
         _copy_vocabulary(old_part, new_part)
     copied |= {id(variable) for pair in pairs for variable in pair}
     # What remains is held by tf.Modules, which both have in the same order.
@@ -201,6 +205,10 @@ def _take_over(old: Any, new: Any) -> None:
     new._supports_masking = old._supports_masking
     if isinstance(old, tf_keras.layers.Discretization):
         new.bin_boundaries = old.bin_boundaries
+
+
+def _initializers(layer: Any) -> list[str]:
+    return [name for name in vars(layer) if name.endswith(_INITIALIZER)]
 
 
 def _take_over_attributes(old: Any, new: Any, names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Carries out a plan on a copy of a tf_keras model.
+"""Carries out a plan on a copy of a Keras model.
 
 Every layer is copied from its configuration and called again in the order of the original,
 except that removed BatchNormalizations are passed by, replaced ones give way to another
@@ -10,32 +10,20 @@ everywhere else.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
-import tf_keras
 
 from mbn_rewrite.algebra import ChannelMap, fold
-from mbn_rewrite.decisions import Edit, Plan
+from mbn_rewrite.decisions import Edit, Plan, Sampled
 from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.keras_models import weights
+from mbn_rewrite.keras_models.describe import affine_weights
+from mbn_rewrite.keras_models.dialect import Dialect, LayerCall
+from mbn_rewrite.keras_models.holders import Place, at, exchange, held, label
+from mbn_rewrite.keras_models.reader import Reading
 from mbn_rewrite.layouts import einsum_channels
-from mbn_rewrite.tf_keras_frontend import weights
-from mbn_rewrite.tf_keras_frontend.copying import (
-    config_of,
-    copy_weights,
-    from_config,
-    label,
-    parts,
-)
-from mbn_rewrite.tf_keras_frontend.describe import effective_epsilon
-from mbn_rewrite.tf_keras_frontend.holders import Place, at, exchange, held
-from mbn_rewrite.tf_keras_frontend.layers import ScaleAndShift
-from mbn_rewrite.tf_keras_frontend.reader import Reading, calls_of, is_visible
-
-keras = tf_keras.layers
 
 # They were meant for the weights as they were, and would spoil the folded ones.
 _MEANT_FOR_OLD_WEIGHTS = {
@@ -45,7 +33,7 @@ _MEANT_FOR_OLD_WEIGHTS = {
 }
 
 
-def write(model: Any, reading: Reading, plan: Plan) -> Any:
+def write(model: Any, reading: Reading, plan: Plan, dialect: Dialect) -> Any:
     """A rewritten copy of a model.
 
     Args:
@@ -56,8 +44,8 @@ def write(model: Any, reading: Reading, plan: Plan) -> Any:
     Raises:
         RewriteError: a layer cannot be copied.
     """
-    writer = _Writer(reading, plan)
-    new = writer.model(model) if is_visible(model) else writer.subclassed(model)
+    writer = _Writer(reading, plan, dialect)
+    new = writer.model(model) if dialect.is_visible(model) else writer.subclassed(model)
     writer.exchange_in_holders()
     missed = plan.touched ^ writer.done
     if missed:  # a defect of this library, never of the model
@@ -66,7 +54,9 @@ def write(model: Any, reading: Reading, plan: Plan) -> Any:
 
 
 class _Writer:
-    def __init__(self, reading: Reading, plan: Plan) -> None:
+    def __init__(self, reading: Reading, plan: Plan, dialect: Dialect) -> None:
+        self.dialect = dialect
+        self.layers = dialect.keras.layers
         self.reading = reading
         self.plan = plan
         self.done: set[str] = set()
@@ -80,77 +70,64 @@ class _Writer:
     def model(self, old: Any) -> Any:
         """A copy of a Functional or Sequential model."""
         if id(old) not in self._copies:
-            build = self._sequential if type(old) is tf_keras.Sequential else self._functional
-            new = build(old)
+            is_sequential = type(old) is self.dialect.keras.Sequential
+            new = self._sequential(old) if is_sequential else self._functional(old)
             self._copies[id(old)] = new
             if new.trainable != old.trainable:
-                _set_own_trainable(new, old.trainable)
+                self.dialect.set_own_trainable(new, old.trainable)
         return self._copies[id(old)]
 
     def _functional(self, old: Any) -> Any:
         tensors: dict[int, Any] = {}
         outputs = {id(t) for t in old.outputs}
-        for node in calls_of(old):
-            given = tf.nest.flatten(node.outputs)
-            if self._owner(node.layer) in self.plan.removed:
-                self.done.add(self._owner(node.layer))
-                tensors[id(given[0])] = self._passed_by(
-                    node.layer, tensors[id(node.keras_inputs[0])], id(given[0]) in outputs
+        for call in self.dialect.calls_of(old):
+            if self._owner(call.layer) in self.plan.removed:
+                self.done.add(self._owner(call.layer))
+                (given,) = call.outputs
+                tensors[id(given)] = self._passed_by(
+                    call.layer, tensors[id(call.tensors[0])], id(given) in outputs
                 )
                 continue
-            new = self.layer(node)
-            if node.is_input:
-                results = new._inbound_nodes[0].outputs
-            else:
-                args, kwargs = tf.nest.map_structure(
-                    lambda t: tensors.get(id(t), t), (node.call_args, node.call_kwargs)
-                )
-                results = _called(new, args, kwargs)
+            new = self.layer(call)
+            results = self._results(new, call, tensors)
             self._finish()
-            for tensor, result in zip(given, tf.nest.flatten(results), strict=True):
+            for tensor, result in zip(call.outputs, results, strict=True):
                 tensors[id(tensor)] = result
-        inputs, results = tf.nest.map_structure(
-            lambda t: tensors[id(t)], (old._nested_inputs, old._nested_outputs)
+        return self.dialect.new_functional(old, tensors)
+
+    def _results(self, new: Any, call: LayerCall, tensors: dict[int, Any]) -> list[Any]:
+        """What a new layer gives when it is called as the old one was, with new tensors."""
+        if call.is_input:
+            (made,) = self.dialect.calls_on(new)
+            return made.outputs
+        args, kwargs = self.dialect.map_structure(
+            lambda t: tensors.get(id(t), t), (call.args, dict(call.kwargs))
         )
-        return _functional_class(old)(inputs, results, name=old.name)
+        return self.dialect.flatten(_called(new, args, kwargs))
 
     def _sequential(self, old: Any) -> Any:
-        new = tf_keras.Sequential(name=old.name)
-        if old._has_explicit_input_shape:
-            input_layer = old.inputs[0]._keras_history.layer
-            new.add(self._copied(input_layer))
-        nodes = {id(node.layer): node for node in calls_of(old)}
-        for layer in old.layers:
-            if self._owner(layer) not in self.plan.removed:
-                new.add(self.layer(nodes[id(layer)]))
-                if new.built:
-                    self._finish()
-                continue
-            self.done.add(self._owner(layer))
-            if layer is old.layers[-1]:
-                new.add(_standing_in_for(layer))
-        if not new.built:
-            # As `build` does, which has no argument for the dtype.
-            new._build_graph_network_for_inferred_shape(old.input_shape, old.inputs[0].dtype)
+        calls = {id(call.layer): call for call in self.dialect.calls_of(old)}
+
+        def new_layers(new: Any) -> Iterator[Any]:
+            for layer in old.layers:
+                if self._owner(layer) not in self.plan.removed:
+                    yield self.layer(calls[id(layer)])
+                    if new.built:
+                        self._finish()
+                    continue
+                self.done.add(self._owner(layer))
+                if layer is old.layers[-1]:
+                    yield self._standing_in_for(layer)
+
+        new = self.dialect.new_sequential(old, self._copied, new_layers)
         self._finish()
         return new
 
     def subclassed(self, old: Any) -> Any:
         """A copy of a model that calls its layers in Python code."""
-        _check_not_traced(old)
+        self._check_not_traced(old)
         new = self._copied(old)
-        spec = old.save_spec(dynamic_batch=False)
-        if spec is None:
-            raise RewriteError(
-                f"{label(old)} was built but never called, so it is not known how to call its "
-                "copy. Call it once on data"
-            )
-        arguments, keywords = spec
-        _called(
-            new,
-            tf.nest.map_structure(_zeros, arguments),
-            tf.nest.map_structure(_zeros, keywords),
-        )
+        self.dialect.call_as_before(old, new)
         self._finish()
         return new
 
@@ -170,18 +147,21 @@ class _Writer:
         if not is_output:
             return tensor
         if id(layer) not in self._copies:
-            self._copies[id(layer)] = _standing_in_for(layer)
+            self._copies[id(layer)] = self._standing_in_for(layer)
         return self._copies[id(layer)](tensor)
 
-    def layer(self, node: Any) -> Any:
+    def layer(self, call: LayerCall) -> Any:
         """The new layer for a call, the same for all calls of one layer."""
-        old = node.layer
-        if is_visible(old):
+        old = call.layer
+        if self.dialect.is_visible(old):
             return self.model(old)
         if id(old) not in self._copies:
             owner = self._owner(old)
             if owner in self.plan.replaced:
-                new = self._replacement(old, len(node.outputs.shape), owner in self.reading.masked)
+                rank = len(call.outputs[0].shape)
+                new = self._replacement(old, rank, owner in self.reading.masked)
+            elif owner in self.plan.sampled:
+                new = self._sampled(old, self.plan.sampled[owner])
             elif owner in self.plan.renewed:
                 new = self._renewed(old, self.plan.renewed[owner])
             elif owner in self.plan.edits:
@@ -193,8 +173,8 @@ class _Writer:
 
     def _copied(self, old: Any) -> Any:
         """A layer with the same configuration and the same weights."""
-        new = from_config(old, config_of(old))
-        self._unfinished.append(lambda: copy_weights(old, new))
+        new = self.dialect.from_config(old, self.dialect.config_of(old))
+        self._unfinished.append(lambda: self.dialect.copy_weights(old, new))
         self._holders.append((old, new))
         return new
 
@@ -202,22 +182,28 @@ class _Writer:
         """A layer that has absorbed maps."""
         self.done.add(self._owner(old))
         needs_bias = any(m is not None and m.has_shift for m in (edit.before, edit.after))
-        config = config_of(old)
+        config = self.dialect.config_of(old)
         for part in _configs_within(config):
             if needs_bias and "use_bias" in part:
                 part["use_bias"] = True
-        if needs_bias and isinstance(old, keras.EinsumDense) and not config["bias_axes"]:
+        if needs_bias and isinstance(old, self.layers.EinsumDense) and not config["bias_axes"]:
             config["bias_axes"] = einsum_channels(old.equation)
-        new = from_config(old, config)
-        _drop_what_was_meant_for_old_weights(new)
-        self._unfinished.append(lambda: _set_folded(old, new, edit, needs_bias))
+        new = self.dialect.from_config(old, config)
+        self._drop_what_was_meant_for_old_weights(new)
+
+        def finish() -> None:
+            self.dialect.copy_weights(old, new)
+            _fold_in(old, new, edit, needs_bias)
+
+        self._unfinished.append(finish)
         return new
 
     def _renewed(self, old: Any, m: ChannelMap) -> Any:
         """A BatchNormalization with another map, by way of its gamma and beta."""
         self.done.add(self._owner(old))
-        new = from_config(old, config_of(old) | {"scale": True, "center": True})
-        _drop_what_was_meant_for_old_weights(new)
+        config = self.dialect.config_of(old) | {"scale": True, "center": True}
+        new = self.dialect.from_config(old, config)
+        self._drop_what_was_meant_for_old_weights(new)
 
         def finish() -> None:
             mean, variance = (
@@ -226,8 +212,10 @@ class _Writer:
             )
             new.moving_mean.assign(old.moving_mean)
             new.moving_variance.assign(old.moving_variance)
-            weights.write(new, "gamma", m.scale * np.sqrt(variance + effective_epsilon(old)))
-            weights.write(new, "beta", m.shift + mean * m.scale)
+            gamma, beta = affine_weights(new, self.dialect)
+            scale = m.scale * np.sqrt(variance + self.dialect.epsilon(old))
+            _write_affine(new, gamma, scale)
+            _write_affine(new, beta, m.shift + mean * m.scale)
 
         self._unfinished.append(finish)
         return new
@@ -245,23 +233,43 @@ class _Writer:
         last = m.axis == rank - 1
         if rank == 4 and m.axis in (1, 3) and not masked:
             layout = "channels_last" if last else "channels_first"
-            new = keras.DepthwiseConv2D(1, data_format=layout, **common)
+            new = self.layers.DepthwiseConv2D(1, data_format=layout, **common)
         elif rank == 3 and last and not masked:
-            new = keras.DepthwiseConv1D(1, data_format="channels_last", **common)
+            new = self.layers.DepthwiseConv1D(1, data_format="channels_last", **common)
         else:
-            new = ScaleAndShift(m.axis, **common)
+            new = self.dialect.scale_and_shift(m.axis, **common)
 
         def finish() -> None:
             if not new.built:  # held by a layer, so that no call has built it
                 new.build([m.channels if i == m.axis else None for i in range(rank)])
-            scale, shift = (
-                ("scale", "shift")
-                if isinstance(new, ScaleAndShift)
-                else ("depthwise_kernel", "bias")
-            )
-            weights.write(new, scale, m.scale.reshape((1,) * (rank - 2) + (-1, 1))
-                          if scale == "depthwise_kernel" else m.scale)  # fmt: skip
-            weights.write(new, shift, m.shift)
+            if isinstance(new, self.dialect.scale_and_shift):
+                weights.write(new, "scale", m.scale)
+                weights.write(new, "shift", m.shift)
+                return
+            kernel_shape = (1,) * (rank - 2) + (-1, 1)
+            weights.write(new, self.dialect.depthwise_kernel, m.scale.reshape(kernel_shape))
+            weights.write(new, "bias", m.shift)
+
+        self._unfinished.append(finish)
+        return new
+
+    def _sampled(self, old: Any, sampled: Sampled) -> Any:
+        """The training layer that takes a BatchNormalization's place, with its weights."""
+        self.done.add(self._owner(old))
+        kind = self.dialect.training_layers[sampled.depthwise]
+        own = {"stride": sampled.stride, "synchronized": bool(getattr(old, "synchronized", False))}
+        new = self.dialect.from_config(old, self.dialect.config_of(old) | own, kind)
+
+        def finish() -> None:
+            if not new.built:  # held by a layer, so that no call has built it
+                new.build(self.dialect.input_shape(old))
+            for name in ("moving_mean", "moving_variance"):
+                getattr(new, name).assign(getattr(old, name))
+            names = affine_weights(old, self.dialect), affine_weights(new, self.dialect)
+            for old_name, new_name in zip(*names, strict=True):
+                if new_name:
+                    _write_affine(new, new_name, weights.read(old, old_name))
+            self.dialect.set_own_trainable(new, old.trainable)
 
         self._unfinished.append(finish)
         return new
@@ -274,36 +282,59 @@ class _Writer:
             self._exchange_held(*self._holders.pop(0))
 
     def _exchange_held(self, old: Any, new: Any) -> None:
-        for place, inner in held(old):
+        for place, inner in held(old, self.dialect):
             if not self._is_planned(inner):
                 continue
-            _check_not_traced(old)
-            if is_visible(inner):
+            self._check_not_traced(old)
+            if self.dialect.is_visible(inner):
                 exchange(new, place, self.model(inner))
-            elif self._owner(inner) in self.plan.replaced:
+            elif self._owner(inner) in {**self.plan.replaced, **self.plan.sampled}:
                 exchange(new, place, self._held_replacement(inner))
             else:
                 self._exchange_held(inner, _counterpart(new, place))
 
     def _held_replacement(self, old: Any) -> Any:
         if id(old) not in self._copies:
-            # A mask may reach it; only ScaleAndShift lets masks flow on in every rank.
-            rank = old.input_spec.ndim
-            self._copies[id(old)] = self._replacement(old, rank, masked=rank == 3)
+            owner = self._owner(old)
+            if owner in self.plan.sampled:
+                self._copies[id(old)] = self._sampled(old, self.plan.sampled[owner])
+            else:
+                # A mask may reach it; only ScaleAndShift lets masks flow on in every rank.
+                rank = old.input_spec.ndim
+                self._copies[id(old)] = self._replacement(old, rank, masked=rank == 3)
             self._finish()
         return self._copies[id(old)]
 
     def _is_planned(self, layer: Any) -> bool:
-        return any(self._owner(part) in self._touched for part in parts(layer))
+        return any(self._owner(part) in self._touched for part in self.dialect.parts(layer))
+
+    # -- what is the same for all ------------------------------------------------------
+
+    def _standing_in_for(self, layer: Any) -> Any:
+        """Keeps the name of an output whose BatchNormalization is gone; computes nothing."""
+        return self.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
+
+    def _drop_what_was_meant_for_old_weights(self, layer: Any) -> None:
+        for part in self.dialect.parts(layer):
+            for name in _MEANT_FOR_OLD_WEIGHTS & set(vars(part)):
+                setattr(part, name, None)
+
+    def _check_not_traced(self, layer: Any) -> None:
+        if self.dialect.is_traced(layer):
+            raise RewriteError(
+                f"{label(layer)} cannot be rewritten: its call method is a tf.function, which goes "
+                "on calling the layers it was traced with. Remove the decorator; Keras compiles "
+                "predict() and saved models all the same"
+            )
 
 
 # -------------------------------------------------------------------------------- helpers
 
 
-def _drop_what_was_meant_for_old_weights(layer: Any) -> None:
-    for part in parts(layer):
-        for name in _MEANT_FOR_OLD_WEIGHTS & set(vars(part)):
-            setattr(part, name, None)
+def _write_affine(layer: Any, name: str, array: np.ndarray) -> None:
+    """Sets what scales or shifts each channel, of whatever rank the weight is."""
+    shape = tuple(getattr(layer, name).shape)
+    weights.write(layer, name, array.reshape(shape))
 
 
 def _called(layer: Any, args: Any, kwargs: Any) -> Any:
@@ -322,9 +353,8 @@ def _configs_within(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [config, *inner]
 
 
-def _set_folded(old: Any, new: Any, edit: Edit, needs_bias: bool) -> None:
-    """Sets a new layer's weights to those of the old with the edit folded in."""
-    copy_weights(old, new)
+def _fold_in(old: Any, new: Any, edit: Edit, needs_bias: bool) -> None:
+    """Sets the weights that absorb an edit."""
     for kernels, bias in edit.op.chains:
         prefix = kernels[0].name.rpartition(".")[0]
         path = f"{prefix}." if prefix else ""
@@ -350,41 +380,6 @@ def _check_range(layer: Any, before: np.ndarray, after: np.ndarray) -> None:
             f"{label(layer)} cannot absorb a BatchNormalization: weights would leave the range "
             f'of {after.dtype}. Use mode="depthwise" for this model'
         )
-
-
-def _standing_in_for(layer: Any) -> Any:
-    """Keeps the name of an output whose BatchNormalization is gone; computes nothing."""
-    return keras.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
-
-
-def _check_not_traced(layer: Any) -> None:
-    if hasattr(type(layer).call, "get_concrete_function"):
-        raise RewriteError(
-            f"{label(layer)} cannot be rewritten: its call method is a tf.function, which goes on "
-            "calling the layers it was traced with. Remove the decorator; Keras compiles "
-            "predict() and saved models all the same"
-        )
-
-
-def _functional_class(model: Any) -> type:
-    """The model's class where it is made as Functional models are, or else Functional."""
-    arguments = inspect.getfullargspec(type(model).__init__).args
-    made_alike = arguments == ["self", "inputs", "outputs", "name", "trainable"]
-    return type(model) if made_alike else tf_keras.Model
-
-
-def _set_own_trainable(model: Any, trainable: bool) -> None:
-    """Sets a model's flag without touching those of its layers, which setting it changes."""
-    flags = [(layer, layer.trainable) for layer in parts(model) if layer is not model]
-    model.trainable = trainable
-    for layer, flag in flags:
-        layer._trainable = flag
-
-
-def _zeros(spec: Any) -> Any:
-    if not isinstance(spec, tf.TensorSpec):
-        return spec
-    return tf.zeros([1 if size is None else size for size in spec.shape], spec.dtype)
 
 
 def _counterpart(holder: Any, place: Place) -> Any:

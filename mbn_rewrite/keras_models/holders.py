@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import tf_keras
-from tf_keras.src.engine.functional import Functional
+from mbn_rewrite.keras_models.dialect import Dialect
 
-# Where Keras keeps books about what the attributes hold.
-_BOOKKEEPING = ("_self_", "_obj_reference_counts", "_inbound_nodes", "_outbound_nodes")
+# Where all Kerases keep books about what the attributes hold; a dialect names more.
+_BOOKKEEPING = ("_self_", "_obj_reference_counts")
 
 
 @dataclass(frozen=True)
@@ -31,25 +30,34 @@ class Place:
     keys: tuple[Any, ...] = ()
 
 
-def held(layer: Any) -> Iterator[tuple[Place, Any]]:
+def label(layer: Any) -> str:
+    """A layer's class and name, for messages."""
+    return f"{type(layer).__name__} '{layer.name}'"
+
+
+def held(layer: Any, dialect: Dialect) -> Iterator[tuple[Place, Any]]:
     """The layers that a layer holds in its attributes, with their places."""
     # What a Functional model of a class of its own keeps of its calls is private.
-    private = ("_",) if isinstance(layer, Functional) else _BOOKKEEPING
+    private = ("_",) if dialect.is_functional(layer) else _BOOKKEEPING
+    books = dialect.bookkeeping
+    kind = dialect.keras.layers.Layer
     for attribute, value in list(vars(layer).items()):
-        if not attribute.startswith(private):
-            for keys, inner in _layers_in(value, ()):
+        if not attribute.startswith(private) and attribute not in books:
+            for keys, inner in _layers_in(value, (), kind):
                 yield Place(attribute, keys), inner
 
 
-def _layers_in(value: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    if isinstance(value, tf_keras.layers.Layer):
+def _layers_in(
+    value: Any, keys: tuple[Any, ...], kind: type
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(value, kind):
         yield keys, value
     elif isinstance(value, dict):
         for key, inner in list(value.items()):
-            yield from _layers_in(inner, (*keys, key))
+            yield from _layers_in(inner, (*keys, key), kind)
     elif isinstance(value, (list, tuple)):
         for i, inner in enumerate(value):
-            yield from _layers_in(inner, (*keys, i))
+            yield from _layers_in(inner, (*keys, i), kind)
 
 
 def at(holder: Any, place: Place) -> Any:

@@ -1,4 +1,4 @@
-"""Reads a tf_keras model into the neutral graph. Decides nothing, changes nothing.
+"""Reads a Keras model into the neutral graph. Decides nothing, changes nothing.
 
 Functional and Sequential models are read call by call; nested ones are read in place, as
 if their layers were the outer model's. What a custom layer or a subclassed model does with
@@ -9,20 +9,17 @@ their own, whose outputs are outputs, and the BatchNormalizations are listed as 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
-from tf_keras.src.engine.functional import Functional
-from tf_keras.src.engine.sequential import Sequential
 
-from mbn_rewrite.graph import BatchNorm, Graph, HiddenBatchNorm, Input, Node, Shape, Value
-from mbn_rewrite.tf_keras_frontend import weights
-from mbn_rewrite.tf_keras_frontend.copying import label
-from mbn_rewrite.tf_keras_frontend.describe import Call, batch_norm, describe, is_batch_norm
-from mbn_rewrite.tf_keras_frontend.holders import held
+from mbn_rewrite.graph import BatchNorm, Graph, HiddenBatchNorm, Input, Node, Value
+from mbn_rewrite.keras_models import weights
+from mbn_rewrite.keras_models.describe import batch_norm, describe
+from mbn_rewrite.keras_models.dialect import Call, Dialect, LayerCall
+from mbn_rewrite.keras_models.holders import held, label
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,10 @@ class Reading:
     masked: frozenset[str]
 
 
-def read(model: Any) -> Reading:
-    """Reads a built tf_keras model."""
-    reader = _Reader()
-    if is_visible(model):
+def read(model: Any, dialect: Dialect) -> Reading:
+    """Reads a built Keras model."""
+    reader = _Reader(dialect)
+    if dialect.is_visible(model):
         reader.outputs.update(reader.read_calls(model, "", training=False))
     else:
         reader.read_held(model, "", label(model), training=False)
@@ -62,35 +59,9 @@ def read(model: Any) -> Reading:
     return Reading(graph, layers, reader.owners, frozenset(reader.masked))
 
 
-def is_visible(layer: Any) -> bool:
-    """Whether a layer is a model whose calls Keras has on record, and that does only these."""
-    return (
-        isinstance(layer, Functional)
-        and bool(layer._is_graph_network)
-        and type(layer).call in (Functional.call, Sequential.call)
-    )
-
-
-def calls_of(model: Any) -> Iterator[Any]:
-    """A visible model's inputs and the calls that its outputs depend on, in order.
-
-    Each call comes after those it depends on. Leaves out what only serves training, such as
-    the layers behind `add_loss`.
-    """
-    needed: set[int] = set()
-    pending = [t._keras_history for t in (*model.inputs, *model.outputs)]
-    while pending:
-        history = pending.pop()
-        node = history.layer._inbound_nodes[history.node_index]
-        if id(node) not in needed:
-            needed.add(id(node))
-            pending += [t._keras_history for t in node.keras_inputs]
-    for depth in sorted(model._nodes_by_depth, reverse=True):
-        yield from (node for node in model._nodes_by_depth[depth] if id(node) in needed)
-
-
 @dataclass
 class _Reader:
+    dialect: Dialect
     values: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     outputs: set[int] = field(default_factory=set)
@@ -113,49 +84,46 @@ class _Reader:
         seen: dict[int, int] = {}
         if inputs is not None:
             seen = {id(t): v for t, v in zip(model.inputs, inputs, strict=True)}
-        for node in calls_of(model):
-            tensors = tf.nest.flatten(node.outputs)
-            if all(id(t) in seen for t in tensors):
+        for call in self.dialect.calls_of(model):
+            if all(id(t) in seen for t in call.outputs):
                 continue
-            sources = [seen[id(t)] for t in node.keras_inputs]
-            results = self._read_call(node, prefix, training, sources)
-            seen.update(zip(map(id, tensors), results, strict=True))
+            sources = [seen[id(t)] for t in call.tensors]
+            results = self._read_call(call, prefix, training, sources)
+            seen.update(zip(map(id, call.outputs), results, strict=True))
         return [seen[id(t)] for t in model.outputs]
 
     def _read_call(
-        self, node: Any, prefix: str, training: bool | None, sources: list[int]
+        self, call: LayerCall, prefix: str, training: bool | None, sources: list[int]
     ) -> list[int]:
-        layer = node.layer
-        training = _training_of(node, training)
-        if is_visible(layer) and self._fits(layer, sources):
+        layer = call.layer
+        training = _training_of(call, training)
+        if self.dialect.is_visible(layer) and self._fits(layer, sources):
             return self.read_calls(layer, self._path(layer, prefix), training, sources)
-        tensors = tf.nest.flatten(node.outputs)
-        results = [self._add_value(t) for t in tensors]
+        results = [self._add_value(t) for t in call.outputs]
         owner = self._owner(layer, prefix)
         op = describe(
             Call(
                 layer,
                 tuple(self.values[value].shape for value in sources),
                 self.values[results[0]].shape,
+                self.dialect,
                 training,
-                _other_arguments(node),
+                self._other_arguments(call),
             )
         )
         if isinstance(op, BatchNorm) and not op.unfit:
             before, after = self.values[sources[0]].dtype, self.values[results[0]].dtype
             if before != after:
-                op = BatchNorm(op.map, rooted=f"it turns {before} into {after}")
+                op = replace(op, rooted=f"it turns {before} into {after}")
             elif len(sources) > 1:
-                op = BatchNorm(op.map, rooted="it is given a mask, which others read from it")
-        if len(sources) > 1 or any(
-            getattr(t, "_keras_mask", None) is not None for t in node.keras_inputs
-        ):
+                op = replace(op, rooted="it is given a mask, which others read from it")
+        if len(sources) > 1 or call.has_mask:
             self.masked.add(owner)
         self.nodes.append(
             Node(owner, type(layer).__name__, op, tuple(sources), tuple(results), _dtype(layer))
         )
         if not isinstance(op, (Input, BatchNorm)):
-            calls = [_training_of(call, training) for call in layer._inbound_nodes]
+            calls = [_training_of(other, training) for other in self.dialect.calls_on(layer)]
             worst = False if all(value is False for value in calls) else (True in calls or None)
             self.read_held(layer, f"{owner}/", self.nodes[-1].label, worst)
         return results
@@ -169,30 +137,31 @@ class _Reader:
             who: its label.
             training: how the holder itself is called; see `describe.Call`.
         """
-        for _, layer in held(holder):
+        for _, layer in held(holder, self.dialect):
             self.holders.setdefault(id(layer), who)
             if id(layer) in self.owners:
                 continue
-            if is_batch_norm(layer):
-                self._add_hidden(layer, prefix, who, batch_norm(layer, training))
-            elif is_visible(layer):
+            if self.dialect.is_batch_norm(layer):
+                self._add_hidden(layer, prefix, who, batch_norm(layer, training, self.dialect))
+            elif self.dialect.is_visible(layer):
                 path = self._path(layer, prefix)
                 self.owners[id(layer)] = path
                 self.outputs.update(self.read_calls(layer, path, training))
             else:
                 owner = self._owner(layer, prefix)
                 self.read_held(layer, f"{owner}/", label(layer), training)
-        if not is_visible(holder):
-            self._account_for(holder.submodules, who)
+        if not self.dialect.is_visible(holder):
+            self._account_for(self.dialect.submodules(holder), who)
 
     def account_for_the_rest(self, model: Any) -> None:
         """Lists the BatchNormalizations that are nowhere to be found, so that none is lost."""
-        self._account_for(model._flatten_layers(include_self=False, recursive=True), "")
+        self._account_for(self.dialect.parts(model)[1:], "")
 
     def _account_for(self, modules: Iterable[Any], who: str) -> None:
         for layer in modules:
-            if is_batch_norm(layer) and id(layer) not in self.owners:
-                op = BatchNorm(None, "it is held where it cannot be exchanged")
+            if self.dialect.is_batch_norm(layer) and id(layer) not in self.owners:
+                why = "it is held where it cannot be exchanged"
+                op = BatchNorm(None, why, special=why)
                 self._add_hidden(layer, "", who, op)
 
     def root_what_is_also_held(self) -> None:
@@ -201,19 +170,19 @@ class _Reader:
         seen = {node.owner for node in self.nodes}
         self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
         self.nodes = [
-            replace(node, op=BatchNorm(node.op.map, node.op.unfit, f"{who} holds it too"))
+            replace(node, op=replace(node.op, rooted=f"{who} holds it too"))
             if isinstance(node.op, BatchNorm) and who
             else node
             for node, who in nodes
         ]
 
     def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm) -> None:
-        rank = getattr(layer.input_spec, "ndim", None)
+        rank = getattr(layer.input_spec, "ndim", None) if layer.built else None
         owner = self._owner(layer, prefix)
         self.hidden.append(HiddenBatchNorm(owner, who, op, rank, _dtype(layer)))
 
     def _add_value(self, tensor: Any) -> int:
-        self.values.append(Value(_shape(tensor), tensor.dtype.name))
+        self.values.append(Value(self.dialect.shape(tensor), self.dialect.dtype(tensor)))
         return len(self.values) - 1
 
     def _path(self, model: Any, prefix: str) -> str:
@@ -233,41 +202,38 @@ class _Reader:
     def _fits(self, model: Any, sources: list[int]) -> bool:
         """Whether a nested model takes these values as they are."""
         return len(model.inputs) == len(sources) and all(
-            len(self.values[value].shape) == len(_shape(tensor))
-            and self.values[value].dtype == tensor.dtype.name
+            len(self.values[value].shape) == len(self.dialect.shape(tensor))
+            and self.values[value].dtype == self.dialect.dtype(tensor)
             for value, tensor in zip(sources, model.inputs, strict=True)
         )
 
+    def _other_arguments(self, call: LayerCall) -> tuple[Any, ...]:
+        """What a call was given beside Keras tensors; names, flags and Nones left out."""
+        arguments = (call.args, {k: v for k, v in call.kwargs.items() if k != "name"})
+        tensors = {id(t) for t in call.tensors}
+        return tuple(
+            value
+            for value in self.dialect.flatten(arguments)
+            if value is not None and not isinstance(value, bool) and id(value) not in tensors
+        )
 
-def _shape(tensor: Any) -> Shape:
-    shape = tensor.shape
-    return () if shape.rank is None else tuple(shape.as_list())
+
+_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
 
 
 def _dtype(layer: Any) -> str:
     """The narrowest dtype that a layer's weights are stored or used in."""
-    names = [name for name in (layer.compute_dtype, layer.dtype) if name]
-    return min(names, key=lambda name: tf.as_dtype(name).size, default="float32")
+    names = [getattr(layer, name, None) for name in ("compute_dtype", "dtype")]
+    return min(filter(None, names), key=lambda name: _BITS.get(name, 64), default="float32")
 
 
-def _training_of(node: Any, inherited: bool | None) -> bool | None:
+def _training_of(call: LayerCall, inherited: bool | None) -> bool | None:
     """Whether a call is in training: what it says itself, or else what its model is told."""
-    value = node.call_kwargs.get("training")
-    if value is None and len(node.call_args) > 1:
-        names = list(inspect.signature(node.layer.call).parameters)
-        if "training" in names[: len(node.call_args)]:
-            value = node.call_args[names.index("training")]
+    value = call.kwargs.get("training")
+    if value is None and len(call.args) > 1:
+        names = list(inspect.signature(call.layer.call).parameters)
+        if "training" in names[: len(call.args)]:
+            value = call.args[names.index("training")]
     if value is None:
         return inherited
     return bool(value) if isinstance(value, (bool, int, np.bool_)) else None
-
-
-def _other_arguments(node: Any) -> tuple[Any, ...]:
-    """What a call was given beside Keras tensors; names, flags and Nones left out."""
-    arguments = (node.call_args, {k: v for k, v in node.call_kwargs.items() if k != "name"})
-    tensors = {id(t) for t in node.keras_inputs}
-    return tuple(
-        value
-        for value in tf.nest.flatten(arguments)
-        if value is not None and not isinstance(value, bool) and id(value) not in tensors
-    )
