@@ -33,6 +33,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework import config
 
+from mbn_rewrite.errors import RewriteError
+
 _FUSED_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
 
 
@@ -103,6 +105,8 @@ def normalize_by_sample(
         y = _applied(x, gamma, beta, moments, sampling)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            if _has_kernels(x, sampling, mask):
+                return _differentiated_by_kernels(x, dy, gamma, moments, sampling)
             return _gradient(x, dy, gamma, moments, sampling, mask)
 
         return (y, moments.mean, moments.variance, moments.count), gradient
@@ -216,6 +220,28 @@ def _gradient(
         lambda: in_sample(_plain_correction, dx, *total),
     )
     return dx, *sums
+
+
+def _differentiated_by_kernels(
+    x: tf.Tensor, dy: tf.Tensor, gamma: tf.Tensor, moments: Moments, sampling: Sampling
+) -> tuple[tf.Tensor, ...]:
+    """The gradient, which refuses to be differentiated.
+
+    The gradients that TensorFlow has of the kernels take the statistics for constants, which
+    would make second derivatives wrong.
+    """
+
+    @tf.custom_gradient
+    def once(x: tf.Tensor, dy: tf.Tensor, gamma: tf.Tensor) -> Any:
+        def refuse(*_: tf.Tensor) -> None:
+            raise RewriteError(
+                "Batch normalisation by fused operations has no second derivative. It has one in "
+                "float64, and after tf.config.experimental.enable_op_determinism()"
+            )
+
+        return _gradient(x, dy, gamma, moments, sampling, None), refuse
+
+    return once(x, dy, gamma)
 
 
 # ------------------------------------------------------------------ everything is sampled

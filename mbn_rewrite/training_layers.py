@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mbn_rewrite import strides
@@ -222,6 +223,9 @@ class ModifiedBatchNormalization(_SampledBatchNormalization):
 
     _DEPTHWISE = True
 
+    # What `add_weight` of the Keras at hand needs, so that the weight is not cast.
+    _weight_options: Callable[[], dict[str, Any]]
+
     def build(self, input_shape: Any) -> None:
         scale, center = self.scale, self.center
         self.scale = self.center = False  # so that neither gamma nor beta is made
@@ -243,10 +247,6 @@ class ModifiedBatchNormalization(_SampledBatchNormalization):
         return self.add_weight(  # type: ignore[attr-defined]
             name=name, shape=shape, **options, **self._weight_options()
         )
-
-    def _weight_options(self) -> dict[str, Any]:
-        """What `add_weight` of the Keras at hand needs, so that the weight is not cast."""
-        raise NotImplementedError
 
     def _affine_weights(self) -> tuple[Any, Any]:
         return self.depthwise_kernel, self.bias

@@ -151,27 +151,42 @@ class Dialect(Protocol):
     def parts(self, layer: Any) -> list[Any]:
         """A layer and all layers that it holds, at any depth."""
 
-    def config_of(self, layer: Any) -> dict[str, Any]:
-        """A layer's configuration; RewriteError where it has none."""
+    @property
+    def call_is_made(self) -> tuple[type, ...]:
+        """Layers that get their call method when they are made."""
 
-    def from_config(self, layer: Any, config: dict[str, Any], kind: Any = None) -> Any:
-        """A new layer of a layer's class, or another; RewriteError where it would differ."""
+    def rename(self, layer: Any, name: str) -> None:
+        """Gives a layer a name."""
 
-    def copy_weights(self, old: Any, new: Any) -> None:
-        """Sets all weights, flags and states of a built layer to those of the original."""
+    def variables(self, layer: Any) -> list[Any]:
+        """The variables of a layer and of all that it holds."""
+
+    def own_variables(self, layer: Any) -> list[Any]:
+        """The variables of a layer itself, in the order in which it made them."""
+
+    def without_weights(self, operation: Any) -> Any:
+        """A copy of what is no layer but stands for the call of a function, or None."""
+
+    def exchange(self, holder: Any, attribute: str, value: Any, old: Any, new: Any) -> None:
+        """Sets an attribute of a holder, in which a new layer stands for an old one."""
 
     def new_functional(self, old: Any, tensors: Mapping[int, Any]) -> Any:
         """A model like a Functional one, of other tensors: those for each id of the old."""
 
     def new_sequential(
-        self, old: Any, copied: Callable[[Any], Any], layers: Callable[[Any], Iterator[Any]]
+        self,
+        old: Any,
+        copied: Callable[[Any], Any],
+        layers: Iterator[Any],
+        finish: Callable[[], None],
     ) -> Any:
         """A model like a Sequential one, built, with other layers.
 
         Args:
             old: the model.
             copied: gives a copy of a layer, for that of the inputs.
-            layers: gives the layers for a new model, to which each is added before the next.
+            layers: gives the other layers.
+            finish: to be called whenever layers were built.
         """
 
     def call_as_before(self, old: Any, new: Any) -> None:

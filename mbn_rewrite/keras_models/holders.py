@@ -68,13 +68,13 @@ def at(holder: Any, place: Place) -> Any:
     return value
 
 
-def exchange(holder: Any, place: Place, layer: Any) -> None:
-    """Puts a layer at a place.
+def exchange(holder: Any, place: Place, old: Any, new: Any, dialect: Dialect) -> None:
+    """Puts a layer at the place of another.
 
     Containers are made anew: Keras refuses to save a list in which an item was replaced.
     """
     value = getattr(holder, place.attribute)
-    setattr(holder, place.attribute, _with(value, place.keys, layer))
+    dialect.exchange(holder, place.attribute, _with(value, place.keys, new), old, new)
 
 
 def _with(value: Any, keys: tuple[Any, ...], layer: Any) -> Any:

@@ -19,6 +19,7 @@ from mbn_rewrite.algebra import ChannelMap, fold
 from mbn_rewrite.decisions import Edit, Plan, Sampled
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.keras_models import weights
+from mbn_rewrite.keras_models.copying import config_of, copy_weights, from_config
 from mbn_rewrite.keras_models.describe import affine_weights
 from mbn_rewrite.keras_models.dialect import Dialect, LayerCall
 from mbn_rewrite.keras_models.holders import Place, at, exchange, held, label
@@ -108,18 +109,16 @@ class _Writer:
     def _sequential(self, old: Any) -> Any:
         calls = {id(call.layer): call for call in self.dialect.calls_of(old)}
 
-        def new_layers(new: Any) -> Iterator[Any]:
+        def new_layers() -> Iterator[Any]:
             for layer in old.layers:
                 if self._owner(layer) not in self.plan.removed:
                     yield self.layer(calls[id(layer)])
-                    if new.built:
-                        self._finish()
                     continue
                 self.done.add(self._owner(layer))
                 if layer is old.layers[-1]:
                     yield self._standing_in_for(layer)
 
-        new = self.dialect.new_sequential(old, self._copied, new_layers)
+        new = self.dialect.new_sequential(old, self._copied, new_layers(), self._finish)
         self._finish()
         return new
 
@@ -173,8 +172,11 @@ class _Writer:
 
     def _copied(self, old: Any) -> Any:
         """A layer with the same configuration and the same weights."""
-        new = self.dialect.from_config(old, self.dialect.config_of(old))
-        self._unfinished.append(lambda: self.dialect.copy_weights(old, new))
+        operation = self.dialect.without_weights(old)
+        if operation is not None:
+            return operation
+        new = from_config(old, config_of(old), self.dialect)
+        self._unfinished.append(lambda: copy_weights(old, new, self.dialect))
         self._holders.append((old, new))
         return new
 
@@ -182,17 +184,17 @@ class _Writer:
         """A layer that has absorbed maps."""
         self.done.add(self._owner(old))
         needs_bias = any(m is not None and m.has_shift for m in (edit.before, edit.after))
-        config = self.dialect.config_of(old)
+        config = config_of(old)
         for part in _configs_within(config):
             if needs_bias and "use_bias" in part:
                 part["use_bias"] = True
         if needs_bias and isinstance(old, self.layers.EinsumDense) and not config["bias_axes"]:
             config["bias_axes"] = einsum_channels(old.equation)
-        new = self.dialect.from_config(old, config)
+        new = from_config(old, config, self.dialect)
         self._drop_what_was_meant_for_old_weights(new)
 
         def finish() -> None:
-            self.dialect.copy_weights(old, new)
+            copy_weights(old, new, self.dialect)
             _fold_in(old, new, edit, needs_bias)
 
         self._unfinished.append(finish)
@@ -201,8 +203,8 @@ class _Writer:
     def _renewed(self, old: Any, m: ChannelMap) -> Any:
         """A BatchNormalization with another map, by way of its gamma and beta."""
         self.done.add(self._owner(old))
-        config = self.dialect.config_of(old) | {"scale": True, "center": True}
-        new = self.dialect.from_config(old, config)
+        config = config_of(old) | {"scale": True, "center": True}
+        new = from_config(old, config, self.dialect)
         self._drop_what_was_meant_for_old_weights(new)
 
         def finish() -> None:
@@ -258,7 +260,7 @@ class _Writer:
         self.done.add(self._owner(old))
         kind = self.dialect.training_layers[sampled.depthwise]
         own = {"stride": sampled.stride, "synchronized": bool(getattr(old, "synchronized", False))}
-        new = self.dialect.from_config(old, self.dialect.config_of(old) | own, kind)
+        new = from_config(old, config_of(old) | own, self.dialect, kind)
 
         def finish() -> None:
             if not new.built:  # held by a layer, so that no call has built it
@@ -286,12 +288,13 @@ class _Writer:
             if not self._is_planned(inner):
                 continue
             self._check_not_traced(old)
+            inner_copy = _counterpart(new, place)
             if self.dialect.is_visible(inner):
-                exchange(new, place, self.model(inner))
+                exchange(new, place, inner_copy, self.model(inner), self.dialect)
             elif self._owner(inner) in {**self.plan.replaced, **self.plan.sampled}:
-                exchange(new, place, self._held_replacement(inner))
+                exchange(new, place, inner_copy, self._held_replacement(inner), self.dialect)
             else:
-                self._exchange_held(inner, _counterpart(new, place))
+                self._exchange_held(inner, inner_copy)
 
     def _held_replacement(self, old: Any) -> Any:
         if id(old) not in self._copies:

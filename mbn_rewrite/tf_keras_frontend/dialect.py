@@ -12,7 +12,12 @@ import tensorflow as tf
 import tf_keras
 from tf_keras.src.engine.functional import Functional
 from tf_keras.src.engine.sequential import Sequential
-from tf_keras.src.layers.core.tf_op_layer import TFOpLambda
+from tf_keras.src.layers.core.tf_op_layer import (
+    ClassMethod,
+    InstanceMethod,
+    InstanceProperty,
+    TFOpLambda,
+)
 from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
 
 from mbn_rewrite.errors import RewriteError, cause_of
@@ -20,7 +25,6 @@ from mbn_rewrite.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomog
 from mbn_rewrite.keras_models.describe import describers
 from mbn_rewrite.keras_models.dialect import Call, LayerCall
 from mbn_rewrite.keras_models.holders import label
-from mbn_rewrite.tf_keras_frontend import copying
 from mbn_rewrite.tf_keras_frontend.layers import ScaleAndShift
 from mbn_rewrite.tf_keras_frontend.training_layers import (
     ModifiedBatchNormalization,
@@ -69,10 +73,8 @@ class TfKeras:
         tf_keras.layers.experimental.SyncBatchNormalization,
     )
 
-    parts = staticmethod(copying.parts)
-    config_of = staticmethod(copying.config_of)
-    from_config = staticmethod(copying.from_config)
-    copy_weights = staticmethod(copying.copy_weights)
+    call_is_made = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
+
     flatten = staticmethod(tf.nest.flatten)
     map_structure = staticmethod(tf.nest.map_structure)
 
@@ -131,6 +133,25 @@ class TfKeras:
 
     # ---- copies
 
+    def parts(self, layer: Any) -> list[Any]:
+        return list(layer._flatten_layers(include_self=True, recursive=True))
+
+    def rename(self, layer: Any, name: str) -> None:
+        layer._name = name
+
+    def variables(self, layer: Any) -> list[Any]:
+        return [weight for weight in layer.weights if isinstance(weight, tf.Variable)]
+
+    def own_variables(self, layer: Any) -> list[Any]:
+        weights = [*layer._trainable_weights, *layer._non_trainable_weights]
+        return [weight for weight in weights if isinstance(weight, tf.Variable)]
+
+    def without_weights(self, operation: Any) -> Any:
+        return None
+
+    def exchange(self, holder: Any, attribute: str, value: Any, old: Any, new: Any) -> None:
+        setattr(holder, attribute, value)
+
     def new_functional(self, old: Any, tensors: Mapping[int, Any]) -> Any:
         inputs, outputs = tf.nest.map_structure(
             lambda t: tensors[id(t)], (old._nested_inputs, old._nested_outputs)
@@ -138,13 +159,19 @@ class TfKeras:
         return _functional_class(old)(inputs, outputs, name=old.name)
 
     def new_sequential(
-        self, old: Any, copied: Callable[[Any], Any], layers: Callable[[Any], Iterator[Any]]
+        self,
+        old: Any,
+        copied: Callable[[Any], Any],
+        layers: Iterator[Any],
+        finish: Callable[[], None],
     ) -> Any:
         new = tf_keras.Sequential(name=old.name)
         if old._has_explicit_input_shape:
             new.add(copied(old.inputs[0]._keras_history.layer))
-        for layer in layers(new):
+        for layer in layers:
             new.add(layer)
+            if new.built:
+                finish()
         if not new.built:
             # As `build` does, which has no argument for the dtype.
             new._build_graph_network_for_inferred_shape(old.input_shape, old.inputs[0].dtype)
@@ -167,10 +194,7 @@ class TfKeras:
             ) from error
 
     def set_own_trainable(self, layer: Any, trainable: bool) -> None:
-        flags = [(part, part.trainable) for part in self.parts(layer) if part is not layer]
-        layer.trainable = trainable
-        for part, flag in flags:
-            part._trainable = flag
+        layer._trainable = trainable
 
     def is_traced(self, layer: Any) -> bool:
         return hasattr(type(layer).call, "get_concrete_function")

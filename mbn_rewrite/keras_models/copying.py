@@ -1,4 +1,4 @@
-"""Copies tf_keras layers, with everything of theirs that their configuration leaves out.
+"""Copies Keras layers, with everything of theirs that their configuration leaves out.
 
 A configuration names functions and classes, and a name can stand for something else where
 it is looked up. So functions, initializers, regularizers and constraints are taken over from
@@ -12,20 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import tensorflow as tf
-import tf_keras
-from tf_keras.src.layers.core.tf_op_layer import (
-    ClassMethod,
-    InstanceMethod,
-    InstanceProperty,
-    TFOpLambda,
-)
+import numpy as np
 
 from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.keras_models.dialect import Dialect
 from mbn_rewrite.keras_models.holders import label
-
-# Layers that Keras makes of TensorFlow functions get their call method when they are made.
-_CALL_IS_MADE = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
 
 _FUNCTIONS = ("activation", "recurrent_activation")
 _OBJECTS = ("_regularizer", "_constraint")
@@ -51,18 +42,19 @@ def config_of(layer: Any) -> dict[str, Any]:
         ) from error
 
 
-def from_config(layer: Any, config: dict[str, Any], kind: Any = None) -> Any:
+def from_config(layer: Any, config: dict[str, Any], dialect: Dialect, kind: Any = None) -> Any:
     """A new layer of a layer's class, not built yet, from a configuration of it.
 
     Args:
         layer: the original.
         config: its configuration, or a changed one.
+        dialect: the Keras it is of.
         kind: another class, with the same arguments and more, that takes its place.
 
     Raises:
         RewriteError: it cannot be made, or would not be the same.
     """
-    if "call" in vars(layer) and not isinstance(layer, _CALL_IS_MADE):
+    if "call" in vars(layer) and not isinstance(layer, dialect.call_is_made):
         raise RewriteError(
             f"{label(layer)} cannot be copied: its call method was exchanged on the object. Make "
             "a subclass of its class that has the method"
@@ -70,7 +62,7 @@ def from_config(layer: Any, config: dict[str, Any], kind: Any = None) -> Any:
     if _is_stock(type(layer)):
         config = _without_objects(config)
     try:
-        with tf_keras.utils.custom_object_scope(_own_classes(layer)):
+        with dialect.keras.utils.custom_object_scope(_own_classes(layer, dialect)):
             new = (kind or type(layer)).from_config(config)
     except RewriteError:
         raise
@@ -79,17 +71,17 @@ def from_config(layer: Any, config: dict[str, Any], kind: Any = None) -> Any:
             f"{label(layer)} cannot be copied from its configuration: {cause_of(error)} "
             "Define get_config() so that it returns the arguments of __init__"
         ) from error
-    new._name = layer.name
+    dialect.rename(new, layer.name)
     if kind is not None:
-        _take_over(layer, new)
-        _take_over_attributes(layer, new, _initializers(layer))
+        _take_over(layer, new, dialect)
+        _take_over_attributes(layer, new, _initializers(layer), dialect)
         return new
-    for old_part, new_part in paired(layer, new):
-        _take_over(old_part, new_part)
+    for old_part, new_part in paired(layer, new, dialect):
+        _take_over(old_part, new_part, dialect)
     return new
 
 
-def copy_weights(old: Any, new: Any) -> None:
+def copy_weights(old: Any, new: Any, dialect: Dialect) -> None:
     """Sets all weights, flags and states of a built layer to those of the original.
 
     The copy may have a bias that the original has not; that is set to zero.
@@ -100,43 +92,43 @@ def copy_weights(old: Any, new: Any) -> None:
     if {id(v) for v in old.weights} & {id(v) for v in new.weights}:
         raise RewriteError(
             f"{label(old)} cannot be copied: its get_config() gives layers themselves, not their "
-            "configurations. Use tf_keras.layers.serialize in get_config"
+            "configurations. Use keras.layers.serialize in get_config"
         )
     copied: set[int] = set()
     pairs: list[tuple[Any, Any]] = []
-    for old_part, new_part in paired(old, new):
-        new_own = _own_variables(new_part)
-        old_own = _own_variables(old_part)
+    for old_part, new_part in paired(old, new, dialect):
+        new_own = dialect.own_variables(new_part)
+        old_own = dialect.own_variables(old_part)
         bias = getattr(new_part, "bias", None)
         if bias is not None and getattr(old_part, "bias", None) is None:
             new_own = [v for v in new_own if v is not bias]
-            bias.assign(tf.zeros_like(bias))
+            bias.assign(np.zeros(bias.shape))
             copied.add(id(bias))
         pairs += _zipped(old, old_own, new_own)
         if getattr(old_part, "stateful", False) and getattr(old_part, "states", None):
-            states = zip(*map(tf.nest.flatten, (old_part.states, new_part.states)), strict=True)
+            states = zip(*map(dialect.flatten, (old_part.states, new_part.states)), strict=True)
             pairs += [(a, b) for a, b in states if a is not None and b is not None]
-        new_part._trainable = old_part._trainable
+        dialect.set_own_trainable(new_part, old_part._trainable)
         # Not before: Keras warns where one initializer is used for two layers.
-        _take_over_attributes(old_part, new_part, _initializers(old_part))
+        _take_over_attributes(old_part, new_part, _initializers(old_part), dialect)
         _copy_vocabulary(old_part, new_part)
     copied |= {id(variable) for pair in pairs for variable in pair}
     # What remains is held by tf.Modules, which both have in the same order.
-    rest = ([v for v in _variables(layer.weights) if id(v) not in copied] for layer in (old, new))
+    rest = ([v for v in dialect.variables(layer) if id(v) not in copied] for layer in (old, new))
     for source, target in [*pairs, *_zipped(old, *rest)]:
         target.assign(source)
-    for part in parts(new):
-        if isinstance(part, tf_keras.layers.Normalization):
+    for part in dialect.parts(new):
+        if isinstance(part, dialect.keras.layers.Normalization):
             part.finalize_state()  # its mean and variance are computed from its weights
 
 
-def paired(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
+def paired(old: Any, new: Any, dialect: Dialect) -> Iterator[tuple[Any, Any]]:
     """A layer and all that it holds, each with its copy.
 
     Raises:
         RewriteError: the copy holds other layers.
     """
-    olds, news = parts(old), parts(new)
+    olds, news = dialect.parts(old), dialect.parts(new)
     if [type(part) for part in olds] != [type(part) for part in news]:
         raise RewriteError(
             f"{label(old)} cannot be copied: its copy holds other layers "
@@ -144,11 +136,6 @@ def paired(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
             "build, and give classes of your own names that Keras does not have"
         )
     return zip(olds, news, strict=True)
-
-
-def parts(layer: Any) -> list[Any]:
-    """A layer and all layers that it holds, at any depth."""
-    return list(layer._flatten_layers(include_self=True, recursive=True))
 
 
 def _kinds(layers: list[Any]) -> str:
@@ -159,10 +146,10 @@ def _is_stock(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in ("tf_keras", "keras")
 
 
-def _own_classes(layer: Any) -> dict[str, type]:
+def _own_classes(layer: Any, dialect: Dialect) -> dict[str, type]:
     """The classes that are not Keras's own among a layer and those that it holds."""
     classes: dict[str, type] = {}
-    for part in parts(layer):
+    for part in dialect.parts(layer):
         kind = type(part)
         if not _is_stock(kind) and classes.setdefault(kind.__name__, kind) is not kind:
             raise RewriteError(
@@ -196,14 +183,14 @@ def _describes_a_layer(value: Any) -> bool:
     return isinstance(value, dict) and value.get("class_name") not in functions
 
 
-def _take_over(old: Any, new: Any) -> None:
+def _take_over(old: Any, new: Any, dialect: Dialect) -> None:
     """Gives a copy the very functions and objects of the original."""
     names = [name for name in vars(old) if name in _FUNCTIONS or name.endswith(_OBJECTS)]
-    if isinstance(old, tf_keras.layers.Lambda):
+    if isinstance(old, dialect.keras.layers.Lambda):
         names.append("function")
-    _take_over_attributes(old, new, names)
+    _take_over_attributes(old, new, names, dialect)
     new._supports_masking = old._supports_masking
-    if isinstance(old, tf_keras.layers.Discretization):
+    if isinstance(old, dialect.keras.layers.Discretization):
         new.bin_boundaries = old.bin_boundaries
 
 
@@ -211,20 +198,14 @@ def _initializers(layer: Any) -> list[str]:
     return [name for name in vars(layer) if name.endswith(_INITIALIZER)]
 
 
-def _take_over_attributes(old: Any, new: Any, names: list[str]) -> None:
+def _take_over_attributes(old: Any, new: Any, names: list[str], dialect: Dialect) -> None:
     for name in names:
         value = getattr(old, name)
-        if not isinstance(value, tf_keras.layers.Layer) and getattr(new, name, None) is not value:
+        if (
+            not isinstance(value, dialect.keras.layers.Layer)
+            and getattr(new, name, None) is not value
+        ):
             setattr(new, name, value)
-
-
-def _own_variables(layer: Any) -> list[Any]:
-    """The variables of a layer itself, in the order in which it made them."""
-    return _variables([*layer._trainable_weights, *layer._non_trainable_weights])
-
-
-def _variables(things: list[Any]) -> list[Any]:
-    return [thing for thing in things if isinstance(thing, tf.Variable)]
 
 
 def _zipped(layer: Any, old: list[Any], new: list[Any]) -> list[tuple[Any, Any]]:
