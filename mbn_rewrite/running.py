@@ -88,13 +88,13 @@ def called(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.nda
         return _run(function, inputs)
     except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
         if tf.config.list_physical_devices("GPU"):
-            raise _uncallable(who, error) from error
+            raise uncallable(who, error) from error
         try:
             return compiled(function, inputs, who)
         except RewriteError:
-            raise _uncallable(who, error) from error
+            raise uncallable(who, error) from error
     except Exception as error:
-        raise _uncallable(who, error) from error
+        raise uncallable(who, error) from error
 
 
 def compiled(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
@@ -102,7 +102,7 @@ def compiled(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.n
     try:
         return _run(tf.function(function, jit_compile=True, autograph=False), inputs)
     except Exception as error:
-        raise _uncallable(who, error) from error
+        raise uncallable(who, error) from error
 
 
 def plain(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
@@ -110,7 +110,7 @@ def plain(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndar
     try:
         return _run(function, inputs)
     except Exception as error:
-        raise _uncallable(who, error) from error
+        raise uncallable(who, error) from error
 
 
 def _run(function: Callable[[Any], Any], inputs: Any) -> list[np.ndarray]:
@@ -118,7 +118,8 @@ def _run(function: Callable[[Any], Any], inputs: Any) -> list[np.ndarray]:
     return [np.asarray(output) for output in outputs if output is not None]
 
 
-def _uncallable(who: str, error: Exception) -> RewriteError:
+def uncallable(who: str, error: Exception) -> RewriteError:
+    """What to raise where a model cannot be called."""
     return RewriteError(
         f"{who} cannot be called with these inputs: {cause_of(error)} Give inputs that it "
         "takes (inputs=... in Python, --verify_inputs on the command line)"
