@@ -9,8 +9,9 @@ import tf_keras
 import mbn_rewrite as mbn
 from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
 from mbn_rewrite.decisions import Plan
+from mbn_rewrite.keras_layers.describe import is_batch_norm
 from mbn_rewrite.running import called
-from mbn_rewrite.tf_keras_frontend.describe import is_batch_norm
+from mbn_rewrite.tf_keras_frontend.dialect import TF_KERAS
 from mbn_rewrite.tf_keras_frontend.running import compute_dtypes
 
 
@@ -27,7 +28,7 @@ def outputs(model, inputs, compiled=False):
 
 def norms(model) -> list:
     """All BatchNormalization layers of a model."""
-    return [layer for layer in model._flatten_layers() if is_batch_norm(layer)]
+    return [layer for layer in model._flatten_layers() if is_batch_norm(layer, TF_KERAS)]
 
 
 def check_rewrite(model, inputs, mode, compiled=False) -> Comparison:

@@ -1,4 +1,4 @@
-"""Copies tf_keras layers, with everything of theirs that their configuration leaves out.
+"""Copies layers, with everything of theirs that their configuration leaves out.
 
 A configuration names functions and classes, and a name can stand for something else where
 it is looked up. So functions, initializers, regularizers and constraints are taken over from
@@ -12,23 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import tensorflow as tf
-import tf_keras
-from tf_keras.src.layers.core.tf_op_layer import (
-    ClassMethod,
-    InstanceMethod,
-    InstanceProperty,
-    TFOpLambda,
-)
+import numpy as np
 
 from mbn_rewrite.errors import RewriteError, cause_of
-
-# Layers that Keras makes of TensorFlow functions get their call method when they are made.
-_CALL_IS_MADE = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
+from mbn_rewrite.keras_layers.dialect import Dialect
+from mbn_rewrite.keras_layers.weights import numpy_dtype
 
 _FUNCTIONS = ("activation", "recurrent_activation")
+# What configurations leave out, or what cannot be made again from what they hold.
+_LEFT_OUT = ("bin_boundaries", "use_cudnn")
 _OBJECTS = ("_regularizer", "_constraint")
 _INITIALIZER = "_initializer"
+_PACKAGES = ("tf_keras", "keras")
 
 
 def label(layer: Any) -> str:
@@ -36,18 +31,14 @@ def label(layer: Any) -> str:
     return f"{type(layer).__name__} '{layer.name}'"
 
 
-def config_of(layer: Any) -> dict[str, Any]:
+def config_of(layer: Any, keras: Dialect) -> dict[str, Any]:
     """A layer's configuration.
 
     Raises:
         RewriteError: it has none.
     """
     try:
-        config = layer.get_config()
-        if getattr(layer, "virtual_batch_size", None) is not None:
-            # Building such a BatchNormalization counts its axes from one further on.
-            config["axis"] = [axis - 1 for axis in layer.axis]
-        return config
+        return keras.config_of(layer)
     except Exception as error:
         raise RewriteError(
             f"{label(layer)} cannot be copied, because its get_config() fails: "
@@ -55,13 +46,13 @@ def config_of(layer: Any) -> dict[str, Any]:
         ) from error
 
 
-def from_config(layer: Any, config: dict[str, Any]) -> Any:
+def from_config(layer: Any, config: dict[str, Any], keras: Dialect) -> Any:
     """A new layer of a layer's class, not built yet, from a configuration of it.
 
     Raises:
         RewriteError: it cannot be made, or would not be the same.
     """
-    if "call" in vars(layer) and not isinstance(layer, _CALL_IS_MADE):
+    if "call" in vars(layer) and not keras.makes_its_call(layer):
         raise RewriteError(
             f"{label(layer)} cannot be copied: its call method was exchanged on the object. Make "
             "a subclass of its class that has the method"
@@ -69,7 +60,7 @@ def from_config(layer: Any, config: dict[str, Any]) -> Any:
     if _is_stock(type(layer)):
         config = _without_objects(config)
     try:
-        with tf_keras.utils.custom_object_scope(_own_classes(layer)):
+        with keras.scope(_own_classes(layer)):
             new = type(layer).from_config(config)
     except RewriteError:
         raise
@@ -78,13 +69,15 @@ def from_config(layer: Any, config: dict[str, Any]) -> Any:
             f"{label(layer)} cannot be copied from its configuration: {cause_of(error)} "
             "Define get_config() so that it returns the arguments of __init__"
         ) from error
-    new._name = layer.name
-    for old_part, new_part in paired(layer, new):
-        _take_over(old_part, new_part)
+    keras.rename(new, layer.name)
+    # Parts that a layer makes when it is built follow in `copy_weights`.
+    complete = _kinds(parts(layer)) == _kinds(parts(new))
+    for old_part, new_part in paired(layer, new) if complete else [(layer, new)]:
+        _take_over(old_part, new_part, keras)
     return new
 
 
-def copy_weights(old: Any, new: Any) -> None:
+def copy_weights(old: Any, new: Any, keras: Dialect) -> None:
     """Sets all weights, flags and states of a built layer to those of the original.
 
     The copy may have a bias that the original has not; that is set to zero.
@@ -95,34 +88,34 @@ def copy_weights(old: Any, new: Any) -> None:
     if {id(v) for v in old.weights} & {id(v) for v in new.weights}:
         raise RewriteError(
             f"{label(old)} cannot be copied: its get_config() gives layers themselves, not their "
-            "configurations. Use tf_keras.layers.serialize in get_config"
+            f"configurations. Use {keras.package}.layers.serialize in get_config"
         )
     copied: set[int] = set()
     pairs: list[tuple[Any, Any]] = []
     for old_part, new_part in paired(old, new):
-        new_own = _own_variables(new_part)
-        old_own = _own_variables(old_part)
+        new_own = keras.own_variables(new_part)
+        old_own = keras.own_variables(old_part)
         bias = getattr(new_part, "bias", None)
         if bias is not None and getattr(old_part, "bias", None) is None:
             new_own = [v for v in new_own if v is not bias]
-            bias.assign(tf.zeros_like(bias))
+            bias.assign(np.zeros(tuple(bias.shape), numpy_dtype(bias)))
             copied.add(id(bias))
         pairs += _zipped(old, old_own, new_own)
-        if getattr(old_part, "stateful", False) and getattr(old_part, "states", None):
-            states = zip(*map(tf.nest.flatten, (old_part.states, new_part.states)), strict=True)
-            pairs += [(a, b) for a, b in states if a is not None and b is not None]
+        states = zip(keras.states(old_part), keras.states(new_part), strict=True)
+        pairs += [(a, b) for a, b in states if a is not None and b is not None]
         new_part._trainable = old_part._trainable
-        # Not before: Keras warns where one initializer is used for two layers.
+        _take_over(old_part, new_part, keras)
+        # Not before: tf_keras warns where one initializer is used for two layers.
         initializers = [name for name in vars(old_part) if name.endswith(_INITIALIZER)]
-        _take_over_attributes(old_part, new_part, initializers)
+        _take_over_attributes(old_part, new_part, initializers, keras)
         _copy_vocabulary(old_part, new_part)
     copied |= {id(variable) for pair in pairs for variable in pair}
-    # What remains is held by tf.Modules, which both have in the same order.
-    rest = ([v for v in _variables(layer.weights) if id(v) not in copied] for layer in (old, new))
+    # What remains is held out of Keras's sight, which both have in the same order.
+    rest = ([v for v in keras.variables(layer) if id(v) not in copied] for layer in (old, new))
     for source, target in [*pairs, *_zipped(old, *rest)]:
-        target.assign(source)
+        keras.assign(target, source)
     for part in parts(new):
-        if isinstance(part, tf_keras.layers.Normalization):
+        if isinstance(part, keras.layers.Normalization):
             part.finalize_state()  # its mean and variance are computed from its weights
 
 
@@ -133,10 +126,10 @@ def paired(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
         RewriteError: the copy holds other layers.
     """
     olds, news = parts(old), parts(new)
-    if [type(part) for part in olds] != [type(part) for part in news]:
+    if _kinds(olds) != _kinds(news):
         raise RewriteError(
             f"{label(old)} cannot be copied: its copy holds other layers "
-            f"({_kinds(news)}; the original {_kinds(olds)}). Make the layers in __init__ or "
+            f"({_listed(news)}; the original {_listed(olds)}). Make the layers in __init__ or "
             "build, and give classes of your own names that Keras does not have"
         )
     return zip(olds, news, strict=True)
@@ -147,12 +140,16 @@ def parts(layer: Any) -> list[Any]:
     return list(layer._flatten_layers(include_self=True, recursive=True))
 
 
-def _kinds(layers: list[Any]) -> str:
+def _kinds(layers: list[Any]) -> list[type]:
+    return [type(layer) for layer in layers]
+
+
+def _listed(layers: list[Any]) -> str:
     return ", ".join(type(part).__name__ for part in layers[1:6]) or "none"
 
 
 def _is_stock(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("tf_keras", "keras")
+    return kind.__module__.partition(".")[0] in _PACKAGES
 
 
 def _own_classes(layer: Any) -> dict[str, type]:
@@ -181,8 +178,10 @@ def _without_objects(config: dict[str, Any]) -> dict[str, Any]:
             result[key] = "zeros"  # all weights are set anyway
         elif key in ("layer", "backward_layer") and isinstance(value, dict):
             module = str(value.get("module", "")).partition(".")[0]
-            if module in ("tf_keras", "keras") and isinstance(value.get("config"), dict):
+            if module in _PACKAGES and isinstance(value.get("config"), dict):
                 result[key] = {**value, "config": _without_objects(value["config"])}
+                # Not to be built before it has its own regularizers and constraints.
+                result[key].pop("build_config", None)
     return result
 
 
@@ -192,31 +191,22 @@ def _describes_a_layer(value: Any) -> bool:
     return isinstance(value, dict) and value.get("class_name") not in functions
 
 
-def _take_over(old: Any, new: Any) -> None:
+def _take_over(old: Any, new: Any, keras: Dialect) -> None:
     """Gives a copy the very functions and objects of the original."""
     names = [name for name in vars(old) if name in _FUNCTIONS or name.endswith(_OBJECTS)]
-    if isinstance(old, tf_keras.layers.Lambda):
+    if isinstance(old, keras.layers.Lambda):
         names.append("function")
-    _take_over_attributes(old, new, names)
+    names += [name for name in _LEFT_OUT if name in vars(old)]
+    _take_over_attributes(old, new, names, keras)
     new._supports_masking = old._supports_masking
-    if isinstance(old, tf_keras.layers.Discretization):
-        new.bin_boundaries = old.bin_boundaries
 
 
-def _take_over_attributes(old: Any, new: Any, names: list[str]) -> None:
+def _take_over_attributes(old: Any, new: Any, names: list[str], keras: Dialect) -> None:
     for name in names:
         value = getattr(old, name)
-        if not isinstance(value, tf_keras.layers.Layer) and getattr(new, name, None) is not value:
-            setattr(new, name, value)
-
-
-def _own_variables(layer: Any) -> list[Any]:
-    """The variables of a layer itself, in the order in which it made them."""
-    return _variables([*layer._trainable_weights, *layer._non_trainable_weights])
-
-
-def _variables(things: list[Any]) -> list[Any]:
-    return [thing for thing in things if isinstance(thing, tf.Variable)]
+        if isinstance(value, keras.layers.Layer) or getattr(new, name, None) is value:
+            continue
+        setattr(new, name, value)
 
 
 def _zipped(layer: Any, old: list[Any], new: list[Any]) -> list[tuple[Any, Any]]:

@@ -11,11 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import tf_keras
-from tf_keras.src.engine.functional import Functional
-
-# Where Keras keeps books about what the attributes hold.
-_BOOKKEEPING = ("_self_", "_obj_reference_counts", "_inbound_nodes", "_outbound_nodes")
+from mbn_rewrite.keras_layers.dialect import Dialect
 
 
 @dataclass(frozen=True)
@@ -31,25 +27,27 @@ class Place:
     keys: tuple[Any, ...] = ()
 
 
-def held(layer: Any) -> Iterator[tuple[Place, Any]]:
+def held(layer: Any, keras: Dialect) -> Iterator[tuple[Place, Any]]:
     """The layers that a layer holds in its attributes, with their places."""
     # What a Functional model of a class of its own keeps of its calls is private.
-    private = ("_",) if isinstance(layer, Functional) else _BOOKKEEPING
+    private = ("_",) if keras.has_calls_on_record(layer) else keras.private
     for attribute, value in list(vars(layer).items()):
         if not attribute.startswith(private):
-            for keys, inner in _layers_in(value, ()):
+            for keys, inner in _layers_in(value, (), keras.layers.Layer):
                 yield Place(attribute, keys), inner
 
 
-def _layers_in(value: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    if isinstance(value, tf_keras.layers.Layer):
+def _layers_in(
+    value: Any, keys: tuple[Any, ...], base: type
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(value, base):
         yield keys, value
     elif isinstance(value, dict):
         for key, inner in list(value.items()):
-            yield from _layers_in(inner, (*keys, key))
+            yield from _layers_in(inner, (*keys, key), base)
     elif isinstance(value, (list, tuple)):
         for i, inner in enumerate(value):
-            yield from _layers_in(inner, (*keys, i))
+            yield from _layers_in(inner, (*keys, i), base)
 
 
 def at(holder: Any, place: Place) -> Any:
@@ -60,13 +58,14 @@ def at(holder: Any, place: Place) -> Any:
     return value
 
 
-def exchange(holder: Any, place: Place, layer: Any) -> None:
+def exchange(holder: Any, place: Place, layer: Any, keras: Dialect) -> None:
     """Puts a layer at a place.
 
-    Containers are made anew: Keras refuses to save a list in which an item was replaced.
+    Containers are made anew: tf_keras refuses to save a list in which an item was replaced.
     """
     value = getattr(holder, place.attribute)
-    setattr(holder, place.attribute, _with(value, place.keys, layer))
+    with keras.exchanging(holder, at(holder, place), layer):
+        setattr(holder, place.attribute, _with(value, place.keys, layer))
 
 
 def _with(value: Any, keys: tuple[Any, ...], layer: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Describes tf_keras layers as operations of the neutral graph.
+"""Describes the layers that both Kerases have as operations of the neutral graph.
 
-`_DESCRIBERS` lists every layer class that is known, by exact type: a subclass may compute
+`layer_table` lists every layer class that is known, by exact type: a subclass may compute
 anything, so it is opaque. Each describer takes a `Call` and says what that call does.
 """
 
@@ -8,14 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
-import tf_keras
-from tf_keras.src.layers.core.tf_op_layer import TFOpLambda
-from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
 
 from mbn_rewrite import layouts
 from mbn_rewrite.algebra import ChannelMap, Kernel
@@ -37,9 +32,8 @@ from mbn_rewrite.graph import (
     Shape,
     ZeroPadding,
 )
-from mbn_rewrite.tf_keras_frontend import weights
-
-keras = tf_keras.layers
+from mbn_rewrite.keras_layers import weights
+from mbn_rewrite.keras_layers.dialect import Dialect
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,7 @@ class Call:
     """One call of a layer.
 
     Attributes:
+        keras: the layer's Keras.
         layer: the layer.
         inputs: the shapes of all tensors that it was given.
         output: the shape of its first output.
@@ -55,6 +50,7 @@ class Call:
         arguments: what it was called with beside its data.
     """
 
+    keras: Dialect
     layer: Any
     inputs: tuple[Shape, ...]
     output: Shape
@@ -62,32 +58,37 @@ class Call:
     arguments: tuple[Any, ...] = ()
 
 
+Describer = Callable[[Call], Op]
+
+
 def describe(call: Call) -> Op:
     """What a call does; `Opaque` for all that is not known."""
-    describer = _DESCRIBERS.get(type(call.layer))
+    if is_batch_norm(call.layer, call.keras):
+        return batch_norm(call.layer, call.training, call.keras)
+    op = call.keras.describe(call)
+    if op is not None:
+        return op
+    describer = call.keras.describers.get(type(call.layer))
     if describer is None:
-        if is_batch_norm(call.layer):
-            return batch_norm(call.layer, call.training)
         return Opaque()
-    if call.arguments and describer is not _tensorflow_function:
+    if call.arguments:
         return Opaque("is called with constants")
     return describer(call)
 
 
-def is_batch_norm(layer: Any) -> bool:
+def is_batch_norm(layer: Any, keras: Dialect) -> bool:
     """Whether a layer is a BatchNormalization or derived from one."""
-    return isinstance(layer, BatchNormalizationBase)
+    return isinstance(layer, keras.batch_norm_base)
 
 
 # ------------------------------------------------------------------ BatchNormalization
 
 
-def batch_norm(layer: Any, training: bool | None) -> BatchNorm:
+def batch_norm(layer: Any, training: bool | None, keras: Dialect) -> BatchNorm:
     """A BatchNormalization, or why it must stay as it is."""
-    unfit = _unfit(layer, training)
+    unfit = _unfit(layer, training, keras)
     if unfit:
         return BatchNorm(None, unfit)
-    (axis,) = layer.axis
     shape = layer.moving_mean.shape
     parameters = (
         weights.read(layer, "gamma") if layer.scale else np.ones(shape),
@@ -97,17 +98,16 @@ def batch_norm(layer: Any, training: bool | None) -> BatchNorm:
     )
     if not all(np.all(np.isfinite(array.astype(np.float64))) for array in parameters):
         return BatchNorm(None, "its weights or moving statistics hold NaN or infinity")
-    channel_map = ChannelMap.of_batch_norm(*parameters, effective_epsilon(layer), axis)
+    channel_map = ChannelMap.of_batch_norm(
+        *parameters, keras.epsilon_of(layer), keras.axis_of(layer)
+    )
     if not channel_map.is_finite:
         return BatchNorm(None, "its moving variance and epsilon give no finite scale")
     return BatchNorm(channel_map)
 
 
-def _unfit(layer: Any, training: bool | None) -> str:
-    if type(layer) not in (
-        keras.BatchNormalization,
-        keras.experimental.SyncBatchNormalization,
-    ):
+def _unfit(layer: Any, training: bool | None, keras: Dialect) -> str:
+    if type(layer) not in keras.batch_norms:
         return f"{type(layer).__name__} is a class of its own, which may compute something else"
     if not layer.built:
         return "it was never called, so it has no weights"
@@ -116,49 +116,17 @@ def _unfit(layer: Any, training: bool | None) -> str:
         return "it is called with training=True, so it normalises by the batch it is given"
     if training is None and layer.trainable:
         return "whether it trains is decided when the model is called"
-    if layer.renorm:
-        return "it uses batch renormalisation"
-    if layer.virtual_batch_size is not None:
-        return "it uses virtual batches"
-    if layer.adjustment is not None:
-        return "it adjusts its output by a function of its own"
-    if len(layer.axis) != 1:
-        return f"it normalises over several axes {tuple(layer.axis)}"
-    return ""
-
-
-def effective_epsilon(layer: Any) -> float:
-    """The epsilon that TensorFlow uses for this layer.
-
-    Earlier releases raise the epsilon of the fused operation to 1.001e-5, the least that
-    cuDNN takes; later ones take it as it is.
-    """
-    epsilon = float(layer.epsilon)
-    return max(epsilon, _least_fused_epsilon()) if layer.fused and epsilon < 1.001e-5 else epsilon
-
-
-@cache
-def _least_fused_epsilon() -> float:
-    """What the installed TensorFlow makes of a fused epsilon of 0, seen in a result."""
-    one, zero = np.ones((1,), np.float32), np.zeros((1,), np.float32)
-    variance = np.full((1,), 1e-5, np.float32)
-    y, *_ = tf.compat.v1.nn.fused_batch_norm(
-        np.ones((1, 1, 1, 1), np.float32), one, zero, zero, variance, 1e-12, is_training=False
-    )
-    return 1.001e-5 if float(y[0, 0, 0, 0]) < 300.0 else 0.0  # 1/sqrt(1e-5) is 316
+    return keras.unfit(layer)
 
 
 # ------------------------------------------------------------------------ linear layers
 
 
-def activation_kind(activation: Any) -> str:
+def _activation_kind(activation: Any, keras: Dialect) -> str:
     """ "linear", "homogeneous" or "other", as in `graph.Linear`."""
-    if activation is None or activation is tf_keras.activations.linear:
+    if activation is None or activation is keras.linear:
         return "linear"
-    return "homogeneous" if activation in _HOMOGENEOUS else "other"
-
-
-_HOMOGENEOUS = (tf_keras.activations.relu, tf.nn.relu, tf.nn.leaky_relu)
+    return "homogeneous" if activation in keras.homogeneous else "other"
 
 
 def _channel_axis(layer: Any, rank: int) -> int:
@@ -175,7 +143,8 @@ def _linear(
     if len(call.inputs) != 1:
         return Opaque("is called with several tensors")
     bias = "bias" if layer.bias is not None else None
-    return Linear(kernels, bias, in_axis, out_axis, pads, activation_kind(layer.activation))
+    kind = _activation_kind(layer.activation, call.keras)
+    return Linear(kernels, bias, in_axis, out_axis, pads, kind)
 
 
 def _reads_padding(layer: Any) -> bool:
@@ -202,7 +171,8 @@ def _conv_transpose(call: Call) -> Op:
 
 def _depthwise_conv(call: Call) -> Op:
     layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
-    kernel = layouts.depthwise("depthwise_kernel", layer.depthwise_kernel.shape)
+    name = call.keras.depthwise_kernel
+    kernel = layouts.depthwise(name, getattr(layer, name).shape)
     return _linear(call, (kernel,), axis, axis, _reads_padding(layer))
 
 
@@ -236,9 +206,9 @@ def _einsum_dense(call: Call) -> Op:
 
 def _time_distributed(call: Call) -> Op:
     layer = call.layer
-    if type(layer.layer) is not keras.Dense or len(call.inputs) != 1:
+    if type(layer.layer) is not call.keras.layers.Dense or len(call.inputs) != 1:
         return Opaque()
-    inner = _dense(Call(layer.layer, call.inputs, call.output))
+    inner = _dense(Call(call.keras, layer.layer, call.inputs, call.output))
     return _prefixed(inner, "layer.") if isinstance(inner, Linear) else inner
 
 
@@ -256,7 +226,7 @@ def _prefixed(op: Linear, prefix: str) -> Linear:
 
 # --------------------------------------------------------------------- recurrent layers
 
-_RECURRENT = (keras.GRU, keras.LSTM, keras.SimpleRNN)
+_RECURRENT = ("GRU", "LSTM", "SimpleRNN")
 
 
 def _recurrent(call: Call) -> Op:
@@ -268,7 +238,8 @@ def _bidirectional(call: Call) -> Op:
         ("forward_layer.", call.layer.forward_layer),
         ("backward_layer.", call.layer.backward_layer),
     )
-    if any(type(layer) not in _RECURRENT for _, layer in pair):
+    known = [getattr(call.keras.layers, name) for name in _RECURRENT]
+    if any(type(layer) not in known for _, layer in pair):
         return Opaque()
     return _sequence(call, pair)
 
@@ -325,7 +296,7 @@ def _permute(call: Call) -> Op:
 
 
 def _activation(call: Call) -> Op:
-    kind = activation_kind(call.layer.activation)
+    kind = _activation_kind(call.layer.activation, call.keras)
     if kind == "linear":
         return Affine()
     if kind == "homogeneous":
@@ -345,34 +316,6 @@ def _concatenate(call: Call) -> Op:
     return Concat(call.layer.axis % len(call.output))
 
 
-# ------------------------------------------------- TensorFlow functions on Keras tensors
-
-_TF_MERGES = {
-    "__operators__.add": "add",
-    "math.add": "add",
-    "add": "add",
-    "math.subtract": "subtract",
-    "math.maximum": "maximum",
-    "math.minimum": "minimum",
-}
-
-
-def _tensorflow_function(call: Call) -> Op:
-    """Functions of tensors alone; a constant among the arguments makes them opaque."""
-    symbol = call.layer.symbol
-    if symbol == "concat" and len(call.arguments) == 1 and isinstance(call.arguments[0], int):
-        return Concat(call.arguments[0] % len(call.output))
-    if call.arguments:
-        return Opaque()
-    if symbol in _TF_MERGES and len(call.inputs) == 2:
-        return Merge(_TF_MERGES[symbol])
-    if symbol == "nn.relu":
-        return PositivelyHomogeneous()
-    if symbol in ("identity", "stop_gradient"):
-        return Affine()
-    return Opaque()
-
-
 # ----------------------------------------------------------------------------- the table
 
 
@@ -380,45 +323,46 @@ def _always(op: Op) -> Callable[[Call], Op]:
     return lambda call: op
 
 
-def _named(names: str, describer: Callable[[Call], Op]) -> dict[type, Callable[[Call], Op]]:
-    return {getattr(keras, name): describer for name in names.split()}
-
-
-_DESCRIBERS: dict[type, Callable[[Call], Op]] = {
-    keras.InputLayer: _always(Input()),
-    **_named("Conv1D Conv2D Conv3D", _conv),
-    **_named("Conv1DTranspose Conv2DTranspose Conv3DTranspose", _conv_transpose),
-    **_named("DepthwiseConv1D DepthwiseConv2D", _depthwise_conv),
-    **_named("SeparableConv1D SeparableConv2D", _separable_conv),
-    keras.Dense: _dense,
-    keras.EinsumDense: _einsum_dense,
-    keras.TimeDistributed: _time_distributed,
-    **dict.fromkeys(_RECURRENT, _recurrent),
-    keras.Bidirectional: _bidirectional,
-    **_named("AveragePooling1D AveragePooling2D AveragePooling3D", _spatial(Affine)),
-    **_named("Cropping1D Cropping2D Cropping3D", _spatial(Affine)),
-    **_named("MaxPooling1D MaxPooling2D MaxPooling3D", _spatial(Monotone)),
-    **_named("ZeroPadding1D ZeroPadding2D ZeroPadding3D", _spatial(ZeroPadding)),
-    **_named(
-        "GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D",
-        _global_pool(Affine),
-    ),
-    **_named("GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D", _global_pool(Monotone)),
-    **_named("UpSampling1D UpSampling2D UpSampling3D", _upsampling),
-    keras.RepeatVector: _always(Affine(1, 2)),
-    **_named("Dropout SpatialDropout1D SpatialDropout2D SpatialDropout3D", _dropout),
-    **_named("GaussianDropout GaussianNoise AlphaDropout", _dropout),
-    **_named("Identity ActivityRegularization", _always(Affine())),
-    keras.Activation: _activation,
-    keras.ReLU: _relu,
-    **_named("LeakyReLU PReLU", _always(PositivelyHomogeneous())),
-    keras.Flatten: _flatten,
-    keras.Reshape: _always(Reshape()),
-    keras.Permute: _permute,
+_TABLE: dict[str, Describer] = {
+    "InputLayer": _always(Input()),
+    "Conv1D Conv2D Conv3D": _conv,
+    "Conv1DTranspose Conv2DTranspose Conv3DTranspose": _conv_transpose,
+    "DepthwiseConv1D DepthwiseConv2D": _depthwise_conv,
+    "SeparableConv1D SeparableConv2D": _separable_conv,
+    "Dense": _dense,
+    "EinsumDense": _einsum_dense,
+    "TimeDistributed": _time_distributed,
+    " ".join(_RECURRENT): _recurrent,
+    "Bidirectional": _bidirectional,
+    "AveragePooling1D AveragePooling2D AveragePooling3D": _spatial(Affine),
+    "Cropping1D Cropping2D Cropping3D": _spatial(Affine),
+    "MaxPooling1D MaxPooling2D MaxPooling3D": _spatial(Monotone),
+    "ZeroPadding1D ZeroPadding2D ZeroPadding3D": _spatial(ZeroPadding),
+    "GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D": _global_pool(Affine),
+    "GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D": _global_pool(Monotone),
+    "UpSampling1D UpSampling2D UpSampling3D": _upsampling,
+    "RepeatVector": _always(Affine(1, 2)),
+    "Dropout SpatialDropout1D SpatialDropout2D SpatialDropout3D": _dropout,
+    "GaussianDropout GaussianNoise AlphaDropout": _dropout,
+    "Identity ActivityRegularization": _always(Affine()),
+    "Activation": _activation,
+    "ReLU": _relu,
+    "LeakyReLU PReLU": _always(PositivelyHomogeneous()),
+    "Flatten": _flatten,
+    "Reshape": _always(Reshape()),
+    "Permute": _permute,
     **{
-        getattr(keras, name): _always(Merge(name.lower()))
+        name: _always(Merge(name.lower()))
         for name in ("Add", "Subtract", "Average", "Maximum", "Minimum")
     },
-    keras.Concatenate: _concatenate,
-    TFOpLambda: _tensorflow_function,
+    "Concatenate": _concatenate,
 }
+
+
+def layer_table(layers: Any) -> dict[type, Describer]:
+    """The table of known layer classes, for a Keras's module of layers."""
+    return {
+        getattr(layers, name): describer
+        for names, describer in _TABLE.items()
+        for name in names.split()
+    }

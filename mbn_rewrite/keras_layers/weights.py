@@ -1,4 +1,4 @@
-"""Reads and writes weights of tf_keras layers by the names that the neutral graph uses.
+"""Reads and writes weights of layers by the names that the neutral graph uses.
 
 A name is the path of an attribute, such as "kernel" or "forward_layer.cell.bias".
 """
@@ -20,13 +20,19 @@ def read(layer: Any, name: str) -> np.ndarray:
 def write(layer: Any, name: str, array: np.ndarray) -> None:
     """Sets a weight as `read` gives it; broadcasts, and casts to the variable's dtype."""
     variable = attrgetter(name)(layer)
-    dtype = variable.dtype.as_numpy_dtype
+    dtype = numpy_dtype(variable)
     if _in_two_rows(name, variable):
         rows = variable.numpy()
         rows[0] = array
         variable.assign(rows)
         return
     variable.assign(np.broadcast_to(array.astype(dtype, copy=False), tuple(variable.shape)))
+
+
+def numpy_dtype(variable: Any) -> Any:
+    """A variable's dtype, which tf_keras keeps as TensorFlow's and Keras 3 by name."""
+    # The name "bfloat16" is one that numpy knows once ml_dtypes is imported, as it is by both.
+    return np.dtype(getattr(variable.dtype, "as_numpy_dtype", variable.dtype))
 
 
 def _in_two_rows(name: str, array: Any) -> bool:

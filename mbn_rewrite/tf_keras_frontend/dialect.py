@@ -1,0 +1,210 @@
+"""In what tf_keras differs from Keras 3; see `keras_layers.dialect`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from tf_keras.src.engine.functional import Functional
+from tf_keras.src.engine.sequential import Sequential
+from tf_keras.src.layers.core.tf_op_layer import (
+    ClassMethod,
+    InstanceMethod,
+    InstanceProperty,
+    TFOpLambda,
+)
+from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
+
+from mbn_rewrite.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
+from mbn_rewrite.keras_layers.describe import Call, layer_table
+from mbn_rewrite.keras_layers.dialect import Dialect, Record
+from mbn_rewrite.tf_keras_frontend.layers import ScaleAndShift
+
+# Layers that Keras makes of TensorFlow functions get their call method when they are made.
+_CALL_IS_MADE = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
+
+
+class TfKeras(Dialect):
+    """tf_keras, that is Keras 2."""
+
+    package = "tf_keras"
+    layers = tf_keras.layers
+    sequential = tf_keras.Sequential
+    batch_norms = (
+        tf_keras.layers.BatchNormalization,
+        tf_keras.layers.experimental.SyncBatchNormalization,
+    )
+    batch_norm_base = BatchNormalizationBase
+    linear = staticmethod(tf_keras.activations.linear)
+    homogeneous = (tf_keras.activations.relu, tf.nn.relu, tf.nn.leaky_relu)
+    depthwise_kernel = "depthwise_kernel"
+    scale_and_shift = ScaleAndShift
+    private = ("_self_", "_obj_reference_counts", "_inbound_nodes", "_outbound_nodes")
+    describers = layer_table(tf_keras.layers)
+
+    # -- structures and tensors ------------------------------------------------------------
+
+    def flatten(self, structure: Any) -> list[Any]:
+        return tf.nest.flatten(structure)
+
+    def map_structure(self, function: Callable[[Any], Any], structure: Any) -> Any:
+        return tf.nest.map_structure(function, structure)
+
+    def shape_of(self, tensor: Any) -> Shape:
+        shape = tensor.shape
+        return () if shape.rank is None else tuple(shape.as_list())
+
+    def dtype_of(self, tensor: Any) -> str:
+        return tensor.dtype.name
+
+    # -- models ----------------------------------------------------------------------------
+
+    def is_visible(self, layer: Any) -> bool:
+        return (
+            isinstance(layer, Functional)
+            and bool(layer._is_graph_network)
+            and type(layer).call in (Functional.call, Sequential.call)
+        )
+
+    def has_calls_on_record(self, layer: Any) -> bool:
+        return isinstance(layer, Functional)
+
+    def calls_of(self, model: Any) -> Iterator[Record]:
+        # Not all of them: the layers behind `add_loss` are among the model's nodes too.
+        needed: set[int] = set()
+        pending = [t._keras_history for t in (*model.inputs, *model.outputs)]
+        while pending:
+            history = pending.pop()
+            node = history.layer._inbound_nodes[history.node_index]
+            if id(node) not in needed:
+                needed.add(id(node))
+                pending += [t._keras_history for t in node.keras_inputs]
+        for depth in sorted(model._nodes_by_depth, reverse=True):
+            yield from (_record(n) for n in model._nodes_by_depth[depth] if id(n) in needed)
+
+    def all_calls_of(self, layer: Any) -> list[Record]:
+        return [_record(node) for node in layer._inbound_nodes]
+
+    def everything_in(self, layer: Any) -> list[Any]:
+        return list(layer.submodules)
+
+    # -- descriptions ----------------------------------------------------------------------
+
+    def describe(self, call: Call) -> Op | None:
+        return _function(call) if type(call.layer) is TFOpLambda else None
+
+    def unfit(self, layer: Any) -> str:
+        if layer.renorm:
+            return "it uses batch renormalisation"
+        if layer.virtual_batch_size is not None:
+            return "it uses virtual batches"
+        if layer.adjustment is not None:
+            return "it adjusts its output by a function of its own"
+        if len(layer.axis) != 1:
+            return f"it normalises over several axes {tuple(layer.axis)}"
+        return ""
+
+    def axis_of(self, layer: Any) -> int:
+        (axis,) = layer.axis
+        return int(axis)
+
+    def epsilon_of(self, layer: Any) -> float:
+        """The epsilon that TensorFlow uses for this layer.
+
+        Earlier releases raise the epsilon of the fused operation to 1.001e-5, the least that
+        cuDNN takes; later ones take it as it is.
+        """
+        epsilon = float(layer.epsilon)
+        is_raised = layer.fused and epsilon < 1.001e-5
+        return max(epsilon, _least_fused_epsilon()) if is_raised else epsilon
+
+    # -- copies ----------------------------------------------------------------------------
+
+    def config_of(self, layer: Any) -> dict[str, Any]:
+        config = layer.get_config()
+        if getattr(layer, "virtual_batch_size", None) is not None:
+            # Building such a BatchNormalization counts its axes from one further on.
+            config["axis"] = [axis - 1 for axis in layer.axis]
+        return config
+
+    def scope(self, classes: dict[str, type]) -> AbstractContextManager[Any]:
+        return tf_keras.utils.custom_object_scope(classes)
+
+    def rename(self, layer: Any, name: str) -> None:
+        layer._name = name
+
+    def makes_its_call(self, layer: Any) -> bool:
+        return isinstance(layer, _CALL_IS_MADE)
+
+    def own_variables(self, layer: Any) -> list[Any]:
+        return _variables([*layer._trainable_weights, *layer._non_trainable_weights])
+
+    def variables(self, layer: Any) -> list[Any]:
+        return _variables(layer.weights)
+
+    def states(self, layer: Any) -> list[Any]:
+        if not getattr(layer, "stateful", False):
+            return []
+        return tf.nest.flatten(getattr(layer, "states", None) or [])
+
+    def assign(self, target: Any, source: Any) -> None:
+        target.assign(source)
+
+    def traced(self, layer: Any) -> bool:
+        return hasattr(type(layer).call, "get_concrete_function")
+
+
+def _record(node: Any) -> Record:
+    outputs = tuple(tf.nest.flatten(node.outputs))
+    return Record(node.layer, node.call_args, node.call_kwargs, tuple(node.keras_inputs), outputs)
+
+
+def _variables(things: list[Any]) -> list[Any]:
+    return [thing for thing in things if isinstance(thing, tf.Variable)]
+
+
+@cache
+def _least_fused_epsilon() -> float:
+    """What the installed TensorFlow makes of a fused epsilon of 0, seen in a result."""
+    one, zero = np.ones((1,), np.float32), np.zeros((1,), np.float32)
+    variance = np.full((1,), 1e-5, np.float32)
+    y, *_ = tf.compat.v1.nn.fused_batch_norm(
+        np.ones((1, 1, 1, 1), np.float32), one, zero, zero, variance, 1e-12, is_training=False
+    )
+    return 1.001e-5 if float(y[0, 0, 0, 0]) < 300.0 else 0.0  # 1/sqrt(1e-5) is 316
+
+
+# ------------------------------------------------- TensorFlow functions on Keras tensors
+
+_TF_MERGES = {
+    "__operators__.add": "add",
+    "math.add": "add",
+    "add": "add",
+    "math.subtract": "subtract",
+    "math.maximum": "maximum",
+    "math.minimum": "minimum",
+}
+
+
+def _function(call: Call) -> Op:
+    """A function of tensors alone; a constant among the arguments makes it opaque."""
+    symbol = call.layer.symbol
+    if symbol == "concat" and len(call.arguments) == 1 and isinstance(call.arguments[0], int):
+        return Concat(call.arguments[0] % len(call.output))
+    if call.arguments:
+        return Opaque()
+    if symbol in _TF_MERGES and len(call.inputs) == 2:
+        return Merge(_TF_MERGES[symbol])
+    if symbol == "nn.relu":
+        return PositivelyHomogeneous()
+    if symbol in ("identity", "stop_gradient"):
+        return Affine()
+    return Opaque()
+
+
+TF_KERAS = TfKeras()
