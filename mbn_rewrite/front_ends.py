@@ -51,38 +51,38 @@ def front_end_of(model: Any) -> FrontEnd:
     if isinstance(model, (str, os.PathLike)):
         raise RewriteError(
             f"a model is needed, not the path {os.fspath(model)!r}. Load it first with "
-            "tf_keras.models.load_model, or use rewrite_saved_model or "
+            "load_model of tf_keras or keras, or use rewrite_saved_model or "
             "tools/rewrite_savedmodel.py, which take paths"
         )
     packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     if "tf_keras" in packages:
-        return _tf_keras_front_end(model)
+        import tf_keras
+
+        _check_model(model, tf_keras.Model, "tf_keras")
+        from mbn_rewrite.tf_keras_frontend import entry as tf_keras_entry
+
+        return tf_keras_entry
     if "keras" in packages:
-        raise RewriteError(
-            f"{type(model).__name__} is of Keras 3, which this release cannot rewrite; it "
-            "rewrites models of tf_keras (Keras 2). Rebuild the model with tf_keras (or with "
-            "tf.keras where TF_USE_LEGACY_KERAS=1 is set before TensorFlow is imported) and "
-            "copy its weights"
-        )
+        import keras
+
+        _check_model(model, keras.Model, "keras")
+        from mbn_rewrite.keras_frontend import entry as keras_entry
+
+        return keras_entry
     raise RewriteError(
-        f"a tf_keras model is needed, not {type(model).__name__}. "
-        "Give a tf_keras.Model, Functional, Sequential or subclassed"
+        f"a model of tf_keras or Keras 3 is needed, not {type(model).__name__}. "
+        "Give a tf_keras.Model or keras.Model, Functional, Sequential or subclassed"
     )
 
 
-def _tf_keras_front_end(model: Any) -> FrontEnd:
-    import tf_keras
-
-    from mbn_rewrite.tf_keras_frontend import entry
-
-    if not isinstance(model, tf_keras.Model):
+def _check_model(model: Any, kind: Any, package: str) -> None:
+    if not isinstance(model, kind):
         raise RewriteError(
             f"a model is needed, not the {type(model).__name__} '{getattr(model, 'name', model)}'. "
-            "Put layers in a tf_keras.Sequential with an input shape"
+            f"Put layers in a {package}.Sequential with an input shape"
         )
     if not model.built or not (model.weights or model.inputs):
         raise RewriteError(
             f"{type(model).__name__} '{model.name}' has not been built, so it has no weights. "
             "Call it once on data, or give it an input shape"
         )
-    return entry

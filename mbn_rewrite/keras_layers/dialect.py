@@ -110,6 +110,15 @@ class Dialect(ABC):
     def all_calls_of(self, layer: Any) -> list[Record]:
         """All calls of a layer on record, in whatever model."""
 
+    def training(self, own: Any, inherited: bool | None) -> Any:
+        """Whether a call on record is in training.
+
+        Args:
+            own: the call's own argument, or None.
+            inherited: what its model is told; see `describe.Call`.
+        """
+        return inherited if own is None else own
+
     def takes_as_it_is(self, model: Any, record: Record) -> bool:
         """Whether a nested model is given its inputs in the order in which it takes them."""
         return True

@@ -98,7 +98,7 @@ class _Reader:
         self, record: Record, prefix: str, training: bool | None, sources: list[int]
     ) -> list[int]:
         layer = record.layer
-        training = _training_of(record, training)
+        training = self._training_of(record, training)
         if self.keras.is_visible(layer) and self._fits(record, sources):
             return self.read_calls(layer, self._path(layer, prefix), training, sources)
         results = [self._add_value(t) for t in record.outputs]
@@ -130,7 +130,7 @@ class _Reader:
             Node(owner, type(layer).__name__, op, tuple(sources), tuple(results), _dtype(layer))
         )
         if not isinstance(op, (Input, BatchNorm)):
-            calls = [_training_of(call, training) for call in self.keras.all_calls_of(layer)]
+            calls = [self._training_of(call, training) for call in self.keras.all_calls_of(layer)]
             worst = False if all(value is False for value in calls) else (True in calls or None)
             self.read_held(layer, f"{owner}/", self.nodes[-1].label, worst)
         return results
@@ -218,6 +218,16 @@ class _Reader:
             self.layers[name] = layer
         return self.owners[id(layer)]
 
+    def _training_of(self, record: Record, inherited: bool | None) -> bool | None:
+        """Whether a call is in training; see `describe.Call`."""
+        value = record.kwargs.get("training")
+        if value is None and len(record.args) > 1:
+            names = list(inspect.signature(record.layer.call).parameters)
+            if "training" in names[: len(record.args)]:
+                value = record.args[names.index("training")]
+        value = self.keras.training(value, inherited)
+        return bool(value) if isinstance(value, (bool, int, np.bool_)) else None
+
     def _fits(self, record: Record, sources: list[int]) -> bool:
         """Whether a nested model takes these values as they are."""
         inputs = record.layer.inputs
@@ -239,15 +249,3 @@ def _dtype(layer: Any) -> str:
     """The narrowest dtype that a layer's weights are stored or used in."""
     names = [getattr(layer, name, None) for name in ("compute_dtype", "dtype")]
     return min(filter(None, names), key=lambda name: _SIZES.get(name, 8), default="float32")
-
-
-def _training_of(record: Record, inherited: bool | None) -> bool | None:
-    """Whether a call is in training: what it says itself, or else what its model is told."""
-    value = record.kwargs.get("training")
-    if value is None and len(record.args) > 1:
-        names = list(inspect.signature(record.layer.call).parameters)
-        if "training" in names[: len(record.args)]:
-            value = record.args[names.index("training")]
-    if value is None:
-        return inherited
-    return bool(value) if isinstance(value, (bool, int, np.bool_)) else None

@@ -82,6 +82,11 @@ class Writer(ABC):
     def sequential(self, old: Any) -> Any:
         """A copy of a Sequential model."""
 
+    def sequential_class(self, old: Any) -> Any:
+        """The model's class where it is made as Sequential models are, or else Sequential."""
+        made_alike = type(old).__init__ is self.keras.sequential.__init__  # type: ignore[misc]
+        return type(old) if made_alike else self.keras.sequential
+
     @abstractmethod
     def functional(self, old: Any, tensors: dict[int, Any]) -> Any:
         """A model of a Functional model's kind.

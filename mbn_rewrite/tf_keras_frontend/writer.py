@@ -23,7 +23,7 @@ def write(model: Any, reading: Reading, plan: Plan) -> Any:
 
 class _TfKerasWriter(Writer):
     def sequential(self, old: Any) -> Any:
-        new = tf_keras.Sequential(name=old.name)
+        new = self.sequential_class(old)(name=old.name)
         records = {id(record.layer): record for record in self.keras.calls_of(old)}
         if old._has_explicit_input_shape:
             new.add(self.layer(records[id(old.inputs[0]._keras_history.layer)]))

@@ -1,0 +1,7 @@
+"""What the rest of the library uses of this front end; see `front_ends.FrontEnd`."""
+
+from mbn_rewrite.keras_frontend.reader import read
+from mbn_rewrite.keras_frontend.running import compute_dtypes, outputs_of, random_inputs
+from mbn_rewrite.keras_frontend.writer import write
+
+__all__ = ["compute_dtypes", "outputs_of", "random_inputs", "read", "write"]
