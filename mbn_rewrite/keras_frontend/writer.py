@@ -22,6 +22,13 @@ def write(model: Any, reading: Reading, plan: Plan) -> Any:
 
 
 class _Keras3Writer(Writer):
+    def copied(self, old: Any) -> Any:
+        new = super().copied(old)
+        if isinstance(old, keras.layers.InputLayer):
+            # What an exported signature calls this input; it may differ from the layer's name.
+            new.output.name = old.output.name
+        return new
+
     def sequential(self, old: Any) -> Any:
         records = {id(record.layer): record for record in self.keras.calls_of(old)}
         layers = []

@@ -139,7 +139,7 @@ class Writer(ABC):
 
     def _subclassed(self, old: Any) -> Any:
         self._check_not_traced(old)
-        new = self._copied(old)
+        new = self.copied(old)
         self.built_as(old, new)
         self.finish()
         return new
@@ -183,11 +183,11 @@ class Writer(ABC):
             elif owner in self.plan.edits:
                 new = self._edited(old, self.plan.edits[owner])
             else:
-                new = self._copied(old)
+                new = self.copied(old)
             self._copies[id(old)] = new
         return self._copies[id(old)]
 
-    def _copied(self, old: Any) -> Any:
+    def copied(self, old: Any) -> Any:
         """A layer with the same configuration and the same weights."""
         if not isinstance(old, self.keras.layers.Layer):
             return self.keras.copy_of_operation(old)
