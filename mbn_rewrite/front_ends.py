@@ -5,7 +5,6 @@ A front end knows one kind of model. It reads it, writes it, and runs it; it dec
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any, Protocol
 
@@ -52,32 +51,38 @@ def front_end_of(model: Any) -> FrontEnd:
     if isinstance(model, (str, os.PathLike)):
         raise RewriteError(
             f"a model is needed, not the path {os.fspath(model)!r}. Load it first with "
-            "tf_keras.models.load_model or keras.saving.load_model, or use rewrite_saved_model or "
+            "load_model of tf_keras or keras, or use rewrite_saved_model or "
             "tools/rewrite_savedmodel.py, which take paths"
         )
     packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     if "tf_keras" in packages:
-        return _checked(model, "tf_keras")
+        import tf_keras
+
+        _check_model(model, tf_keras.Model, "tf_keras")
+        from mbn_rewrite.tf_keras_frontend import entry as tf_keras_entry
+
+        return tf_keras_entry
     if "keras" in packages:
-        return _checked(model, "keras")
+        import keras
+
+        _check_model(model, keras.Model, "keras")
+        from mbn_rewrite.keras_frontend import entry as keras_entry
+
+        return keras_entry
     raise RewriteError(
-        f"a Keras model is needed, not {type(model).__name__}. "
-        "Give a tf_keras.Model or a keras.Model, Functional, Sequential or subclassed"
+        f"a model of tf_keras or Keras 3 is needed, not {type(model).__name__}. "
+        "Give a tf_keras.Model or keras.Model, Functional, Sequential or subclassed"
     )
 
 
-def _checked(model: Any, package: str) -> FrontEnd:
-    """The front end for models of a package."""
-    keras = importlib.import_module(package)
-    if not isinstance(model, keras.Model):
+def _check_model(model: Any, kind: Any, package: str) -> None:
+    if not isinstance(model, kind):
         raise RewriteError(
             f"a model is needed, not the {type(model).__name__} '{getattr(model, 'name', model)}'. "
             f"Put layers in a {package}.Sequential with an input shape"
         )
-    if not model.built or not (model.weights or getattr(model, "inputs", None)):
+    if not model.built or not (model.weights or model.inputs):
         raise RewriteError(
             f"{type(model).__name__} '{model.name}' has not been built, so it has no weights. "
             "Call it once on data, or give it an input shape"
         )
-    entry: FrontEnd = importlib.import_module(f"mbn_rewrite.{package}_frontend.entry")
-    return entry

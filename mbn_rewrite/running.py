@@ -1,39 +1,17 @@
-"""Calling models of any kind, and making up inputs for them."""
+"""Calling TensorFlow models of any kind, and making up tensors for them."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from mbn_rewrite.errors import RewriteError, cause_of
-
-# How many examples are made up: fewer where one is as large as a picture.
-_BATCH, _LARGE_BATCH, _LARGE = 4, 2, 50_000
-GIVE_REAL_ONES = "Give real ones (inputs=... in Python, --verify_inputs on the command line)"
-
-
-@dataclass(frozen=True)
-class Made:
-    """How inputs are made up.
-
-    Attributes:
-        open_size: what stands for a size that the model leaves open.
-        top: floats are uniform from 0 to this (pixels), or normally distributed if None.
-        words: integers are less than this.
-        text: makes strings, or None where they cannot be made up.
-    """
-
-    open_size: int = 64
-    top: float | None = None
-    words: int = 2
-    text: Callable[[np.random.Generator], bytes] | None = None
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.made_up import GIVE_REAL_ONES, Made, random_array, uncallable
 
 
 def give_back_memory() -> None:
@@ -52,27 +30,11 @@ def random_tensor(spec: Any, rng: np.random.Generator, made: Made) -> Any:
     """
     dtype = tf.as_dtype(spec.dtype)
     kind = getattr(spec, "type_spec", spec)
-    dense = not isinstance(kind, (tf.SparseTensorSpec, tf.RaggedTensorSpec))
-    texts = made.text is not None and dtype == tf.string
-    known = dtype.is_floating or dtype.is_integer or dtype.is_bool or texts
-    if not dense or not known or spec.shape.rank is None:
-        what = "" if not dense else " of unknown rank" if spec.shape.rank is None else ""
-        raise RewriteError(
-            f"cannot make up inputs of dtype {dtype.name}{what}{'' if dense else ', not dense'}. "
-            f"{GIVE_REAL_ONES}"
-        )
-    shape = [made.open_size if size is None else size for size in spec.shape]
-    if shape and spec.shape[0] is None:
-        shape[0] = _BATCH if math.prod(shape[1:]) < _LARGE else _LARGE_BATCH
-    if made.text is not None and texts:
-        strings = [made.text(rng) for _ in range(int(np.prod(shape)))]
-        return tf.reshape(tf.constant(strings, tf.string), shape)
-    if not dtype.is_floating:
-        limit = 2 if dtype.is_bool else made.words
-        return tf.cast(rng.integers(0, limit, shape), dtype)
-    top = made.top
-    values = rng.standard_normal(shape) if top is None else rng.uniform(0, top, shape)
-    return tf.cast(values, dtype)
+    if isinstance(kind, (tf.SparseTensorSpec, tf.RaggedTensorSpec)) or spec.shape.rank is None:
+        what = " of unknown rank" if spec.shape.rank is None else ", not dense"
+        raise RewriteError(f"cannot make up inputs of dtype {dtype.name}{what}. {GIVE_REAL_ONES}")
+    array = random_array(tuple(spec.shape), dtype.name, rng, made)
+    return tf.constant(array, tf.string) if dtype == tf.string else tf.cast(array, dtype)
 
 
 def called(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
@@ -116,14 +78,6 @@ def plain(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndar
 def _run(function: Callable[[Any], Any], inputs: Any) -> list[np.ndarray]:
     outputs = tf.nest.flatten(function(inputs), expand_composites=True)
     return [np.asarray(output) for output in outputs if output is not None]
-
-
-def uncallable(who: str, error: Exception) -> RewriteError:
-    """What to raise where a model cannot be called."""
-    return RewriteError(
-        f"{who} cannot be called with these inputs: {cause_of(error)} Give inputs that it "
-        "takes (inputs=... in Python, --verify_inputs on the command line)"
-    )
 
 
 def as_specified(name: str, array: Any, spec: Any) -> Any:

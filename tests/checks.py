@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import tensorflow as tf
-import tf_keras
 
 import mbn_rewrite as mbn
 from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.running import called
-from mbn_rewrite.tf_keras_frontend.dialect import TF_KERAS
-from mbn_rewrite.tf_keras_frontend.running import compute_dtypes
+from tests.kerases import compute_dtypes, names, norms
 
 
 def outputs(model, inputs, compiled=False):
@@ -23,11 +21,6 @@ def outputs(model, inputs, compiled=False):
     if compiled:
         function = tf.function(function, jit_compile=True, autograph=False)
     return called(function, inputs, "the model")
-
-
-def norms(model) -> list:
-    """All BatchNormalization layers of a model."""
-    return [layer for layer in model._flatten_layers() if TF_KERAS.is_batch_norm(layer)]
 
 
 def check_rewrite(model, inputs, mode, compiled=False) -> Comparison:
@@ -45,8 +38,7 @@ def check_rewrite(model, inputs, mode, compiled=False) -> Comparison:
         assert bool(decision.reason) == (decision.action == "kept"), decision
         assert bool(decision.into) == (decision.action != "kept"), decision
     assert len(norms(new)) == plan.left, "another number of BatchNormalizations than planned"
-    assert new.input_names == model.input_names
-    assert new.output_names == model.output_names
+    assert names(new) == names(model)
     assert [t.shape for t in new.outputs] == [t.shape for t in model.outputs]
     assert [t.dtype for t in new.outputs] == [t.dtype for t in model.outputs]
 
@@ -61,12 +53,6 @@ def check_rewrite(model, inputs, mode, compiled=False) -> Comparison:
         np.testing.assert_array_equal(old, now, "the original was changed")
     assert model.get_config() == config, "the original was changed"
     return comparison
-
-
-def clear():
-    """Forgets models and policies, so that names and memory do not pile up."""
-    tf_keras.mixed_precision.set_global_policy("float32")
-    tf_keras.backend.clear_session()
 
 
 def save_with_signature(model, inputs, directory) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """What all tests share: a quiet, small TensorFlow and reproducible random numbers."""
 
 import os
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Tests run in several processes; one thread each is faster than many threads in turn.
@@ -17,11 +18,17 @@ hypothesis.settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _fresh_keras():
     """Names that count from 1 in every test, and no policy or graph left from another."""
-    import sys
-
     yield
-    if "tf_keras" in sys.modules:
-        import tf_keras
+    for name in {"tf_keras", "keras"} & set(sys.modules):
+        sys.modules[name].mixed_precision.set_global_policy("float32")
+        sys.modules[name].backend.clear_session()
 
-        tf_keras.mixed_precision.set_global_policy("float32")
-        tf_keras.backend.clear_session()
+
+@pytest.fixture(params=["tf_keras", "keras"])
+def each_keras(request):
+    """Runs a test once with each Keras; the value is the package in use."""
+    from tests import kerases
+
+    kerases.use(request.param)
+    yield kerases.package()
+    kerases.use("tf_keras")

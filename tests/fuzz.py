@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Rewrites random models until stopped, and checks each against the original.
 
-    python tests/fuzz.py [--seconds=600] [--seed=1]
+    python tests/fuzz.py [--seconds=600] [--seed=1] [--keras=keras]
 
 Prints the seed that it starts from. A failure prints the seed of its model and how to
 repeat it, and is counted; the fuzzer goes on. Exit code 1 if anything failed.
@@ -25,12 +25,14 @@ from tools.quiet import import_tensorflow
 FLAGS = flags.FLAGS
 flags.DEFINE_float("seconds", float("inf"), "How long to go on; by default until Ctrl-C.")
 flags.DEFINE_integer("seed", None, "The seed of the first model; by default from the clock.")
+flags.DEFINE_enum("keras", "tf_keras", ["tf_keras", "keras"], "The Keras of the models.")
 flags.DEFINE_integer("models", 0, "Stop after this many models; 0 for no limit.")
 
 
 def main(_: list[str]) -> int:
     import_tensorflow()
-    from tests.checks import check_rewrite, clear
+    from tests import kerases
+    from tests.checks import check_rewrite
     from tests.random_models import random_model
 
     start = time.monotonic()
@@ -42,14 +44,18 @@ def main(_: list[str]) -> int:
             if FLAGS.models and seed - first >= FLAGS.models:
                 break
             try:
+                kerases.use(FLAGS.keras)
                 case = random_model(seed)
                 for mode in ("fold", "depthwise"):
                     check_rewrite(case.model, case.inputs, mode, compiled=case.needs_xla)
             except Exception:
                 failed.append(seed)
                 traceback.print_exc()
-                print(f"FAILED: repeat with --seed={seed} --models=1", flush=True)
-            clear()
+                print(
+                    f"FAILED: repeat with --seed={seed} --models=1 --keras={FLAGS.keras}",
+                    flush=True,
+                )
+            kerases.clear()
             seed += 1
             if (seed - first) % 50 == 0:
                 rate = (seed - first) / (time.monotonic() - start)

@@ -1,4 +1,4 @@
-"""Random tf_keras models with BatchNormalization in every place it may stand.
+"""Random models with BatchNormalization in every place it may stand.
 
 A seed gives a layout, a dtype and a chain of random steps. Each step applies a layer to a
 tensor made before (so tensors come to have several readers), calls an earlier layer again,
@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
-import tf_keras
 
-K = tf_keras.layers
+from tests.kerases import K, Model, assign, inputs_like, policy, set_policy
 
 
 @dataclass
@@ -30,17 +28,16 @@ class RandomModel:
 def random_model(seed: int) -> RandomModel:
     rng = np.random.default_rng(seed)
     layout = _choose(rng, _LAYOUTS, [0.4, 0.15, 0.2, 0.1, 0.15])
-    policy = _choose(rng, ["float64", "float32", "mixed_float16"], [0.6, 0.3, 0.1])
+    name = _choose(rng, ["float64", "float32", "mixed_float16"], [0.6, 0.3, 0.1])
     if layout.rank == 5:
-        policy = "float32"  # TensorFlow's CPU kernels pool in 3-D in no other dtype
-    if layout.needs_xla and policy == "mixed_float16":
-        policy = "float32"
-    tf_keras.mixed_precision.set_global_policy(policy)
+        name = "float32"  # TensorFlow's CPU kernels pool in 3-D in no other dtype
+    if layout.needs_xla and name == "mixed_float16":
+        name = "float32"
+    set_policy(name)
     model = _Builder(rng, layout).build()
     randomise(model, rng)
-    shapes = [[2, *tensor.shape.as_list()[1:]] for tensor in model.inputs]
-    data = [tf.constant(rng.standard_normal(shape), model.inputs[0].dtype) for shape in shapes]
-    return RandomModel(model, data if len(data) > 1 else data[0], layout.needs_xla)
+    arrays = [rng.standard_normal([2, *tuple(tensor.shape)[1:]]) for tensor in model.inputs]
+    return RandomModel(model, inputs_like(model, arrays), layout.needs_xla)
 
 
 def randomise(model, rng: np.random.Generator) -> None:
@@ -52,9 +49,9 @@ def randomise(model, rng: np.random.Generator) -> None:
             for variable in layer.weights:
                 if None in tuple(getattr(variable, "shape", (None,))):
                     continue  # the words of a lookup layer
-                fan = max(1, int(np.prod(variable.shape[:-1])))
-                values = rng.standard_normal(variable.shape) / np.sqrt(fan)
-                variable.assign(values.astype(variable.dtype.as_numpy_dtype))
+                shape = tuple(variable.shape)
+                fan = max(1, int(np.prod(shape[:-1])))
+                assign(variable, rng.standard_normal(shape) / np.sqrt(fan))
 
 
 def _randomise_norm(layer, rng):
@@ -68,16 +65,12 @@ def _randomise_norm(layer, rng):
     if rng.random() < 0.2:
         variance[rng.random(shape) < 0.3] = _choose(rng, [0.0, 1e-36, 1e-12])
     shifts = rng.random() < 0.6
-    _assign(layer.moving_mean, rng.normal(0, 0.5, shape) if shifts else np.zeros(shape))
-    _assign(layer.moving_variance, variance)
+    assign(layer.moving_mean, rng.normal(0, 0.5, shape) if shifts else np.zeros(shape))
+    assign(layer.moving_variance, variance)
     if layer.scale:
-        _assign(layer.gamma, gamma)
+        assign(layer.gamma, gamma)
     if layer.center:
-        _assign(layer.beta, rng.normal(0, 0.5, shape) if shifts else np.zeros(shape))
-
-
-def _assign(variable, values):
-    variable.assign(np.asarray(values, variable.dtype.as_numpy_dtype))
+        assign(layer.beta, rng.normal(0, 0.5, shape) if shifts else np.zeros(shape))
 
 
 def _choose(rng, options, weights=None):
@@ -131,7 +124,7 @@ class _Builder:
 
     def build(self) -> Any:
         shape = self.layout.shape(self.rng)
-        dtype = tf_keras.mixed_precision.global_policy().compute_dtype
+        dtype = policy().compute_dtype
         dtype = "float32" if dtype == "float16" else dtype
         count = 1 + (self.rng.random() < 0.2)
         inputs = [K.Input(shape, dtype=dtype) for _ in range(count)]
@@ -143,7 +136,8 @@ class _Builder:
             outputs.append(_choose(self.rng, self.tensors[count:]))
         if self.rng.random() < 0.5:
             outputs = [self.head(outputs[0]), *outputs[1:]]
-        return tf_keras.Model(inputs, outputs if len(outputs) > 1 else outputs[0])
+        single = len(inputs) == len(outputs) == 1
+        return Model(*((inputs[0], outputs[0]) if single else (inputs, outputs)))
 
     def step(self) -> None:
         x = self.tensors[-1] if self.rng.random() < 0.8 else _choose(self.rng, self.tensors)
@@ -276,7 +270,7 @@ class _Builder:
         inner.tensors = [source]
         for _ in range(int(self.rng.integers(2, 5))):
             inner.step()
-        model = tf_keras.Model(source, inner.tensors[-1])
+        model = Model(source, inner.tensors[-1])
         y = model(x)
         if self.rng.random() < 0.3 and y.shape == x.shape:
             y = model(y)

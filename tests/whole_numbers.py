@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 import tensorflow as tf
-import tf_keras
 
 import mbn_rewrite as mbn
 from mbn_rewrite.decisions import Plan
-
-K = tf_keras.layers
+from tests.kerases import K, assign, inputs_like
 
 
 def norm(**kwargs):
@@ -34,11 +32,11 @@ def randomise(model, rng, *, gamma="mixed", shift=True):
             _randomise_norm(layer, rng, gamma, shift)
         elif not list(layer._flatten_layers(include_self=False)):
             for variable in layer.weights:
-                _assign(variable, rng.integers(-2, 3, variable.shape))
+                assign(variable, rng.integers(-2, 3, tuple(variable.shape)))
 
 
 def _randomise_norm(layer, rng, gamma, shift):
-    shape = layer.moving_mean.shape
+    shape = tuple(layer.moving_mean.shape)
     values = rng.integers(1, 4, shape)
     if gamma == "mixed":
         values = values * rng.choice([-1, 1], shape)
@@ -57,24 +55,19 @@ def _randomise_norm(layer, rng, gamma, shift):
     else:
         mean.reshape(-1)[-1] = 1
     if layer.scale:
-        _assign(layer.gamma, values)
+        assign(layer.gamma, values)
     if layer.center:
-        _assign(layer.beta, beta)
-    _assign(layer.moving_mean, mean)
-    _assign(layer.moving_variance, np.ones(shape))
-
-
-def _assign(variable, values):
-    variable.assign(np.asarray(values, variable.dtype.as_numpy_dtype))
+        assign(layer.beta, beta)
+    assign(layer.moving_mean, mean)
+    assign(layer.moving_variance, np.ones(shape))
 
 
 def inputs_for(model, rng, batch=2, open_size=5):
     """Small whole numbers in the shapes of the model's inputs."""
-    arrays = []
-    for tensor in model.inputs:
-        sizes = [size or open_size for size in tensor.shape.as_list()[1:]]
-        arrays.append(tf.constant(rng.integers(-3, 4, [batch, *sizes]), tensor.dtype))
-    return tf.nest.pack_sequence_as(model._nested_inputs, arrays)
+    shapes = [
+        [batch, *(size or open_size for size in tuple(tensor.shape)[1:])] for tensor in model.inputs
+    ]
+    return inputs_like(model, [rng.integers(-3, 4, shape) for shape in shapes])
 
 
 def outputs(model, data, compiled=False):

@@ -1,241 +1,252 @@
-"""How Keras 3 says what the shared reading and writing of models needs to know.
-
-Nothing here depends on the backend, except the training layers, which check it themselves.
-"""
+"""In what Keras 3 differs from tf_keras; see `keras_layers.dialect`."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import keras
-from keras.src import ops
+from keras.src.activations.activations import ReLU
 from keras.src.models.functional import Functional
 from keras.src.ops import nn, numpy
-from keras.src.ops.node import Node
+from keras.src.ops.core import StopGradient
+from keras.src.saving.serialization_lib import SafeModeScope
 
-from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.graph import Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
 from mbn_rewrite.keras_frontend.layers import ScaleAndShift
 from mbn_rewrite.keras_frontend.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
 )
-from mbn_rewrite.keras_models.describe import describers
-from mbn_rewrite.keras_models.dialect import Call, Describer, LayerCall
-from mbn_rewrite.keras_models.holders import label
+from mbn_rewrite.keras_layers.copying import label, parts
+from mbn_rewrite.keras_layers.describe import Call, Describer, layer_table
+from mbn_rewrite.keras_layers.dialect import Dialect, Record
 
 
-def _merge(kind: str) -> Describer:
-    """Functions of two tensors; a constant among the arguments makes them opaque."""
+class Keras3(Dialect):
+    """Keras 3, on any backend."""
 
-    def describer(call: Call) -> Op:
-        return Opaque() if call.arguments or len(call.inputs) != 2 else Merge(kind)
-
-    return describer
-
-
-def _concatenate(call: Call) -> Op:
-    return Opaque() if call.arguments else Concat(call.layer.axis % len(call.output))
-
-
-def _relu(call: Call) -> Op:
-    return PositivelyHomogeneous()
-
-
-class Keras3:
-    """See `keras_models.dialect.Dialect`."""
-
-    keras = keras
-    bookkeeping = frozenset(
-        {"_inbound_nodes", "_outbound_nodes", "_tracker", "_layers", "_metrics", "_functional"}
+    package = "keras"
+    layers = keras.layers
+    sequential = keras.Sequential
+    batch_norms = (keras.layers.BatchNormalization,)
+    batch_norm_base = keras.layers.BatchNormalization
+    linear = staticmethod(keras.activations.linear)
+    homogeneous = (
+        keras.activations.relu,
+        keras.activations.leaky_relu,
+        keras.ops.relu,
+        keras.ops.leaky_relu,
     )
-    describers = describers(keras.layers)
-    functions: Mapping[type, Describer] = {
-        numpy.Add: _merge("add"),
-        numpy.Subtract: _merge("subtract"),
-        numpy.Maximum: _merge("maximum"),
-        numpy.Minimum: _merge("minimum"),
-        numpy.Concatenate: _concatenate,
-        nn.Relu: _relu,
-    }
-    homogeneous = (keras.activations.relu, keras.activations.leaky_relu, ops.relu, ops.leaky_relu)
     depthwise_kernel = "kernel"
     scale_and_shift = ScaleAndShift
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
-    batch_norms = (keras.layers.BatchNormalization,)
-    call_is_made = ()
+    # `_layers` lists what the other attributes hold.
+    private = ("_self_", "_layers", "_functional", "_operations")
 
-    flatten = staticmethod(keras.tree.flatten)
-    map_structure = staticmethod(keras.tree.map_structure)
+    def __init__(self) -> None:
+        self.describers = {**layer_table(keras.layers), **_OPERATIONS}
 
-    def is_batch_norm(self, layer: Any) -> bool:
-        return isinstance(layer, keras.layers.BatchNormalization)
+    # -- structures and tensors ------------------------------------------------------------
 
-    def epsilon(self, layer: Any) -> float:
-        return float(layer.epsilon)
+    def flatten(self, structure: Any) -> list[Any]:
+        return keras.tree.flatten(structure)
 
-    # ---- models
+    def map_structure(self, function: Callable[[Any], Any], structure: Any) -> Any:
+        return keras.tree.map_structure(function, structure)
+
+    def shape_of(self, tensor: Any) -> Shape:
+        return tuple(tensor.shape)
+
+    def dtype_of(self, tensor: Any) -> str:
+        return str(tensor.dtype)
+
+    def may_pass_mask(self, layer: Any) -> bool:
+        # Nested models are recorded without the masks that they are called with.
+        return bool(getattr(layer, "supports_masking", False))
+
+    # -- models ----------------------------------------------------------------------------
 
     def is_visible(self, layer: Any) -> bool:
         if isinstance(layer, keras.Sequential):
-            own_call = type(layer).call is not keras.Sequential.call
-            return layer._functional is not None and not own_call
+            is_complete = layer._functional is not None
+            return is_complete and type(layer).call is keras.Sequential.call
         return isinstance(layer, Functional) and type(layer).call is Functional.call
 
-    def is_functional(self, layer: Any) -> bool:
+    def has_calls_on_record(self, layer: Any) -> bool:
         return isinstance(layer, (Functional, keras.Sequential))
 
-    def calls_of(self, model: Any) -> Iterator[LayerCall]:
-        if isinstance(model, keras.Sequential):
-            model = model._functional
-        calls: dict[int, LayerCall] = {}
-        pending = [_node(t) for t in (*model.inputs, *model.outputs)]
+    def calls_of(self, model: Any) -> Iterator[Record]:
+        graph = _functional(model)
+        # Not all of them: what only computes masks is done again where masks are passed on.
+        records: dict[int, Record] = {}
+        pending = [*graph.inputs, *graph.outputs]
         while pending:
-            node = pending.pop()
-            if id(node) not in calls:
-                calls[id(node)] = _call(node)
-                pending += [_node(t) for t in calls[id(node)].tensors]
-        for depth in sorted(model._nodes_by_depth, reverse=True):
-            for node in model._nodes_by_depth[depth]:
-                if id(node) in calls:
-                    yield calls[id(node)]
+            history = pending.pop()._keras_history
+            node = history.operation._inbound_nodes[history.node_index]
+            if id(node) not in records:
+                records[id(node)] = _record(node)
+                pending += records[id(node)].inputs
+        for depth in sorted(graph._nodes_by_depth, reverse=True):
+            nodes = graph._nodes_by_depth[depth]
+            yield from (records[id(node)] for node in nodes if id(node) in records)
 
-    def calls_on(self, layer: Any) -> list[LayerCall]:
-        return [_call(node) for node in layer._inbound_nodes]
+    def all_calls_of(self, layer: Any) -> list[Record]:
+        return [_record(node) for node in layer._inbound_nodes]
 
-    def shape(self, tensor: Any) -> Shape:
-        return tuple(tensor.shape)
+    def training(self, own: Any, inherited: bool | None) -> Any:
+        # What a Functional model is told, it tells all its layers, whatever is on record.
+        return own if inherited is False and own is not None else inherited
 
-    def dtype(self, tensor: Any) -> str:
-        return str(keras.backend.standardize_dtype(tensor.dtype))
+    def takes_as_it_is(self, model: Any, record: Record) -> bool:
+        # A model of a list of inputs takes a dictionary too, by their names.
+        structure = _functional(model)._inputs_struct
+        given = record.args[0] if record.args else record.kwargs.get("inputs")
+        return isinstance(given, dict) == isinstance(structure, dict)
 
-    def input_shape(self, layer: Any) -> Shape:
-        spec = layer.input_spec
-        sizes = {axis % spec.ndim: size for axis, size in spec.axes.items()}
-        return tuple(sizes.get(axis) for axis in range(spec.ndim))
+    def everything_in(self, layer: Any) -> list[Any]:
+        return parts(layer)[1:] if isinstance(layer, keras.layers.Layer) else []
 
-    def submodules(self, layer: Any) -> list[Any]:
-        return self.parts(layer)[1:]
+    # -- descriptions ----------------------------------------------------------------------
 
-    # ---- copies
+    def describe(self, call: Call) -> Op | None:
+        held = parts(call.layer) if isinstance(call.layer, keras.layers.Layer) else []
+        if any(getattr(part, "lora_enabled", False) for part in held):
+            return Opaque("computes its kernel from LoRA weights")
+        if any(part.quantization_mode is not None for part in held):
+            return Opaque("is quantized")
+        return None
 
-    def parts(self, layer: Any) -> list[Any]:
-        if not isinstance(layer, keras.layers.Layer):
-            return [layer]
-        return list(layer._flatten_layers(include_self=True, recursive=True))
+    def unfit(self, layer: Any) -> str:
+        # Releases before 3.14 have no such attribute.
+        return "it uses batch renormalisation" if getattr(layer, "renorm", False) else ""
+
+    def axis_of(self, layer: Any) -> int:
+        return int(layer.axis) % int(layer.input_spec.ndim)
+
+    def epsilon_of(self, layer: Any) -> float:
+        return float(layer.epsilon)
+
+    # -- copies ----------------------------------------------------------------------------
+
+    def config_of(self, layer: Any) -> dict[str, Any]:
+        with warnings.catch_warnings():
+            # The function itself is taken over; it is not made again of its byte code.
+            warnings.filterwarnings("ignore", ".*includes a `lambda`", UserWarning)
+            return layer.get_config()
+
+    def scope(self, classes: dict[str, type]) -> AbstractContextManager[Any]:
+        scope = ExitStack()
+        scope.enter_context(keras.saving.CustomObjectScope(classes))
+        # Whatever code the model holds is running already.
+        scope.enter_context(SafeModeScope(safe_mode=False))
+        return scope
 
     def rename(self, layer: Any, name: str) -> None:
         layer.name = name
 
-    def variables(self, layer: Any) -> list[Any]:
-        return list(layer.weights)
-
-    def own_variables(self, layer: Any) -> list[Any]:
-        seeds = [generator.state for generator in layer._seed_generators]
-        return [*layer._trainable_variables, *layer._non_trainable_variables, *seeds]
-
-    def without_weights(self, operation: Any) -> Any:
-        if isinstance(operation, keras.layers.Layer):
-            return None
-        new = copy.copy(operation)  # called again, the original would remember it
+    def copy_of_operation(self, operation: Any) -> Any:
+        if isinstance(operation, keras.Function):
+            raise RewriteError(
+                f"{label(operation)} cannot be copied: it shares its layers with the function "
+                "that it was made of. Make it a keras.Model"
+            )
+        new = copy.copy(operation)  # it has no weights
         new._inbound_nodes, new._outbound_nodes = [], []
         return new
 
-    def exchange(self, holder: Any, attribute: str, value: Any, old: Any, new: Any) -> None:
+    @contextmanager
+    def exchanging(self, holder: Any, old: Any, new: Any) -> Iterator[None]:
         tracker = holder._tracker
-        locked = tracker.locked
+        was_locked = tracker.locked
         tracker.unlock()
-        # In its place among what the holder tracks, so that the order of weights stays.
-        tracker.replace_tracked_value("layers", old, new)
-        setattr(holder, attribute, value)
-        tracker.locked = locked
+        if tracker.is_in_store("layers", old) and not tracker.is_in_store("layers", new):
+            tracker.replace_tracked_value("layers", old, new)  # so that their order stays
+        yield
+        tracker.locked = was_locked
 
-    def new_functional(self, old: Any, tensors: Mapping[int, Any]) -> Any:
-        inputs, outputs = keras.tree.map_structure(
-            lambda t: tensors[id(t)], (old._inputs_struct, old._outputs_struct)
-        )
-        with warnings.catch_warnings():
-            # About names of inputs, which are those of the original.
-            warnings.simplefilter("ignore")
-            return _functional_class(old)(inputs, outputs, name=old.name)
+    def own_variables(self, layer: Any) -> list[Any]:
+        return [*layer._trainable_variables, *layer._non_trainable_variables]
 
-    def new_sequential(
-        self,
-        old: Any,
-        copied: Callable[[Any], Any],
-        layers: Iterator[Any],
-        finish: Callable[[], None],
-    ) -> Any:
-        # Built at once: every rebuilding calls all layers again.
-        return keras.Sequential([copied(old._layers[0]), *layers], name=old.name)
+    def variables(self, layer: Any) -> list[Any]:
+        return list(layer.weights)
 
-    def call_as_before(self, old: Any, new: Any) -> None:
-        config = old.get_build_config()
-        if not config:
-            raise RewriteError(
-                f"{label(old)} was built but never called, so it is not known how to build its "
-                "copy. Call it once on data"
-            )
-        try:
-            new.build_from_config(config)
-        except Exception as error:
-            raise RewriteError(
-                f"the copy of {label(old)} cannot be built as the original was: "
-                f"{cause_of(error)} Check that its get_config() describes it fully"
-            ) from error
+    def states(self, layer: Any) -> list[Any]:
+        kept = getattr(layer, "states", None) if getattr(layer, "stateful", False) else None
+        seeds = [generator.state for generator in layer._seed_generators]
+        return [*seeds, *keras.tree.flatten(kept or [])]
 
-    def set_own_trainable(self, layer: Any, trainable: bool) -> None:
-        layer._trainable = trainable
-        for variable in layer._trainable_variables:
-            variable.trainable = trainable
+    def assign(self, target: Any, source: Any) -> None:
+        target.assign(source)
+        target.trainable = source.trainable
 
-    def is_traced(self, layer: Any) -> bool:
+    def traced(self, layer: Any) -> bool:
         return hasattr(type(layer).call, "get_concrete_function")
 
 
-def _node(tensor: Any) -> Node:
-    history = tensor._keras_history
-    return history.operation._inbound_nodes[history.node_index]
+def _functional(model: Any) -> Any:
+    return model._functional if isinstance(model, keras.Sequential) else model
 
 
-def _call(node: Node) -> LayerCall:
-    arguments = node.arguments
-    kwargs = {name: value for name, value in arguments.kwargs.items() if value is not None}
-    given = keras.tree.flatten((arguments.args, kwargs))
-    masks = [keras.src.backend.get_keras_mask(t) for t in given if _is_tensor(t)]
-    own = {id(mask) for mask in masks if mask is not None}
-    # A mask that travels with a tensor is passed by Keras, in the copy too.
-    passed = [
-        name
-        for name, value in kwargs.items()
-        if name.endswith("mask") and any(id(t) in own for t in keras.tree.flatten(value))
-    ]
-    for name in passed:
-        del kwargs[name]
-    tensors = [t for t in keras.tree.flatten((arguments.args, kwargs)) if _is_tensor(t)]
-    return LayerCall(
-        node.operation,
-        tensors,
-        list(node.outputs),
-        tuple(arguments.args),
-        kwargs,
-        node.is_input,
-        bool(own),
-    )
+def _record(node: Any) -> Record:
+    args, kwargs = tuple(node.arguments.args), dict(node.arguments.kwargs)
+    for name in [name for name in kwargs if name == "mask" or name.endswith("_mask")]:
+        if _comes_by_itself(name, kwargs[name], node.operation, args, kwargs):
+            del kwargs[name]
+    inputs = [t for t in keras.tree.flatten((args, kwargs)) if isinstance(t, keras.KerasTensor)]
+    return Record(node.operation, args, kwargs, tuple(inputs), tuple(node.outputs))
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, keras.KerasTensor)
+def _comes_by_itself(
+    name: str, mask: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether a mask on record is only what came with the tensors that it is for.
+
+    Keras finds such masks when a layer is called, and records them as if they were given.
+    """
+    data = args[0] if args else None
+    if name != "mask":
+        data = inspect.signature(layer.call).bind(*args, **kwargs).arguments.get(name[:-5])
+    carried = [getattr(t, "_keras_mask", None) for t in keras.tree.flatten(data)]
+    given = keras.tree.flatten(mask)
+    return all(value is None for value in given) or list(map(id, given)) == list(map(id, carried))
 
 
-def _functional_class(model: Any) -> type:
-    """The model's class where it is made as Functional models are, or else Functional."""
-    arguments = inspect.getfullargspec(type(model).__init__).args
-    return type(model) if arguments[:4] == ["self", "inputs", "outputs", "name"] else keras.Model
+# ------------------------------------------------------ operations among a model's layers
+
+
+def _merge(kind: str) -> Describer:
+    return lambda call: Merge(kind) if len(call.inputs) == 2 else Opaque()
+
+
+def _concatenate(call: Call) -> Op:
+    axis = call.layer.axis
+    return Opaque() if axis is None else Concat(axis % len(call.output))
+
+
+def _relu(call: Call) -> Op:
+    layer = call.layer
+    if layer.max_value is None and not layer.threshold:
+        return PositivelyHomogeneous()
+    return Opaque("is an activation with a limit")
+
+
+_OPERATIONS: dict[type, Describer] = {
+    numpy.Add: _merge("add"),
+    numpy.Subtract: _merge("subtract"),
+    numpy.Maximum: _merge("maximum"),
+    numpy.Minimum: _merge("minimum"),
+    numpy.Concatenate: _concatenate,
+    nn.Relu: lambda call: PositivelyHomogeneous(),
+    nn.LeakyRelu: lambda call: PositivelyHomogeneous(),
+    ReLU: _relu,
+    StopGradient: lambda call: Affine(),
+}
 
 
 KERAS_3 = Keras3()

@@ -1,4 +1,4 @@
-"""The layer of ours that rewritten models of Keras 3 may hold, on any backend."""
+"""The one layer of ours that rewritten Keras 3 models may hold."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class ScaleAndShift(keras.layers.Layer):
                 f"{self.name} needs to know how many channels axis {self.axis} has; "
                 f"it was given an input of shape {input_shape}"
             )
-        self.scale = self.add_weight(name="scale", shape=(channels,), initializer="ones")
-        self.shift = self.add_weight(name="shift", shape=(channels,), initializer="zeros")
+        self.scale = self.add_weight(shape=(channels,), initializer="ones", name="scale")
+        self.shift = self.add_weight(shape=(channels,), initializer="zeros", name="shift")
 
     def call(self, inputs: Any, mask: Any = None) -> Any:
         shape = [1] * len(inputs.shape)
         shape[self.axis] = -1
-        scale, shift = keras.ops.reshape(self.scale, shape), keras.ops.reshape(self.shift, shape)
+        scale, shift = (keras.ops.reshape(weight, shape) for weight in (self.scale, self.shift))
         return inputs * scale + shift
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:

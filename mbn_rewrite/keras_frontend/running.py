@@ -1,4 +1,4 @@
-"""Calls models of Keras 3, on any backend: with made-up inputs, and without changing them."""
+"""Calls Keras 3 models: with made-up inputs, and without changing them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.running import GIVE_REAL_ONES, Made, random_tensor, uncallable
+from mbn_rewrite.keras_frontend.dialect import KERAS_3
+from mbn_rewrite.keras_layers.copying import parts
+from mbn_rewrite.made_up import GIVE_REAL_ONES, Made, random_array, uncallable
 
 
 def compute_dtypes(model: Any) -> set[str]:
     """The names of the dtypes that the model's layers compute in."""
     return {
         layer.compute_dtype
-        for layer in model._flatten_layers(include_self=False, recursive=True)
+        for layer in parts(model)
         if not isinstance(layer, (keras.Model, keras.layers.InputLayer))
     }
 
 
 def random_inputs(model: Any, seed: int = 0) -> Any:
-    """Random inputs in the structure in which the model takes them, as numpy arrays.
+    """Random inputs in the structure in which the model takes them.
 
     Raises:
-        RewriteError: the model takes text, or tensors that are not dense, or it is not known
-            what it takes.
+        RewriteError: the model takes text, or it is not known what it takes.
     """
-    functional = model._functional if isinstance(model, keras.Sequential) else model
     rng = np.random.default_rng(seed)
-    layers = list(model._flatten_layers(include_self=False, recursive=True))
+    layers = parts(model)
     made = Made(
         # What a model scales down first are the pixels of images.
         top=255.0 if any(isinstance(x, keras.layers.Rescaling) for x in layers) else None,
@@ -38,31 +37,34 @@ def random_inputs(model: Any, seed: int = 0) -> Any:
             (x.input_dim for x in layers if isinstance(x, keras.layers.Embedding)), default=2
         ),
     )
-    specs = getattr(functional, "_inputs_struct", None)
-    if specs is None:
-        specs = _specs_of_built(model)
-    return keras.tree.map_structure(lambda t: _random(t, rng, made), specs)
+
+    def made_up(spec: Any) -> Any:
+        if getattr(spec, "sparse", False):
+            raise RewriteError(f"cannot make up inputs that are not dense. {GIVE_REAL_ONES}")
+        array = random_array(tuple(spec.shape), str(spec.dtype), rng, made)
+        return keras.ops.convert_to_tensor(array, spec.dtype)
+
+    return keras.tree.map_structure(made_up, _taken_by(model))
 
 
-def _specs_of_built(model: Any) -> Any:
-    """What a subclassed model takes, from the shape that it was built for."""
-    config = model.get_build_config() or {}
-    shape = config.get("input_shape")
-    flat = isinstance(shape, (list, tuple)) and all(
-        size is None or isinstance(size, int) for size in shape
-    )
-    if not flat or not shape:
+def _taken_by(model: Any) -> Any:
+    """What a model takes, as Keras tensors."""
+    if KERAS_3.is_visible(model):
+        return getattr(model, "_functional", model)._inputs_struct
+    shapes = (model.get_build_config() or {}).get("input_shape")
+    if shapes is None:
         raise RewriteError(
-            f"no inputs can be made up for '{model.name}', whose arguments are not known. "
-            f"{GIVE_REAL_ONES}"
+            f"no inputs can be made up for '{model.name}', whose arguments are several or not "
+            f"known. {GIVE_REAL_ONES}"
         )
-    return keras.KerasTensor(tuple(shape), dtype=model.input_dtype)
-
-
-def _random(tensor: Any, rng: np.random.Generator, made: Made) -> np.ndarray:
-    if tensor.sparse or getattr(tensor, "ragged", False):
-        raise RewriteError(f"cannot make up inputs that are not dense. {GIVE_REAL_ONES}")
-    return np.asarray(random_tensor(tf.TensorSpec(tensor.shape, tensor.dtype), rng, made))
+    if any(isinstance(layer, keras.layers.Embedding) for layer in parts(model)):
+        raise RewriteError(
+            f"no inputs can be made up for '{model.name}', which looks something up but does not "
+            f"say of what dtype its inputs are. {GIVE_REAL_ONES}"
+        )
+    return keras.tree.map_shape_structure(
+        lambda shape: keras.KerasTensor(shape, dtype=model.input_dtype), shapes
+    )
 
 
 def outputs_of(model: Any, inputs: Any, who: str = "the model") -> list[np.ndarray]:
@@ -72,13 +74,23 @@ def outputs_of(model: Any, inputs: Any, who: str = "the model") -> list[np.ndarr
         RewriteError: the model cannot be called with these inputs.
     """
     # A BatchNormalization called with training=True moves its statistics even here.
-    variables = [v for v in model.variables if not v.trainable]
-    before = [np.array(keras.ops.convert_to_numpy(v.value)) for v in variables]
+    states = [state for layer in parts(model) for state in KERAS_3.states(layer)]
+    variables = [*model.non_trainable_weights, *states]
+    before = [(variable, variable.numpy()) for variable in variables]
     try:
-        outputs = keras.tree.flatten(model(inputs, training=False))
-        return [np.asarray(keras.ops.convert_to_numpy(t)) for t in outputs if t is not None]
+        return _called(lambda data: model(data, training=False), inputs, who)
+    finally:
+        for variable, value in before:
+            variable.assign(value)
+
+
+def _called(function: Any, inputs: Any, who: str) -> list[np.ndarray]:
+    if keras.backend.backend() == "tensorflow":
+        from mbn_rewrite.running import called  # which knows what only XLA can do
+
+        return called(function, inputs, who)
+    try:
+        outputs = keras.tree.flatten(function(inputs))
     except Exception as error:
         raise uncallable(who, error) from error
-    finally:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)
+    return [keras.ops.convert_to_numpy(output) for output in outputs]

@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.running import Made, as_specified, called, compiled, plain, random_tensor
+from mbn_rewrite.made_up import Made
+from mbn_rewrite.running import as_specified, called, compiled, plain, random_tensor
 from mbn_rewrite.saved_model_frontend.loading import Entry, attribute_of
 from mbn_rewrite.saved_model_frontend.views import View, source_of
 from mbn_rewrite.stored import Exchange

@@ -1,9 +1,9 @@
-"""How tf_keras says what the shared reading and writing of models needs to know."""
+"""In what tf_keras differs from Keras 3; see `keras_layers.dialect`."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -20,78 +20,54 @@ from tf_keras.src.layers.core.tf_op_layer import (
 )
 from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
 
-from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
-from mbn_rewrite.keras_models.describe import describers
-from mbn_rewrite.keras_models.dialect import Call, LayerCall
-from mbn_rewrite.keras_models.holders import label
+from mbn_rewrite.keras_layers.describe import Call, layer_table
+from mbn_rewrite.keras_layers.dialect import Dialect, Record
 from mbn_rewrite.tf_keras_frontend.layers import ScaleAndShift
 from mbn_rewrite.tf_keras_frontend.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
 )
 
-_MERGES = {
-    "__operators__.add": "add",
-    "math.add": "add",
-    "add": "add",
-    "math.subtract": "subtract",
-    "math.maximum": "maximum",
-    "math.minimum": "minimum",
-}
+# Layers that Keras makes of TensorFlow functions get their call method when they are made.
+_CALL_IS_MADE = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
 
 
-def _tensorflow_function(call: Call) -> Op:
-    """Functions of tensors alone; a constant among the arguments makes them opaque."""
-    symbol = call.layer.symbol
-    if symbol == "concat" and len(call.arguments) == 1 and isinstance(call.arguments[0], int):
-        return Concat(call.arguments[0] % len(call.output))
-    if call.arguments:
-        return Opaque()
-    if symbol in _MERGES and len(call.inputs) == 2:
-        return Merge(_MERGES[symbol])
-    if symbol == "nn.relu":
-        return PositivelyHomogeneous()
-    if symbol in ("identity", "stop_gradient"):
-        return Affine()
-    return Opaque()
+class TfKeras(Dialect):
+    """tf_keras, that is Keras 2."""
 
-
-class TfKeras:
-    """See `keras_models.dialect.Dialect`."""
-
-    keras = tf_keras
-    bookkeeping = frozenset({"_inbound_nodes_value", "_outbound_nodes_value"})
-    describers = describers(tf_keras.layers)
-    functions = {TFOpLambda: _tensorflow_function}  # noqa: RUF012  (never changed)
-    homogeneous = (tf_keras.activations.relu, tf.nn.relu, tf.nn.leaky_relu)
-    depthwise_kernel = "depthwise_kernel"
-    scale_and_shift = ScaleAndShift
-    training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
+    package = "tf_keras"
+    layers = tf_keras.layers
+    sequential = tf_keras.Sequential
     batch_norms = (
         tf_keras.layers.BatchNormalization,
         tf_keras.layers.experimental.SyncBatchNormalization,
     )
+    batch_norm_base = BatchNormalizationBase
+    linear = staticmethod(tf_keras.activations.linear)
+    homogeneous = (tf_keras.activations.relu, tf.nn.relu, tf.nn.leaky_relu)
+    depthwise_kernel = "depthwise_kernel"
+    scale_and_shift = ScaleAndShift
+    training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
+    private = ("_self_", "_obj_reference_counts", "_inbound_nodes", "_outbound_nodes")
+    describers = layer_table(tf_keras.layers)
 
-    call_is_made = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
+    # -- structures and tensors ------------------------------------------------------------
 
-    flatten = staticmethod(tf.nest.flatten)
-    map_structure = staticmethod(tf.nest.map_structure)
+    def flatten(self, structure: Any) -> list[Any]:
+        return tf.nest.flatten(structure)
 
-    def is_batch_norm(self, layer: Any) -> bool:
-        return isinstance(layer, BatchNormalizationBase)
+    def map_structure(self, function: Callable[[Any], Any], structure: Any) -> Any:
+        return tf.nest.map_structure(function, structure)
 
-    def epsilon(self, layer: Any) -> float:
-        """The epsilon that TensorFlow uses for a BatchNormalization.
+    def shape_of(self, tensor: Any) -> Shape:
+        shape = tensor.shape
+        return () if shape.rank is None else tuple(shape.as_list())
 
-        Earlier releases raise the epsilon of the fused operation to 1.001e-5, the least that
-        cuDNN takes; later ones take it as it is.
-        """
-        epsilon = float(layer.epsilon)
-        raised = layer.fused and epsilon < 1.001e-5
-        return max(epsilon, _least_fused_epsilon()) if raised else epsilon
+    def dtype_of(self, tensor: Any) -> str:
+        return tensor.dtype.name
 
-    # ---- models
+    # -- models ----------------------------------------------------------------------------
 
     def is_visible(self, layer: Any) -> bool:
         return (
@@ -100,10 +76,11 @@ class TfKeras:
             and type(layer).call in (Functional.call, Sequential.call)
         )
 
-    def is_functional(self, layer: Any) -> bool:
+    def has_calls_on_record(self, layer: Any) -> bool:
         return isinstance(layer, Functional)
 
-    def calls_of(self, model: Any) -> Iterator[LayerCall]:
+    def calls_of(self, model: Any) -> Iterator[Record]:
+        # Not all of them: the layers behind `add_loss` are among the model's nodes too.
         needed: set[int] = set()
         pending = [t._keras_history for t in (*model.inputs, *model.outputs)]
         while pending:
@@ -113,103 +90,87 @@ class TfKeras:
                 needed.add(id(node))
                 pending += [t._keras_history for t in node.keras_inputs]
         for depth in sorted(model._nodes_by_depth, reverse=True):
-            yield from (_call(node) for node in model._nodes_by_depth[depth] if id(node) in needed)
+            yield from (_record(n) for n in model._nodes_by_depth[depth] if id(n) in needed)
 
-    def calls_on(self, layer: Any) -> list[LayerCall]:
-        return [_call(node) for node in layer._inbound_nodes]
+    def all_calls_of(self, layer: Any) -> list[Record]:
+        return [_record(node) for node in layer._inbound_nodes]
 
-    def shape(self, tensor: Any) -> Shape:
-        return () if tensor.shape.rank is None else tuple(tensor.shape.as_list())
-
-    def dtype(self, tensor: Any) -> str:
-        return str(tensor.dtype.name)
-
-    def input_shape(self, layer: Any) -> Shape:
-        spec = layer.input_spec
-        return tuple(spec.axes.get(axis) for axis in range(spec.ndim))
-
-    def submodules(self, layer: Any) -> list[Any]:
+    def everything_in(self, layer: Any) -> list[Any]:
         return list(layer.submodules)
 
-    # ---- copies
+    # -- descriptions ----------------------------------------------------------------------
 
-    def parts(self, layer: Any) -> list[Any]:
-        return list(layer._flatten_layers(include_self=True, recursive=True))
+    def describe(self, call: Call) -> Op | None:
+        return _function(call) if type(call.layer) is TFOpLambda else None
+
+    def unfit(self, layer: Any) -> str:
+        if layer.renorm:
+            return "it uses batch renormalisation"
+        if layer.virtual_batch_size is not None:
+            return "it uses virtual batches"
+        if layer.adjustment is not None:
+            return "it adjusts its output by a function of its own"
+        if len(layer.axis) != 1:
+            return f"it normalises over several axes {tuple(layer.axis)}"
+        return ""
+
+    def axis_of(self, layer: Any) -> int:
+        (axis,) = layer.axis
+        return int(axis)
+
+    def epsilon_of(self, layer: Any) -> float:
+        """The epsilon that TensorFlow uses for this layer.
+
+        Earlier releases raise the epsilon of the fused operation to 1.001e-5, the least that
+        cuDNN takes; later ones take it as it is.
+        """
+        epsilon = float(layer.epsilon)
+        is_raised = layer.fused and epsilon < 1.001e-5
+        return max(epsilon, _least_fused_epsilon()) if is_raised else epsilon
+
+    # -- copies ----------------------------------------------------------------------------
+
+    def config_of(self, layer: Any) -> dict[str, Any]:
+        config = layer.get_config()
+        if getattr(layer, "virtual_batch_size", None) is not None:
+            # Building such a BatchNormalization counts its axes from one further on.
+            config["axis"] = [axis - 1 for axis in layer.axis]
+        return config
+
+    def scope(self, classes: dict[str, type]) -> AbstractContextManager[Any]:
+        return tf_keras.utils.custom_object_scope(classes)
 
     def rename(self, layer: Any, name: str) -> None:
         layer._name = name
 
-    def variables(self, layer: Any) -> list[Any]:
-        return [weight for weight in layer.weights if isinstance(weight, tf.Variable)]
+    def makes_its_call(self, layer: Any) -> bool:
+        return isinstance(layer, _CALL_IS_MADE)
 
     def own_variables(self, layer: Any) -> list[Any]:
-        weights = [*layer._trainable_weights, *layer._non_trainable_weights]
-        return [weight for weight in weights if isinstance(weight, tf.Variable)]
+        return _variables([*layer._trainable_weights, *layer._non_trainable_weights])
 
-    def without_weights(self, operation: Any) -> Any:
-        return None
+    def variables(self, layer: Any) -> list[Any]:
+        return _variables(layer.weights)
 
-    def exchange(self, holder: Any, attribute: str, value: Any, old: Any, new: Any) -> None:
-        setattr(holder, attribute, value)
+    def states(self, layer: Any) -> list[Any]:
+        if not getattr(layer, "stateful", False):
+            return []
+        return tf.nest.flatten(getattr(layer, "states", None) or [])
 
-    def new_functional(self, old: Any, tensors: Mapping[int, Any]) -> Any:
-        inputs, outputs = tf.nest.map_structure(
-            lambda t: tensors[id(t)], (old._nested_inputs, old._nested_outputs)
-        )
-        return _functional_class(old)(inputs, outputs, name=old.name)
+    def assign(self, target: Any, source: Any) -> None:
+        target.assign(source)
 
-    def new_sequential(
-        self,
-        old: Any,
-        copied: Callable[[Any], Any],
-        layers: Iterator[Any],
-        finish: Callable[[], None],
-    ) -> Any:
-        new = tf_keras.Sequential(name=old.name)
-        if old._has_explicit_input_shape:
-            new.add(copied(old.inputs[0]._keras_history.layer))
-        for layer in layers:
-            new.add(layer)
-            if new.built:
-                finish()
-        if not new.built:
-            # As `build` does, which has no argument for the dtype.
-            new._build_graph_network_for_inferred_shape(old.input_shape, old.inputs[0].dtype)
-        return new
-
-    def call_as_before(self, old: Any, new: Any) -> None:
-        spec = old.save_spec(dynamic_batch=False)
-        if spec is None:
-            raise RewriteError(
-                f"{label(old)} was built but never called, so it is not known how to call its "
-                "copy. Call it once on data"
-            )
-        arguments, keywords = tf.nest.map_structure(_zeros, spec)
-        try:
-            new(*arguments, **keywords)
-        except Exception as error:
-            raise RewriteError(
-                f"the copy of {label(old)} cannot be called as the original was: "
-                f"{cause_of(error)} Check that its get_config() describes it fully"
-            ) from error
-
-    def set_own_trainable(self, layer: Any, trainable: bool) -> None:
-        layer._trainable = trainable
-
-    def is_traced(self, layer: Any) -> bool:
+    def traced(self, layer: Any) -> bool:
         return hasattr(type(layer).call, "get_concrete_function")
 
 
-def _call(node: Any) -> LayerCall:
-    return LayerCall(
-        node.layer,
-        list(node.keras_inputs),
-        tf.nest.flatten(node.outputs),
-        tuple(node.call_args or ()),
-        node.call_kwargs or {},
-        node.is_input,
-        any(getattr(t, "_keras_mask", None) is not None for t in node.keras_inputs),
-    )
+def _record(node: Any) -> Record:
+    outputs = tuple(tf.nest.flatten(node.outputs))
+    return Record(node.layer, node.call_args, node.call_kwargs, tuple(node.keras_inputs), outputs)
+
+
+def _variables(things: list[Any]) -> list[Any]:
+    return [thing for thing in things if isinstance(thing, tf.Variable)]
 
 
 @cache
@@ -223,17 +184,32 @@ def _least_fused_epsilon() -> float:
     return 1.001e-5 if float(y[0, 0, 0, 0]) < 300.0 else 0.0  # 1/sqrt(1e-5) is 316
 
 
-def _functional_class(model: Any) -> type:
-    """The model's class where it is made as Functional models are, or else Functional."""
-    arguments = inspect.getfullargspec(type(model).__init__).args
-    made_alike = arguments == ["self", "inputs", "outputs", "name", "trainable"]
-    return type(model) if made_alike else tf_keras.Model
+# ------------------------------------------------- TensorFlow functions on Keras tensors
+
+_TF_MERGES = {
+    "__operators__.add": "add",
+    "math.add": "add",
+    "add": "add",
+    "math.subtract": "subtract",
+    "math.maximum": "maximum",
+    "math.minimum": "minimum",
+}
 
 
-def _zeros(spec: Any) -> Any:
-    if not isinstance(spec, tf.TensorSpec):
-        return spec
-    return tf.zeros([1 if size is None else size for size in spec.shape], spec.dtype)
+def _function(call: Call) -> Op:
+    """A function of tensors alone; a constant among the arguments makes it opaque."""
+    symbol = call.layer.symbol
+    if symbol == "concat" and len(call.arguments) == 1 and isinstance(call.arguments[0], int):
+        return Concat(call.arguments[0] % len(call.output))
+    if call.arguments:
+        return Opaque()
+    if symbol in _TF_MERGES and len(call.inputs) == 2:
+        return Merge(_TF_MERGES[symbol])
+    if symbol == "nn.relu":
+        return PositivelyHomogeneous()
+    if symbol in ("identity", "stop_gradient"):
+        return Affine()
+    return Opaque()
 
 
 TF_KERAS = TfKeras()

@@ -9,7 +9,8 @@ import tensorflow as tf
 import tf_keras
 
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.running import GIVE_REAL_ONES, Made, called, random_tensor
+from mbn_rewrite.made_up import GIVE_REAL_ONES, Made
+from mbn_rewrite.running import called, random_tensor
 
 
 def compute_dtypes(model: Any) -> set[str]:

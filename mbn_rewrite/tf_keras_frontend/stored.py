@@ -14,7 +14,7 @@ from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.planner import make_plan
 from mbn_rewrite.running import as_specified
 from mbn_rewrite.stored import Exchange, Footprint, bytes_on_disk
-from mbn_rewrite.tf_keras_frontend import entry, files, running
+from mbn_rewrite.tf_keras_frontend import files, reader, running, writer
 
 SERVING = "serving_default"  # the one signature that Keras makes
 
@@ -25,7 +25,7 @@ class KerasFile:
     def __init__(self, source: Path, trusted: bool) -> None:
         self._source = source
         self._model = files.load(source, trusted)
-        self._reading = entry.read(self._model)
+        self._reading = reader.read(self._model)
         self._plan: Plan | None = None
         self.left_out: Mapping[str, str] = {}
         self.as_it_was: Mapping[str, str] = {}
@@ -56,7 +56,7 @@ class KerasFile:
 
     def write(self, directory: Path) -> int:
         assert self._plan is not None
-        new = entry.write(self._model, self._reading, self._plan)
+        new = writer.write(self._model, self._reading, self._plan)
         files.save(new, directory)
         return int(new.count_params())
 

@@ -1,4 +1,4 @@
-"""Copies Keras layers, with everything of theirs that their configuration leaves out.
+"""Copies layers, with everything of theirs that their configuration leaves out.
 
 A configuration names functions and classes, and a name can stand for something else where
 it is looked up. So functions, initializers, regularizers and constraints are taken over from
@@ -15,26 +15,30 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.keras_models.dialect import Dialect
-from mbn_rewrite.keras_models.holders import label
+from mbn_rewrite.keras_layers.dialect import Dialect
+from mbn_rewrite.keras_layers.weights import numpy_dtype
 
 _FUNCTIONS = ("activation", "recurrent_activation")
+# What configurations leave out, or what cannot be made again from what they hold.
+_LEFT_OUT = ("bin_boundaries", "use_cudnn")
 _OBJECTS = ("_regularizer", "_constraint")
 _INITIALIZER = "_initializer"
+_PACKAGES = ("tf_keras", "keras")
 
 
-def config_of(layer: Any) -> dict[str, Any]:
+def label(layer: Any) -> str:
+    """A layer's class and name, for messages."""
+    return f"{type(layer).__name__} '{layer.name}'"
+
+
+def config_of(layer: Any, keras: Dialect) -> dict[str, Any]:
     """A layer's configuration.
 
     Raises:
         RewriteError: it has none.
     """
     try:
-        config = layer.get_config()
-        if getattr(layer, "virtual_batch_size", None) is not None:
-            # Building such a BatchNormalization counts its axes from one further on.
-            config["axis"] = [axis - 1 for axis in layer.axis]
-        return config
+        return keras.config_of(layer)
     except Exception as error:
         raise RewriteError(
             f"{label(layer)} cannot be copied, because its get_config() fails: "
@@ -42,19 +46,19 @@ def config_of(layer: Any) -> dict[str, Any]:
         ) from error
 
 
-def from_config(layer: Any, config: dict[str, Any], dialect: Dialect, kind: Any = None) -> Any:
+def from_config(layer: Any, config: dict[str, Any], keras: Dialect, kind: Any = None) -> Any:
     """A new layer of a layer's class, not built yet, from a configuration of it.
 
     Args:
         layer: the original.
         config: its configuration, or a changed one.
-        dialect: the Keras it is of.
-        kind: another class, with the same arguments and more, that takes its place.
+        keras: its Keras.
+        kind: the class to make a layer of, if not that of the original.
 
     Raises:
         RewriteError: it cannot be made, or would not be the same.
     """
-    if "call" in vars(layer) and not isinstance(layer, dialect.call_is_made):
+    if "call" in vars(layer) and not keras.makes_its_call(layer):
         raise RewriteError(
             f"{label(layer)} cannot be copied: its call method was exchanged on the object. Make "
             "a subclass of its class that has the method"
@@ -62,7 +66,7 @@ def from_config(layer: Any, config: dict[str, Any], dialect: Dialect, kind: Any 
     if _is_stock(type(layer)):
         config = _without_objects(config)
     try:
-        with dialect.keras.utils.custom_object_scope(_own_classes(layer, dialect)):
+        with keras.scope(_own_classes(layer)):
             new = (kind or type(layer)).from_config(config)
     except RewriteError:
         raise
@@ -71,17 +75,15 @@ def from_config(layer: Any, config: dict[str, Any], dialect: Dialect, kind: Any 
             f"{label(layer)} cannot be copied from its configuration: {cause_of(error)} "
             "Define get_config() so that it returns the arguments of __init__"
         ) from error
-    dialect.rename(new, layer.name)
-    if kind is not None:
-        _take_over(layer, new, dialect)
-        _take_over_attributes(layer, new, _initializers(layer), dialect)
-        return new
-    for old_part, new_part in paired(layer, new, dialect):
-        _take_over(old_part, new_part, dialect)
+    keras.rename(new, layer.name)
+    # Parts that a layer makes when it is built follow in `copy_weights`.
+    complete = kind is None and _kinds(parts(layer)) == _kinds(parts(new))
+    for old_part, new_part in paired(layer, new) if complete else [(layer, new)]:
+        _take_over(old_part, new_part, keras)
     return new
 
 
-def copy_weights(old: Any, new: Any, dialect: Dialect) -> None:
+def copy_weights(old: Any, new: Any, keras: Dialect) -> None:
     """Sets all weights, flags and states of a built layer to those of the original.
 
     The copy may have a bias that the original has not; that is set to zero.
@@ -92,64 +94,73 @@ def copy_weights(old: Any, new: Any, dialect: Dialect) -> None:
     if {id(v) for v in old.weights} & {id(v) for v in new.weights}:
         raise RewriteError(
             f"{label(old)} cannot be copied: its get_config() gives layers themselves, not their "
-            "configurations. Use keras.layers.serialize in get_config"
+            f"configurations. Use {keras.package}.layers.serialize in get_config"
         )
     copied: set[int] = set()
     pairs: list[tuple[Any, Any]] = []
-    for old_part, new_part in paired(old, new, dialect):
-        new_own = dialect.own_variables(new_part)
-        old_own = dialect.own_variables(old_part)
+    for old_part, new_part in paired(old, new):
+        new_own = keras.own_variables(new_part)
+        old_own = keras.own_variables(old_part)
         bias = getattr(new_part, "bias", None)
         if bias is not None and getattr(old_part, "bias", None) is None:
             new_own = [v for v in new_own if v is not bias]
-            bias.assign(np.zeros(bias.shape))
+            bias.assign(np.zeros(tuple(bias.shape), numpy_dtype(bias)))
             copied.add(id(bias))
         pairs += _zipped(old, old_own, new_own)
-        if getattr(old_part, "stateful", False) and getattr(old_part, "states", None):
-            states = zip(*map(dialect.flatten, (old_part.states, new_part.states)), strict=True)
-            pairs += [(a, b) for a, b in states if a is not None and b is not None]
-        dialect.set_own_trainable(new_part, old_part._trainable)
-        # Not before: Keras warns where one initializer is used for two layers.
-        _take_over_attributes(old_part, new_part, _initializers(old_part), dialect)
+        states = zip(keras.states(old_part), keras.states(new_part), strict=True)
+        pairs += [(a, b) for a, b in states if a is not None and b is not None]
+        new_part._trainable = old_part._trainable
+        _take_over(old_part, new_part, keras)
+        # Not before: tf_keras warns where one initializer is used for two layers.
+        take_over_initializers(old_part, new_part, keras)
         _copy_vocabulary(old_part, new_part)
     copied |= {id(variable) for pair in pairs for variable in pair}
-    # What remains is held by tf.Modules, which both have in the same order.
-    rest = ([v for v in dialect.variables(layer) if id(v) not in copied] for layer in (old, new))
+    # What remains is held out of Keras's sight, which both have in the same order.
+    rest = ([v for v in keras.variables(layer) if id(v) not in copied] for layer in (old, new))
     for source, target in [*pairs, *_zipped(old, *rest)]:
-        target.assign(source)
-    for part in dialect.parts(new):
-        if isinstance(part, dialect.keras.layers.Normalization):
+        keras.assign(target, source)
+    for part in parts(new):
+        if isinstance(part, keras.layers.Normalization):
             part.finalize_state()  # its mean and variance are computed from its weights
 
 
-def paired(old: Any, new: Any, dialect: Dialect) -> Iterator[tuple[Any, Any]]:
+def paired(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
     """A layer and all that it holds, each with its copy.
 
     Raises:
         RewriteError: the copy holds other layers.
     """
-    olds, news = dialect.parts(old), dialect.parts(new)
-    if [type(part) for part in olds] != [type(part) for part in news]:
+    olds, news = parts(old), parts(new)
+    if _kinds(olds) != _kinds(news):
         raise RewriteError(
             f"{label(old)} cannot be copied: its copy holds other layers "
-            f"({_kinds(news)}; the original {_kinds(olds)}). Make the layers in __init__ or "
+            f"({_listed(news)}; the original {_listed(olds)}). Make the layers in __init__ or "
             "build, and give classes of your own names that Keras does not have"
         )
     return zip(olds, news, strict=True)
 
 
-def _kinds(layers: list[Any]) -> str:
+def parts(layer: Any) -> list[Any]:
+    """A layer and all layers that it holds, at any depth."""
+    return list(layer._flatten_layers(include_self=True, recursive=True))
+
+
+def _kinds(layers: list[Any]) -> list[type]:
+    return [type(layer) for layer in layers]
+
+
+def _listed(layers: list[Any]) -> str:
     return ", ".join(type(part).__name__ for part in layers[1:6]) or "none"
 
 
 def _is_stock(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("tf_keras", "keras")
+    return kind.__module__.partition(".")[0] in _PACKAGES
 
 
-def _own_classes(layer: Any, dialect: Dialect) -> dict[str, type]:
+def _own_classes(layer: Any) -> dict[str, type]:
     """The classes that are not Keras's own among a layer and those that it holds."""
     classes: dict[str, type] = {}
-    for part in dialect.parts(layer):
+    for part in parts(layer):
         kind = type(part)
         if not _is_stock(kind) and classes.setdefault(kind.__name__, kind) is not kind:
             raise RewriteError(
@@ -172,8 +183,10 @@ def _without_objects(config: dict[str, Any]) -> dict[str, Any]:
             result[key] = "zeros"  # all weights are set anyway
         elif key in ("layer", "backward_layer") and isinstance(value, dict):
             module = str(value.get("module", "")).partition(".")[0]
-            if module in ("tf_keras", "keras") and isinstance(value.get("config"), dict):
+            if module in _PACKAGES and isinstance(value.get("config"), dict):
                 result[key] = {**value, "config": _without_objects(value["config"])}
+                # Not to be built before it has its own regularizers and constraints.
+                result[key].pop("build_config", None)
     return result
 
 
@@ -183,29 +196,28 @@ def _describes_a_layer(value: Any) -> bool:
     return isinstance(value, dict) and value.get("class_name") not in functions
 
 
-def _take_over(old: Any, new: Any, dialect: Dialect) -> None:
+def _take_over(old: Any, new: Any, keras: Dialect) -> None:
     """Gives a copy the very functions and objects of the original."""
     names = [name for name in vars(old) if name in _FUNCTIONS or name.endswith(_OBJECTS)]
-    if isinstance(old, dialect.keras.layers.Lambda):
+    if isinstance(old, keras.layers.Lambda):
         names.append("function")
-    _take_over_attributes(old, new, names, dialect)
+    names += [name for name in _LEFT_OUT if name in vars(old)]
+    _take_over_attributes(old, new, names, keras)
     new._supports_masking = old._supports_masking
-    if isinstance(old, dialect.keras.layers.Discretization):
-        new.bin_boundaries = old.bin_boundaries
 
 
-def _initializers(layer: Any) -> list[str]:
-    return [name for name in vars(layer) if name.endswith(_INITIALIZER)]
+def take_over_initializers(old: Any, new: Any, keras: Dialect) -> None:
+    """Gives a built copy the very initializers of the original, for configurations of it."""
+    initializers = [name for name in vars(old) if name.endswith(_INITIALIZER)]
+    _take_over_attributes(old, new, initializers, keras)
 
 
-def _take_over_attributes(old: Any, new: Any, names: list[str], dialect: Dialect) -> None:
+def _take_over_attributes(old: Any, new: Any, names: list[str], keras: Dialect) -> None:
     for name in names:
         value = getattr(old, name)
-        if (
-            not isinstance(value, dialect.keras.layers.Layer)
-            and getattr(new, name, None) is not value
-        ):
-            setattr(new, name, value)
+        if isinstance(value, keras.layers.Layer) or getattr(new, name, None) is value:
+            continue
+        setattr(new, name, value)
 
 
 def _zipped(layer: Any, old: list[Any], new: list[Any]) -> list[tuple[Any, Any]]:

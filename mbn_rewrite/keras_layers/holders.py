@@ -11,10 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mbn_rewrite.keras_models.dialect import Dialect
-
-# Where all Kerases keep books about what the attributes hold; a dialect names more.
-_BOOKKEEPING = ("_self_", "_obj_reference_counts")
+from mbn_rewrite.keras_layers.dialect import Dialect
 
 
 @dataclass(frozen=True)
@@ -30,34 +27,27 @@ class Place:
     keys: tuple[Any, ...] = ()
 
 
-def label(layer: Any) -> str:
-    """A layer's class and name, for messages."""
-    return f"{type(layer).__name__} '{layer.name}'"
-
-
-def held(layer: Any, dialect: Dialect) -> Iterator[tuple[Place, Any]]:
+def held(layer: Any, keras: Dialect) -> Iterator[tuple[Place, Any]]:
     """The layers that a layer holds in its attributes, with their places."""
     # What a Functional model of a class of its own keeps of its calls is private.
-    private = ("_",) if dialect.is_functional(layer) else _BOOKKEEPING
-    books = dialect.bookkeeping
-    kind = dialect.keras.layers.Layer
+    private = ("_",) if keras.has_calls_on_record(layer) else keras.private
     for attribute, value in list(vars(layer).items()):
-        if not attribute.startswith(private) and attribute not in books:
-            for keys, inner in _layers_in(value, (), kind):
+        if not attribute.startswith(private):
+            for keys, inner in _layers_in(value, (), keras.layers.Layer):
                 yield Place(attribute, keys), inner
 
 
 def _layers_in(
-    value: Any, keys: tuple[Any, ...], kind: type
+    value: Any, keys: tuple[Any, ...], base: type
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    if isinstance(value, kind):
+    if isinstance(value, base):
         yield keys, value
     elif isinstance(value, dict):
         for key, inner in list(value.items()):
-            yield from _layers_in(inner, (*keys, key), kind)
+            yield from _layers_in(inner, (*keys, key), base)
     elif isinstance(value, (list, tuple)):
         for i, inner in enumerate(value):
-            yield from _layers_in(inner, (*keys, i), kind)
+            yield from _layers_in(inner, (*keys, i), base)
 
 
 def at(holder: Any, place: Place) -> Any:
@@ -68,13 +58,14 @@ def at(holder: Any, place: Place) -> Any:
     return value
 
 
-def exchange(holder: Any, place: Place, old: Any, new: Any, dialect: Dialect) -> None:
-    """Puts a layer at the place of another.
+def exchange(holder: Any, place: Place, layer: Any, keras: Dialect) -> None:
+    """Puts a layer at a place.
 
-    Containers are made anew: Keras refuses to save a list in which an item was replaced.
+    Containers are made anew: tf_keras refuses to save a list in which an item was replaced.
     """
     value = getattr(holder, place.attribute)
-    dialect.exchange(holder, place.attribute, _with(value, place.keys, new), old, new)
+    with keras.exchanging(holder, at(holder, place), layer):
+        setattr(holder, place.attribute, _with(value, place.keys, layer))
 
 
 def _with(value: Any, keys: tuple[Any, ...], layer: Any) -> Any:

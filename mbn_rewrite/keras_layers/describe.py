@@ -1,12 +1,13 @@
-"""Describes Keras layers as operations of the neutral graph.
+"""Describes the layers that both Kerases have as operations of the neutral graph.
 
-`describers` lists every layer class that both Kerases have, by exact type: a subclass may
-compute anything, so it is opaque. Each describer takes a `Call` and says what that call does.
+`layer_table` lists every layer class that is known, by exact type: a subclass may compute
+anything, so it is opaque. Each describer takes a `Call` and says what that call does.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,85 +29,102 @@ from mbn_rewrite.graph import (
     PositivelyHomogeneous,
     Recurrent,
     Reshape,
+    Shape,
     ZeroPadding,
 )
-from mbn_rewrite.keras_models import weights
-from mbn_rewrite.keras_models.dialect import Call, Describer, Dialect
+from mbn_rewrite.keras_layers import weights
+from mbn_rewrite.keras_layers.dialect import Dialect
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        keras: the layer's Keras.
+        layer: the layer.
+        inputs: the shapes of all tensors that it was given.
+        output: the shape of its first output.
+        training: False at inference, True where its caller asked for training, None where
+            that is decided at run time.
+        arguments: what it was called with beside its data.
+    """
+
+    keras: Dialect
+    layer: Any
+    inputs: tuple[Shape, ...]
+    output: Shape
+    training: bool | None = False
+    arguments: tuple[Any, ...] = ()
+
+
+Describer = Callable[[Call], Op]
 
 
 def describe(call: Call) -> Op:
     """What a call does; `Opaque` for all that is not known."""
-    dialect = call.dialect
-    if type(call.layer) in dialect.functions:
-        return dialect.functions[type(call.layer)](call)
-    describer = dialect.describers.get(type(call.layer))
+    if is_batch_norm(call.layer, call.keras):
+        return batch_norm(call.layer, call.training, call.keras)
+    op = call.keras.describe(call)
+    if op is not None:
+        return op
+    describer = call.keras.describers.get(type(call.layer))
     if describer is None:
-        if dialect.is_batch_norm(call.layer):
-            return batch_norm(call.layer, call.training, dialect)
         return Opaque()
     if call.arguments:
         return Opaque("is called with constants")
     return describer(call)
 
 
+def is_batch_norm(layer: Any, keras: Dialect) -> bool:
+    """Whether a layer is a BatchNormalization or derived from one."""
+    return isinstance(layer, keras.batch_norm_base)
+
+
 # ------------------------------------------------------------------ BatchNormalization
 
 
-def batch_norm(layer: Any, training: bool | None, dialect: Dialect) -> BatchNorm:
+def batch_norm(layer: Any, training: bool | None, keras: Dialect) -> BatchNorm:
     """A BatchNormalization, or why it must stay as it is."""
-    special = _special(layer, dialect)
-    axes = _axes(layer)
-    axis = axes[0] if len(axes) == 1 and layer.built else None
-    unfit = special or _in_training(layer, training)
-    if unfit or axis is None:
-        return BatchNorm(None, unfit, special=special, axis=axis)
-    gamma, beta = affine_weights(layer, dialect)
+    special = _special(layer, keras)
+    if special:
+        return BatchNorm(None, special, special=special)
+    axis = keras.axis_of(layer)
+    in_training = _in_training(layer, training)
+    if in_training:
+        return BatchNorm(None, in_training, axis=axis)
     shape = layer.moving_mean.shape
+    gamma, beta = affine_weights(layer, keras)
     parameters = (
         weights.read(layer, gamma).reshape(-1) if gamma else np.ones(shape),
         weights.read(layer, beta) if beta else np.zeros(shape),
         weights.read(layer, "moving_mean"),
         weights.read(layer, "moving_variance"),
     )
-    channel_map = None
     if not all(np.all(np.isfinite(array.astype(np.float64))) for array in parameters):
-        unfit = "its weights or moving statistics hold NaN or infinity"
-    else:
-        channel_map = ChannelMap.of_batch_norm(*parameters, dialect.epsilon(layer), axis)
-        if not channel_map.is_finite:
-            unfit = "its moving variance and epsilon give no finite scale"
-    return BatchNorm(None if unfit else channel_map, unfit, axis=axis)
+        why = "its weights or moving statistics hold NaN or infinity"
+        return BatchNorm(None, why, axis=axis)
+    channel_map = ChannelMap.of_batch_norm(*parameters, keras.epsilon_of(layer), axis)
+    if not channel_map.is_finite:
+        why = "its moving variance and epsilon give no finite scale"
+        return BatchNorm(None, why, axis=axis)
+    return BatchNorm(channel_map, axis=axis)
 
 
-def affine_weights(layer: Any, dialect: Dialect) -> tuple[str, str]:
+def affine_weights(layer: Any, keras: Dialect) -> tuple[str, str]:
     """The names of the weights that scale and shift; "" for those that there are not."""
-    _, modified = dialect.training_layers
+    _, modified = keras.training_layers
     names = ("depthwise_kernel", "bias") if type(layer) is modified else ("gamma", "beta")
     return names[0] if layer.scale else "", names[1] if layer.center else ""
 
 
-def _axes(layer: Any) -> list[int]:
-    """The axes of the channels, from 0 where the layer is built."""
-    axes = list(layer.axis) if isinstance(layer.axis, (list, tuple)) else [layer.axis]
-    rank = getattr(layer.input_spec, "ndim", None) if layer.built else None
-    return [axis % rank if rank else axis for axis in axes]
-
-
-def _special(layer: Any, dialect: Dialect) -> str:
-    """Why no other layer can do the work of a BatchNormalization in training, or ""."""
-    if type(layer) not in (*dialect.batch_norms, *dialect.training_layers):
+def _special(layer: Any, keras: Dialect) -> str:
+    """Why no other layer can do the work of a BatchNormalization, even in training, or ""."""
+    if type(layer) not in (*keras.batch_norms, *keras.training_layers):
         return f"{type(layer).__name__} is a class of its own, which may compute something else"
     if not layer.built:
         return "it was never called, so it has no weights"
-    if layer.renorm:
-        return "it uses batch renormalisation"
-    if getattr(layer, "virtual_batch_size", None) is not None:
-        return "it uses virtual batches"
-    if getattr(layer, "adjustment", None) is not None:
-        return "it adjusts its output by a function of its own"
-    if len(_axes(layer)) != 1:
-        return f"it normalises over several axes {tuple(layer.axis)}"
-    return ""
+    return keras.unfit(layer)
 
 
 def _in_training(layer: Any, training: bool | None) -> str:
@@ -122,11 +140,11 @@ def _in_training(layer: Any, training: bool | None) -> str:
 # ------------------------------------------------------------------------ linear layers
 
 
-def activation_kind(activation: Any, dialect: Dialect) -> str:
+def _activation_kind(activation: Any, keras: Dialect) -> str:
     """ "linear", "homogeneous" or "other", as in `graph.Linear`."""
-    if activation is None or activation is dialect.keras.activations.linear:
+    if activation is None or activation is keras.linear:
         return "linear"
-    return "homogeneous" if activation in dialect.homogeneous else "other"
+    return "homogeneous" if activation in keras.homogeneous else "other"
 
 
 def _channel_axis(layer: Any, rank: int) -> int:
@@ -142,10 +160,8 @@ def _linear(
     layer = call.layer
     if len(call.inputs) != 1:
         return Opaque("is called with several tensors")
-    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
-        return Opaque("has quantized weights, or weights of low rank beside its own")
     bias = "bias" if layer.bias is not None else None
-    kind = activation_kind(layer.activation, call.dialect)
+    kind = _activation_kind(layer.activation, call.keras)
     return Linear(kernels, bias, in_axis, out_axis, pads, kind)
 
 
@@ -173,7 +189,7 @@ def _conv_transpose(call: Call) -> Op:
 
 def _depthwise_conv(call: Call) -> Op:
     layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
-    name = call.dialect.depthwise_kernel
+    name = call.keras.depthwise_kernel
     kernel = layouts.depthwise(name, getattr(layer, name).shape)
     return _linear(call, (kernel,), axis, axis, _reads_padding(layer))
 
@@ -208,9 +224,9 @@ def _einsum_dense(call: Call) -> Op:
 
 def _time_distributed(call: Call) -> Op:
     layer = call.layer
-    if type(layer.layer) is not call.dialect.keras.layers.Dense or len(call.inputs) != 1:
+    if type(layer.layer) is not call.keras.layers.Dense or len(call.inputs) != 1:
         return Opaque()
-    inner = _dense(replace(call, layer=layer.layer))
+    inner = _dense(Call(call.keras, layer.layer, call.inputs, call.output))
     return _prefixed(inner, "layer.") if isinstance(inner, Linear) else inner
 
 
@@ -240,7 +256,7 @@ def _bidirectional(call: Call) -> Op:
         ("forward_layer.", call.layer.forward_layer),
         ("backward_layer.", call.layer.backward_layer),
     )
-    known = [getattr(call.dialect.keras.layers, name) for name in _RECURRENT]
+    known = [getattr(call.keras.layers, name) for name in _RECURRENT]
     if any(type(layer) not in known for _, layer in pair):
         return Opaque()
     return _sequence(call, pair)
@@ -259,7 +275,7 @@ def _sequence(call: Call, layers: tuple[tuple[str, Any], ...]) -> Op:
 # --------------------------------------------------------------- layers that let it pass
 
 
-def _spatial(kind: type[Affine] | type[Monotone] | type[ZeroPadding]) -> Describer:
+def _spatial(kind: type[Affine] | type[Monotone] | type[ZeroPadding]) -> Callable[[Call], Op]:
     def describer(call: Call) -> Op:
         axis = _channel_axis(call.layer, len(call.inputs[0]))
         return kind(axis, axis)
@@ -267,7 +283,7 @@ def _spatial(kind: type[Affine] | type[Monotone] | type[ZeroPadding]) -> Describ
     return describer
 
 
-def _global_pool(kind: type[Affine] | type[Monotone]) -> Describer:
+def _global_pool(kind: type[Affine] | type[Monotone]) -> Callable[[Call], Op]:
     def describer(call: Call) -> Op:
         axis = _channel_axis(call.layer, len(call.inputs[0]))
         return kind(axis, axis if call.layer.keepdims else 1)
@@ -298,7 +314,7 @@ def _permute(call: Call) -> Op:
 
 
 def _activation(call: Call) -> Op:
-    kind = activation_kind(call.layer.activation, call.dialect)
+    kind = _activation_kind(call.layer.activation, call.keras)
     if kind == "linear":
         return Affine()
     if kind == "homogeneous":
@@ -321,22 +337,8 @@ def _concatenate(call: Call) -> Op:
 # ----------------------------------------------------------------------------- the table
 
 
-def _always(op: Op) -> Describer:
+def _always(op: Op) -> Callable[[Call], Op]:
     return lambda call: op
-
-
-def describers(layers: Any) -> dict[type, Describer]:
-    """The table, for the layers of one Keras.
-
-    Args:
-        layers: its module of layers.
-    """
-    return {
-        getattr(layers, name): describer
-        for names, describer in _TABLE.items()
-        for name in names.split()
-        if hasattr(layers, name)
-    }
 
 
 _TABLE: dict[str, Describer] = {
@@ -369,7 +371,16 @@ _TABLE: dict[str, Describer] = {
     "Permute": _permute,
     **{
         name: _always(Merge(name.lower()))
-        for name in ["Add", "Subtract", "Average", "Maximum", "Minimum"]
+        for name in ("Add", "Subtract", "Average", "Maximum", "Minimum")
     },
     "Concatenate": _concatenate,
 }
+
+
+def layer_table(layers: Any) -> dict[type, Describer]:
+    """The table of known layer classes, for a Keras's module of layers."""
+    return {
+        getattr(layers, name): describer
+        for names, describer in _TABLE.items()
+        for name in names.split()
+    }

@@ -1,4 +1,4 @@
-"""Reads a Keras model into the neutral graph. Decides nothing, changes nothing.
+"""Reads a model made of layers into the neutral graph. Decides nothing, changes nothing.
 
 Functional and Sequential models are read call by call; nested ones are read in place, as
 if their layers were the outer model's. What a custom layer or a subclassed model does with
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.graph import BatchNorm, Graph, HiddenBatchNorm, Input, Node, Value
-from mbn_rewrite.keras_models import weights
-from mbn_rewrite.keras_models.describe import batch_norm, describe
-from mbn_rewrite.keras_models.dialect import Call, Dialect, LayerCall
-from mbn_rewrite.keras_models.holders import held, label
+from mbn_rewrite.keras_layers import weights
+from mbn_rewrite.keras_layers.copying import label
+from mbn_rewrite.keras_layers.describe import Call, batch_norm, describe, is_batch_norm
+from mbn_rewrite.keras_layers.dialect import Dialect, Record
+from mbn_rewrite.keras_layers.holders import held
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Reading:
     masked: frozenset[str]
 
 
-def read(model: Any, dialect: Dialect) -> Reading:
-    """Reads a built Keras model."""
-    reader = _Reader(dialect)
-    if dialect.is_visible(model):
+def read(model: Any, keras: Dialect) -> Reading:
+    """Reads a built model of a Keras."""
+    reader = _Reader(keras)
+    if keras.is_visible(model):
         reader.outputs.update(reader.read_calls(model, "", training=False))
     else:
         reader.read_held(model, "", label(model), training=False)
@@ -61,7 +62,7 @@ def read(model: Any, dialect: Dialect) -> Reading:
 
 @dataclass
 class _Reader:
-    dialect: Dialect
+    keras: Dialect
     values: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     outputs: set[int] = field(default_factory=set)
@@ -69,6 +70,7 @@ class _Reader:
     layers: dict[str, Any] = field(default_factory=dict)
     owners: dict[int, str] = field(default_factory=dict)
     masked: set[str] = field(default_factory=set)
+    with_mask: set[int] = field(default_factory=set)  # values that may have one with them
     holders: dict[int, str] = field(default_factory=dict)  # id(held layer) -> who holds it
 
     def read_calls(
@@ -84,31 +86,31 @@ class _Reader:
         seen: dict[int, int] = {}
         if inputs is not None:
             seen = {id(t): v for t, v in zip(model.inputs, inputs, strict=True)}
-        for call in self.dialect.calls_of(model):
-            if all(id(t) in seen for t in call.outputs):
+        for record in self.keras.calls_of(model):
+            if all(id(t) in seen for t in record.outputs):
                 continue
-            sources = [seen[id(t)] for t in call.tensors]
-            results = self._read_call(call, prefix, training, sources)
-            seen.update(zip(map(id, call.outputs), results, strict=True))
+            sources = [seen[id(t)] for t in record.inputs]
+            results = self._read_call(record, prefix, training, sources)
+            seen.update(zip(map(id, record.outputs), results, strict=True))
         return [seen[id(t)] for t in model.outputs]
 
     def _read_call(
-        self, call: LayerCall, prefix: str, training: bool | None, sources: list[int]
+        self, record: Record, prefix: str, training: bool | None, sources: list[int]
     ) -> list[int]:
-        layer = call.layer
-        training = _training_of(call, training)
-        if self.dialect.is_visible(layer) and self._fits(layer, sources):
+        layer = record.layer
+        training = self._training_of(record, training)
+        if self.keras.is_visible(layer) and self._fits(record, sources):
             return self.read_calls(layer, self._path(layer, prefix), training, sources)
-        results = [self._add_value(t) for t in call.outputs]
+        results = [self._add_value(t) for t in record.outputs]
         owner = self._owner(layer, prefix)
         op = describe(
             Call(
+                self.keras,
                 layer,
                 tuple(self.values[value].shape for value in sources),
                 self.values[results[0]].shape,
-                self.dialect,
                 training,
-                self._other_arguments(call),
+                self._other_arguments(record),
             )
         )
         if isinstance(op, BatchNorm) and not op.unfit:
@@ -117,13 +119,18 @@ class _Reader:
                 op = replace(op, rooted=f"it turns {before} into {after}")
             elif len(sources) > 1:
                 op = replace(op, rooted="it is given a mask, which others read from it")
-        if len(sources) > 1 or call.has_mask:
+        with_mask = self.with_mask & set(sources) or any(
+            map(self.keras.carries_mask, record.inputs)
+        )
+        if with_mask or len(sources) > 1:
             self.masked.add(owner)
+        if with_mask and self.keras.may_pass_mask(layer):
+            self.with_mask.update(results)
         self.nodes.append(
             Node(owner, type(layer).__name__, op, tuple(sources), tuple(results), _dtype(layer))
         )
         if not isinstance(op, (Input, BatchNorm)):
-            calls = [_training_of(other, training) for other in self.dialect.calls_on(layer)]
+            calls = [self._training_of(call, training) for call in self.keras.all_calls_of(layer)]
             worst = False if all(value is False for value in calls) else (True in calls or None)
             self.read_held(layer, f"{owner}/", self.nodes[-1].label, worst)
         return results
@@ -137,29 +144,29 @@ class _Reader:
             who: its label.
             training: how the holder itself is called; see `describe.Call`.
         """
-        for _, layer in held(holder, self.dialect):
+        for _, layer in held(holder, self.keras):
             self.holders.setdefault(id(layer), who)
             if id(layer) in self.owners:
                 continue
-            if self.dialect.is_batch_norm(layer):
-                self._add_hidden(layer, prefix, who, batch_norm(layer, training, self.dialect))
-            elif self.dialect.is_visible(layer):
+            if is_batch_norm(layer, self.keras):
+                self._add_hidden(layer, prefix, who, batch_norm(layer, training, self.keras))
+            elif self.keras.is_visible(layer):
                 path = self._path(layer, prefix)
                 self.owners[id(layer)] = path
                 self.outputs.update(self.read_calls(layer, path, training))
             else:
                 owner = self._owner(layer, prefix)
                 self.read_held(layer, f"{owner}/", label(layer), training)
-        if not self.dialect.is_visible(holder):
-            self._account_for(self.dialect.submodules(holder), who)
+        if not self.keras.is_visible(holder):
+            self._account_for(self.keras.everything_in(holder), who)
 
     def account_for_the_rest(self, model: Any) -> None:
         """Lists the BatchNormalizations that are nowhere to be found, so that none is lost."""
-        self._account_for(self.dialect.parts(model)[1:], "")
+        self._account_for(model._flatten_layers(include_self=False, recursive=True), "")
 
     def _account_for(self, modules: Iterable[Any], who: str) -> None:
         for layer in modules:
-            if self.dialect.is_batch_norm(layer) and id(layer) not in self.owners:
+            if is_batch_norm(layer, self.keras) and id(layer) not in self.owners:
                 why = "it is held where it cannot be exchanged"
                 op = BatchNorm(None, why, special=why)
                 self._add_hidden(layer, "", who, op)
@@ -177,13 +184,26 @@ class _Reader:
         ]
 
     def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm) -> None:
-        rank = getattr(layer.input_spec, "ndim", None) if layer.built else None
+        rank = getattr(layer.input_spec, "ndim", None)
         owner = self._owner(layer, prefix)
         self.hidden.append(HiddenBatchNorm(owner, who, op, rank, _dtype(layer)))
 
     def _add_value(self, tensor: Any) -> int:
-        self.values.append(Value(self.dialect.shape(tensor), self.dialect.dtype(tensor)))
-        return len(self.values) - 1
+        value = len(self.values)
+        self.values.append(Value(self.keras.shape_of(tensor), self.keras.dtype_of(tensor)))
+        if self.keras.carries_mask(tensor):
+            self.with_mask.add(value)
+        return value
+
+    def _other_arguments(self, record: Record) -> tuple[Any, ...]:
+        """What a call was given beside Keras tensors; names, flags and Nones left out."""
+        arguments = (record.args, {k: v for k, v in record.kwargs.items() if k != "name"})
+        tensors = {id(t) for t in record.inputs}
+        return tuple(
+            value
+            for value in self.keras.flatten(arguments)
+            if value is not None and not isinstance(value, bool) and id(value) not in tensors
+        )
 
     def _path(self, model: Any, prefix: str) -> str:
         return f"{prefix}{model.name}/"
@@ -199,41 +219,34 @@ class _Reader:
             self.layers[name] = layer
         return self.owners[id(layer)]
 
-    def _fits(self, model: Any, sources: list[int]) -> bool:
+    def _training_of(self, record: Record, inherited: bool | None) -> bool | None:
+        """Whether a call is in training; see `describe.Call`."""
+        value = record.kwargs.get("training")
+        if value is None and len(record.args) > 1:
+            names = list(inspect.signature(record.layer.call).parameters)
+            if "training" in names[: len(record.args)]:
+                value = record.args[names.index("training")]
+        value = self.keras.training(value, inherited)
+        return bool(value) if isinstance(value, (bool, int, np.bool_)) else None
+
+    def _fits(self, record: Record, sources: list[int]) -> bool:
         """Whether a nested model takes these values as they are."""
-        return len(model.inputs) == len(sources) and all(
-            len(self.values[value].shape) == len(self.dialect.shape(tensor))
-            and self.values[value].dtype == self.dialect.dtype(tensor)
-            for value, tensor in zip(sources, model.inputs, strict=True)
-        )
-
-    def _other_arguments(self, call: LayerCall) -> tuple[Any, ...]:
-        """What a call was given beside Keras tensors; names, flags and Nones left out."""
-        arguments = (call.args, {k: v for k, v in call.kwargs.items() if k != "name"})
-        tensors = {id(t) for t in call.tensors}
-        return tuple(
-            value
-            for value in self.dialect.flatten(arguments)
-            if value is not None and not isinstance(value, bool) and id(value) not in tensors
+        inputs = record.layer.inputs
+        return (
+            len(inputs) == len(sources)
+            and self.keras.takes_as_it_is(record.layer, record)
+            and all(
+                len(self.values[value].shape) == len(self.keras.shape_of(tensor))
+                and self.values[value].dtype == self.keras.dtype_of(tensor)
+                for value, tensor in zip(sources, inputs, strict=True)
+            )
         )
 
 
-_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
+_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}  # of dtypes narrower than the widest
 
 
 def _dtype(layer: Any) -> str:
     """The narrowest dtype that a layer's weights are stored or used in."""
     names = [getattr(layer, name, None) for name in ("compute_dtype", "dtype")]
-    return min(filter(None, names), key=lambda name: _BITS.get(name, 64), default="float32")
-
-
-def _training_of(call: LayerCall, inherited: bool | None) -> bool | None:
-    """Whether a call is in training: what it says itself, or else what its model is told."""
-    value = call.kwargs.get("training")
-    if value is None and len(call.args) > 1:
-        names = list(inspect.signature(call.layer.call).parameters)
-        if "training" in names[: len(call.args)]:
-            value = call.args[names.index("training")]
-    if value is None:
-        return inherited
-    return bool(value) if isinstance(value, (bool, int, np.bool_)) else None
+    return min(filter(None, names), key=lambda name: _SIZES.get(name, 8), default="float32")

@@ -1,4 +1,4 @@
-"""Reads and writes weights of Keras layers by the names that the neutral graph uses.
+"""Reads and writes weights of layers by the names that the neutral graph uses.
 
 A name is the path of an attribute, such as "kernel" or "forward_layer.cell.bias".
 """
@@ -13,22 +13,28 @@ import numpy as np
 
 def read(layer: Any, name: str) -> np.ndarray:
     """A weight as numpy array; of a bias in two rows (GRU) the row added to the input."""
-    array = np.asarray(attrgetter(name)(layer).numpy())
+    array = attrgetter(name)(layer).numpy()
     return array[0] if _in_two_rows(name, array) else array
 
 
 def write(layer: Any, name: str, array: np.ndarray) -> None:
     """Sets a weight as `read` gives it; broadcasts, and casts to the variable's dtype."""
     variable = attrgetter(name)(layer)
-    before = np.asarray(variable.numpy())
-    if _in_two_rows(name, before):
-        rows = before.copy()
+    dtype = numpy_dtype(variable)
+    if _in_two_rows(name, variable):
+        rows = variable.numpy()
         rows[0] = array
         variable.assign(rows)
         return
-    variable.assign(np.broadcast_to(array.astype(before.dtype, copy=False), before.shape))
+    variable.assign(np.broadcast_to(array.astype(dtype, copy=False), tuple(variable.shape)))
 
 
-def _in_two_rows(name: str, array: np.ndarray) -> bool:
+def numpy_dtype(variable: Any) -> Any:
+    """A variable's dtype, which tf_keras keeps as TensorFlow's and Keras 3 by name."""
+    # The name "bfloat16" is one that numpy knows once ml_dtypes is imported, as it is by both.
+    return np.dtype(getattr(variable.dtype, "as_numpy_dtype", variable.dtype))
+
+
+def _in_two_rows(name: str, array: Any) -> bool:
     """Whether this is the bias of a GRU that has one for its input and one for its state."""
-    return name.endswith("cell.bias") and array.ndim == 2
+    return name.endswith("cell.bias") and len(array.shape) == 2

@@ -1,0 +1,92 @@
+"""What takes the place of a BatchNormalization, under its name.
+
+What makes the layer also gives a function that sets its weights. That is to be called once the
+layer is built, and builds a layer that no call has built because another holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mbn_rewrite.algebra import ChannelMap
+from mbn_rewrite.decisions import Sampled
+from mbn_rewrite.keras_layers import weights
+from mbn_rewrite.keras_layers.copying import config_of, from_config, take_over_initializers
+from mbn_rewrite.keras_layers.describe import affine_weights
+from mbn_rewrite.keras_layers.dialect import Dialect
+
+
+def replacement(
+    keras: Dialect, old: Any, m: ChannelMap, rank: int, masked: bool
+) -> tuple[Any, Callable[[], None]]:
+    """The layer that does a BatchNormalization's map in its place.
+
+    Args:
+        keras: its Keras.
+        old: the BatchNormalization.
+        m: the map.
+        rank: the number of dimensions of its input.
+        masked: whether a mask may come with its input, which convolutions stop.
+    """
+    common: dict[str, Any] = {
+        "name": old.name,
+        "dtype": old.dtype_policy,
+        "trainable": old.trainable,
+    }
+    last = m.axis == rank - 1
+    if rank == 4 and m.axis in (1, 3) and not masked:
+        layout = "channels_last" if last else "channels_first"
+        new = keras.layers.DepthwiseConv2D(1, data_format=layout, **common)
+    elif rank == 3 and last and not masked:
+        new = keras.layers.DepthwiseConv1D(1, data_format="channels_last", **common)
+    else:
+        new = keras.scale_and_shift(m.axis, **common)
+
+    def finish() -> None:
+        if not new.built:
+            new.build(tuple(m.channels if i == m.axis else None for i in range(rank)))
+        if isinstance(new, keras.scale_and_shift):
+            weights.write(new, "scale", m.scale)
+            weights.write(new, "shift", m.shift)
+            return
+        kernel = m.scale.reshape((1,) * (rank - 2) + (-1, 1))
+        weights.write(new, keras.depthwise_kernel, kernel)
+        weights.write(new, "bias", m.shift)
+
+    return new, finish
+
+
+def training_layer(keras: Dialect, old: Any, sampled: Sampled) -> tuple[Any, Callable[[], None]]:
+    """The layer that trains in the place of a BatchNormalization, with the weights that it had.
+
+    Args:
+        keras: its Keras.
+        old: the BatchNormalization, which is built.
+        sampled: which layer, and its stride.
+    """
+    own = {"stride": sampled.stride, "synchronized": bool(getattr(old, "synchronized", False))}
+    kind = keras.training_layers[sampled.depthwise]
+    new = from_config(old, config_of(old, keras) | own, keras, kind)
+
+    def finish() -> None:
+        if not new.built:
+            channels, axis = old.moving_mean.shape[0], keras.axis_of(old)
+            new.build(tuple(channels if i == axis else None for i in range(old.input_spec.ndim)))
+        for name in ("moving_mean", "moving_variance"):
+            weights.write(new, name, weights.read(old, name))
+        names = zip(affine_weights(old, keras), affine_weights(new, keras), strict=True)
+        for old_name, new_name in names:
+            if new_name:
+                set_affine(new, new_name, weights.read(old, old_name))
+        take_over_initializers(old, new, keras)
+        new.trainable = old.trainable
+
+    return new, finish
+
+
+def set_affine(layer: Any, name: str, array: np.ndarray) -> None:
+    """Sets what scales or shifts the channels, whatever rank the layer keeps it in."""
+    weights.write(layer, name, array.reshape(tuple(getattr(layer, name).shape)))

@@ -1,0 +1,363 @@
+"""Carries out a plan on a copy of a model made of layers.
+
+Every layer is copied from its configuration and called again in the order of the original,
+except that removed BatchNormalizations are passed by, replaced ones give way to another
+layer of the same name, and layers that absorbed a map get a bias where they had none. As
+soon as a layer is built its weights are set, so that no more than one layer's initial values
+are held beside them: computed ones where the plan has an edit, the original's values
+everywhere else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mbn_rewrite.algebra import ChannelMap, fold
+from mbn_rewrite.decisions import Edit, Plan
+from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.keras_layers import weights
+from mbn_rewrite.keras_layers.copying import (
+    config_of,
+    copy_weights,
+    from_config,
+    label,
+    parts,
+)
+from mbn_rewrite.keras_layers.describe import affine_weights
+from mbn_rewrite.keras_layers.dialect import Dialect, Record
+from mbn_rewrite.keras_layers.holders import Place, at, exchange, held
+from mbn_rewrite.keras_layers.reader import Reading
+from mbn_rewrite.keras_layers.replacing import replacement, set_affine, training_layer
+from mbn_rewrite.layouts import einsum_channels
+
+# They were meant for the weights as they were, and would spoil the folded ones.
+_MEANT_FOR_OLD_WEIGHTS = {
+    f"{weight}_{kind}"
+    for weight in ("kernel", "bias", "depthwise", "pointwise", "gamma", "beta")
+    for kind in ("regularizer", "constraint")
+}
+
+
+class Writer(ABC):
+    """Writes one model; each front end says how its models are put together.
+
+    Args:
+        keras: the model's Keras.
+        reading: what was read of the model.
+        plan: what was planned for it.
+    """
+
+    def __init__(self, keras: Dialect, reading: Reading, plan: Plan) -> None:
+        self.keras = keras
+        self.reading = reading
+        self.plan = plan
+        self.done: set[str] = set()
+        self._touched = plan.touched
+        self._unfinished: list[Callable[[], None]] = []  # what sets weights, once built
+        self._holders: list[tuple[Any, Any]] = []  # layers that may hold layers, and copies
+        self._copies: dict[int, Any] = {}
+
+    def write(self, model: Any) -> Any:
+        """A rewritten copy of a model.
+
+        Raises:
+            RewriteError: a layer cannot be copied.
+        """
+        new = self.model(model) if self.keras.is_visible(model) else self._subclassed(model)
+        while self._holders:  # making what is put in their place may copy more holders
+            self._exchange_held(*self._holders.pop(0))
+        missed = self.plan.touched ^ self.done
+        if missed:  # a defect of this library, never of the model
+            raise RewriteError(
+                f"the plan was not carried out on {sorted(missed)}; please report this"
+            )
+        return new
+
+    # -- models ------------------------------------------------------------------------
+
+    @abstractmethod
+    def sequential(self, old: Any) -> Any:
+        """A copy of a Sequential model."""
+
+    def sequential_class(self, old: Any) -> Any:
+        """The model's class where it is made as Sequential models are, or else Sequential."""
+        made_alike = type(old).__init__ is self.keras.sequential.__init__  # type: ignore[misc]
+        return type(old) if made_alike else self.keras.sequential
+
+    @abstractmethod
+    def functional(self, old: Any, tensors: dict[int, Any]) -> Any:
+        """A model of a Functional model's kind.
+
+        Args:
+            old: the Functional model.
+            tensors: id(a Keras tensor of it) -> the Keras tensor that stands for it.
+        """
+
+    @abstractmethod
+    def built_as(self, old: Any, new: Any) -> None:
+        """Builds the copy of a model that calls its layers in Python code."""
+
+    @abstractmethod
+    def set_own_trainable(self, model: Any, trainable: bool) -> None:
+        """Sets a model's flag without touching those of its layers."""
+
+    def model(self, old: Any) -> Any:
+        """A copy of a Functional or Sequential model."""
+        if id(old) not in self._copies:
+            is_sequential = isinstance(old, self.keras.sequential)
+            new = self.sequential(old) if is_sequential else self._called_again(old)
+            self._copies[id(old)] = new
+            if new.trainable != old.trainable:
+                self.set_own_trainable(new, old.trainable)
+        return self._copies[id(old)]
+
+    def _called_again(self, old: Any) -> Any:
+        tensors: dict[int, Any] = {}
+        outputs = {id(t) for t in old.outputs}
+        for record in self.keras.calls_of(old):
+            if self.owner(record.layer) in self.plan.removed:
+                self.done.add(self.owner(record.layer))
+                (given,) = record.outputs
+                tensors[id(given)] = self._passed_by(
+                    record.layer, tensors[id(record.inputs[0])], id(given) in outputs
+                )
+                continue
+            new = self.layer(record)
+            if record.inputs:
+                args, kwargs = self.keras.map_structure(
+                    lambda t: tensors.get(id(t), t), (record.args, record.kwargs)
+                )
+                results = self.keras.flatten(called(new, args, kwargs))
+            else:
+                results = list(self.keras.all_calls_of(new)[0].outputs)
+            self.finish()
+            tensors.update(zip(map(id, record.outputs), results, strict=True))
+        return self.functional(old, tensors)
+
+    def _subclassed(self, old: Any) -> Any:
+        self._check_not_traced(old)
+        new = self.copied(old)
+        self.built_as(old, new)
+        self.finish()
+        return new
+
+    # -- layers ------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Sets the weights of the layers that were built since the last time."""
+        unfinished, self._unfinished = self._unfinished, []
+        for finish in unfinished:
+            finish()
+
+    def owner(self, layer: Any) -> str:
+        """The layer's name in the plan."""
+        return self.reading.owners.get(id(layer), "")
+
+    def _passed_by(self, layer: Any, tensor: Any, is_output: bool) -> Any:
+        """What stands for the output of a removed layer."""
+        if not is_output:
+            return tensor
+        if id(layer) not in self._copies:
+            self._copies[id(layer)] = self.standing_in_for(layer)
+        return self._copies[id(layer)](tensor)
+
+    def standing_in_for(self, layer: Any) -> Any:
+        """Keeps the name of an output whose BatchNormalization is gone; computes nothing."""
+        return self.keras.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
+
+    def layer(self, record: Record) -> Any:
+        """The new layer for a call, the same for all calls of one layer."""
+        old = record.layer
+        if self.keras.is_visible(old):
+            return self.model(old)
+        if id(old) not in self._copies:
+            owner = self.owner(old)
+            if owner in self.plan.sampled:
+                new = self._training_layer(old)
+            elif owner in self.plan.replaced:
+                rank = len(self.keras.shape_of(record.outputs[0]))
+                new = self._replacement(old, rank, owner in self.reading.masked)
+            elif owner in self.plan.renewed:
+                new = self._renewed(old, self.plan.renewed[owner])
+            elif owner in self.plan.edits:
+                new = self._edited(old, self.plan.edits[owner])
+            else:
+                new = self.copied(old)
+            self._copies[id(old)] = new
+        return self._copies[id(old)]
+
+    def copied(self, old: Any) -> Any:
+        """A layer with the same configuration and the same weights."""
+        if not isinstance(old, self.keras.layers.Layer):
+            return self.keras.copy_of_operation(old)
+        new = from_config(old, config_of(old, self.keras), self.keras)
+        self._unfinished.append(lambda: copy_weights(old, new, self.keras))
+        self._holders.append((old, new))
+        return new
+
+    def _edited(self, old: Any, edit: Edit) -> Any:
+        """A layer that has absorbed maps."""
+        self.done.add(self.owner(old))
+        needs_bias = any(m is not None and m.has_shift for m in (edit.before, edit.after))
+        config = config_of(old, self.keras)
+        for part in _configs_within(config):
+            if needs_bias and "use_bias" in part:
+                part["use_bias"] = True
+        if (
+            needs_bias
+            and isinstance(old, self.keras.layers.EinsumDense)
+            and not config["bias_axes"]
+        ):
+            config["bias_axes"] = einsum_channels(old.equation)
+        new = from_config(old, config, self.keras)
+        _drop_what_was_meant_for_old_weights(new)
+        self._unfinished.append(lambda: self._set_folded(old, new, edit, needs_bias))
+        return new
+
+    def _renewed(self, old: Any, m: ChannelMap) -> Any:
+        """A BatchNormalization with another map, by way of its gamma and beta."""
+        self.done.add(self.owner(old))
+        config = config_of(old, self.keras) | {"scale": True, "center": True}
+        new = from_config(old, config, self.keras)
+        _drop_what_was_meant_for_old_weights(new)
+
+        def finish() -> None:
+            mean, variance = (
+                weights.read(old, f"moving_{name}").astype(np.float64)
+                for name in ("mean", "variance")
+            )
+            new.moving_mean.assign(old.moving_mean)
+            new.moving_variance.assign(old.moving_variance)
+            gamma, beta = affine_weights(new, self.keras)
+            set_affine(new, gamma, m.scale * np.sqrt(variance + self.keras.epsilon_of(old)))
+            set_affine(new, beta, m.shift + mean * m.scale)
+
+        self._unfinished.append(finish)
+        return new
+
+    def _replacement(self, old: Any, rank: int, masked: bool) -> Any:
+        """The layer that takes a BatchNormalization's place, under its name."""
+        owner = self.owner(old)
+        self.done.add(owner)
+        new, finish = replacement(self.keras, old, self.plan.replaced[owner], rank, masked)
+        self._unfinished.append(finish)
+        return new
+
+    def _training_layer(self, old: Any) -> Any:
+        """The layer that trains in a BatchNormalization's place, under its name."""
+        owner = self.owner(old)
+        self.done.add(owner)
+        new, finish = training_layer(self.keras, old, self.plan.sampled[owner])
+        self._unfinished.append(finish)
+        return new
+
+    def _set_folded(self, old: Any, new: Any, edit: Edit, needs_bias: bool) -> None:
+        """Sets a new layer's weights to those of the old with the edit folded in."""
+        copy_weights(old, new, self.keras)
+        _drop_what_was_meant_for_old_weights(new)
+        for kernels, bias in edit.op.chains:
+            prefix = kernels[0].name.rpartition(".")[0]
+            path = f"{prefix}." if prefix else ""
+            before = [weights.read(old, kernel.name) for kernel in kernels]
+            arrays, new_bias = fold(
+                list(zip(kernels, before, strict=True)),
+                weights.read(old, bias) if bias else None,
+                before=edit.before,
+                after=edit.after,
+            )
+            for kernel, old_array, array in zip(kernels, before, arrays, strict=True):
+                _check_range(old, old_array, array)
+                weights.write(new, kernel.name, array)
+            if bias or needs_bias:
+                weights.write(new, path + "bias", new_bias)
+                _check_range(old, new_bias, weights.read(new, path + "bias"))
+
+    # -- layers that hold layers ---------------------------------------------------------
+
+    def _exchange_held(self, old: Any, new: Any) -> None:
+        for place, inner in held(old, self.keras):
+            if not self._is_planned(inner):
+                continue
+            self._check_not_traced(old)
+            if self.keras.is_visible(inner):
+                exchange(new, place, self.model(inner), self.keras)
+            elif self.owner(inner) in {*self.plan.replaced, *self.plan.sampled}:
+                exchange(new, place, self._held_replacement(inner), self.keras)
+            else:
+                self._exchange_held(inner, _counterpart(new, place))
+
+    def _held_replacement(self, old: Any) -> Any:
+        if id(old) not in self._copies:
+            rank = old.input_spec.ndim
+            self._copies[id(old)] = (
+                self._training_layer(old)
+                if self.owner(old) in self.plan.sampled
+                # A mask may reach it; only ScaleAndShift lets masks flow on in every rank.
+                else self._replacement(old, rank, masked=rank == 3)
+            )
+            self.finish()
+        return self._copies[id(old)]
+
+    def _check_not_traced(self, layer: Any) -> None:
+        if self.keras.traced(layer):
+            raise RewriteError(
+                f"{label(layer)} cannot be rewritten: its call method is a tf.function, which "
+                "goes on calling the layers it was traced with. Remove the decorator; Keras "
+                "compiles predict() and saved models all the same"
+            )
+
+    def _is_planned(self, layer: Any) -> bool:
+        return any(self.owner(part) in self._touched for part in parts(layer))
+
+
+# -------------------------------------------------------------------------------- helpers
+
+
+def _drop_what_was_meant_for_old_weights(layer: Any) -> None:
+    for part in parts(layer):
+        for name in _MEANT_FOR_OLD_WEIGHTS & set(vars(part)):
+            setattr(part, name, None)
+
+
+def called(layer: Any, args: Any, kwargs: Any) -> Any:
+    """What the copy of a layer gives for these arguments.
+
+    Raises:
+        RewriteError: it cannot be called with them.
+    """
+    try:
+        return layer(*args, **kwargs)
+    except Exception as error:
+        raise RewriteError(
+            f"the copy of {label(layer)} cannot be called as the original was: "
+            f"{cause_of(error)} Check that its get_config() describes it fully"
+        ) from error
+
+
+def _configs_within(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A layer's configuration, and those of the layers that it wraps."""
+    inner = [config[key]["config"] for key in ("layer", "backward_layer") if key in config]
+    return [config, *inner]
+
+
+def _check_range(layer: Any, before: np.ndarray, after: np.ndarray) -> None:
+    """Raises RewriteError where folding took finite weights out of their dtype's range."""
+    if np.all(np.isfinite(before)) and not np.all(np.isfinite(after)):
+        raise RewriteError(
+            f"{label(layer)} cannot absorb a BatchNormalization: weights would leave the range "
+            f'of {after.dtype}. Use mode="depthwise" for this model'
+        )
+
+
+def _counterpart(holder: Any, place: Place) -> Any:
+    try:
+        return at(holder, place)
+    except (AttributeError, KeyError, IndexError) as error:
+        raise RewriteError(
+            f"{label(holder)} was copied without its attribute '{place.attribute}': make the "
+            "layer in __init__ or build, so that a copy of the model has it too"
+        ) from error
