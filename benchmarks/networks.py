@@ -50,11 +50,11 @@ def batch_norms(model: Any) -> list[Any]:
     return [layer for layer in layers if isinstance(layer, tf_keras.layers.BatchNormalization)]
 
 
-def build(name: str, seed: int, image_size: int | None) -> Any:
-    """A network of tf_keras.applications with random weights, without its softmax."""
-    tf_keras.utils.set_random_seed(seed)
+def build(name: str, seed: int, image_size: int | None, keras: Any = tf_keras) -> Any:
+    """A network of a Keras's applications with random weights, without its softmax."""
+    keras.utils.set_random_seed(seed)
     size = image_size or _DEFAULT_SIZE.get(name, 224)
-    return getattr(tf_keras.applications, name)(
+    return getattr(keras.applications, name)(
         include_top=True,
         weights=None,
         input_shape=(size, size, 3),

@@ -1,11 +1,13 @@
 """The networks that people train: everything that can be folded is, and outputs stay."""
 
+import keras
 import numpy as np
 import pytest
 
 import mbn_rewrite as mbn
 from benchmarks.networks import APPLICATIONS, STATISTICS, build, random_images, set_statistics
-from tests.checks import check_rewrite
+from mbn_rewrite.comparison import TOLERANCES, compare_outputs
+from tests.checks import check_rewrite, outputs
 
 # (BatchNormalizations, left after fold). What stays in the last two stands behind a value
 # that others read too, and before a ReLU.
@@ -38,3 +40,24 @@ def test_network(name):
     plan = mbn.plan(model)
     assert (len(plan.decisions), plan.left) == (total, left)
     assert mbn.plan(model, "depthwise").left == 0
+    check_twin(name, model, images)
+
+
+def check_twin(name, model, images):
+    """The same network of Keras 3 with the same weights fares the same."""
+    twin = build(name, seed=0, image_size=96, keras=keras)
+    twin.set_weights(model.get_weights())
+    both = outputs(model, images), outputs(twin, images)
+    assert compare_outputs(*both, TOLERANCES["float32"]).ok, "not the same network"
+    check_rewrite(twin, images, "fold")
+    for mode in ("fold", "depthwise"):
+        ours, theirs = mbn.plan(model, mode).decisions, mbn.plan(twin, mode).decisions
+        assert [d.action for d in ours] == [d.action for d in theirs]
+        if name != "MobileNetV3Small":  # most of its layers have other names in Keras 3
+            assert list(map(described, ours)) == list(map(described, theirs))
+
+
+def described(decision):
+    """All of a decision; Keras 3 has "_" where tf_keras has "/" in names."""
+    texts = (decision.name, *decision.into, decision.reason)
+    return decision.action, [text.replace("/", "_") for text in texts]
