@@ -19,6 +19,10 @@ Stride = int | tuple[int, int]
 # Positions of one example that statistics are taken from at least, where it has so many: with
 # a batch of 32, the relative standard error of a variance is then sqrt(2 / 512), about 6%.
 MIN_SAMPLES = 16
+# Where a stride has to be lowered, a sample of more than this saves nothing: taking it and
+# correcting the gradient there costs more than the statistics of everything (see
+# benchmarks/layer.py, 7x7 and stride 2).
+_WORTHWHILE = 1 / 5
 
 
 def checked(stride: Any, who: str = "stride") -> Stride:
@@ -89,17 +93,22 @@ def lowered(
 ) -> tuple[int, ...]:
     """Strides that leave at least `min_samples` positions of each example, where there are.
 
-    The largest strides are lowered first, together where they are equal. Where a size is not
-    known, its axis is taken to be long enough.
+    The largest strides are lowered first, together where they are equal; and all to 1 where
+    that leaves more than a fifth of all positions. Where a size is not known, its axis is taken
+    to be long enough.
     """
     strides = tuple(
         stride if size is None else min(stride, size)
         for stride, size in zip(strides, sizes, strict=True)
     )
+    if positions(strides, sizes) >= min_samples:
+        return strides
+    everything = (1,) * len(strides)
     while max(strides, default=1) > 1 and positions(strides, sizes) < min_samples:
         largest = max(strides)
         strides = tuple(stride - (stride == largest) for stride in strides)
-    return strides
+    worthwhile = positions(strides, sizes) <= _WORTHWHILE * positions(everything, sizes)
+    return strides if worthwhile else everything
 
 
 def positions(strides: Sequence[int], sizes: Sequence[int | None]) -> float:

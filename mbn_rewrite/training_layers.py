@@ -186,7 +186,8 @@ class StridedBatchNormalization(_SampledBatchNormalization):
             rank 5 both, along their last two spatial axes; inputs of rank 2 have nothing to
             stride over.
         min_samples: the stride is lowered for inputs of which fewer positions of each example
-            would be sampled (where their size is known when the layer is built).
+            would be sampled (where their size is known when the layer is built), and to 1 where
+            the sample would then be more than a fifth of all.
         axis: that of the channels: the last, or 1.
         synchronized: under tf.distribute, take the statistics over all replicas.
         momentum, epsilon, center, scale, *_initializer, *_regularizer, *_constraint, trainable,

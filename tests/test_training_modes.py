@@ -220,7 +220,7 @@ def test_lowered_strides_are_told():
     y = K.BatchNormalization(name="flat")(K.GlobalAveragePooling2D()(y))
     reasons = {d.name: d.reason for d in mbn.plan(Model(x, y), "strided", stride=4).decisions}
     assert reasons["large"] == "Stride 4."
-    assert reasons["small"] == "Stride 4, lowered to 2: its input of 8 x 8 positions is small."
+    assert reasons["small"] == "Stride 4, lowered to 1: its input of 8 x 8 positions is small."
     assert "rank 2" in reasons["flat"]
 
 
