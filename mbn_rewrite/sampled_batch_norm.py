@@ -17,15 +17,13 @@ are dbeta and dgamma in the last line.
 
 Two forms compute the same. That of *kernels* moves few bytes through fused operations where they
 exist: on the CPU or a GPU, channels last, in 16 or 32 bits. The *plain* form is arithmetic: for
-all else, and for XLA, which fuses it itself. Which of them runs is decided where the graph runs,
-since a function does not know while it is traced whether XLA will compile it.
+all else, and for XLA, which fuses it itself and has no addition in place.
 
 x is all that is kept for the gradient; the sample is taken again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +32,7 @@ import tensorflow as tf
 from tensorflow.python.framework import config
 
 from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.tracing import will_be_compiled
 
 _FUSED_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
 
@@ -105,7 +104,7 @@ def normalize_by_sample(
         y = _applied(x, gamma, beta, moments, sampling)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            if _has_kernels(x, sampling, mask):
+            if _by_kernels(x, sampling, mask):
                 return _differentiated_by_kernels(x, dy, gamma, moments, sampling)
             return _gradient(x, dy, gamma, moments, sampling, mask)
 
@@ -137,35 +136,19 @@ def normalize(
 # --------------------------------------------------------------------- choosing the form
 
 
-def _either(possible: bool, kernels: Callable[[], Any], plain: Callable[[], Any]) -> Any:
-    """What kernels give where they are possible and XLA does not compile this, or else plain."""
-    if not possible:
-        return plain()
-    if tf.executing_eagerly():
-        return kernels()
-    # XLA gives the index past the last device and drops the other branches.
-    device = tf.raw_ops.DeviceIndex(device_names=["CPU", "GPU"])
-    return tf.switch_case(device, {0: kernels, 1: kernels}, default=plain)
-
-
-def _has_kernels(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None = None) -> bool:
-    last = sampling.axis == x.shape.rank - 1
-    return bool(x.dtype in _FUSED_DTYPES and mask is None and last and not _is_deterministic())
-
-
-def _is_deterministic() -> bool:
-    # The gradient of the fused operation with given statistics refuses to run then.
-    return bool(config.is_op_determinism_enabled())
+def _by_kernels(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None = None) -> bool:
+    """Whether kernels can compute this, here and now."""
+    fused = x.dtype in _FUSED_DTYPES and sampling.axis == x.shape.rank - 1 and mask is None
+    # The gradient of the fused operation with given statistics refuses to be deterministic.
+    return fused and not config.is_op_determinism_enabled() and not will_be_compiled()
 
 
 def _moments(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None) -> Moments:
     """The statistics of the sample, of all replicas where they are synchronized."""
-    moments = Moments(
-        *_either(
-            _has_kernels(x, sampling, mask),
-            lambda: _kernel_moments(x, sampling),
-            lambda: _plain_moments(x, sampling, mask),
-        )
+    moments = (
+        _kernel_moments(x, sampling)
+        if _by_kernels(x, sampling, mask)
+        else _plain_moments(x, sampling, mask)
     )
     return _of_all_replicas(moments) if sampling.synchronized else moments
 
@@ -173,12 +156,10 @@ def _moments(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None) -> Moment
 def _applied(
     x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, moments: Moments, sampling: Sampling
 ) -> tf.Tensor:
+    if not _by_kernels(x, sampling):
+        return _plain_normalized(x, gamma, beta, moments, sampling)
     kernel = _kernel_depthwise if sampling.depthwise else _kernel_normalized
-    return _either(
-        _has_kernels(x, sampling),
-        lambda: kernel(x, gamma, beta, moments, sampling),
-        lambda: _plain_normalized(x, gamma, beta, moments, sampling),
-    )
+    return kernel(x, gamma, beta, moments, sampling)
 
 
 def _gradient(
@@ -190,36 +171,15 @@ def _gradient(
     mask: tf.Tensor | None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """dx, dgamma and dbeta; the latter two are of this replica alone."""
-
-    def everywhere(by: Any) -> Callable[[], Any]:
-        return lambda: by(x, dy, gamma, moments, sampling)
-
-    def in_sample(by: Any, dx: tf.Tensor, *sums: tf.Tensor) -> tf.Tensor:
-        return by(dx, x, gamma, *sums, moments, sampling, mask)
-
-    def whole(first: Any, second: Any) -> Callable[[], Any]:
-        def both() -> tuple[tf.Tensor, ...]:
-            dx, *sums = everywhere(first)()
-            return in_sample(second, dx, *sums), *sums
-
-        return both
-
-    possible = _has_kernels(x, sampling, mask)
-    if not sampling.synchronized:
-        return _either(
-            possible,
-            whole(_kernel_gradient, _kernel_correction),
-            whole(_plain_gradient, _plain_correction),
-        )
-    # Replicas meet between the two steps, outside of branches, which are graphs of their own.
-    dx, *sums = _either(possible, everywhere(_kernel_gradient), everywhere(_plain_gradient))
-    total = tf.unstack(_summed_over_replicas(tf.stack(sums)))
-    dx = _either(
-        possible,
-        lambda: in_sample(_kernel_correction, dx, *total),
-        lambda: in_sample(_plain_correction, dx, *total),
-    )
-    return dx, *sums
+    by_kernels = _by_kernels(x, sampling, mask)
+    everywhere = _kernel_gradient if by_kernels else _plain_gradient
+    in_sample: Any = _kernel_correction if by_kernels else _plain_correction
+    dx, dgamma, dbeta = everywhere(x, dy, gamma, moments, sampling)
+    sums = [dgamma, dbeta]
+    if sampling.synchronized:
+        sums = tf.unstack(_summed_over_replicas(tf.stack(sums)))
+    dx = in_sample(dx, x, gamma, *sums, moments, sampling, mask)
+    return dx, dgamma, dbeta
 
 
 def _differentiated_by_kernels(
@@ -286,13 +246,13 @@ def _fused_training(
 # ------------------------------------------------------------------------------- kernels
 
 
-def _kernel_moments(x: tf.Tensor, sampling: Sampling) -> tuple[tf.Tensor, ...]:
+def _kernel_moments(x: tf.Tensor, sampling: Sampling) -> Moments:
     channels = x.shape[-1]
     rows = _Rows.of(x, sampling)
     sample = tf.reshape(rows.taken(x), [-1, 1, 1, channels])
     one, zero = tf.ones([channels]), tf.zeros([channels])
     _, mean, variance, count = _fused_training(sample, one, zero, sampling.epsilon)
-    return mean, variance, count
+    return Moments(mean, variance, count)
 
 
 def _kernel_normalized(
@@ -426,21 +386,20 @@ class _Rows:
 # --------------------------------------------------------------------------------- plain
 
 
-def _plain_moments(
-    x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None
-) -> tuple[tf.Tensor, ...]:
+def _plain_moments(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None) -> Moments:
     sample = _widened(_sampled(x, sampling))
     axes = _all_but(sampling.axis, x)
     if mask is None:
         count = tf.cast(tf.size(sample) // sample.shape[sampling.axis], sample.dtype)
         mean = tf.reduce_mean(sample, axes)
         centred = sample - _along(mean, sampling.axis, x)
-        return mean, tf.reduce_mean(tf.square(centred), axes), count
+        return Moments(mean, tf.reduce_mean(tf.square(centred), axes), count)
     counted = tf.cast(_sampled(_mask_like(mask, x, sampling), sampling), sample.dtype)
     count = tf.reduce_sum(counted)
     mean = tf.math.divide_no_nan(tf.reduce_sum(counted * sample, axes), count)
     squares = tf.square(sample - _along(mean, sampling.axis, x))
-    return mean, tf.math.divide_no_nan(tf.reduce_sum(counted * squares, axes), count), count
+    variance = tf.math.divide_no_nan(tf.reduce_sum(counted * squares, axes), count)
+    return Moments(mean, variance, count)
 
 
 def _plain_normalized(
