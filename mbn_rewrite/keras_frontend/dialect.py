@@ -19,7 +19,7 @@ from keras.src.saving.serialization_lib import SafeModeScope
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
 from mbn_rewrite.keras_frontend.layers import ScaleAndShift
-from mbn_rewrite.keras_layers.copying import label, parts
+from mbn_rewrite.keras_layers.copying import is_stock, label, parts
 from mbn_rewrite.keras_layers.describe import Call, Describer, layer_table
 from mbn_rewrite.keras_layers.dialect import Dialect, Record
 
@@ -133,7 +133,10 @@ class Keras3(Dialect):
         with warnings.catch_warnings():
             # The function itself is taken over; it is not made again of its byte code.
             warnings.filterwarnings("ignore", ".*includes a `lambda`", UserWarning)
-            return layer.get_config()
+            config = layer.get_config()
+        if not is_stock(type(layer)):
+            return _without_what_init_does_not_take(type(layer), config)
+        return config
 
     def scope(self, classes: dict[str, type]) -> AbstractContextManager[Any]:
         scope = ExitStack()
@@ -210,6 +213,15 @@ def _comes_by_itself(
     carried = [getattr(t, "_keras_mask", None) for t in keras.tree.flatten(data)]
     given = keras.tree.flatten(mask)
     return all(value is None for value in given) or list(map(id, given)) == list(map(id, carried))
+
+
+def _without_what_init_does_not_take(kind: type, config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that Keras made itself, for a class that takes less than that."""
+    parameters = inspect.signature(kind).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return config
+    common = {"name", "trainable", "dtype"} - set(parameters)
+    return {key: value for key, value in config.items() if key not in common}
 
 
 # ------------------------------------------------------ operations among a model's layers
