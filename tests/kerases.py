@@ -22,6 +22,7 @@ from mbn_rewrite.keras_layers.weights import numpy_dtype
 from mbn_rewrite.tf_keras_frontend.dialect import TF_KERAS
 
 _PACKAGES = {"tf_keras": tf_keras, "keras": keras_3}
+BATCH_NORMS = tuple(each.layers.BatchNormalization for each in _PACKAGES.values())
 _in_use = "tf_keras"
 
 

@@ -419,8 +419,10 @@ def test_custom_layer_that_holds_norms(mode, rng, tmp_path):
     assert [w.shape for w in new.layers[1].more[0].weights] == [(1, 1, 3, 4), (4,)]
     new.export(tmp_path / "served", verbose=False)
     inputs = data(rng, 8, 8, 3)
-    served = tf.saved_model.load(str(tmp_path / "served")).serve(inputs)
-    np.testing.assert_allclose(served, outputs(model, inputs)[0], rtol=1e-3, atol=1e-3)
+    served = tf.saved_model.load(str(tmp_path / "served"))
+    np.testing.assert_allclose(
+        served.serve(inputs), outputs(model, inputs)[0], rtol=1e-3, atol=1e-3
+    )
 
 
 class MadeInBuild(K.Layer):
@@ -656,6 +658,18 @@ def test_untouched_weights_are_equal_bit_for_bit(rng):
     old, new = model.layers[-1], mbn.convert(model).layers[-1]
     for weight, now in zip(old.get_weights(), new.get_weights(), strict=True):
         np.testing.assert_array_equal(weight, now)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exported_signatures_have_the_same_names(mode, rng, tmp_path):
+    left, right = keras.Input((4,)), keras.Input((4,), name="right")
+    model = keras.Model([left, right], {"sum": B()(K.Dense(3)(left + right))})
+    signatures = []
+    for each, path in ((model, tmp_path / "old"), (mbn.convert(model, mode), tmp_path / "new")):
+        each.export(path, verbose=False)
+        served = tf.saved_model.load(str(path)).signatures["serving_default"]
+        signatures.append((sorted(served.structured_input_signature[1]), served.structured_outputs))
+    assert signatures[0] == signatures[1]
 
 
 def test_verify_sees_a_wrong_model(rng):

@@ -77,7 +77,7 @@ class Keras3(Dialect):
         return isinstance(layer, (Functional, keras.Sequential))
 
     def calls_of(self, model: Any) -> Iterator[Record]:
-        graph = _functional(model)
+        graph = functional_of(model)
         # Not all of them: what only computes masks is done again where masks are passed on.
         records: dict[int, Record] = {}
         pending = [*graph.inputs, *graph.outputs]
@@ -100,7 +100,7 @@ class Keras3(Dialect):
 
     def takes_as_it_is(self, model: Any, record: Record) -> bool:
         # A model of a list of inputs takes a dictionary too, by their names.
-        structure = _functional(model)._inputs_struct
+        structure = functional_of(model)._inputs_struct
         given = record.args[0] if record.args else record.kwargs.get("inputs")
         return isinstance(given, dict) == isinstance(structure, dict)
 
@@ -187,7 +187,8 @@ class Keras3(Dialect):
         return hasattr(type(layer).call, "get_concrete_function")
 
 
-def _functional(model: Any) -> Any:
+def functional_of(model: Any) -> Any:
+    """The Functional model that a visible model is or, where it is Sequential, has."""
     return model._functional if isinstance(model, keras.Sequential) else model
 
 

@@ -67,7 +67,7 @@ class _Keras3Writer(Writer):
                 f"the copy of {label(old)} cannot be built as the original was: {cause_of(error)} "
                 + _DEFINE
             ) from error
-        new.built = True
+        new.built, new._called = True, old._called  # which `export` asks for
 
     def set_own_trainable(self, model: Any, trainable: bool) -> None:
         model._trainable = trainable
