@@ -21,7 +21,7 @@ def convert(model: Any, mode: str = "fold", stride: Any = None) -> Any:
     """Rewrites the BatchNormalization layers of a trained model for inference.
 
     Args:
-        model: a built tf_keras model. It is not changed.
+        model: a built model of tf_keras or Keras 3. It is not changed.
         mode: "fold" lets neighbouring layers absorb each BatchNormalization wherever that
             is exact, and leaves the others; `print(plan(model))` says why. "depthwise"
             puts a depthwise 1x1 convolution in the place of each.
