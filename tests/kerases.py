@@ -1,7 +1,7 @@
 """Both Kerases for one test: `K` stands for the layers of whichever is in use.
 
 Tests with the fixture `each_keras` (see conftest.py) run once with either. They build models
-of what is here, and in functions, since `K` changes.
+of `K` and `Model`, in functions, since what they stand for changes.
 """
 
 from __future__ import annotations
@@ -47,10 +47,6 @@ K = _Layers()
 
 def Model(*args: Any, **kwargs: Any) -> Any:  # noqa: N802
     return package().Model(*args, **kwargs)
-
-
-def Sequential(*args: Any, **kwargs: Any) -> Any:  # noqa: N802
-    return package().Sequential(*args, **kwargs)
 
 
 def set_policy(name: str) -> None:

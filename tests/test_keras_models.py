@@ -158,6 +158,29 @@ def test_narrow_dtypes(policy, mode, rng):
     assert {weight.dtype for weight in mbn.convert(model, mode).weights} == {stored}
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_dtypes_by_layer(mode, rng):
+    policies = keras.dtype_policies.DTypePolicyMap()
+    policies["narrow"] = keras.dtype_policies.DTypePolicy("mixed_bfloat16")
+    x = keras.Input((4,))
+    y = K.Dense(3, name="narrow", dtype=policies)(K.Dense(4, name="wide", dtype=policies)(x))
+    model = keras.Model(x, B(name="bn", dtype=policies)(y))
+    check_rewrite(randomised(model, rng), data(rng, 4), mode)
+    dtypes = [layer.compute_dtype for layer in mbn.convert(model, mode).layers]
+    assert dtypes == ["float32", "float32", "bfloat16", "float32"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_model_of_a_part_of_another(mode, rng):
+    x = keras.Input((8,))
+    middle = K.Dense(6)(x)
+    whole = keras.Model(x, B()(K.Dense(4)(K.ReLU()(B()(middle)))))
+    operations = whole.operations
+    part = keras.Model(middle, whole.output)
+    check_rewrite(randomised(part, rng), data(rng, 6), mode)
+    assert whole.operations == operations
+
+
 def test_depthwise_uses_stock_layers_where_there_are_some():
     found = {}
     for shape, axis in (((6,), -1), ((6, 4), -1), ((6, 6, 4), -1), ((4, 6, 6), 1)):

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import keras
+from keras.dtype_policies import DTypePolicyMap
 from keras.src.activations.activations import ReLU
 from keras.src.models.functional import Functional
 from keras.src.ops import nn, numpy
@@ -134,6 +135,8 @@ class Keras3(Dialect):
             # The function itself is taken over; it is not made again of its byte code.
             warnings.filterwarnings("ignore", ".*includes a `lambda`", UserWarning)
             config = layer.get_config()
+        if "dtype" in config and isinstance(layer.dtype_policy, DTypePolicyMap):
+            config["dtype"] = layer.dtype_policy  # whose own configuration loses its policies
         if not is_stock(type(layer)):
             return _without_what_init_does_not_take(type(layer), config)
         return config
