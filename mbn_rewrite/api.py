@@ -24,7 +24,7 @@ def convert(model: Any, mode: str = "fold", stride: Any = None) -> Any:
     """Rewrites the BatchNormalization layers of a model, for inference or for training.
 
     Args:
-        model: a built Keras model. It is not changed.
+        model: a built model of tf_keras or Keras 3. It is not changed.
         mode: for inference, "fold" lets neighbouring layers absorb each BatchNormalization
             wherever that is exact, and leaves the others; `print(plan(model))` says why.
             "depthwise" puts a depthwise 1x1 convolution in the place of each. For training,

@@ -74,7 +74,7 @@ def verify(
     """Compares a rewritten model with the original, at inference.
 
     Args:
-        model: the original tf_keras model.
+        model: the original model, of tf_keras or Keras 3.
         new: the rewritten one, with the same inputs and outputs.
         inputs: what to call both with. By default random values for inputs of the shapes
             and dtypes of the model's: normally distributed floats (pixels from 0 to 255

@@ -22,11 +22,11 @@ from mbn_rewrite.api import check_mode
 from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.keras_layers import files as keras_files
 from mbn_rewrite.planner import TRAINING_MODES
 from mbn_rewrite.report import table
 from mbn_rewrite.saved_model_frontend import files as saved_model_files
 from mbn_rewrite.stored import Exchange, Footprint, StoredModel, bytes_on_disk
-from mbn_rewrite.tf_keras_frontend import files as keras_files
 
 Progress = Callable[[str], None]
 
@@ -147,7 +147,8 @@ def rewrite_saved_model(
     """Rewrites a model on disk and writes it as SavedModel, verified.
 
     Args:
-        source: any SavedModel, or a .h5, .hdf5 or .keras file of tf_keras.
+        source: any SavedModel, or a .h5, .hdf5 or .keras file of tf_keras
+            or Keras 3.
         destination: the directory to write. Its parent must exist.
         mode: as for `convert`.
         overwrite: whether a destination that exists may be replaced.
@@ -235,9 +236,13 @@ def _opened(
         from mbn_rewrite.saved_model_frontend.stored import SavedModelDirectory
 
         return SavedModelDirectory(source, tags, signatures)
-    from mbn_rewrite.tf_keras_frontend.stored import KerasFile
+    if keras_files.package_of(source) == "keras":
+        from mbn_rewrite.keras_frontend.stored import Keras3File
 
-    return KerasFile(source, trusted)
+        return Keras3File(source, trusted)
+    from mbn_rewrite.tf_keras_frontend.stored import TfKerasFile
+
+    return TfKerasFile(source, trusted)
 
 
 # ----------------------------------------------------------------------------- the paths

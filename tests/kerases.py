@@ -1,7 +1,7 @@
 """Both Kerases for one test: `K` stands for the layers of whichever is in use.
 
 Tests with the fixture `each_keras` (see conftest.py) run once with either. They build models
-of what is here, and in functions, since `K` changes.
+of `K` and `Model`, in functions, since what they stand for changes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mbn_rewrite.keras_layers.weights import numpy_dtype
 from mbn_rewrite.tf_keras_frontend.dialect import TF_KERAS
 
 _PACKAGES = {"tf_keras": tf_keras, "keras": keras_3}
+BATCH_NORMS = tuple(each.layers.BatchNormalization for each in _PACKAGES.values())
 _in_use = "tf_keras"
 
 
@@ -46,10 +47,6 @@ K = _Layers()
 
 def Model(*args: Any, **kwargs: Any) -> Any:  # noqa: N802
     return package().Model(*args, **kwargs)
-
-
-def Sequential(*args: Any, **kwargs: Any) -> Any:  # noqa: N802
-    return package().Sequential(*args, **kwargs)
 
 
 def set_policy(name: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.kerases import K, Model, assign, inputs_like, policy, set_policy
+from tests.kerases import BATCH_NORMS, K, Model, assign, inputs_like, policy, set_policy
 
 
 @dataclass
@@ -43,7 +43,7 @@ def random_model(seed: int) -> RandomModel:
 def randomise(model, rng: np.random.Generator) -> None:
     """Gives all BatchNormalizations random parameters, and weights a moderate size."""
     for layer in model._flatten_layers(include_self=False):
-        if isinstance(layer, K.BatchNormalization):
+        if isinstance(layer, BATCH_NORMS):
             _randomise_norm(layer, rng)
         elif not list(layer._flatten_layers(include_self=False)):
             for variable in layer.weights:

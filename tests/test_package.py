@@ -1,5 +1,7 @@
 """What a user meets first: the import, the names, and the errors for what is not a model."""
 
+import importlib
+import os
 import subprocess
 import sys
 
@@ -42,7 +44,7 @@ def test_unknown_name_is_an_attribute_error():
 @pytest.mark.parametrize("function", [mbn.plan, mbn.convert])
 @pytest.mark.parametrize("thing", [None, 3, [1, 2], len], ids=repr)
 def test_what_is_not_a_model(thing, function):
-    with pytest.raises(mbn.RewriteError, match="a tf_keras model is needed, not"):
+    with pytest.raises(mbn.RewriteError, match="a model of tf_keras or Keras 3 is needed"):
         function(thing)
 
 
@@ -62,29 +64,87 @@ def test_stride_for_a_mode_without_one(mode):
         mbn.convert(None, mode, stride=2)
 
 
-def test_layer_is_not_a_model():
-    import tf_keras
-
-    with pytest.raises(mbn.RewriteError, match=r"not the Dense 'dense'.*Sequential"):
-        mbn.convert(tf_keras.layers.Dense(3, name="dense"))
+KERASES = ["tf_keras", "keras"]
 
 
+@pytest.mark.parametrize("package", KERASES)
+def test_layer_is_not_a_model(package):
+    layers = importlib.import_module(package).layers
+    with pytest.raises(mbn.RewriteError, match=rf"not the Dense 'dense'.*{package}\.Sequential"):
+        mbn.convert(layers.Dense(3, name="dense"))
+
+
+@pytest.mark.parametrize("package", KERASES)
 @pytest.mark.parametrize("kind", ["sequential", "subclassed"])
-def test_unbuilt_model(kind):
-    import tf_keras
+def test_unbuilt_model(kind, package):
+    keras = importlib.import_module(package)
 
-    class Own(tf_keras.Model):
+    class Own(keras.Model):
         pass
 
-    layers = [tf_keras.layers.Dense(3), tf_keras.layers.BatchNormalization()]
-    model = tf_keras.Sequential(layers) if kind == "sequential" else Own()
+    layers = [keras.layers.Dense(3), keras.layers.BatchNormalization()]
+    model = keras.Sequential(layers) if kind == "sequential" else Own()
     with pytest.raises(mbn.RewriteError, match=r"has not been built.*Call it once"):
         mbn.plan(model)
 
 
-def test_keras_3_model():
-    import keras
+# ------------------------------------------------------------------------ in other processes
 
-    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
-    with pytest.raises(mbn.RewriteError, match=r"Keras 3.*tf_keras"):
-        mbn.convert(model)
+CONVERTED = """
+import sys
+{before}
+import {package} as keras
+import mbn_rewrite as mbn
+
+K = keras.layers
+x = K.Input((8, 4))
+y = K.BatchNormalization()(K.Conv1D(4, 1)(x))
+y = K.BatchNormalization()(K.Bidirectional(K.GRU(3))(K.BatchNormalization()(K.ReLU()(y))))
+model = keras.Model(x, [K.Dense(3)(y), y])
+for layer in model.layers:
+    if isinstance(layer, K.BatchNormalization):
+        layer.moving_mean.assign([0.1 * i for i in range(layer.moving_mean.shape[0])])
+for mode in ("fold", "depthwise"):
+    new = mbn.convert(model, mode)
+    comparison = mbn.verify(model, new)
+    assert comparison.ok, comparison
+    left = sum(isinstance(layer, K.BatchNormalization) for layer in new.layers)
+    assert left == mbn.plan(model, mode).left == (1 if mode == "fold" else 0)
+sys.exit("loaded {other}" if "{other}" in sys.modules else 0)
+"""
+
+
+def converts_without(package, other, before="", **environment):
+    code = CONVERTED.format(package=package, other=other, before=before)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_converting_a_model_of_keras_3_does_not_load_tf_keras():
+    converts_without("keras", "tf_keras")
+
+
+def test_converting_a_model_of_tf_keras_does_not_load_the_other_front_end():
+    # tf_keras loads Keras 3 itself.
+    converts_without("tf_keras", "mbn_rewrite.keras_frontend")
+
+
+WITHOUT_TENSORFLOW = """
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tensorflow":
+            raise ImportError("this process has no TensorFlow")
+
+sys.meta_path.insert(0, Refuses())
+"""
+
+
+@pytest.mark.parametrize("backend", ["numpy", "jax"])
+def test_keras_3_without_tensorflow(backend):
+    pytest.importorskip("jax", reason="Keras's numpy backend needs it too")
+    converts_without("keras", "tensorflow", WITHOUT_TENSORFLOW, KERAS_BACKEND=backend)

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import h5py
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -57,6 +58,16 @@ def nothing_left(directory, *but):
     return sorted(p.name for p in directory.iterdir()) == sorted(p.name for p in but)
 
 
+@keras.saving.register_keras_serializable("tests")
+class Subclassed3(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm = keras.layers.BatchNormalization()
+
+    def call(self, x):
+        return self.norm(x)
+
+
 FORMATS = ("h5", "hdf5", "keras", "tf")
 
 
@@ -75,6 +86,63 @@ def test_every_format_becomes_a_verified_saved_model(kind, mode, tmp_path, capsy
     if kind != "tf":  # files of Keras become SavedModels of Keras
         assert tf_keras.models.load_model(out, compile=False).output_names == ["scores"]
     assert nothing_left(tmp_path, source, out)
+
+
+def keras_3_model():
+    left = keras.Input((8, 8, 3), name="left")
+    right = keras.Input((8, 8, 3), name="right")
+    layers = keras.layers
+    y = layers.BatchNormalization(name="bn")(layers.Conv2D(4, 3)(layers.Add()([left, right])))
+    outputs = {"z": layers.ReLU(name="last")(y), "a": layers.GlobalMaxPooling2D(name="first")(y)}
+    model = keras.Model([left, right], outputs)
+    randomise(model, np.random.default_rng(0))
+    return model
+
+
+@pytest.mark.parametrize("mode", ["fold", "depthwise"])
+@pytest.mark.parametrize("kind", ["h5", "keras"])
+def test_files_of_keras_3(kind, mode, tmp_path):
+    model = keras_3_model()
+    source, out = tmp_path / f"m.{kind}", tmp_path / "out"
+    model.save(source)
+    inputs = {t.name: np.ones((2, 8, 8, 3), np.float32) for t in model.inputs}
+    for given in (None, inputs) if kind == "keras" else (None,):
+        report = mbn.rewrite_saved_model(source, out, mode, inputs=given, overwrite=True)
+        assert report.comparison.ok
+        assert report.plan.left == 0
+    serve = tf.saved_model.load(str(out)).signatures["serving_default"]
+    results, expected = serve(**inputs), model(list(inputs.values()))
+    for name in ("a", "z"):
+        np.testing.assert_allclose(results[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert nothing_left(tmp_path, source, out)
+
+
+@pytest.mark.parametrize("kind", ["h5", "keras"])
+def test_trusted_lambda_of_keras_3(kind, tmp_path):
+    source = lambda_of_keras_3(tmp_path, kind)
+    assert mbn.rewrite_saved_model(source, tmp_path / "out", trusted=True).ok
+
+
+def test_sequential_and_subclassed_files_of_keras_3(tmp_path):
+    layers = keras.layers
+    model = keras.Sequential([layers.Dense(3), layers.BatchNormalization()])
+    model(np.ones((2, 4), np.float32))
+    model.save(tmp_path / "sequential.keras")
+    subclassed = Subclassed3()
+    subclassed(np.ones((2, 4), np.float32))
+    subclassed.save(tmp_path / "subclassed.keras")
+    for name, left in (("sequential", 0), ("subclassed", 1)):
+        report = mbn.rewrite_saved_model(tmp_path / f"{name}.keras", tmp_path / name)
+        assert report.comparison.ok
+        assert report.plan.left == left
+
+
+def test_unknown_names_of_inputs_of_keras_3(tmp_path):
+    keras_3_model().save(tmp_path / "m.keras")
+    with pytest.raises(mbn.RewriteError, match=r"are named \['other'\]; the model's"):
+        mbn.rewrite_saved_model(
+            tmp_path / "m.keras", tmp_path / "out", inputs={"other": np.ones((2, 8, 8, 3))}
+        )
 
 
 def test_outputs_by_name_in_order(tmp_path):
@@ -194,11 +262,19 @@ def plain_saved_model(tmp_path):
     return tmp_path / "module"
 
 
-def keras_3_file(tmp_path):
-    import keras
+def unknown_class_of_keras_3(tmp_path):
+    class Unheard(keras.layers.Layer):
+        pass
 
-    keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(tmp_path / "three.keras")
+    keras.Sequential([keras.Input((4,)), Unheard()]).save(tmp_path / "three.keras")
     return tmp_path / "three.keras"
+
+
+def lambda_of_keras_3(tmp_path, kind):
+    keras.Sequential([keras.Input((4,)), keras.layers.Lambda(lambda x: x * 2.0)]).save(
+        tmp_path / f"three.{kind}"
+    )
+    return tmp_path / f"three.{kind}"
 
 
 def unknown_class(tmp_path):
@@ -216,7 +292,7 @@ BAD_SOURCES = {
     "weights": (weights_only, "holds weights but no model"),
     "directory": (plain_directory, "without saved_model.pb"),
     "no_signatures": (plain_saved_model, "has no signatures"),
-    "keras_3": (keras_3_file, "written by Keras 3"),
+    "unknown_class_of_keras_3": (unknown_class_of_keras_3, "cannot be loaded by keras: "),
     "unknown_class": (unknown_class, "cannot be loaded by tf_keras: "),
     "truncated_h5": (lambda tmp_path: truncated(tmp_path, "h5"), "cut short"),
     "truncated_keras": (lambda tmp_path: truncated(tmp_path, "keras"), "cut short"),
@@ -224,6 +300,12 @@ BAD_SOURCES = {
     **{
         f"lambda_{kind}": (lambda tmp_path, kind=kind: saved(lambda_model(), tmp_path, kind),
                            "--trusted")
+        for kind in ("h5", "keras")
+    },
+    **{
+        f"lambda_of_keras_3_{kind}": (
+            lambda tmp_path, kind=kind: lambda_of_keras_3(tmp_path, kind), "--trusted"
+        )
         for kind in ("h5", "keras")
     },
 }  # fmt: skip

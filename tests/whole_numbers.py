@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import mbn_rewrite as mbn
 from mbn_rewrite.decisions import Plan
-from tests.kerases import K, assign, inputs_like
+from tests.kerases import BATCH_NORMS, K, assign, inputs_like
 
 
 def norm(**kwargs):
@@ -28,7 +28,7 @@ def randomise(model, rng, *, gamma="mixed", shift=True):
         shift: whether BatchNormalizations shift; without, beta is mean * gamma.
     """
     for layer in model._flatten_layers(include_self=False):
-        if isinstance(layer, K.BatchNormalization):
+        if isinstance(layer, BATCH_NORMS):
             _randomise_norm(layer, rng, gamma, shift)
         elif not list(layer._flatten_layers(include_self=False)):
             for variable in layer.weights:

@@ -4,9 +4,9 @@
     python tools/rewrite_savedmodel.py [FLAGS] IN OUT
 
 IN is any SavedModel (of TensorFlow 1 or 2, Keras 2 or 3, frozen or not), or a .h5, .hdf5 or
-.keras file of tf_keras. OUT is the directory of the SavedModel to write, with the signatures,
-methods, assets and tables of IN. IN is never changed; OUT appears only when the written model
-was loaded again and every signature gave the outputs of the original.
+.keras file of tf_keras or Keras 3. OUT is the directory of the SavedModel to write, with the
+signatures, methods, assets and tables of IN. IN is never changed; OUT appears only when the
+written model was loaded again and every signature gave the outputs of the original.
 
 Examples:
     python tools/rewrite_savedmodel.py saved_model served

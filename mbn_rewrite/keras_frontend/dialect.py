@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import keras
+from keras.dtype_policies import DTypePolicyMap
 from keras.src.activations.activations import ReLU
 from keras.src.models.functional import Functional
 from keras.src.ops import nn, numpy
@@ -23,7 +24,7 @@ from mbn_rewrite.keras_frontend.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
 )
-from mbn_rewrite.keras_layers.copying import label, parts
+from mbn_rewrite.keras_layers.copying import is_stock, label, parts
 from mbn_rewrite.keras_layers.describe import Call, Describer, layer_table
 from mbn_rewrite.keras_layers.dialect import Dialect, Record
 
@@ -82,7 +83,7 @@ class Keras3(Dialect):
         return isinstance(layer, (Functional, keras.Sequential))
 
     def calls_of(self, model: Any) -> Iterator[Record]:
-        graph = _functional(model)
+        graph = functional_of(model)
         # Not all of them: what only computes masks is done again where masks are passed on.
         records: dict[int, Record] = {}
         pending = [*graph.inputs, *graph.outputs]
@@ -105,7 +106,7 @@ class Keras3(Dialect):
 
     def takes_as_it_is(self, model: Any, record: Record) -> bool:
         # A model of a list of inputs takes a dictionary too, by their names.
-        structure = _functional(model)._inputs_struct
+        structure = functional_of(model)._inputs_struct
         given = record.args[0] if record.args else record.kwargs.get("inputs")
         return isinstance(given, dict) == isinstance(structure, dict)
 
@@ -138,7 +139,12 @@ class Keras3(Dialect):
         with warnings.catch_warnings():
             # The function itself is taken over; it is not made again of its byte code.
             warnings.filterwarnings("ignore", ".*includes a `lambda`", UserWarning)
-            return layer.get_config()
+            config = layer.get_config()
+        if "dtype" in config and isinstance(layer.dtype_policy, DTypePolicyMap):
+            config["dtype"] = layer.dtype_policy  # whose own configuration loses its policies
+        if not is_stock(type(layer)):
+            return _without_what_init_does_not_take(type(layer), config)
+        return config
 
     def scope(self, classes: dict[str, type]) -> AbstractContextManager[Any]:
         scope = ExitStack()
@@ -189,7 +195,8 @@ class Keras3(Dialect):
         return hasattr(type(layer).call, "get_concrete_function")
 
 
-def _functional(model: Any) -> Any:
+def functional_of(model: Any) -> Any:
+    """The Functional model that a visible model is or, where it is Sequential, has."""
     return model._functional if isinstance(model, keras.Sequential) else model
 
 
@@ -215,6 +222,15 @@ def _comes_by_itself(
     carried = [getattr(t, "_keras_mask", None) for t in keras.tree.flatten(data)]
     given = keras.tree.flatten(mask)
     return all(value is None for value in given) or list(map(id, given)) == list(map(id, carried))
+
+
+def _without_what_init_does_not_take(kind: type, config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that Keras made itself, for a class that takes less than that."""
+    parameters = inspect.signature(kind).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return config
+    common = {"name", "trainable", "dtype"} - set(parameters)
+    return {key: value for key, value in config.items() if key not in common}
 
 
 # ------------------------------------------------------ operations among a model's layers

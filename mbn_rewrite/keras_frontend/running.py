@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.keras_frontend.dialect import KERAS_3
+from mbn_rewrite.keras_frontend.dialect import KERAS_3, functional_of
 from mbn_rewrite.keras_layers.copying import parts
 from mbn_rewrite.made_up import GIVE_REAL_ONES, Made, random_array, uncallable
 
@@ -50,7 +50,7 @@ def random_inputs(model: Any, seed: int = 0) -> Any:
 def _taken_by(model: Any) -> Any:
     """What a model takes, as Keras tensors."""
     if KERAS_3.is_visible(model):
-        return getattr(model, "_functional", model)._inputs_struct
+        return functional_of(model)._inputs_struct
     shapes = (model.get_build_config() or {}).get("input_shape")
     if shapes is None:
         raise RewriteError(

@@ -15,6 +15,8 @@ from mbn_rewrite.keras_layers.copying import label
 from mbn_rewrite.keras_layers.reader import Reading
 from mbn_rewrite.keras_layers.writer import Writer
 
+_DEFINE = "Define build(), or get_build_config() and build_from_config()"
+
 
 def write(model: Any, reading: Reading, plan: Plan) -> Any:
     """A rewritten copy of a model; see `front_ends.FrontEnd`."""
@@ -53,10 +55,7 @@ class _Keras3Writer(Writer):
     def built_as(self, old: Any, new: Any) -> None:
         config = old.get_build_config()
         if not config:
-            raise RewriteError(
-                f"it is not known how to build a copy of {label(old)}. Define build(), or "
-                "get_build_config() and build_from_config()"
-            )
+            raise RewriteError(f"it is not known how to build a copy of {label(old)}. {_DEFINE}")
         if new.built:
             return
         try:
@@ -65,9 +64,10 @@ class _Keras3Writer(Writer):
                 new.build_from_config(config)
         except Exception as error:
             raise RewriteError(
-                f"the copy of {label(old)} cannot be built as the original was: {cause_of(error)}"
+                f"the copy of {label(old)} cannot be built as the original was: {cause_of(error)} "
+                + _DEFINE
             ) from error
-        new.built = True
+        new.built, new._called = True, old._called  # which `export` asks for
 
     def set_own_trainable(self, model: Any, trainable: bool) -> None:
         model._trainable = trainable

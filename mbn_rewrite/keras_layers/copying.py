@@ -63,7 +63,7 @@ def from_config(layer: Any, config: dict[str, Any], keras: Dialect, kind: Any = 
             f"{label(layer)} cannot be copied: its call method was exchanged on the object. Make "
             "a subclass of its class that has the method"
         )
-    if _is_stock(type(layer)):
+    if is_stock(type(layer)):
         config = _without_objects(config)
     try:
         with keras.scope(_own_classes(layer)):
@@ -153,7 +153,8 @@ def _listed(layers: list[Any]) -> str:
     return ", ".join(type(part).__name__ for part in layers[1:6]) or "none"
 
 
-def _is_stock(kind: type) -> bool:
+def is_stock(kind: type) -> bool:
+    """Whether a class is one of Keras's own."""
     return kind.__module__.partition(".")[0] in _PACKAGES
 
 
@@ -162,7 +163,7 @@ def _own_classes(layer: Any) -> dict[str, type]:
     classes: dict[str, type] = {}
     for part in parts(layer):
         kind = type(part)
-        if not _is_stock(kind) and classes.setdefault(kind.__name__, kind) is not kind:
+        if not is_stock(kind) and classes.setdefault(kind.__name__, kind) is not kind:
             raise RewriteError(
                 f"{label(layer)} cannot be copied: it holds layers of two different classes "
                 f"that are both named {kind.__name__}. Rename one of them"

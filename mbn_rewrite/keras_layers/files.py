@@ -1,4 +1,4 @@
-"""Files of tf_keras: what a file is, loading, and saving models.
+"""Files of either Keras: what a file is, and loading its model.
 
 Nothing here loads TensorFlow before a model is really loaded, so that what is wrong with a
 path is said at once.
@@ -16,7 +16,7 @@ from mbn_rewrite.errors import RewriteError, cause_of
 
 
 def check(source: Path, trusted: bool) -> None:
-    """Finds out, without TensorFlow, whether a path may hold a model of tf_keras.
+    """Finds out, without TensorFlow, whether a path may hold a model of a Keras.
 
     Raises:
         RewriteError: it is missing, unreadable, damaged or something else, or it holds code
@@ -31,21 +31,22 @@ def check(source: Path, trusted: bool) -> None:
             raise RewriteError(f"{source} is neither a file nor a directory")
         if not os.access(source, os.R_OK):
             raise RewriteError(f"{source} cannot be read: no permission")
-        configs, version = _configs_of(source)
+        configs, _ = _configs_of(source)
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
         raise RewriteError(
             f"{source} cannot be read as a model: {cause_of(error)} It may be cut short"
         ) from error
-    if version.startswith("3"):
-        raise RewriteError(
-            f"{source} was written by Keras {version}; this release rewrites models of tf_keras "
-            "(Keras 2). Rebuild the model with tf_keras and load the weights into it"
-        )
     if not trusted and any(_holds_code(config) for config in configs):
         raise RewriteError(
             f"{source} holds code (Lambda layers or functions), which runs when it is loaded. If "
             "you trust whoever made it, pass --trusted (trusted=True in Python)"
         )
+
+
+def package_of(source: Path) -> str:
+    """Whose file it is that `check` has let pass: that of "tf_keras" or of "keras" (3)."""
+    _, version = _configs_of(source)
+    return "keras" if version.startswith("3") else "tf_keras"
 
 
 def _configs_of(source: Path) -> tuple[list[Any], str]:
@@ -61,7 +62,7 @@ def _configs_of(source: Path) -> tuple[list[Any], str]:
     if not h5py.is_hdf5(source):
         raise RewriteError(
             f"{source} is neither an HDF5 file nor a .keras file nor a directory. "
-            "Give a model saved by tf_keras; if it should be one, it may be cut short"
+            "Give a model saved by Keras; if it should be one, it may be cut short"
         )
     with h5py.File(source) as file:
         config = file.attrs.get("model_config")
@@ -94,35 +95,36 @@ def _holds_code(config: Any) -> bool:
 # --------------------------------------------------------------------- with TensorFlow
 
 
-def load(source: Path, trusted: bool) -> Any:
+# What either Keras says where it does not know a class.
+_UNKNOWN_CLASS = ("nknown", "custom_object", "Could not locate")
+
+
+def load(source: Path, trusted: bool, keras: Any) -> Any:
     """Loads a model that `check` has let pass.
+
+    Args:
+        source: the file.
+        trusted: whether code in it may be run.
+        keras: the package that wrote it.
 
     Raises:
         RewriteError: it cannot be loaded.
     """
-    import tf_keras
-
-    options = {"safe_mode": not trusted} if source.suffix == ".keras" else {}
     try:
-        return tf_keras.models.load_model(source, compile=False, **options)
+        return keras.models.load_model(source, compile=False, safe_mode=not trusted)
     except Exception as error:
         cause = cause_of(error)
-        unknown = "nknown" in cause or "custom_object" in str(error)
+        unknown = any(
+            text in str(error) for text in ("nknown", "custom_object", "Could not locate")
+        )
         remedy = "Import the module that defines the class first (--import_modules)"
         if not unknown:
             remedy = "The file may be damaged"
-        raise RewriteError(f"{source} cannot be loaded by tf_keras: {cause} {remedy}") from error
+        raise RewriteError(
+            f"{source} cannot be loaded by {keras.__name__}: {cause} {remedy}"
+        ) from error
 
 
-def save(model: Any, directory: Path) -> None:
-    """Writes a SavedModel.
-
-    Raises:
-        RewriteError: the disk is full, or a custom layer cannot be traced.
-    """
-    import tf_keras
-
-    try:
-        tf_keras.models.save_model(model, directory, save_format="tf", include_optimizer=False)
-    except Exception as error:
-        raise RewriteError(f"the rewritten model cannot be written: {cause_of(error)}") from error
+def saving_failed(error: Exception) -> RewriteError:
+    """What to raise where the disk is full, or a custom layer cannot be traced."""
+    return RewriteError(f"the rewritten model cannot be written: {cause_of(error)}")

@@ -1,0 +1,61 @@
+"""A file of Keras 3, to be rewritten as SavedModel, which takes its TensorFlow backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.keras_frontend import entry
+from mbn_rewrite.keras_frontend.dialect import KERAS_3, functional_of
+from mbn_rewrite.keras_layers.stored import KerasFile, check_names, lone
+from mbn_rewrite.running import as_specified
+
+
+class Keras3File(KerasFile):
+    """See `stored.StoredModel`."""
+
+    def __init__(self, source: Path, trusted: bool) -> None:
+        if keras.backend.backend() != "tensorflow":
+            raise RewriteError(
+                f"Keras runs on {keras.backend.backend()}, and only its TensorFlow backend writes "
+                "SavedModels. Set KERAS_BACKEND=tensorflow"
+            )
+        super().__init__(source, trusted, keras, entry)
+
+    def save(self, model: Any, directory: Path) -> None:
+        model.export(directory, verbose=False)
+
+    def by_name(self, structure: Any) -> dict[str, Any]:
+        tensors = keras.tree.flatten(structure)
+        return dict(zip(self._input_names() or ["input"], tensors, strict=True))
+
+    def structured(self, inputs: Mapping[str, np.ndarray]) -> Any:
+        names = self._input_names()
+        if not names:
+            return tf.constant(lone(inputs))
+        check_names(inputs, names)
+        functional = functional_of(self.model)
+        tensors = [
+            as_specified(name, inputs[name], tf.TensorSpec(spec.shape, spec.dtype))
+            for name, spec in zip(names, functional.inputs, strict=True)
+        ]
+        return keras.tree.pack_sequence_as(functional._inputs_struct, tensors)
+
+    def output_names(self, count: int) -> list[str]:
+        if KERAS_3.is_visible(self.model):
+            structure = functional_of(self.model)._outputs_struct
+            if isinstance(structure, dict):
+                return sorted(structure)
+        return [f"output_{i}" for i in range(count)]
+
+    def _input_names(self) -> list[str]:
+        """The names of a visible model's inputs, in their order; [] for other models."""
+        if not KERAS_3.is_visible(self.model):
+            return []
+        return [tensor.name for tensor in functional_of(self.model).inputs]

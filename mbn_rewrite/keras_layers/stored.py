@@ -1,0 +1,107 @@
+"""A file of a Keras (.h5, .hdf5, .keras), to be rewritten as SavedModel."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbn_rewrite.decisions import Plan
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.front_ends import FrontEnd
+from mbn_rewrite.keras_layers import files
+from mbn_rewrite.planner import make_plan
+from mbn_rewrite.stored import Exchange, Footprint, bytes_on_disk
+
+SERVING = "serving_default"  # the signature that Keras makes
+
+
+class KerasFile(ABC):
+    """See `stored.StoredModel`.
+
+    Args:
+        source: the file.
+        trusted: whether code in it may be run.
+        keras: the package that wrote it.
+        front_end: the front end for its models.
+    """
+
+    def __init__(self, source: Path, trusted: bool, keras: Any, front_end: FrontEnd) -> None:
+        self._source = source
+        self._front_end = front_end
+        self.model = files.load(source, trusted, keras)
+        self._reading = front_end.read(self.model)
+        self._plan: Plan | None = None
+        self.left_out: Mapping[str, str] = {}
+        self.as_it_was: Mapping[str, str] = {}
+        self.unverifiable: Mapping[str, str] = {}
+
+    @abstractmethod
+    def save(self, model: Any, directory: Path) -> None:
+        """Writes a SavedModel."""
+
+    @abstractmethod
+    def by_name(self, structure: Any) -> dict[str, Any]:
+        """Inputs in the structure that the model takes, by the names that its signature has."""
+
+    @abstractmethod
+    def structured(self, inputs: Mapping[str, np.ndarray]) -> Any:
+        """Inputs by name in the structure that the model takes.
+
+        Raises:
+            RewriteError: they have other names, shapes or kinds than the model's.
+        """
+
+    @abstractmethod
+    def output_names(self, count: int) -> list[str]:
+        """The names that the signature of the written model has for its outputs."""
+
+    @property
+    def footprint(self) -> Footprint:
+        return Footprint(self.model.count_params(), bytes_on_disk(self._source))
+
+    @property
+    def dtypes(self) -> set[str]:
+        return self._front_end.compute_dtypes(self.model)
+
+    def plan(self, mode: str) -> Plan:
+        self._plan = make_plan(self._reading.graph, mode)
+        return self._plan
+
+    def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:
+        if inputs is None:
+            structure = self._front_end.random_inputs(self.model, 0)
+        else:
+            structure = self.structured(inputs)
+        arrays = self._front_end.outputs_of(self.model, structure, "the original")
+        outputs = dict(zip(self.output_names(len(arrays)), arrays, strict=True))
+        return {SERVING: Exchange(self.by_name(structure), outputs)}
+
+    def write(self, directory: Path) -> int:
+        assert self._plan is not None
+        new = self._front_end.write(self.model, self._reading, self._plan)
+        try:
+            self.save(new, directory)
+        except RewriteError:
+            raise
+        except Exception as error:
+            raise files.saving_failed(error) from error
+        return int(new.count_params())
+
+
+def check_names(inputs: Mapping[str, np.ndarray], names: list[str]) -> None:
+    """Raises RewriteError where inputs have other names than the model's."""
+    if set(inputs) != set(names):
+        raise RewriteError(
+            f"the inputs are named {sorted(inputs)}; the model's are named {sorted(names)}"
+        )
+
+
+def lone(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The input of a model that takes one, whatever its name."""
+    if len(inputs) != 1:
+        raise RewriteError(f"the model takes one input, not {len(inputs)}")
+    return next(iter(inputs.values()))
