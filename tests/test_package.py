@@ -9,7 +9,15 @@ import pytest
 
 import mbn_rewrite as mbn
 
-PUBLIC = ["RewriteError", "convert", "plan", "rewrite_saved_model", "verify"]
+PUBLIC = [
+    "ModifiedBatchNormalization",
+    "RewriteError",
+    "StridedBatchNormalization",
+    "convert",
+    "plan",
+    "rewrite_saved_model",
+    "verify",
+]
 
 
 def test_import_loads_neither_tensorflow_nor_keras():
