@@ -11,7 +11,7 @@ In all other modes, each site is decided alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from mbn_rewrite import strides
 from mbn_rewrite.algebra import Array, ChannelMap, fold
 from mbn_rewrite.decisions import Decision, Edit, Plan, Sampled
+from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import BatchNorm, Graph, Node, Shape
 from mbn_rewrite.motion import RULES, Absorb, Blocked, Outcome, Shapes, Through
 
@@ -93,6 +94,8 @@ def _plan_training(graph: Graph, mode: str, stride: Any) -> Plan:
         for node in graph.nodes
         if isinstance(node.op, BatchNorm)
     ] + [(hidden.owner, hidden.op, None) for hidden in graph.hidden]
+    _check_names(stride, [owner for owner, _, _ in sites])
+    holders = {hidden.owner: hidden.holder for hidden in graph.hidden}
     for owner, op, shape in sites:
         if owner in decisions:
             continue
@@ -103,8 +106,24 @@ def _plan_training(graph: Graph, mode: str, stride: Any) -> Plan:
             continue
         sampled[owner] = Sampled(wanted, depthwise=mode == "mbn")
         note = f"Stride {_written(wanted)}{_lowering(wanted, op.axis, shape)}."
+        if owner in holders:
+            note += (
+                f" {holders[owner]} makes a BatchNormalization again when it is loaded from a file:"
+                " save weights, and convert what is loaded."
+            )
         decisions[owner] = Decision(owner, mode, (owner,), note)
     return Plan(mode, tuple(decisions.values()), sampled=sampled)
+
+
+def _check_names(stride: Any, owners: list[str]) -> None:
+    """Raises RewriteError where strides are given for layers that there are not."""
+    unknown = sorted(set(stride) - set(owners)) if isinstance(stride, Mapping) else []
+    if unknown:
+        there_is = _listed(sorted(set(owners)), most=20) if owners else "none"
+        raise RewriteError(
+            f"strides are given for {_listed(unknown)}, which is no BatchNormalization of the "
+            f"model. There is {there_is}"
+        )
 
 
 def _unsampled_axis(axis: int | None, shape: Shape | None) -> str:
@@ -123,6 +142,8 @@ def _lowering(stride: strides.Stride, axis: int | None, shape: Shape | None) -> 
     lowered = strides.lowered(along, sizes)
     if not sizes:
         return ", but there are no positions to sample: its input has rank 2"
+    if None in sizes:
+        return ", not lowered where the model leaves sizes open"
     if strides.positions(along, sizes) == strides.positions(lowered, sizes):
         return ""
     size = " x ".join(map(str, sizes))

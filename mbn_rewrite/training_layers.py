@@ -70,17 +70,23 @@ class _SampledBatchNormalization:
         super().__init__(**kwargs)
         self.stride = stride
         self.min_samples = min_samples
-        # What build makes of the axis and the stride.
+        # What build makes of the axis and the shape of the input.
         self._channel_axis = -1
-        self._strides: tuple[int, ...] = ()
+        self._built_for: tuple[int | None, ...] = ()
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """The stride along each spatial axis, lowered where the input is small; once built."""
-        return tuple(self._strides)
+        """The stride along each spatial axis for inputs as it was built for; once built."""
+        return self._strides_for(tuple(self._built_for))
+
+    def _strides_for(self, shape: tuple[int | None, ...]) -> tuple[int, ...]:
+        """The stride along each spatial axis, lowered where inputs of this shape are small."""
+        sizes = [size for i, size in enumerate(shape) if i not in (0, self._channel_axis)]
+        along = strides.along_axes(_plain(self.stride), len(sizes))
+        return strides.lowered(along, sizes, self.min_samples)
 
     def _prepare(self, shape: tuple[int | None, ...]) -> None:
-        """Settles axis and strides for an input shape.
+        """Settles the axis for an input shape.
 
         Raises:
             RewriteError: the layer cannot serve the axis or the rank.
@@ -102,23 +108,19 @@ class _SampledBatchNormalization:
                 f"{self._label} needs to know how many channels there are; axis {channel_axis} of "
                 f"its input of shape {shape} is open"
             )
-        sizes = [size for i, size in enumerate(shape) if i not in (0, channel_axis)]
         self._channel_axis = channel_axis
-        self._strides = strides.lowered(
-            strides.along_axes(_plain(self.stride), len(sizes)), sizes, self.min_samples
-        )
+        self._built_for = shape
 
     @property
     def _label(self) -> str:
         return f"{type(self).__name__} '{self.name}'"
 
-    @property
-    def _sampling(self) -> Sampling:
+    def _sampling(self, inputs: tf.Tensor) -> Sampling:
         from mbn_rewrite.sampled_batch_norm import Sampling
 
         return Sampling(
             axis=self._channel_axis,
-            strides=self.strides,
+            strides=self._strides_for(tuple(inputs.shape)),
             epsilon=self.epsilon,
             synchronized=bool(self.synchronized),
             depthwise=self._DEPTHWISE,
@@ -143,7 +145,7 @@ class _SampledBatchNormalization:
         from mbn_rewrite.sampled_batch_norm import normalize_by_sample
 
         gamma, beta = self._scale_and_offset(_wide(inputs))
-        return normalize_by_sample(inputs, gamma, beta, self._sampling, mask)
+        return normalize_by_sample(inputs, gamma, beta, self._sampling(inputs), mask)
 
     def _by_moving_statistics(self, inputs: tf.Tensor) -> tf.Tensor:
         """The output at inference."""
@@ -152,7 +154,8 @@ class _SampledBatchNormalization:
         dtype = _wide(inputs)
         statistics = (self.moving_mean, self.moving_variance)
         mean, variance = (_vector(statistic, dtype) for statistic in statistics)
-        return normalize(inputs, *self._scale_and_offset(dtype), mean, variance, self._sampling)
+        sampling = self._sampling(inputs)
+        return normalize(inputs, *self._scale_and_offset(dtype), mean, variance, sampling)
 
     def _check_dense(self, inputs: Any) -> None:
         import tensorflow as tf
@@ -162,6 +165,13 @@ class _SampledBatchNormalization:
                 f"{self._label} was given a {type(inputs).__name__}. Dense tensors are needed: "
                 "call its to_tensor(), or tf.sparse.to_dense, before this layer"
             )
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """A layer from its configuration; of the Keras in use, if asked of the public name."""
+        if cls.__module__ == __name__:
+            return getattr(_module_of_keras_in_use(), cls.__name__).from_config(config)
+        return super().from_config(config)  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -186,8 +196,8 @@ class StridedBatchNormalization(_SampledBatchNormalization):
             rank 5 both, along their last two spatial axes; inputs of rank 2 have nothing to
             stride over.
         min_samples: the stride is lowered for inputs of which fewer positions of each example
-            would be sampled (where their size is known when the layer is built), and to 1 where
-            the sample would then be more than a fifth of all.
+            would be sampled, and to 1 where the sample would then be more than a fifth of all.
+            In a graph whose inputs leave their sizes open it stays as it is.
         axis: that of the channels: the last, or 1.
         synchronized: under tf.distribute, take the statistics over all replicas.
         momentum, epsilon, center, scale, *_initializer, *_regularizer, *_constraint, trainable,
@@ -241,12 +251,13 @@ class ModifiedBatchNormalization(_SampledBatchNormalization):
 
     def _made(self, name: str, shape: tuple[int, ...], like: str) -> Any:
         """A weight with the initializer, regularizer and constraint of another."""
-        options = {
-            kind: getattr(self, f"{like}_{kind}")
-            for kind in ("initializer", "regularizer", "constraint")
-        }
         return self.add_weight(  # type: ignore[attr-defined]
-            name=name, shape=shape, **options, **self._weight_options()
+            name=name,
+            shape=shape,
+            initializer=getattr(self, f"{like}_initializer"),
+            regularizer=_of_channels(getattr(self, f"{like}_regularizer")),
+            constraint=_of_channels(getattr(self, f"{like}_constraint")),
+            **self._weight_options(),
         )
 
     def _affine_weights(self) -> tuple[Any, Any]:
@@ -273,6 +284,21 @@ def _module_of_keras_in_use() -> Any:
 def _plain(stride: Any) -> strides.Stride:
     """A stride without the wrapper that Keras puts around what its layers hold."""
     return stride if isinstance(stride, int) else (stride[0], stride[1])
+
+
+def _of_channels(function: Any) -> Any:
+    """A regularizer or constraint of vectors for weights that hold one in more dimensions."""
+    if function is None:
+        return None
+
+    def applied(weight: Any) -> Any:
+        import tensorflow as tf
+
+        tensor = tf.convert_to_tensor(weight)
+        result = function(tf.reshape(tensor, [-1]))
+        return tf.reshape(result, tf.shape(tensor)) if len(result.shape) else result
+
+    return applied
 
 
 def _wide(inputs: tf.Tensor) -> tf.DType:

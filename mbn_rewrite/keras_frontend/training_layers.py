@@ -28,6 +28,7 @@ class _KerasLayer(keras.layers.BatchNormalization):
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         self._check_dense(inputs)
+        inputs = keras.ops.cast(inputs, self.compute_dtype)
         if not training or not self.trainable:
             return self._by_moving_statistics(inputs)
         outputs, moments = self._by_sample(inputs, mask)

@@ -58,7 +58,9 @@ def from_config(layer: Any, config: dict[str, Any], keras: Dialect, kind: Any = 
     Raises:
         RewriteError: it cannot be made, or would not be the same.
     """
-    if "call" in vars(layer) and not keras.makes_its_call(layer):
+    own_call = vars(layer).get("call")  # saving leaves that of the class there
+    is_own = own_call is not None and getattr(own_call, "__func__", None) is not type(layer).call
+    if is_own and not keras.makes_its_call(layer):
         raise RewriteError(
             f"{label(layer)} cannot be copied: its call method was exchanged on the object. Make "
             "a subclass of its class that has the method"
@@ -77,8 +79,8 @@ def from_config(layer: Any, config: dict[str, Any], keras: Dialect, kind: Any = 
         ) from error
     keras.rename(new, layer.name)
     # Parts that a layer makes when it is built follow in `copy_weights`.
-    complete = kind is None and _kinds(parts(layer)) == _kinds(parts(new))
-    for old_part, new_part in paired(layer, new) if complete else [(layer, new)]:
+    complete = kind is None and _kinds(parts(layer), keras) == _kinds(parts(new), keras)
+    for old_part, new_part in paired(layer, new, keras) if complete else [(layer, new)]:
         _take_over(old_part, new_part, keras)
     return new
 
@@ -98,7 +100,10 @@ def copy_weights(old: Any, new: Any, keras: Dialect) -> None:
         )
     copied: set[int] = set()
     pairs: list[tuple[Any, Any]] = []
-    for old_part, new_part in paired(old, new):
+    for old_part, new_part in paired(old, new, keras):
+        if type(old_part) is not type(new_part):  # to be exchanged, see `paired`
+            copied |= {id(v) for part in (old_part, new_part) for v in part.weights}
+            continue
         new_own = keras.own_variables(new_part)
         old_own = keras.own_variables(old_part)
         bias = getattr(new_part, "bias", None)
@@ -124,14 +129,17 @@ def copy_weights(old: Any, new: Any, keras: Dialect) -> None:
             part.finalize_state()  # its mean and variance are computed from its weights
 
 
-def paired(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
+def paired(old: Any, new: Any, keras: Dialect) -> Iterator[tuple[Any, Any]]:
     """A layer and all that it holds, each with its copy.
+
+    A training layer that was put into a layer for a BatchNormalization may come with a
+    BatchNormalization: that is what the code of its holder makes.
 
     Raises:
         RewriteError: the copy holds other layers.
     """
     olds, news = parts(old), parts(new)
-    if _kinds(olds) != _kinds(news):
+    if _kinds(olds, keras) != _kinds(news, keras):
         raise RewriteError(
             f"{label(old)} cannot be copied: its copy holds other layers "
             f"({_listed(news)}; the original {_listed(olds)}). Make the layers in __init__ or "
@@ -145,8 +153,9 @@ def parts(layer: Any) -> list[Any]:
     return list(layer._flatten_layers(include_self=True, recursive=True))
 
 
-def _kinds(layers: list[Any]) -> list[type]:
-    return [type(layer) for layer in layers]
+def _kinds(layers: list[Any], keras: Dialect) -> list[type]:
+    kinds = [type(layer) for layer in layers]
+    return [keras.batch_norms[0] if kind in keras.training_layers else kind for kind in kinds]
 
 
 def _listed(layers: list[Any]) -> str:

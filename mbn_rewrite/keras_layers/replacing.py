@@ -72,9 +72,7 @@ def training_layer(keras: Dialect, old: Any, sampled: Sampled) -> tuple[Any, Cal
     new = from_config(old, config_of(old, keras) | own, keras, kind)
 
     def finish() -> None:
-        if not new.built:
-            channels, axis = old.moving_mean.shape[0], keras.axis_of(old)
-            new.build(tuple(channels if i == axis else None for i in range(old.input_spec.ndim)))
+        build_like(keras, old, new)
         for name in ("moving_mean", "moving_variance"):
             weights.write(new, name, weights.read(old, name))
         names = zip(affine_weights(old, keras), affine_weights(new, keras), strict=True)
@@ -85,6 +83,13 @@ def training_layer(keras: Dialect, old: Any, sampled: Sampled) -> tuple[Any, Cal
         new.trainable = old.trainable
 
     return new, finish
+
+
+def build_like(keras: Dialect, old: Any, new: Any) -> None:
+    """Builds a BatchNormalization for what another takes, if no call has built it."""
+    if not new.built:
+        channels, axis = old.moving_mean.shape[0], keras.axis_of(old)
+        new.build(tuple(channels if i == axis else None for i in range(old.input_spec.ndim)))
 
 
 def set_affine(layer: Any, name: str, array: np.ndarray) -> None:

@@ -31,7 +31,7 @@ from mbn_rewrite.keras_layers.describe import affine_weights
 from mbn_rewrite.keras_layers.dialect import Dialect, Record
 from mbn_rewrite.keras_layers.holders import Place, at, exchange, held
 from mbn_rewrite.keras_layers.reader import Reading
-from mbn_rewrite.keras_layers.replacing import replacement, set_affine, training_layer
+from mbn_rewrite.keras_layers.replacing import build_like, replacement, set_affine, training_layer
 from mbn_rewrite.layouts import einsum_channels
 
 # They were meant for the weights as they were, and would spoil the folded ones.
@@ -281,6 +281,7 @@ class Writer(ABC):
     def _exchange_held(self, old: Any, new: Any) -> None:
         for place, inner in held(old, self.keras):
             if not self._is_planned(inner):
+                self._put_back(new, place, inner)
                 continue
             self._check_not_traced(old)
             if self.keras.is_visible(inner):
@@ -289,6 +290,22 @@ class Writer(ABC):
                 exchange(new, place, self._held_replacement(inner), self.keras)
             else:
                 self._exchange_held(inner, _counterpart(new, place))
+
+    def _put_back(self, holder: Any, place: Place, old: Any) -> None:
+        """Copies training layers for which the code of their holder makes others."""
+        if type(old) in self.keras.training_layers:
+            if type(_counterpart(holder, place)) is not type(old):
+                exchange(holder, place, self._held_copy(old), self.keras)
+        elif any(type(part) in self.keras.training_layers for part in parts(old)):
+            self._exchange_held(old, _counterpart(holder, place))
+
+    def _held_copy(self, old: Any) -> Any:
+        if id(old) not in self._copies:
+            new = from_config(old, config_of(old, self.keras), self.keras)
+            build_like(self.keras, old, new)
+            copy_weights(old, new, self.keras)
+            self._copies[id(old)] = new
+        return self._copies[id(old)]
 
     def _held_replacement(self, old: Any) -> Any:
         if id(old) not in self._copies:

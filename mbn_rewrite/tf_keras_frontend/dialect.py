@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -159,6 +159,18 @@ class TfKeras(Dialect):
 
     def assign(self, target: Any, source: Any) -> None:
         target.assign(source)
+
+    @contextmanager
+    def exchanging(self, holder: Any, old: Any, new: Any) -> Iterator[None]:
+        before = list(holder._self_tracked_trackables)
+        yield
+        # What was set comes last among what the holder tracks; the order of weights is to stay.
+        tracked = holder._self_tracked_trackables
+        gone = [i for i, x in enumerate(before) if not any(x is other for other in tracked)]
+        come = [x for x in tracked if not any(x is other for other in before)]
+        if len(gone) == len(come) == 1:
+            tracked[:] = [x for x in tracked if x is not come[0]]
+            tracked.insert(gone[0], come[0])
 
     def traced(self, layer: Any) -> bool:
         return hasattr(type(layer).call, "get_concrete_function")
