@@ -17,7 +17,7 @@ help:
 	@echo "make format     format the code"
 	@echo "make fuzz       random models until stopped; SECONDS=600 SEED=1 to bound and repeat"
 	@echo "make coverage   BatchNormalization left in well-known networks, as a table"
-	@echo "make benchmark  cost of planning and converting, and SavedModels, as tables"
+	@echo "make benchmark  cost of planning and converting, SavedModels, and training layers"
 	@echo "make clean      remove the environment and all that was fetched or built"
 
 $(READY): setup.cfg pyproject.toml
@@ -52,6 +52,7 @@ coverage: $(READY)
 benchmark: $(READY)
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/saved_model.py
+	$(BIN)/python benchmarks/layer.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
