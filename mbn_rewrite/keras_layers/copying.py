@@ -73,6 +73,8 @@ def from_config(layer: Any, config: dict[str, Any], keras: Dialect, kind: Any = 
     except RewriteError:
         raise
     except Exception as error:
+        if isinstance(error.__context__, RewriteError):  # Keras 3 says its own about errors
+            raise error.__context__ from None
         raise RewriteError(
             f"{label(layer)} cannot be copied from its configuration: {cause_of(error)} "
             "Define get_config() so that it returns the arguments of __init__"
