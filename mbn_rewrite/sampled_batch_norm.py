@@ -96,7 +96,10 @@ def normalize_by_sample(
         y, of the shape and dtype of x, and the statistics, through which no gradient flows.
     """
     if _is_stock(x, sampling, mask):
-        return _stock(x, gamma, beta, sampling)
+        if not sampling.depthwise:
+            return _stock(x, gamma, beta, sampling)
+        if _by_kernels(x, sampling):
+            return _stock_statistics(x, gamma, beta, sampling)
 
     @tf.custom_gradient
     def normalized(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
@@ -208,27 +211,57 @@ def _differentiated_by_kernels(
 
 
 def _is_stock(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None) -> bool:
-    """Whether TensorFlow's fused operation and its gradient do all that is asked."""
+    """Whether the statistics and the gradient are those of TensorFlow's fused operation."""
     whole = max(sampling.strides, default=1) == 1 and mask is None
-    own = sampling.synchronized or sampling.depthwise
-    return whole and not own and x.dtype in _FUSED_DTYPES
+    return whole and not sampling.synchronized and x.dtype in _FUSED_DTYPES
 
 
 def _stock(
     x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, sampling: Sampling
 ) -> tuple[tf.Tensor, Moments]:
     last = sampling.axis == x.shape.rank - 1
-    y, *statistics = _fused_training(
+    y, moments, _ = _fused_training(
         _as_images(x, sampling.axis), gamma, beta, sampling.epsilon, "NHWC" if last else "NCHW"
     )
-    return _shaped_like(y, x), Moments(*map(tf.stop_gradient, statistics))
+    statistics = map(tf.stop_gradient, (moments.mean, moments.variance, moments.count))
+    return _shaped_like(y, x), Moments(*statistics)
+
+
+def _stock_statistics(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, sampling: Sampling
+) -> tuple[tf.Tensor, Moments]:
+    """The fused operation's statistics and gradient, around an output of another operation."""
+    axis = x.shape.rank - 1
+
+    @tf.custom_gradient
+    def normalized(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
+        _, moments, kept = _fused_training(_as_images(x, axis), gamma, beta, sampling.epsilon)
+
+        def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
+                y_backprop=_as_images(dy, axis),
+                x=_as_images(x, axis),
+                scale=gamma,
+                reserve_space_1=kept[0],
+                reserve_space_2=kept[1],
+                reserve_space_3=kept[2],
+                epsilon=sampling.epsilon,
+                is_training=True,
+            )
+            return _shaped_like(dx, x), dgamma, dbeta
+
+        y = _kernel_depthwise(x, gamma, beta, moments, sampling)
+        return (y, moments.mean, moments.variance, moments.count), gradient
+
+    y, *statistics = normalized(x, gamma, beta)
+    return y, Moments(*map(tf.stop_gradient, statistics))
 
 
 def _fused_training(
     images: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, layout: str = "NHWC"
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """y and the mean, population variance and number of positions."""
-    y, mean, unbiased, *_ = tf.raw_ops.FusedBatchNormV3(
+) -> tuple[tf.Tensor, Moments, list[tf.Tensor]]:
+    """y, the statistics of all positions, and what the operation keeps for its gradient."""
+    y, mean, unbiased, *kept = tf.raw_ops.FusedBatchNormV3(
         x=images,
         scale=gamma,
         offset=beta,
@@ -239,8 +272,9 @@ def _fused_training(
         is_training=True,
     )
     count = tf.cast(tf.size(images) // mean.shape[0], mean.dtype)
-    # What else the operation gives differs between devices: a variance, or its inverse root.
-    return y, mean, unbiased * (tf.maximum(count - 1, 0) / tf.maximum(count, 1)), count
+    # What it keeps differs between devices: a variance, or its inverse root.
+    variance = unbiased * (tf.maximum(count - 1, 0) / tf.maximum(count, 1))
+    return y, Moments(mean, variance, count), kept
 
 
 # ------------------------------------------------------------------------------- kernels
@@ -251,8 +285,7 @@ def _kernel_moments(x: tf.Tensor, sampling: Sampling) -> Moments:
     rows = _Rows.of(x, sampling)
     sample = tf.reshape(rows.taken(x), [-1, 1, 1, channels])
     one, zero = tf.ones([channels]), tf.zeros([channels])
-    _, mean, variance, count = _fused_training(sample, one, zero, sampling.epsilon)
-    return Moments(mean, variance, count)
+    return _fused_training(sample, one, zero, sampling.epsilon)[1]
 
 
 def _kernel_normalized(
