@@ -238,17 +238,7 @@ def _stock_statistics(
         _, moments, kept = _fused_training(_as_images(x, axis), gamma, beta, sampling.epsilon)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
-                y_backprop=_as_images(dy, axis),
-                x=_as_images(x, axis),
-                scale=gamma,
-                reserve_space_1=kept[0],
-                reserve_space_2=kept[1],
-                reserve_space_3=kept[2],
-                epsilon=sampling.epsilon,
-                is_training=True,
-            )
-            return _shaped_like(dx, x), dgamma, dbeta
+            return _fused_gradient(x, dy, gamma, kept, sampling.epsilon, is_training=True)
 
         y = _kernel_depthwise(x, gamma, beta, moments, sampling)
         return (y, moments.mean, moments.variance, moments.count), gradient
@@ -282,8 +272,7 @@ def _fused_training(
 
 def _kernel_moments(x: tf.Tensor, sampling: Sampling) -> Moments:
     channels = x.shape[-1]
-    rows = _Rows.of(x, sampling)
-    sample = tf.reshape(rows.taken(x), [-1, 1, 1, channels])
+    sample = tf.reshape(_Rows.of(x, sampling).taken(x), [-1, 1, 1, channels])
     one, zero = tf.ones([channels]), tf.zeros([channels])
     return _fused_training(sample, one, zero, sampling.epsilon)[1]
 
@@ -327,15 +316,29 @@ def _kernel_depthwise(
 def _kernel_gradient(
     x: tf.Tensor, dy: tf.Tensor, gamma: tf.Tensor, moments: Moments, sampling: Sampling
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    given = [moments.mean, moments.variance, tf.zeros([0])]
+    return _fused_gradient(x, dy, gamma, given, sampling.epsilon, is_training=False)
+
+
+def _fused_gradient(
+    x: tf.Tensor,
+    dy: tf.Tensor,
+    gamma: tf.Tensor,
+    kept: list[tf.Tensor],
+    epsilon: float,
+    is_training: bool,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """dx, dgamma and dbeta, from what the fused operation kept, or from given statistics."""
+    axis = x.shape.rank - 1
     dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
-        y_backprop=_as_images(dy, dy.shape.rank - 1),
-        x=_as_images(x, x.shape.rank - 1),
+        y_backprop=_as_images(dy, axis),
+        x=_as_images(x, axis),
         scale=gamma,
-        reserve_space_1=moments.mean,
-        reserve_space_2=moments.variance,
-        reserve_space_3=tf.zeros([0]),
-        epsilon=sampling.epsilon,
-        is_training=False,
+        reserve_space_1=kept[0],
+        reserve_space_2=kept[1],
+        reserve_space_3=kept[2],
+        epsilon=epsilon,
+        is_training=is_training,
     )
     return _shaped_like(dx, x), dgamma, dbeta
 
