@@ -442,7 +442,7 @@ def _plain_normalized(
     x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, moments: Moments, sampling: Sampling
 ) -> tf.Tensor:
     wide, axis = _widened(x), sampling.axis
-    slope = gamma * tf.math.rsqrt(moments.variance + sampling.epsilon)
+    slope = _slope(gamma, moments, sampling.epsilon)
     centred = wide - _along(moments.mean, axis, x)
     return tf.cast(centred * _along(slope, axis, x) + _along(beta, axis, x), x.dtype)
 
@@ -532,14 +532,18 @@ def _along(vector: tf.Tensor, axis: int, x: tf.Tensor) -> tf.Tensor:
 def _scale_and_shift(
     gamma: tf.Tensor, beta: tf.Tensor, moments: Moments, epsilon: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    scale = gamma * tf.math.rsqrt(moments.variance + epsilon)
+    scale = _slope(gamma, moments, epsilon)
     return scale, beta - moments.mean * scale
 
 
 def _weight(gamma: tf.Tensor, moments: Moments, epsilon: float) -> tf.Tensor:
     """gamma r / |S|."""
-    slope = gamma * tf.math.rsqrt(moments.variance + epsilon)
-    return tf.math.divide_no_nan(slope, moments.count)
+    return tf.math.divide_no_nan(_slope(gamma, moments, epsilon), moments.count)
+
+
+def _slope(gamma: tf.Tensor, moments: Moments, epsilon: float) -> tf.Tensor:
+    """gamma r."""
+    return gamma * tf.math.rsqrt(moments.variance + epsilon)
 
 
 def _of_all_replicas(moments: Moments) -> Moments:
