@@ -9,17 +9,14 @@ import numpy as np
 
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.keras_frontend.dialect import KERAS_3, functional_of
+from mbn_rewrite.keras_layers import running as shared
 from mbn_rewrite.keras_layers.copying import parts
-from mbn_rewrite.made_up import GIVE_REAL_ONES, Made, random_array, uncallable
+from mbn_rewrite.made_up import GIVE_REAL_ONES, random_array, uncallable
 
 
 def compute_dtypes(model: Any) -> set[str]:
     """The names of the dtypes that the model's layers compute in."""
-    return {
-        layer.compute_dtype
-        for layer in parts(model)
-        if not isinstance(layer, (keras.Model, keras.layers.InputLayer))
-    }
+    return shared.compute_dtypes(model, keras)
 
 
 def random_inputs(model: Any, seed: int = 0) -> Any:
@@ -29,14 +26,7 @@ def random_inputs(model: Any, seed: int = 0) -> Any:
         RewriteError: the model takes text, or it is not known what it takes.
     """
     rng = np.random.default_rng(seed)
-    layers = parts(model)
-    made = Made(
-        # What a model scales down first are the pixels of images.
-        top=255.0 if any(isinstance(x, keras.layers.Rescaling) for x in layers) else None,
-        words=min(
-            (x.input_dim for x in layers if isinstance(x, keras.layers.Embedding)), default=2
-        ),
-    )
+    made = shared.made_for(model, keras)
 
     def made_up(spec: Any) -> Any:
         if getattr(spec, "sparse", False):

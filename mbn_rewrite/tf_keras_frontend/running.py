@@ -9,17 +9,14 @@ import tensorflow as tf
 import tf_keras
 
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.made_up import GIVE_REAL_ONES, Made
+from mbn_rewrite.keras_layers import running as shared
+from mbn_rewrite.made_up import GIVE_REAL_ONES
 from mbn_rewrite.running import called, random_tensor
 
 
 def compute_dtypes(model: Any) -> set[str]:
     """The names of the dtypes that the model's layers compute in."""
-    return {
-        layer.compute_dtype
-        for layer in model._flatten_layers(include_self=False, recursive=True)
-        if not isinstance(layer, (tf_keras.Model, tf_keras.layers.InputLayer))
-    }
+    return shared.compute_dtypes(model, tf_keras)
 
 
 def random_inputs(model: Any, seed: int = 0) -> Any:
@@ -39,14 +36,7 @@ def random_inputs(model: Any, seed: int = 0) -> Any:
             )
         specs = spec[0][0]
     rng = np.random.default_rng(seed)
-    layers = list(model._flatten_layers(include_self=False, recursive=True))
-    made = Made(
-        # What a model scales down first are the pixels of images.
-        top=255.0 if any(isinstance(x, tf_keras.layers.Rescaling) for x in layers) else None,
-        words=min(
-            (x.input_dim for x in layers if isinstance(x, tf_keras.layers.Embedding)), default=2
-        ),
-    )
+    made = shared.made_for(model, tf_keras)
     return tf.nest.map_structure(lambda spec: random_tensor(spec, rng, made), specs)
 
 
