@@ -1,0 +1,114 @@
+"""Networks as people train them, with the BatchNormalization of a variant in them.
+
+ResNet9 is that of the DAWNBench entries for CIFAR-10, in the sizes of the study Modified Batch
+Normalization (64, 128, 256 and 256 channels, logits times 0.2); ResNet50 is that of the
+`applications` of each Keras (He et al., 2015). A variant is named as on a command line:
+
+    original     the BatchNormalization of that Keras
+    stridedS     StridedBatchNormalization with stride S
+    mbnS         ModifiedBatchNormalization with stride S
+    none         no BatchNormalization at all: what everything else costs
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import mbn_rewrite as mbn
+from mbn_rewrite.errors import RewriteError
+
+MOMENTUM, EPSILON = 0.9, 1e-5  # of ResNet9's BatchNormalization, as in the study
+LOGIT_SCALE = 0.2  # likewise
+KERAS = ("tf_keras", "keras_3")
+_VARIANT = re.compile(r"(original|none)|(strided|mbn)([1-9]\d*)")
+
+
+def check_variant(variant: str) -> tuple[str, int | None]:
+    """The mode and the stride of a variant; a stride of None where it has none.
+
+    Raises:
+        RewriteError: there is no such variant.
+    """
+    found = _VARIANT.fullmatch(variant)
+    if not found:
+        raise RewriteError(
+            f"there is no variant {variant!r}. There are original, none, and strided and mbn with "
+            "a stride behind them, such as strided4"
+        )
+    plain, mode, stride = found.groups()
+    return (plain, None) if plain else (mode, int(stride))
+
+
+def resnet9(keras: Any, variant: str, classes: int = 10, size: int = 32, width: float = 1.0) -> Any:
+    """ResNet9 for images of `size` x `size` x 3, with channels times `width`.
+
+    Args:
+        keras: the package, tf_keras or keras.
+        variant: see the module's docstring.
+    """
+    layers = keras.layers
+    regular = variant != "none"
+
+    def block(x: Any, channels: int, pool: bool = False) -> Any:
+        x = layers.Conv2D(
+            max(1, round(channels * width)),
+            3,
+            padding="same",
+            use_bias=not regular,
+            kernel_initializer="he_normal",
+        )(x)
+        if regular:
+            x = layers.BatchNormalization(momentum=MOMENTUM, epsilon=EPSILON)(x)
+        x = layers.ReLU()(x)
+        return layers.MaxPooling2D()(x) if pool else x
+
+    def residual(x: Any, channels: int) -> Any:
+        return layers.Add()([x, block(block(x, channels), channels)])
+
+    inputs = keras.Input((size, size, 3))
+    x = block(inputs, 64)
+    x = residual(block(x, 128, pool=True), 128)
+    x = block(x, 256, pool=True)
+    x = residual(block(x, 256, pool=True), 256)
+    x = layers.GlobalMaxPooling2D()(x)
+    x = layers.Dense(classes, use_bias=False)(x)
+    x = layers.Rescaling(LOGIT_SCALE, dtype="float32")(x)
+    return _varied(keras.Model(inputs, x, name="resnet9"), variant)
+
+
+def resnet50(keras: Any, variant: str, classes: int = 1000, size: int = 224) -> Any:
+    """ResNet50 for images of `size` x `size` x 3; gives logits."""
+    model = keras.applications.ResNet50(
+        weights=None, classes=classes, input_shape=(size, size, 3), classifier_activation=None
+    )
+    return _varied(model, variant)
+
+
+NETWORKS: dict[str, Callable[..., Any]] = {"ResNet9": resnet9, "ResNet50": resnet50}
+
+
+def _varied(model: Any, variant: str) -> Any:
+    mode, stride = check_variant(variant)
+    if mode == "original":
+        return model
+    if mode == "none":
+        return without_batch_norm(model)
+    return mbn.convert(model, mode=mode, stride=stride)
+
+
+def without_batch_norm(model: Any) -> Any:
+    """A copy of a model in which every BatchNormalization is left out, with nothing in its place.
+
+    It computes something else: it shows what a network costs in which BatchNormalization is free.
+    """
+    from mbn_rewrite.decisions import Decision, Plan
+    from mbn_rewrite.front_ends import front_end_of
+    from mbn_rewrite.graph import BatchNorm
+
+    front_end = front_end_of(model)
+    reading = front_end.read(model)
+    owners = dict.fromkeys(n.owner for n in reading.graph.nodes if isinstance(n.op, BatchNorm))
+    decisions = tuple(Decision(owner, "folded") for owner in owners)
+    return front_end.write(model, reading, Plan("none", decisions, removed=frozenset(owners)))
