@@ -122,8 +122,7 @@ def steps_table(rows: Sequence[Row], settings: Settings) -> str:
     ]
     first = rows[0]
     cells = [_cells(row, first, settings) for row in rows]
-    title = f"{first.model}, {first.keras}, {settings.dtype}, batch {settings.batch}"
-    return table(columns, cells, title, width=140)
+    return table(columns, cells, settings.title_for(first), width=140)
 
 
 def _cells(row: Row, original: Row, settings: Settings) -> list[str]:
@@ -197,18 +196,14 @@ def write_profiles(
     original: Row, layers: Mapping[str, profiles.ByLayer], settings: Settings, device: str
 ) -> None:
     """Prints, writes and draws how long each BatchNormalization takes."""
-    title = (
-        f"Milliseconds in a step, forward + backward: {original.model}, {original.keras}, "
-        f"{settings.dtype}, batch {settings.batch}"
-    )
+    title = f"Milliseconds in a step, forward + backward: {settings.title_for(original)}"
     print(f"\n{profiles.layer_table(layers, title)}", flush=True)
     path = Path(FLAGS.profile) / f"{original.model}_{original.keras}"
     variants = {variant: profiles.as_dict(one) for variant, one in layers.items()}
     results.save(f"{path}.json", {"device": device, "variants": variants})
     names, times = profiles.chart_data(layers)
     if times:
-        title = f"{original.model}, {original.keras}, {settings.dtype}, batch {settings.batch}"
-        charts.layers(names, times, f"{title}\n{device}", f"{path}.png")
+        charts.layers(names, times, f"{settings.title_for(original)}\n{device}", f"{path}.png")
 
 
 # ----------------------------------------------------------------------------------- flags

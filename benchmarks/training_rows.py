@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,23 @@ class Settings:
     memory: bool = True
     profiled_steps: int = 10
 
+    def size_for(self, model: str) -> int:
+        """Height and width of the images of a network."""
+        return self.size or SIZES[model]
+
+    def classes_for(self, model: str) -> int:
+        """Classes of the images of a network."""
+        return self.classes or CLASSES[model]
+
     def batch_for(self, model: str) -> Batch:
         """What a network is trained with."""
-        size, classes = self.size or SIZES[model], self.classes or CLASSES[model]
-        return Batch.random(self.batch, size, classes)
+        return Batch.random(self.batch, self.size_for(model), self.classes_for(model))
+
+    def title_for(self, row: Row) -> str:
+        """What all rows of a network and a Keras have in common."""
+        size = self.size_for(row.model)
+        parts = [row.model, row.keras, self.dtype, f"batch {self.batch} of {size}x{size}"]
+        return ", ".join(parts + ["XLA"] * self.xla)
 
     @property
     def compute_dtype(self) -> str:
@@ -163,8 +176,8 @@ def build(row: Row, settings: Settings) -> Trainer:
     package = PACKAGES[row.keras]
     package.utils.set_random_seed(0)
     options: dict[str, Any] = {
-        "classes": settings.classes or CLASSES[row.model],
-        "size": settings.size or SIZES[row.model],
+        "classes": settings.classes_for(row.model),
+        "size": settings.size_for(row.model),
     }
     if row.model == "ResNet9":
         options["width"] = settings.width
@@ -345,10 +358,11 @@ def note_memory(row: Row, settings: Settings) -> None:
     if run.returncode == 0:
         row.peak_bytes = json.loads(run.stdout.splitlines()[-1])
         return
-    killed = run.returncode < 0
     last = (run.stderr.strip().splitlines() or ["nothing"])[-1].removeprefix("error: ")
-    if killed or last == OUT_OF_MEMORY:
-        row.failure = f"{OUT_OF_MEMORY}, by signal {-run.returncode}" if killed else OUT_OF_MEMORY
+    if run.returncode < 0:
+        row.failure = f"KILLED by signal {-run.returncode} while its memory was measured"
+    elif last == OUT_OF_MEMORY:
+        row.failure = OUT_OF_MEMORY
     else:
         row.notes.append(f"memory not measured: {last[:100]}")
 
@@ -364,7 +378,7 @@ def peak_memory(row: Row, settings: Settings) -> int:
     on_gpu = settings.device == "GPU"
     give_back_memory()
     before = _gpu_memory("current") if on_gpu else resident("VmRSS")
-    step = build(row, settings)
+    step = replace(build(row, settings), start=())  # no copy of the first weights
     give_back_memory()
     if on_gpu:
         tf.config.experimental.reset_memory_stats("GPU:0")
@@ -492,6 +506,8 @@ def as_dict(row: Row, original: Row, settings: Settings) -> dict[str, Any]:
     """A row for JSON, with its images per second, and its time by the original's."""
     speeds = quartiles(images_per_second(row, settings.batch)) if row.measured else None
     return asdict(row) | {
+        "size": settings.size_for(row.model),
+        "classes": settings.classes_for(row.model),
         "images_per_second": speeds
         and dict(zip(("lower", "median", "upper"), speeds, strict=True)),
         "step_ratio": step_ratio(row, original),

@@ -28,6 +28,18 @@ VARIANTS = ("original", "strided1", "strided2", "mbn1", "none")
 WITH_LAYERS = VARIANTS[:-1]
 
 
+@pytest.fixture(autouse=True)
+def _fresh_keras():
+    """In place of that of all tests: here every layer has a name, and clearing takes long."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_keras_afterwards():
+    yield
+    for package in PACKAGES.values():
+        package.backend.clear_session()
+
+
 def rows_of(keras, *variants):
     return [Row("ResNet9", keras, variant) for variant in variants]
 
