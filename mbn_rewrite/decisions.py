@@ -26,10 +26,10 @@ class Decision:
     Attributes:
         name: the layer's name; inside nested models with their names before it, as in
             "backbone/bn_1".
-        action: "folded", "depthwise", "strided", "mbn" or "kept".
+        action: "folded", one of `FORMS`, "strided", "mbn" or "kept".
         into: the layers that absorbed it, or that stand in its place.
-        reason: for "kept": what is in the way, in one sentence. For "strided" and "mbn": the
-            stride, and why it was lowered.
+        reason: for "kept", and in mode "auto" for all that did not fold: what is in the way, in
+            one sentence. For "strided" and "mbn": the stride, and why it was lowered.
     """
 
     name: str
@@ -51,6 +51,25 @@ class Edit:
     op: Op
     before: ChannelMap | None = None
     after: ChannelMap | None = None
+
+
+# What can stand in the place of a BatchNormalization and do its map: a depthwise 1x1 convolution
+# with a bias, a multiplication and an addition, or TensorFlow's fused operation.
+FORMS = ("depthwise", "scale_and_shift", "fused")
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """What does a BatchNormalization's map in its place.
+
+    Attributes:
+        form: one of `FORMS`. A depthwise convolution that there is none of (for a rank, a
+            layout, or where a mask has to flow on) is a multiplication and an addition.
+        map: the map.
+    """
+
+    form: str
+    map: ChannelMap
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,7 @@ class Plan:
     removed: frozenset[str] = frozenset()
     edits: Mapping[str, Edit] = field(default_factory=dict)
     renewed: Mapping[str, ChannelMap] = field(default_factory=dict)
-    replaced: Mapping[str, ChannelMap] = field(default_factory=dict)
+    replaced: Mapping[str, Replacement] = field(default_factory=dict)
     sampled: Mapping[str, Sampled] = field(default_factory=dict)
 
     @property
@@ -103,8 +122,8 @@ class Plan:
 
     @property
     def left(self) -> int:
-        """How many BatchNormalizations stay."""
-        return self.counts.get("kept", 0)
+        """How many BatchNormalizations stay, as they are or as fused operations."""
+        return self.counts.get("kept", 0) + self.counts.get("fused", 0)
 
     @property
     def summary(self) -> str:
@@ -120,7 +139,7 @@ class Plan:
             **{(name, "input"): edit.before for name, edit in self.edits.items()},
             **{(name, "output"): edit.after for name, edit in self.edits.items()},
             **{(name, "own map"): m for name, m in self.renewed.items()},
-            **{(name, "replacement"): m for name, m in self.replaced.items()},
+            **{(name, "replacement"): new.map for name, new in self.replaced.items()},
         }
         return {
             "mode": self.mode,

@@ -18,6 +18,9 @@ from mbn_rewrite.algebra import ChannelMap, Kernel
 
 Shape = tuple[int | None, ...]
 
+# What TensorFlow's fused batch normalisation takes.
+FUSED_DTYPES = ("float16", "bfloat16", "float32")
+
 # Kernels in the order in which they are applied, and the name of the bias added last,
 # or None where there is none yet.
 Chain = tuple[tuple[Kernel, ...], str | None]
@@ -111,6 +114,8 @@ class BatchNorm(Op):
         rooted: why its map must stay in its place, though another layer may do it, or "".
         special: why, in training, no layer with sampled statistics can do its work, or "".
         axis: the axis of the channels, or None where that is not one axis.
+        fusible: whether it runs as arithmetic, and TensorFlow's fused operation could do its
+            work.
     """
 
     map: ChannelMap | None
@@ -118,6 +123,7 @@ class BatchNorm(Op):
     rooted: str = ""
     special: str = ""
     axis: int | None = None
+    fusible: bool = False
 
 
 @dataclass(frozen=True)

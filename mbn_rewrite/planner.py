@@ -19,7 +19,7 @@ import numpy as np
 
 from mbn_rewrite import strides
 from mbn_rewrite.algebra import Array, ChannelMap, fold
-from mbn_rewrite.decisions import Decision, Edit, Plan, Sampled
+from mbn_rewrite.decisions import Decision, Edit, Plan, Replacement, Sampled
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import BatchNorm, Graph, Node, Shape
 from mbn_rewrite.motion import RULES, Absorb, Blocked, Outcome, Shapes, Through
@@ -65,7 +65,7 @@ def make_plan(graph: Graph, mode: str, stride: Any = None) -> Plan:
 
 def _plan_depthwise(graph: Graph) -> Plan:
     decisions: dict[str, Decision] = {}
-    replaced: dict[str, ChannelMap] = {}
+    replaced: dict[str, Replacement] = {}
     sites: list[tuple[str, BatchNorm, str]] = [
         (node.owner, node.op, node.dtype) for node in graph.nodes if isinstance(node.op, BatchNorm)
     ] + [(hidden.owner, hidden.op, hidden.dtype) for hidden in graph.hidden]
@@ -78,7 +78,7 @@ def _plan_depthwise(graph: Graph) -> Plan:
             replaced.pop(owner, None)
             decisions[owner] = Decision(owner, "kept", reason=f"{_capitalised(str(why))}.")
         elif op.map is not None and owner not in decisions:
-            replaced[owner] = op.map
+            replaced[owner] = Replacement("depthwise", op.map)
             decisions[owner] = Decision(owner, "depthwise", (owner,))
     return Plan("depthwise", tuple(decisions.values()), replaced=replaced)
 

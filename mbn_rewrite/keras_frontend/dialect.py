@@ -133,6 +133,9 @@ class Keras3(Dialect):
     def epsilon_of(self, layer: Any) -> float:
         return float(layer.epsilon)
 
+    def has_fused_operation(self) -> bool:
+        return bool(keras.backend.backend() == "tensorflow")
+
     # -- copies ----------------------------------------------------------------------------
 
     def config_of(self, layer: Any) -> dict[str, Any]:

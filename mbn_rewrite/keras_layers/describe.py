@@ -15,6 +15,7 @@ import numpy as np
 from mbn_rewrite import layouts
 from mbn_rewrite.algebra import ChannelMap, Kernel
 from mbn_rewrite.graph import (
+    FUSED_DTYPES,
     Affine,
     BatchNorm,
     Chain,
@@ -108,7 +109,20 @@ def batch_norm(layer: Any, training: bool | None, keras: Dialect) -> BatchNorm:
     if not channel_map.is_finite:
         why = "its moving variance and epsilon give no finite scale"
         return BatchNorm(None, why, axis=axis)
-    return BatchNorm(channel_map, axis=axis)
+    return BatchNorm(channel_map, axis=axis, fusible=_fusible(layer, axis, keras))
+
+
+def _fusible(layer: Any, axis: int, keras: Dialect) -> bool:
+    """Whether the fused operation could do what arithmetic does now."""
+    rank = layer.input_spec.ndim
+    return (
+        keras.has_fused_operation()
+        and not keras.fuses(layer)
+        and type(layer) not in keras.training_layers  # which run it themselves
+        and layer.compute_dtype in FUSED_DTYPES
+        and axis == rank - 1
+        and 2 <= rank <= 5
+    )
 
 
 def affine_weights(layer: Any, keras: Dialect) -> tuple[str, str]:

@@ -147,6 +147,14 @@ class Dialect(ABC):
     def epsilon_of(self, layer: Any) -> float:
         """The epsilon that a BatchNormalization really uses."""
 
+    def fuses(self, layer: Any) -> bool:
+        """Whether a BatchNormalization runs as one fused operation as it is."""
+        return False
+
+    def has_fused_operation(self) -> bool:
+        """Whether there is one."""
+        return True
+
     # -- copies ----------------------------------------------------------------------------
 
     def config_of(self, layer: Any) -> dict[str, Any]:

@@ -27,11 +27,10 @@ from mbn_rewrite.keras_layers.copying import (
     label,
     parts,
 )
-from mbn_rewrite.keras_layers.describe import affine_weights
 from mbn_rewrite.keras_layers.dialect import Dialect, Record
 from mbn_rewrite.keras_layers.holders import Place, at, exchange, held
 from mbn_rewrite.keras_layers.reader import Reading
-from mbn_rewrite.keras_layers.replacing import build_like, replacement, set_affine, training_layer
+from mbn_rewrite.keras_layers.replacing import build_like, replacement, set_map, training_layer
 from mbn_rewrite.layouts import einsum_channels
 
 # They were meant for the weights as they were, and would spoil the folded ones.
@@ -225,18 +224,7 @@ class Writer(ABC):
         new = from_config(old, config, self.keras)
         _drop_what_was_meant_for_old_weights(new)
 
-        def finish() -> None:
-            mean, variance = (
-                weights.read(old, f"moving_{name}").astype(np.float64)
-                for name in ("mean", "variance")
-            )
-            new.moving_mean.assign(old.moving_mean)
-            new.moving_variance.assign(old.moving_variance)
-            gamma, beta = affine_weights(new, self.keras)
-            set_affine(new, gamma, m.scale * np.sqrt(variance + self.keras.epsilon_of(old)))
-            set_affine(new, beta, m.shift + mean * m.scale)
-
-        self._unfinished.append(finish)
+        self._unfinished.append(lambda: set_map(self.keras, old, new, m))
         return new
 
     def _replacement(self, old: Any, rank: int, masked: bool) -> Any:
@@ -244,6 +232,7 @@ class Writer(ABC):
         owner = self.owner(old)
         self.done.add(owner)
         new, finish = replacement(self.keras, old, self.plan.replaced[owner], rank, masked)
+        _drop_what_was_meant_for_old_weights(new)
         self._unfinished.append(finish)
         return new
 

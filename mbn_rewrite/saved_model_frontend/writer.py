@@ -19,13 +19,14 @@ from tensorflow.core.framework import node_def_pb2
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from mbn_rewrite.algebra import Array, ChannelMap, fold
-from mbn_rewrite.decisions import Edit, Plan
+from mbn_rewrite.decisions import Edit, Plan, Replacement
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Linear
 from mbn_rewrite.saved_model_frontend.reader import LinearCall, NormCall, Reading
 from mbn_rewrite.saved_model_frontend.views import WRITES, View, Writes, has_side_effect
 from mbn_rewrite.saved_model_frontend.weights import Stored
 
+_EPSILON = 1e-3  # of fused operations that are put in, whose variance is 1 less this
 _CONTROL_FLOW = {"Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "RefEnter"}
 
 
@@ -91,7 +92,7 @@ class _Writer:
             if owner in self.plan.removed:
                 self._each(owner, calls, self._remove)
             elif owner in self.plan.replaced:
-                self._each(owner, calls, partial(self._replace, m=self.plan.replaced[owner]))
+                self._each(owner, calls, partial(self._replace, new=self.plan.replaced[owner]))
             elif owner in self.plan.renewed:
                 self._each(owner, calls, partial(self._renew, m=self.plan.renewed[owner]))
         for owner, edit in self.plan.edits.items():
@@ -113,12 +114,14 @@ class _Writer:
     def _remove(self, owner: str, call: NormCall) -> None:
         self._editor(call.view).redirect(call.norm.sink.name, call.norm.source.name)
 
-    def _replace(self, owner: str, call: NormCall, m: ChannelMap) -> None:
-        """By a depthwise 1x1 convolution, or by a multiplication and an addition."""
-        editor, norm = self._editor(call.view), call.norm
+    def _replace(self, owner: str, call: NormCall, new: Replacement) -> None:
+        """By a depthwise 1x1 convolution, a multiplication and an addition, or one operation."""
+        editor, norm, m = self._editor(call.view), call.norm, new.map
         rank, dtype = norm.rank, norm.source.dtype
         stored = _is_stored_in_variables(norm)
-        if rank == 4 and m.axis == 3:
+        if new.form == "fused":
+            name = self._fused(owner, call, m, stored)
+        elif new.form == "depthwise" and rank == 4 and m.axis == 3:
             kernel = self._new(owner, "depthwise_kernel", m.scale.reshape(1, 1, -1, 1), dtype)
             bias = self._new(owner, "bias", m.shift, dtype)
             name = editor.add(
@@ -149,6 +152,36 @@ class _Writer:
         )
         return editor.add(f"{place}/shift", "AddV2", [name, editor.read(shift, stored)], T=dtype)
 
+    def _fused(self, owner: str, call: NormCall, m: ChannelMap, stored: bool) -> str:
+        """The fused operation, on what looks like images to it."""
+        editor, norm = self._editor(call.view), call.norm
+        place, source, dtype = norm.sink.op.name, norm.source.name, norm.source.dtype
+        if norm.rank != 4:
+            images = editor.const(f"{place}/images", np.array([-1, 1, 1, m.channels], np.int32))
+            shape = editor.add(f"{place}/shape", "Shape", [source], T=dtype, out_type=tf.int32)
+            source = editor.add(
+                f"{place}/as_images", "Reshape", [source, images], T=dtype, Tshape=tf.int32
+            )
+        parameters = [
+            editor.read(self._new(owner, name, array, tf.float32), stored)
+            for name, array in _parameters(m, _EPSILON)
+        ]
+        result = editor.add(
+            f"{place}/fused",
+            "FusedBatchNormV3",
+            [source, *parameters],
+            T=dtype,
+            U=tf.float32,
+            epsilon=_EPSILON,
+            data_format=b"NHWC",
+            is_training=False,
+        )
+        if norm.rank == 4:
+            return result
+        return editor.add(
+            f"{place}/as_it_was", "Reshape", [result, shape], T=dtype, Tshape=tf.int32
+        )
+
     def _renew(self, owner: str, call: NormCall, m: ChannelMap) -> None:
         """Gives a BatchNormalization another map: by its gamma and beta, if it is fused."""
         editor, norm = self._editor(call.view), call.norm
@@ -157,18 +190,9 @@ class _Writer:
         if not op.type.startswith("FusedBatchNorm"):
             editor.redirect(norm.sink.name, self._scaled_and_shifted(owner, call, m, stored))
             return
-        # gamma / sqrt(1 - epsilon + epsilon) (x - 0) + beta
-        epsilon = op.get_attr("epsilon")
+        parameters = _parameters(m, op.get_attr("epsilon"))
         dtype = op.inputs[1].dtype
-        for index, (name, array) in enumerate(
-            (
-                ("gamma", m.scale),
-                ("beta", m.shift),
-                ("moving_mean", np.zeros(m.channels)),
-                ("moving_variance", np.full(m.channels, 1.0 - epsilon)),
-            ),
-            start=1,
-        ):
+        for index, (name, array) in enumerate(parameters, start=1):
             weight = self._new(owner, name, array, dtype)
             editor.set_input(op.name, index, editor.read(weight, stored))
 
@@ -266,6 +290,16 @@ class _Writer:
                 editor.redirect(op.outputs[0].name, editor.read(self._variables[key], True))
 
 
+def _parameters(m: ChannelMap, epsilon: float) -> list[tuple[str, Array]]:
+    """What has a fused operation do a map: gamma / sqrt(1 - epsilon + epsilon) (x - 0) + beta"""
+    return [
+        ("gamma", m.scale),
+        ("beta", m.shift),
+        ("moving_mean", np.zeros(m.channels)),
+        ("moving_variance", np.full(m.channels, 1.0 - epsilon)),
+    ]
+
+
 def _is_grouped(call: LinearCall) -> bool:
     op = call.described.op
     assert isinstance(op, Linear)
@@ -326,6 +360,10 @@ class _Editor:
             _set_attribute(node, key, value)
         self._added[name] = node
         return f"{name}:0"
+
+    def const(self, name: str, value: Array) -> str:
+        """A tensor with a value that is no weight."""
+        return self.add(name, "Const", [], dtype=tf.as_dtype(value.dtype), value=value)
 
     def read(self, variable: Any, as_variable: bool) -> str:
         """A tensor with a variable's value, which is a constant in a frozen graph."""
@@ -428,5 +466,9 @@ def _set_attribute(node: Any, key: str, value: Any) -> None:
         attribute.s = value
     elif isinstance(value, list):
         attribute.list.i.extend(value)
+    elif isinstance(value, bool):
+        attribute.b = value
+    elif isinstance(value, float):
+        attribute.f = value
     else:
         attribute.tensor.CopyFrom(tf.make_tensor_proto(value))

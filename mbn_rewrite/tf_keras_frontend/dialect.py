@@ -128,6 +128,9 @@ class TfKeras(Dialect):
         is_raised = layer.fused and epsilon < 1.001e-5
         return max(epsilon, _least_fused_epsilon()) if is_raised else epsilon
 
+    def fuses(self, layer: Any) -> bool:
+        return bool(layer.fused)
+
     # -- copies ----------------------------------------------------------------------------
 
     def config_of(self, layer: Any) -> dict[str, Any]:
