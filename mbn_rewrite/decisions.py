@@ -16,6 +16,7 @@ from typing import Any
 from mbn_rewrite import report
 from mbn_rewrite.algebra import ChannelMap
 from mbn_rewrite.graph import Op
+from mbn_rewrite.measuring import Measurement
 from mbn_rewrite.strides import Stride
 
 
@@ -90,7 +91,7 @@ class Plan:
     """What to do to a model. Layers are named by owner, as in `graph.Node`.
 
     Attributes:
-        mode: "fold", "depthwise", "strided" or "mbn".
+        mode: "auto", "fold", "depthwise", "strided" or "mbn".
         decisions: one for each BatchNormalization, in the order of the model.
         removed: BatchNormalizations that vanish.
         edits: layers whose weights absorb maps.
@@ -98,6 +99,7 @@ class Plan:
             those of others).
         replaced: BatchNormalizations whose map is done by another layer in their place.
         sampled: BatchNormalizations that training layers replace.
+        measurement: in mode "auto" what was measured; None where there was nothing to choose.
     """
 
     mode: str
@@ -107,6 +109,7 @@ class Plan:
     renewed: Mapping[str, ChannelMap] = field(default_factory=dict)
     replaced: Mapping[str, Replacement] = field(default_factory=dict)
     sampled: Mapping[str, Sampled] = field(default_factory=dict)
+    measurement: Measurement | None = None
 
     @property
     def touched(self) -> frozenset[str]:
@@ -154,6 +157,7 @@ class Plan:
                 for (name, side), m in sorted(maps.items(), key=lambda item: item[0])
                 if m is not None
             ],
+            "measurement": self.measurement and self.measurement.to_dict(),
             "strides": {name: sampled.stride for name, sampled in self.sampled.items()},
         }
 
@@ -161,7 +165,8 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        return report.decision_table(self)
+        decided = report.decision_table(self)
+        return f"{decided}\n\n{self.measurement}" if self.measurement else decided
 
 
 def _checksum(m: ChannelMap) -> str:

@@ -6,13 +6,14 @@ it and every layer that it would edit is edited alike by all calls of that layer
 was decided is carried out on a working copy of the graph before the next site is taken,
 so each step is exact for the graph as it then stands.
 
-In all other modes, each site is decided alone.
+In modes for training and in `depthwise`, each site is decided alone. `auto` has several plans,
+of which measuring tells the best: folded, and something else for what does not fold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def make_plan(graph: Graph, mode: str, stride: Any = None) -> Plan:
 
     Args:
         graph: the model.
-        mode: "fold", "depthwise", "strided" or "mbn".
+        mode: "fold", "depthwise", "strided" or "mbn"; for "auto" see `candidates`.
         stride: for the latter two, see `strides.for_layer`.
 
     Raises:
@@ -170,6 +171,61 @@ def _plan_fold(graph: Graph) -> Plan:
         removed=frozenset(folding.removed),
         edits=folding.edits,
         renewed={owner: folding.maps[owner] for owner in folding.sites if folding.renewed(owner)},
+    )
+
+
+# ----------------------------------------------------------------------------------- auto
+
+FOLDED = "folded"  # the form in which what does not fold stays as it is
+
+
+def candidates(graph: Graph) -> dict[str, Plan]:
+    """The plans that mode "auto" has to choose between, by what they do with what does not fold.
+
+    All are exact. The first, `FOLDED`, leaves it. What custom layers hold stays in all of them,
+    since it cannot be seen how it is called. Plans that would come to the same are left out.
+    """
+    fold = replace(_plan_fold(graph), mode="auto")
+    left = _replaceable(graph, fold)
+    plans = {FOLDED: fold}
+    ranks = {rank for _, _, rank in left.values()}
+    fusible = {owner: m for owner, (m, op, _) in left.items() if op.fusible}
+    if fusible:
+        plans["fused"] = _with_form(fold, "fused", fusible)
+    maps = {owner: m for owner, (m, _, _) in left.items()}
+    if ranks & {3, 4}:  # for all others there is no depthwise convolution
+        plans["depthwise"] = _with_form(fold, "depthwise", maps)
+    if maps:
+        plans["scale_and_shift"] = _with_form(fold, "scale_and_shift", maps)
+    return plans
+
+
+def _replaceable(graph: Graph, fold: Plan) -> dict[str, tuple[ChannelMap, BatchNorm, int]]:
+    """The sites that stay, but that something else could take the place of."""
+    kept = {decision.name for decision in fold.decisions if decision.action == "kept"}
+    found: dict[str, tuple[ChannelMap, BatchNorm, int]] = {}
+    for node in graph.nodes:
+        op = node.op
+        if node.owner not in kept or not isinstance(op, BatchNorm) or op.map is None:
+            continue
+        m = fold.renewed.get(node.owner, op.map)
+        if op.unfit or op.rooted or _out_of_range(m, node.dtype):
+            kept.discard(node.owner)
+            found.pop(node.owner, None)
+        else:
+            found[node.owner] = (m, op, len(graph.values[node.inputs[0]].shape))
+    return found
+
+
+def _with_form(fold: Plan, form: str, maps: Mapping[str, ChannelMap]) -> Plan:
+    decisions = tuple(
+        replace(d, action=form, into=(d.name,)) if d.name in maps else d for d in fold.decisions
+    )
+    return replace(
+        fold,
+        decisions=decisions,
+        renewed={owner: m for owner, m in fold.renewed.items() if owner not in maps},
+        replaced={owner: Replacement(form, m) for owner, m in maps.items()},
     )
 
 

@@ -61,25 +61,47 @@ def unchanged(view: View) -> Rewritten | None:
     return _Editor(view, Writes()).finished()
 
 
-def rewritten(views: list[View], reading: Reading, plan: Plan, writes: Writes) -> list[Rewritten]:
+def rewritten(
+    views: list[View],
+    reading: Reading,
+    plan: Plan,
+    writes: Writes,
+    copies: dict[Any, Any] | None = None,
+) -> list[Rewritten]:
     """New graphs for functions, with their weights.
 
     Variables that absorb something are assigned their new values: functions that were loaded
-    with them give other results from then on.
+    with them give other results from then on. With `copies` they are left as they are, and there
+    are new ones, which are kept there for other plans with the same edits.
 
     Raises:
         RewriteError: folding takes weights out of the range of their dtype.
     """
-    writer = _Writer(views, reading, plan, writes)
+    writer = _Writer(views, reading, plan, writes, copies)
     writer.carry_out()
     missed = plan.touched ^ writer.done
     if missed:  # a defect of this library, never of the model
         raise RewriteError(f"the plan was not carried out on {sorted(missed)}; please report this")
-    return [editor.finished() for editor in writer.editors.values()]
+    new = [editor.finished() for editor in writer.editors.values()]
+    for function in new:
+        function.captures = {
+            name: writer.in_place_of.get(id(external), external)
+            for name, external in function.captures.items()
+        }
+    return new
 
 
 class _Writer:
-    def __init__(self, views: list[View], reading: Reading, plan: Plan, writes: Writes) -> None:
+    def __init__(
+        self,
+        views: list[View],
+        reading: Reading,
+        plan: Plan,
+        writes: Writes,
+        copies: dict[Any, Any] | None,
+    ) -> None:
+        self.copies = copies
+        self.in_place_of: dict[int, Any] = {}  # id(a variable) -> its copy with new values
         self.reading = reading
         self.plan = plan
         self.editors = {id(view): _Editor(view, writes) for view in views}
@@ -221,16 +243,16 @@ class _Writer:
             before=edit.before,
             after=edit.after,
         )
-        self._store(owner, kernel, new_kernel)
+        self._store(owner, kernel, new_kernel, edit)
         channels = calls[0].op.outputs[0].shape[calls[0].described.axis]
         full = np.broadcast_to(new_bias, (channels,))
         if bias is not None:
-            self._store(owner, bias, full.reshape(bias.shape))
+            self._store(owner, bias, full.reshape(bias.shape), edit)
         elif np.any(full != 0):
             for call in calls:
                 self._add_bias(owner, call, full, kernel.is_variable)
 
-    def _store(self, owner: str, stored: Stored, value: Array) -> None:
+    def _store(self, owner: str, stored: Stored, value: Array, edit: Edit) -> None:
         dtype = tf.as_dtype(stored.dtype)
         with np.errstate(all="ignore"):
             array = value.astype(dtype.as_numpy_dtype)
@@ -240,7 +262,13 @@ class _Writer:
                 f'range of {stored.dtype}. Use mode "depthwise" for this model'
             )
         if isinstance(stored.place, tf.Variable):
-            stored.place.assign(array)
+            if self.copies is None:
+                stored.place.assign(array)
+                return
+            key = (stored.key, id(edit))
+            if key not in self.copies:
+                self.copies[key] = tf.Variable(array, trainable=False)
+            self.in_place_of[id(stored.place)] = self.copies[key]
         elif stored.is_variable:
             self._variables[stored.key].assign(array)
         else:
