@@ -122,9 +122,9 @@ def _built(
 
 def _fastest(seconds: Mapping[str, list[float]], notes: Mapping[str, str]) -> tuple[str, str]:
     """The form to take, and why."""
-    failed = next((f"'{form}' was {notes[form]}" for form in (INPUT, FOLDED) if form in notes), "")
+    failed = next((form for form in (INPUT, FOLDED) if form in notes), None)
     if failed:
-        return FOLDED, f"nothing was compared, so what folds is folded. Form {failed}"
+        return FOLDED, f"nothing was compared, since '{failed}' was not run; what folds is folded"
     if min(map(len, seconds.values())) < _LEAST_ROUNDS:
         return FOLDED, "the budget allowed too few rounds to compare, so what folds is folded"
     forms = {form: times for form, times in seconds.items() if form != INPUT}

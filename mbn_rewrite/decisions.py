@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mbn_rewrite import report
-from mbn_rewrite.algebra import ChannelMap
+from mbn_rewrite.algebra import Border, ChannelMap
 from mbn_rewrite.graph import Op
 from mbn_rewrite.measuring import Measurement
 from mbn_rewrite.strides import Stride
@@ -30,7 +30,8 @@ class Decision:
         action: "folded", one of `FORMS`, "strided", "mbn" or "kept".
         into: the layers that absorbed it, or that stand in its place.
         reason: for "kept", and in mode "auto" for all that did not fold: what is in the way, in
-            one sentence. For "strided" and "mbn": the stride, and why it was lowered.
+            one sentence. For "strided" and "mbn": the stride, and why it was lowered. For
+            "folded" with border maps: which layers add them, and of what size.
     """
 
     name: str
@@ -47,11 +48,14 @@ class Edit:
         op: the operation, which says how the weights are laid out.
         before: a map of the layer's input, or None.
         after: a map of its output, or None.
+        border: where the layer reads padding, if it has to add a border map; then in place
+            of the bias.
     """
 
     op: Op
     before: ChannelMap | None = None
     after: ChannelMap | None = None
+    border: Border | None = None
 
 
 # What can stand in the place of a BatchNormalization and do its map: a depthwise 1x1 convolution
@@ -154,12 +158,17 @@ class Plan:
             ],
             "edits": [
                 {"layer": name, "side": side, "channels": m.channels, "sha256": _checksum(m)}
+                | (self._border_of(name) if side == "input" else {})
                 for (name, side), m in sorted(maps.items(), key=lambda item: item[0])
                 if m is not None
             ],
             "measurement": self.measurement and self.measurement.to_dict(),
             "strides": {name: sampled.stride for name, sampled in self.sampled.items()},
         }
+
+    def _border_of(self, name: str) -> dict[str, Any]:
+        border = self.edits[name].border
+        return {} if border is None else {"border": list(border.outputs)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mbn_rewrite.algebra import ChannelMap, Kernel
+from mbn_rewrite.algebra import ChannelMap, Kernel, Window
 
 Shape = tuple[int | None, ...]
 
@@ -73,6 +73,9 @@ class Linear(Op):
         pads: whether zeros are read around the input, so that a constant input does not
             give a constant output.
         activation: "linear", "homogeneous" (see `PositivelyHomogeneous`) or "other".
+        windows: of a convolution that can add a border map: how it reads each axis of
+            positions. No part of what tells calls apart: the planner compares them where
+            they matter.
     """
 
     kernels: tuple[Kernel, ...]
@@ -81,6 +84,7 @@ class Linear(Op):
     out_axis: int
     pads: bool = False
     activation: str = "linear"
+    windows: tuple[Window, ...] = field(default=(), compare=False)
 
     @property
     def chains(self) -> tuple[Chain, ...]:

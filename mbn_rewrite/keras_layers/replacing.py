@@ -1,7 +1,8 @@
-"""What takes the place of a BatchNormalization, under its name.
+"""What takes the place of a layer, under its name.
 
-What makes the layer also gives a function that sets its weights. That is to be called once the
-layer is built, and builds a layer that no call has built because another holds it.
+What makes the layer that takes the place of a BatchNormalization also gives a function that
+sets its weights. That is to be called once the layer is built, and builds a layer that no call
+has built because another holds it.
 """
 
 from __future__ import annotations
@@ -75,6 +76,19 @@ def _fused(keras: Dialect, old: Any, m: ChannelMap) -> tuple[Any, Callable[[], N
         set_map(keras, old, new, m)
 
     return new, finish
+
+
+def bordered(keras: Dialect, old: Any) -> Any:
+    """What takes the place of a convolution that has to add a border map in place of its bias.
+
+    The border map comes before the activation, which therefore moves out of the convolution.
+    """
+    inner = from_config(old, config_of(old, keras) | {"use_bias": False}, keras)
+    activation, inner.activation = inner.activation, keras.linear
+    inner.activity_regularizer = None  # of what the convolution gives no longer
+    return keras.bordered_convolution(
+        inner, activation=activation, name=old.name, dtype=old.dtype_policy, trainable=old.trainable
+    )
 
 
 def set_map(keras: Dialect, old: Any, new: Any, m: ChannelMap) -> None:

@@ -130,7 +130,7 @@ class SavedModelDirectory:
         def runner(plan: Plan | None) -> AbstractContextManager[Run]:
             if entry is None or name not in self._views:
                 raise RewriteError("there is no signature to measure")
-            if any(view.has_side_effects for view in views):
+            if any(view.changes_state for view in views):
                 raise RewriteError("running it changes its state, which is to be written as it is")
             function = entry.function
             if plan is not None:

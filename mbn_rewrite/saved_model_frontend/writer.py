@@ -242,8 +242,13 @@ class _Writer:
             None if bias is None else bias.read().reshape(-1),
             before=edit.before,
             after=edit.after,
+            border=edit.border,
         )
         self._store(owner, kernel, new_kernel, edit)
+        if edit.border is not None:
+            for call in calls:
+                self._add_border(owner, call, new_bias, kernel.is_variable)
+            return
         channels = calls[0].op.outputs[0].shape[calls[0].described.axis]
         full = np.broadcast_to(new_bias, (channels,))
         if bias is not None:
@@ -257,10 +262,7 @@ class _Writer:
         with np.errstate(all="ignore"):
             array = value.astype(dtype.as_numpy_dtype)
         if not np.all(np.isfinite(array.astype(np.float64))):
-            raise RewriteError(
-                f"'{owner}' cannot absorb a BatchNormalization: its weights would leave the "
-                f'range of {stored.dtype}. Use mode "depthwise" for this model'
-            )
+            raise RewriteError(_out_of_range(owner, stored.dtype))
         if isinstance(stored.place, tf.Variable):
             if self.copies is None:
                 stored.place.assign(array)
@@ -274,6 +276,25 @@ class _Writer:
         else:
             view, name = stored.place
             self._editor(view).set_constant(name, array)
+
+    def _add_border(self, owner: str, call: LinearCall, border: Array, as_variable: bool) -> None:
+        """Adds a border map right behind a convolution, in place of the bias that it holds."""
+        editor, result = self._editor(call.view), call.op.outputs[0]
+        if call.described.axis == 1:  # channels first
+            border = np.moveaxis(border, -1, 0)
+        # See `_add_bias`: a map of one position looks like a bias.
+        op, sign = ("Sub", -1.0) if _is_grouped(call) else ("AddV2", 1.0)
+        weight = self._new(owner, "border", sign * border[np.newaxis], result.dtype)
+        if not np.all(np.isfinite(weight.numpy().astype(np.float64))):
+            raise RewriteError(_out_of_range(owner, result.dtype.name))
+        name = editor.add(
+            f"{call.op.name}/border", op, ["", editor.read(weight, as_variable)], T=result.dtype
+        )
+        editor.redirect(result.name, name)
+        editor.set_input(name, 0, result.name)
+        if call.described.absorbed:  # what adds the bias, and before it what lies between
+            *between, _ = [result, *(op.outputs[0] for op in call.described.absorbed)]
+            editor.redirect(call.described.result.name, between[-1].name)
 
     def _add_bias(self, owner: str, call: LinearCall, bias: Array, as_variable: bool) -> None:
         """Adds a bias right behind an operation that has none."""
@@ -478,6 +499,13 @@ class _Editor:
         while tensor in self._redirected:
             tensor = self._redirected[tensor]
         return tensor.partition(":")[0]
+
+
+def _out_of_range(owner: str, dtype: str) -> str:
+    return (
+        f"'{owner}' cannot absorb a BatchNormalization: its weights would leave the range of "
+        f'{dtype}. Use mode "depthwise" for this model'
+    )
 
 
 def as_node_name(name: str) -> str:
