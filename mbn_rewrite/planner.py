@@ -194,8 +194,9 @@ def candidates(graph: Graph) -> dict[str, Plan]:
     """The plans that mode "auto" has to choose between, by what they do with what does not fold.
 
     All are exact. The first, `FOLDED`, leaves it; "border" lets convolutions that pad with zeros
-    absorb more, and leaves the rest; the others put one of `FORMS` in the place of each. What custom layers hold stays in all of them,
-    since it cannot be seen how it is called. Plans that would come to the same are left out.
+    absorb more, and leaves the rest; the others put one of `FORMS` in the place of each. What
+    custom layers hold stays in all of them, since it cannot be seen how it is called. Plans that
+    would come to the same are left out.
     """
     fold = replace(_plan_fold(graph), mode="auto")
     left = _replaceable(graph, fold)
