@@ -8,8 +8,8 @@ form is faster beyond noise, and the model as it was if even the chosen form is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -28,6 +28,7 @@ Run = Callable[[], object]
 # run in this way.
 Runner = Callable[[Plan | None], AbstractContextManager[Run]]
 
+_NEEDED = (INPUT, FOLDED)  # without these there is nothing to compare others with
 _LEAST_ROUNDS = 3  # with fewer there is nothing to compare
 _BUILDING = 0.6  # the part of the budget after which no further form is built
 
@@ -69,9 +70,9 @@ def choose(graph: Graph, runner: Runner, device: str, options: Options) -> Plan:
     with ExitStack() as stack:
         runs = _built(stack, plans, runner, options, start, notes)
         seconds: dict[str, list[float]] = {}
-        if INPUT in runs and FOLDED in runs:
+        if set(_NEEDED) <= set(runs):
             options.progress(f"measuring {len(runs)} forms: {options.way}")
-            seconds = race(runs, start + options.budget, stays=(INPUT, FOLDED))
+            seconds = race(runs, start + options.budget, stays=_NEEDED)
     chosen, why = _fastest(seconds, notes)
     timings = tuple(
         Timing(
@@ -97,32 +98,34 @@ def _built(
 ) -> dict[str, Run]:
     """What runs each form, of those that can be built and run in time."""
     runs: dict[str, Run] = {}
+    # All are built before one runs: a call may move statistics, which must not be copied.
     for form, plan in ((INPUT, None), *plans.items()):
-        needed = form in (INPUT, FOLDED)
-        if not needed and time.perf_counter() - start > _BUILDING * options.budget:
+        if form not in _NEEDED and time.perf_counter() - start > _BUILDING * options.budget:
             notes[form] = f"not tried: the budget of {options.budget:g} seconds was used up"
             continue
         options.progress(f"building form '{form}'")
-        try:
-            run = stack.enter_context(runner(plan))
-            run()
-        except RewriteError as error:
-            notes[form] = f"not measured: {error}"
-            if needed:
-                break
-            continue
-        except MemoryError:
-            notes[form] = "not measured: out of memory"
-            if needed:
-                break
-            continue
-        runs[form] = run
-    return runs
+        with _noting(notes, form):
+            runs[form] = stack.enter_context(runner(plan))
+    for form in list(runs):
+        with _noting(notes, form):
+            runs[form]()
+    return {form: run for form, run in runs.items() if form not in notes}
+
+
+@contextmanager
+def _noting(notes: dict[str, str], form: str) -> Iterator[None]:
+    """In which it is noted what keeps a form from being measured."""
+    try:
+        yield
+    except RewriteError as error:
+        notes[form] = f"not measured: {error}"
+    except MemoryError:
+        notes[form] = "not measured: out of memory"
 
 
 def _fastest(seconds: Mapping[str, list[float]], notes: Mapping[str, str]) -> tuple[str, str]:
     """The form to take, and why."""
-    failed = next((form for form in (INPUT, FOLDED) if form in notes), None)
+    failed = next((form for form in _NEEDED if form in notes), None)
     if failed:
         return FOLDED, f"nothing was compared, since '{failed}' was not run; what folds is folded"
     if min(map(len, seconds.values())) < _LEAST_ROUNDS:
