@@ -57,7 +57,6 @@ import os
 import re
 import statistics
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,9 +78,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from benchmarks.timing import interleaved, median_ratio
+from benchmarks import devices
+from benchmarks.failures import described
+from benchmarks.profiles import UNLISTED, profiled
+from benchmarks.timing import interleaved, median_ratio, synchronize
 from mbn_rewrite import strides
 from mbn_rewrite.comparison import TOLERANCES
 from mbn_rewrite.errors import RewriteError
@@ -101,16 +102,6 @@ DTYPES = ("float32", "float16", "bfloat16")
 EPSILON = 1e-3  # that of both Kerases
 COPY = "copy"
 
-# Kernels that are not listed: what moves nothing, what looks after variables, and plain arithmetic,
-# most of which is of vectors with one element for each channel.
-UNLISTED = {
-    *("Const", "Identity", "IdentityN", "NoOp", "_Arg", "_Retval", "DeviceIndex", "Cast"),
-    *("Reshape", "ExpandDims", "Squeeze", "Shape", "ShapeN", "Size", "Prod", "Pack", "Fill"),
-    *("If", "Case", "StatelessCase", "Switch", "_SwitchN", "Merge", "PartitionedCall"),
-    *("ReadVariableOp", "AssignVariableOp", "AssignSubVariableOp", "AssignAddVariableOp"),
-    *("Mul", "Sub", "AddV2", "AddN", "Neg", "RealDiv", "DivNoNan", "Maximum", "Minimum"),
-    *("Greater", "SelectV2", "Square", "Rsqrt", "RsqrtGrad", "Sqrt", "Reciprocal"),
-}
 PROFILED_CALLS = 5  # the profiler now and then misses an event
 # Instructions of XLA that compute nothing.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
@@ -327,13 +318,8 @@ def guarded(one: Candidate, call: Callable[[], object]) -> None:
     try:
         call()
     except (MemoryError, tf.errors.OpError, RewriteError) as error:
-        one.failure = _out_of_memory(error) or f"FAILED: {str(error).splitlines()[0][:100]}"
+        one.failure = described(error)
         progress(f"  {one.variant.label}: {one.failure}")
-
-
-def _out_of_memory(error: Exception) -> str:
-    short = isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError))
-    return "OUT OF MEMORY" if short or re.search("out of memory|RESOURCE_EXH", str(error)) else ""
 
 
 # ------------------------------------------------------------------------------ operations
@@ -352,26 +338,11 @@ def note_operations(candidates: Sequence[Candidate], data: Data) -> None:
 
 
 def _note_profiled(one: Candidate, data: Data) -> None:
-    """Operations by TensorFlow's profiler."""
-    # Level 3 has cheap operations, too.
-    options = tf.profiler.experimental.ProfilerOptions(
-        host_tracer_level=3, python_tracer_level=0, device_tracer_level=0
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        with tf.profiler.experimental.Profile(directory, options):
-            for _ in range(PROFILED_CALLS):
-                one.concrete["both"](data.x, data.dy)
-            synchronize()
-        (path,) = Path(directory).rglob("*.xplane.pb")
-        space = xplane_pb2.XSpace.FromString(path.read_bytes())
+    """Operations by TensorFlow's profiler; on a GPU, too, those that the host starts."""
+    ran = profiled(lambda: one.concrete["both"](data.x, data.dy), PROFILED_CALLS, device=False)
     milliseconds: dict[str, list[float]] = {}
-    for plane in space.planes:
-        for event in itertools.chain.from_iterable(line.events for line in plane.lines):
-            # Kernels are "path/of/name:Operation"; other events have spaces, or none of this.
-            found = re.fullmatch(r"[\w./>-]+:(\w+)", plane.event_metadata[event.metadata_id].name)
-            if found:
-                name = re.sub("^_Mkl(Native)?(.*)", r"\2 (oneDNN)", found[1])
-                milliseconds.setdefault(name, []).append(event.duration_ps / 1e9)
+    for op in ran:
+        milliseconds.setdefault(op.op, []).extend(op.times)
     for name, times in sorted(milliseconds.items()):
         one.op_milliseconds[name] = sum(times) / PROFILED_CALLS
         if name not in UNLISTED:
@@ -424,12 +395,6 @@ def _repeated(call: Callable[[], object]) -> Callable[[], None]:
         synchronize()
 
     return run
-
-
-def synchronize() -> None:
-    """Waits for the GPU."""
-    if tf.config.list_logical_devices("GPU"):
-        tf.test.experimental.sync_devices()
 
 
 def as_row(
@@ -646,23 +611,16 @@ def chosen_device() -> str:
     Raises:
         ValueError: a GPU is asked for, and there is none.
     """
-    gpus = tf.config.list_physical_devices("GPU")
-    if FLAGS.device == "GPU" and not gpus:
-        raise ValueError("TensorFlow sees no GPU; --device=CPU runs without")
-    if not gpus:
+    if FLAGS.device != "GPU" and not tf.config.list_physical_devices("GPU"):
         progress("TensorFlow sees no GPU: all runs on the CPU")
-    device = FLAGS.device or ("GPU" if gpus else "CPU")
-    if device == "CPU":
-        tf.config.set_visible_devices([], "GPU")
-    return device
+    return devices.chosen(FLAGS.device)
 
 
 def machine(device: str) -> str:
     """What all ran on."""
     if device == "CPU":
         return f"CPU, {os.cpu_count()} cores"
-    gpu = tf.config.list_physical_devices("GPU")[0]
-    return str(tf.config.experimental.get_device_details(gpu).get("device_name", "GPU"))
+    return devices.name_of(device)
 
 
 def progress(what: str) -> None:

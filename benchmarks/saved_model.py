@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -44,6 +43,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import app, flags
 
+from benchmarks.memory import forget_peak, resident
 from benchmarks.timing import interleaved, median_ratio
 from mbn_rewrite.report import table
 from tools import real_models
@@ -128,15 +128,15 @@ def rewrite(source: str, destination: str) -> dict[str, Any]:
 
     inputs = _images_for(source)
     give_back_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before, start = _resident("VmRSS"), time.perf_counter()
+    forget_peak()
+    before, start = resident("VmRSS"), time.perf_counter()
     report = mbn.rewrite_saved_model(source, destination, "fold", inputs=inputs)
     seconds = time.perf_counter() - start
     assert report.after is not None
     ops = report.after.ops
     return {
         "seconds": seconds,
-        "peak": _resident("VmHWM") - before,
+        "peak": resident("VmHWM") - before,
         "weights": 4 * report.before.weights,
         "left_in_graph": sum(n for op, n in ops.items() if op.startswith("FusedBatchNorm"))
         + ops.get("Rsqrt", 0),
@@ -182,14 +182,6 @@ def latency(source: str, destination: str, repeats: str) -> dict[str, Any]:
         "speed_up": 1 / median_ratio(seconds, "rewritten", "original"),
         "milliseconds": {k: 1e3 * statistics.median(s) for k, s in seconds.items()},
     }
-
-
-def _resident(key: str) -> int:
-    """Bytes of resident memory: now ("VmRSS") or at most ("VmHWM"); see proc(5)."""
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if not found:
-        raise RuntimeError(f"/proc/self/status has no {key}")
-    return int(found[1]) * 1024
 
 
 STEPS = {f.__name__: f for f in (make, load_and_save, rewrite, latency)}

@@ -32,3 +32,11 @@ def interleaved(
 def median_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
     """How many times as long as `base` a variant takes, by their medians."""
     return statistics.median(seconds[name]) / statistics.median(seconds[base])
+
+
+def synchronize() -> None:
+    """Waits for the GPU, where TensorFlow uses one."""
+    import tensorflow as tf
+
+    if tf.config.list_logical_devices("GPU"):
+        tf.test.experimental.sync_devices()

@@ -51,27 +51,30 @@ def resnet9(keras: Any, variant: str, classes: int = 10, size: int = 32, width: 
     layers = keras.layers
     regular = variant != "none"
 
-    def block(x: Any, channels: int, pool: bool = False) -> Any:
+    def block(x: Any, name: str, channels: int, pool: bool = False) -> Any:
         x = layers.Conv2D(
             max(1, round(channels * width)),
             3,
             padding="same",
             use_bias=not regular,
             kernel_initializer="he_normal",
+            name=f"{name}_conv",
         )(x)
         if regular:
-            x = layers.BatchNormalization(momentum=MOMENTUM, epsilon=EPSILON)(x)
-        x = layers.ReLU()(x)
-        return layers.MaxPooling2D()(x) if pool else x
+            norm = layers.BatchNormalization(momentum=MOMENTUM, epsilon=EPSILON, name=f"{name}_bn")
+            x = norm(x)
+        x = layers.ReLU(name=f"{name}_relu")(x)
+        return layers.MaxPooling2D(name=f"{name}_pool")(x) if pool else x
 
-    def residual(x: Any, channels: int) -> Any:
-        return layers.Add()([x, block(block(x, channels), channels)])
+    def residual(x: Any, name: str, channels: int) -> Any:
+        inner = block(block(x, f"{name}_res1", channels), f"{name}_res2", channels)
+        return layers.Add(name=f"{name}_add")([x, inner])
 
     inputs = keras.Input((size, size, 3))
-    x = block(inputs, 64)
-    x = residual(block(x, 128, pool=True), 128)
-    x = block(x, 256, pool=True)
-    x = residual(block(x, 256, pool=True), 256)
+    x = block(inputs, "prep", 64)
+    x = residual(block(x, "layer1", 128, pool=True), "layer1", 128)
+    x = block(x, "layer2", 256, pool=True)
+    x = residual(block(x, "layer3", 256, pool=True), "layer3", 256)
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(classes, use_bias=False)(x)
     x = layers.Rescaling(LOGIT_SCALE, dtype="float32")(x)

@@ -73,9 +73,9 @@ def convert(
             that cannot be copied; the mode is unknown or does not take what was given; or what
             was given is no stride, batch size, dtype or budget.
     """
-    stride = check_mode(mode, stride)
-    options = measuring_options(mode, batch_size, jit_compile, dtype, inputs, budget, progress)
-    new, _ = _converted(model, mode, stride, options)
+    measuring = {"batch_size": batch_size, "jit_compile": jit_compile, "dtype": dtype}
+    measuring |= {"inputs": inputs, "budget": budget, "progress": progress}
+    new, _ = convert_with_plan(model, mode, stride, **measuring)
     return new
 
 
@@ -113,7 +113,12 @@ def plan(
     return _planned(front_end, model, reading, mode, stride, options)[0]
 
 
-def _converted(model: Any, mode: str, stride: Any, options: Options) -> tuple[Any, Plan]:
+def convert_with_plan(
+    model: Any, mode: str = "auto", stride: Any = None, **measuring: Any
+) -> tuple[Any, Plan]:
+    """`convert` and `plan` in one: reads the model once, and measures once."""
+    stride = check_mode(mode, stride)
+    options = measuring_options(mode, **measuring)
     front_end = front_end_of(model)
     reading = front_end.read(model)
     made, new = _planned(front_end, model, reading, mode, stride, options)
@@ -131,12 +136,12 @@ def _planned(
 
 def measuring_options(
     mode: str,
-    batch_size: int | None,
-    jit_compile: bool | None,
-    dtype: str | None,
-    inputs: Any,
-    budget: float | None,
-    progress: Callable[[str], None] | None,
+    batch_size: int | None = None,
+    jit_compile: bool | None = None,
+    dtype: str | None = None,
+    inputs: Any = None,
+    budget: float | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Options:
     """How to measure.
 

@@ -1,0 +1,105 @@
+"""Charts of benchmarks, as PNG files. Needs matplotlib, which only charts need."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: a value with its lower and upper quartile."""
+
+    label: str
+    value: float
+    lower: float
+    upper: float
+
+
+def check_available(what: str) -> None:
+    """Looks for matplotlib, without loading it.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"{what} needs matplotlib; pip install '.[benchmarks]' brings it")
+
+
+def speeds(panels: Mapping[str, Sequence[Bar]], axis: str, title: str, path: str | Path) -> None:
+    """Horizontal bars with their quartiles, one panel for each group; a line at 1."""
+    count = sum(map(len, panels.values()))
+    figure = _figure(8, 1.2 + 0.5 * len(panels) + 0.28 * count)
+    heights = [len(bars) for bars in panels.values()]
+    axes = figure.subplots(
+        len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )[:, 0]
+    for one, (name, bars) in zip(axes, panels.items(), strict=True):
+        values = [bar.value for bar in bars]
+        spread = [
+            [bar.value - bar.lower for bar in bars],
+            [bar.upper - bar.value for bar in bars],
+        ]
+        one.barh([bar.label for bar in bars], values, xerr=spread, capsize=3, color="tab:blue")
+        # Behind the spread, so that neither hides the other.
+        for i, bar in enumerate(bars):
+            one.annotate(
+                f"{bar.value:.2f}",
+                (max(bar.value, bar.upper), i),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        one.axvline(1, color="black", linewidth=0.8)
+        one.invert_yaxis()
+        one.margins(x=0.12)
+        one.set_title(name, fontsize=10, loc="left")
+    axes[-1].set_xlabel(axis)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=120)
+
+
+def layers(
+    names: Sequence[str],
+    variants: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    path: str | Path,
+) -> None:
+    """Bars of milliseconds for each layer and variant: forward above, backward below.
+
+    Args:
+        names: of the layers, in the order of the network.
+        variants: for each, milliseconds of every layer forward, and backward.
+        title: above the chart.
+        path: of the PNG file.
+    """
+    width = max(9.0, 1.5 + 0.05 * len(names) * (len(variants) + 2))
+    figure = _figure(width, 7)
+    axes = figure.subplots(2, 1, sharex=True)
+    bar = 0.85 / max(1, len(variants))
+    for one, direction, label in zip(axes, (0, 1), ("forward", "backward"), strict=True):
+        for i, (variant, times) in enumerate(variants.items()):
+            places = [k + (i - (len(variants) - 1) / 2) * bar for k in range(len(names))]
+            one.bar(places, times[direction], bar, label=variant, color=f"C{i}")
+        one.set_ylabel(f"{label} (ms in a step)")
+        one.grid(axis="y", linewidth=0.4)
+        one.set_axisbelow(True)
+        one.margins(x=0.01)
+    axes[0].legend(ncols=len(variants), fontsize=8, loc="upper right")
+    axes[1].set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    axes[1].set_xlabel("BatchNormalization layers, in the order of the network")
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,47 @@
+"""Which device a program runs on, and what it is called."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+DEVICES = ("CPU", "GPU")
+
+
+def chosen(asked: str | None) -> str:
+    """CPU or GPU: what is asked for; if nothing is, a GPU if there is one.
+
+    Where it is the CPU, TensorFlow sees no GPU from then on.
+
+    Raises:
+        ValueError: a GPU is asked for, and there is none; or there is no such kind of device.
+    """
+    import tensorflow as tf
+
+    if asked not in (None, *DEVICES):
+        raise ValueError(f"unknown device '{asked}'; known are {', '.join(DEVICES)}")
+    gpus = tf.config.list_physical_devices("GPU")
+    if asked == "GPU" and not gpus:
+        raise ValueError("TensorFlow sees no GPU; --device=CPU runs without")
+    device = asked or ("GPU" if gpus else "CPU")
+    if device == "CPU":
+        tf.config.set_visible_devices([], "GPU")
+    return device
+
+
+def name_of(device: str) -> str:
+    """What the maker calls the device."""
+    import tensorflow as tf
+
+    if device == "CPU":
+        return _cpu_name()
+    gpu = tf.config.list_physical_devices("GPU")[0]
+    return str(tf.config.experimental.get_device_details(gpu).get("device_name", "GPU"))
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    text = information.read_text() if information.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()

@@ -1,0 +1,353 @@
+#!/usr/bin/env python3
+"""Whole training steps of networks, timed in turn, with each kind of BatchNormalization.
+
+    python benchmarks/train_step.py [FLAGS]
+
+A step is forward, loss, backward and update (SGD, Nesterov momentum) of a batch of noise that
+lies on the device, in one tf.function. Variants, for each network and Keras:
+
+    original    BatchNormalization of that Keras; always there, others are compared with it
+    stridedS    StridedBatchNormalization with stride S in its place
+    mbnS        ModifiedBatchNormalization with stride S
+    none        no BatchNormalization at all: what everything else costs
+
+All variants of a network and a Keras are in one process, with the same first weights, and take
+turns. Before they are timed, it is checked what they are:
+
+    losses      with stride 1, those of the first five steps are the original's. What rounding may
+                explain is a tolerance of the dtype (1e-3, 1e-2 in float16, 5e-2 in bfloat16), or
+                ten times what a unit in the last place of the images makes in the original if
+                that is more. The learning rate is one at which a step changes the loss by 5%
+    operations  where a layer takes a sample, or a depthwise convolution, or a fused operation
+                that the original has not, other operations have run for it than in the original:
+                seen by TensorFlow's profiler; with --xla, those that were compiled. (With stride
+                1, tf_keras runs the same fused operation: that is expected, and noted)
+
+What fails a check is not timed.
+
+Columns:
+    images/s    median of the repeats, and quartiles
+    step        median time by that of the original of the same Keras: below 1 is faster
+    MiB         peak memory of steps above the state before there was a model, each variant in a
+                process of its own: of TensorFlow's allocator on a GPU, else of the process
+    parameters  that are trained
+    loss        before the first step
+    at stride   BatchNormalizations whose stride is not lowered, of all (see strides.py)
+
+"Operations" lists what ran for all BatchNormalizations in a step, less plain arithmetic.
+
+--profile=DIR keeps a profile of each variant for TensorBoard in DIR/MODEL_KERAS_VARIANT, and
+writes how long each BatchNormalization takes, forward and backward: as a table, and with all of
+their operations as DIR/MODEL_KERAS.json, and as a chart, DIR/MODEL_KERAS.png. The times are those
+of operations (kernels on a GPU) alone, and of steps under the profiler; see profiles.py. Not
+with --xla, which fuses operations of several layers.
+
+Examples:
+    python benchmarks/train_step.py --models=ResNet9 --batch=16 --repeats=10
+    python benchmarks/train_step.py --keras=tf_keras --variants=strided4,none --json=steps.json
+    python benchmarks/train_step.py --device=GPU --dtype=mixed_float16 --batch=256 --calls=5
+    python benchmarks/train_step.py --models=ResNet9 --profile=profiles --chart=steps.png
+
+Exit codes:
+    0  every row was measured, whatever it shows
+    1  a row failed a check, ran out of memory or failed otherwise; the program was interrupted
+       (what is finished is printed and kept); or a flag is wrong
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# The repository's own package comes first, so that the program runs without installation.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["KERAS_BACKEND"] = "tensorflow"
+
+from absl import app, flags
+
+from tools.quiet import import_tensorflow
+
+import_tensorflow()
+
+import keras
+import tensorflow as tf
+import tf_keras
+
+from benchmarks import charts, devices, profiles, results, training_rows
+from benchmarks.failures import described
+from benchmarks.training_networks import KERAS, NETWORKS, check_variant
+from benchmarks.training_rows import CLASSES, DTYPES, SIZES, Row, Settings, progress
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.report import table
+
+VARIANTS = ("original", "strided1", "strided2", "strided4", "strided8", "mbn4", "none")
+WAYS = ("forward", "backward")
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("models", list(NETWORKS), f"Of {', '.join(NETWORKS)}.")
+flags.DEFINE_list("variants", list(VARIANTS), "As above; the original is there anyway.")
+flags.DEFINE_list("keras", list(KERAS), f"Of {', '.join(KERAS)}.")
+flags.DEFINE_string("dtype", "float32", f"Policy of the models: {', '.join(DTYPES)}.")
+flags.DEFINE_bool("xla", False, "Compile the whole step with XLA.")
+flags.DEFINE_integer("batch", 32, "Images in a batch.", lower_bound=1)
+flags.DEFINE_integer("size", None, f"Height and width of images; by default {SIZES}.", 1)
+flags.DEFINE_float("width", 1.0, "Times the channels of ResNet9.", lower_bound=0.01)
+flags.DEFINE_integer("classes", None, f"Of images; by default {CLASSES}.", lower_bound=2)
+flags.DEFINE_string("device", None, "CPU or GPU; by default a GPU if there is one.")
+flags.DEFINE_integer("repeats", 20, "How often each is timed.", lower_bound=1)
+flags.DEFINE_integer(
+    "calls", 1, "Steps in a row that are timed as one; on a GPU, several hide the launch.", 1
+)
+flags.DEFINE_bool("memory", True, "Measure memory, in processes that take a while to start.")
+flags.DEFINE_integer("profiled_steps", 10, "Steps under the profiler.", lower_bound=2)
+flags.DEFINE_string("profile", None, "Write profiles to this directory.")
+flags.DEFINE_string("json", None, "Write the results to this file, as JSON, as they come.")
+flags.DEFINE_string("chart", None, "Draw images per second in this file, as PNG.")
+flags.DEFINE_string("memory_of", None, "Used by the program itself.")
+
+
+# --------------------------------------------------------------------------------- tables
+
+
+def steps_table(rows: Sequence[Row], settings: Settings) -> str:
+    """All that was measured of a network and a Keras."""
+    columns = [
+        *("variant", "images/s", "quartiles", "step", "MiB", "parameters", "loss", "at stride"),
+        "",
+    ]
+    first = rows[0]
+    cells = [_cells(row, first, settings) for row in rows]
+    title = f"{first.model}, {first.keras}, {settings.dtype}, batch {settings.batch}"
+    return table(columns, cells, title, width=140)
+
+
+def _cells(row: Row, original: Row, settings: Settings) -> list[str]:
+    lower = median = upper = None
+    if row.measured:
+        speeds = training_rows.images_per_second(row, settings.batch)
+        lower, median, upper = training_rows.quartiles(speeds)
+    strided = check_variant(row.variant)[1] is not None and row.lowered is not None
+    return [
+        row.variant,
+        _text(median),
+        "-" if median is None else f"{_text(lower)} to {_text(upper)}",
+        _text(training_rows.step_ratio(row, original)),
+        "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
+        "-" if row.parameters is None else f"{row.parameters:,}",
+        f"{row.losses[0]:.5g}" if row.losses else "-",
+        f"{len(row.strides) - (row.lowered or 0)}/{len(row.strides)}" if strided else "-",
+        "; ".join([row.failure, *row.notes] if row.failure else row.notes),
+    ]
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def operations_table(rows: Sequence[Row], settings: Settings) -> str:
+    """What ran for all BatchNormalizations of each variant."""
+    cells = [
+        [row.variant, *(_counts(row.counts.get(way), settings.xla) for way in WAYS)] for row in rows
+    ]
+    what = "compiled for" if settings.xla else "of a step in"
+    title = f"Operations {what} all BatchNormalizations: {rows[0].model}, {rows[0].keras}"
+    return table(["variant", *WAYS], cells, title, width=140)
+
+
+def _counts(counts: Mapping[str, int] | None, xla: bool) -> str:
+    if counts is None:
+        return "-"
+    return ", ".join(op if xla else f"{op} x{n}" for op, n in counts.items()) or "none"
+
+
+def draw(groups: Sequence[Sequence[Row]], settings: Settings, device: str, path: str) -> None:
+    """Images per second by the original's, of all that was measured."""
+    panels = {}
+    for rows in groups:
+        original = rows[0]
+        if not original.measured:
+            continue
+        base = training_rows.quartiles(training_rows.images_per_second(original, settings.batch))[1]
+        panels[f"{original.model}, {original.keras}"] = [
+            _bar(row, base, settings) for row in rows if row.measured
+        ]
+    if not panels:
+        progress(f"no chart in {path}: nothing to compare was measured")
+        return
+    compiled = ", XLA" if settings.xla else ""
+    title = f"Training steps, {settings.dtype}, batch {settings.batch}{compiled}\n{device}"
+    axis = "images per second by those of the original (median and quartiles of repeats)"
+    charts.speeds(panels, axis, title, path)
+
+
+def _bar(row: Row, base: float, settings: Settings) -> charts.Bar:
+    speeds = training_rows.images_per_second(row, settings.batch)
+    lower, median, upper = (value / base for value in training_rows.quartiles(speeds))
+    return charts.Bar(row.variant, median, lower, upper)
+
+
+def write_profiles(
+    original: Row, layers: Mapping[str, profiles.ByLayer], settings: Settings, device: str
+) -> None:
+    """Prints, writes and draws how long each BatchNormalization takes."""
+    title = (
+        f"Milliseconds in a step, forward + backward: {original.model}, {original.keras}, "
+        f"{settings.dtype}, batch {settings.batch}"
+    )
+    print(f"\n{profiles.layer_table(layers, title)}", flush=True)
+    path = Path(FLAGS.profile) / f"{original.model}_{original.keras}"
+    variants = {variant: profiles.as_dict(one) for variant, one in layers.items()}
+    results.save(f"{path}.json", {"device": device, "variants": variants})
+    names, times = profiles.chart_data(layers)
+    if times:
+        title = f"{original.model}, {original.keras}, {settings.dtype}, batch {settings.batch}"
+        charts.layers(names, times, f"{title}\n{device}", f"{path}.png")
+
+
+# ----------------------------------------------------------------------------------- flags
+
+
+def check_flags(arguments: Sequence[str]) -> Settings:
+    """Looks at all flags before anything long starts.
+
+    Raises:
+        ValueError: one is wrong.
+        RewriteError: there is no such variant.
+    """
+    if arguments:
+        raise ValueError(f"unexpected arguments {list(arguments)}; --help has examples")
+    for what, values, known in (
+        ("model", FLAGS.models, tuple(NETWORKS)),
+        ("Keras", FLAGS.keras, KERAS),
+        ("dtype", [FLAGS.dtype], DTYPES),
+    ):
+        if not values:
+            raise ValueError(f"no {what} is given; known are {', '.join(known)}")
+        for value in values:
+            if value not in known:
+                raise ValueError(f"unknown {what} '{value}'; known are {', '.join(known)}")
+    for variant in FLAGS.variants:
+        check_variant(variant)
+    for path in filter(None, (FLAGS.json, FLAGS.chart)):
+        results.check_writable(path)
+    if FLAGS.profile and FLAGS.xla:
+        raise ValueError("no --profile with --xla: it fuses operations of several layers into one")
+    if FLAGS.profile and Path(FLAGS.profile).exists() and not Path(FLAGS.profile).is_dir():
+        raise ValueError(f"{FLAGS.profile} is no directory")
+    for name in ("chart", "profile"):
+        if FLAGS[name].value:
+            charts.check_available(f"--{name}")
+    device = devices.chosen(FLAGS.device)
+    if FLAGS.device is None and device == "CPU":
+        progress(f"no GPU: running on CPU {devices.name_of(device)}")
+    names = (
+        *("dtype", "xla", "batch", "size", "width", "classes"),
+        *("repeats", "calls", "memory", "profiled_steps"),
+    )
+    return Settings(device=device, **{name: FLAGS[name].value for name in names})
+
+
+def main(argv: list[str]) -> int:
+    try:
+        settings = check_flags(argv[1:])
+    except (ValueError, RewriteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if settings.device == "GPU":
+        # Otherwise one process takes all memory, and none is left for those that measure it.
+        tf.config.experimental.set_memory_growth(tf.config.list_physical_devices("GPU")[0], True)
+    if FLAGS.memory_of:
+        return measure_memory(settings)
+    return Run(settings, devices.name_of(settings.device)).run()
+
+
+def measure_memory(settings: Settings) -> int:
+    """Prints the peak memory of one variant."""
+    row = Row(FLAGS.models[0], FLAGS.keras[0], FLAGS.memory_of)
+    try:
+        with tf.device(f"/{settings.device}:0"):
+            print(training_rows.peak_memory(row, settings))
+    except Exception as error:
+        print(f"error: {described(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Run:
+    """All rows, as far as they are."""
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        self.settings = settings
+        self.device = device
+        variants = dict.fromkeys(["original", *FLAGS.variants])
+        self.groups = [
+            [Row(model, name, variant) for variant in variants]
+            for model in dict.fromkeys(FLAGS.models)
+            for name in dict.fromkeys(FLAGS.keras)
+        ]
+
+    def run(self) -> int:
+        """Measures all; the exit code."""
+        print(", ".join(f"{key}: {value}" for key, value in self.about().items()))
+        interrupted = False
+        try:
+            for rows in self.groups:
+                self.run_group(rows)
+        except KeyboardInterrupt:
+            interrupted = True
+            self.note_interruption()
+        self.keep()
+        if FLAGS.chart:
+            draw(self.groups, self.settings, self.device, FLAGS.chart)
+        return int(interrupted or any(row.failure for rows in self.groups for row in rows))
+
+    def run_group(self, rows: Sequence[Row]) -> None:
+        """Measures one network and one Keras, and says what it found, however far it came."""
+        layers: dict[str, profiles.ByLayer] = {}
+        try:
+            with tf.device(f"/{self.settings.device}:0"):
+                layers = training_rows.measure(rows, self.settings, FLAGS.profile, self.keep)
+        finally:
+            print(f"\n{steps_table(rows, self.settings)}")
+            print(f"\n{operations_table(rows, self.settings)}", flush=True)
+        if FLAGS.profile and layers:
+            write_profiles(rows[0], layers, self.settings, self.device)
+
+    def note_interruption(self) -> None:
+        """Notes in the rows how far they are."""
+        for row in (row for rows in self.groups for row in rows):
+            if row.seconds and len(row.seconds) < self.settings.repeats:
+                row.notes.append(f"interrupted after {len(row.seconds)} repeats")
+            elif not row.seconds and not row.failure:
+                row.failure = "INTERRUPTED"
+        progress("error: interrupted; what is finished is kept")
+
+    def about(self) -> dict[str, Any]:
+        """What all rows have in common."""
+        settings = {key: value for key, value in vars(self.settings).items() if value is not None}
+        return settings | {
+            "device": self.device,
+            "tensorflow": tf.__version__,
+            "tf_keras": tf_keras.__version__,
+            "keras": keras.__version__,
+        }
+
+    def keep(self) -> None:
+        """Writes all rows to the file for them, if there is one."""
+        if FLAGS.json:
+            rows = [
+                training_rows.as_dict(row, group[0], self.settings)
+                for group in self.groups
+                for row in group
+            ]
+            results.save(FLAGS.json, self.about() | {"rows": rows})
+
+
+if __name__ == "__main__":
+    app.run(main)

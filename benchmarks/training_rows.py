@@ -1,0 +1,485 @@
+"""Training steps of one network with each kind of BatchNormalization: checked, then timed.
+
+`measure` fills the rows of a network and a Keras, whose first is the original:
+
+    memory      of each variant, in a process of its own
+    losses      at stride 1, the original's within rounding
+    operations  other ones than the original's where something else is claimed to run
+    time        in turn
+
+What fails one of them is not measured further; the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+import tf_keras
+
+from benchmarks import profiles
+from benchmarks.failures import OUT_OF_MEMORY, described
+from benchmarks.memory import forget_peak, resident
+from benchmarks.timing import interleaved, synchronize
+from benchmarks.training_networks import NETWORKS, check_variant
+from benchmarks.training_steps import Batch, Trainer, trainer
+from mbn_rewrite.running import give_back_memory
+
+PACKAGES = {"tf_keras": tf_keras, "keras_3": keras}
+DTYPES = ("float32", "mixed_float16", "mixed_bfloat16")
+SIZES = {"ResNet9": 32, "ResNet50": 224}
+CLASSES = {"ResNet9": 10, "ResNet50": 1000}
+PROGRAM = Path(__file__).with_name("train_step.py")
+
+CHECKED_STEPS = 5
+CHANGE = 0.05  # of the loss, by the first of them
+# What rounding may change of a loss, as a part of it: in float32 more than in one pass forward,
+# since it is passed on from step to step.
+TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+OF_ROUNDING = 10  # times what the last place of the images changes
+CALMER = 0.01  # times that learning rate, where steps are timed: no loss runs away meanwhile
+MEMORY_STEPS = 3
+WARMUP = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for all rows; see the flags of the same names."""
+
+    dtype: str = "float32"
+    xla: bool = False
+    batch: int = 32
+    size: int | None = None
+    width: float = 1.0
+    classes: int | None = None
+    device: str = "CPU"
+    repeats: int = 20
+    calls: int = 1
+    memory: bool = True
+    profiled_steps: int = 10
+
+    def batch_for(self, model: str) -> Batch:
+        """What a network is trained with."""
+        size, classes = self.size or SIZES[model], self.classes or CLASSES[model]
+        return Batch.random(self.batch, size, classes)
+
+    @property
+    def compute_dtype(self) -> str:
+        """What the model computes in."""
+        return self.dtype.removeprefix("mixed_")
+
+
+@dataclass
+class Row:
+    """What is known of a variant; what could not be measured is None or empty.
+
+    Attributes:
+        model, keras, variant: which.
+        failure: what went wrong, or "".
+        notes: what a reader should know.
+        parameters: how many are trained.
+        learning_rate: that of the checked steps.
+        losses: theirs.
+        loss_error: the largest difference from the original's, as a part of it, at stride 1.
+        loss_tolerance: what it may be.
+        strides: those in use, by layer.
+        lowered: how many layers have less than was asked for.
+        ops: kinds of operations by layer, forward and backward, less plain arithmetic.
+        counts: how often each ran, in all layers; 0 for what was compiled.
+        peak_bytes: of memory.
+        seconds: of a step, for each repeat.
+    """
+
+    model: str
+    keras: str
+    variant: str
+    failure: str = ""
+    notes: list[str] = field(default_factory=list)
+    parameters: int | None = None
+    learning_rate: float | None = None
+    losses: list[float] = field(default_factory=list)
+    loss_error: float | None = None
+    loss_tolerance: float | None = None
+    strides: dict[str, list[int]] = field(default_factory=dict)
+    lowered: int | None = None
+    ops: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def measured(self) -> bool:
+        """Whether it has times that count."""
+        return bool(self.seconds) and not self.failure
+
+
+@dataclass
+class Candidate:
+    """A row with what it is of."""
+
+    row: Row
+    trainer: Trainer
+    layers: profiles.ByLayer | None = None
+
+
+def build(row: Row, settings: Settings) -> Trainer:
+    """The variant of a row, with the same first weights as the others."""
+    package = PACKAGES[row.keras]
+    package.utils.set_random_seed(0)
+    options: dict[str, Any] = {
+        "classes": settings.classes or CLASSES[row.model],
+        "size": settings.size or SIZES[row.model],
+    }
+    if row.model == "ResNet9":
+        options["width"] = settings.width
+    with _policy(package, settings.dtype):
+        model = NETWORKS[row.model](package, row.variant, **options)
+    return trainer(package, model, xla=settings.xla)
+
+
+@contextlib.contextmanager
+def _policy(package: Any, name: str) -> Iterator[None]:
+    """The dtypes of layers made meanwhile."""
+    package.mixed_precision.set_global_policy(name)
+    try:
+        yield
+    finally:
+        package.mixed_precision.set_global_policy("float32")
+
+
+@contextlib.contextmanager
+def guarded(row: Row) -> Iterator[None]:
+    """Notes in a row what goes wrong, so that the others go on."""
+    try:
+        yield
+    except Exception as error:
+        row.failure = described(error)
+        progress(f"  {row.variant}: {row.failure}")
+
+
+# ------------------------------------------------------------------------------- checking
+
+
+def prepare(row: Row, settings: Settings) -> Candidate:
+    """The variant of a row, with what its model says of itself."""
+    one = Candidate(row, build(row, settings))
+    model = one.trainer.model
+    row.parameters = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+    stride = check_variant(row.variant)[1] or 1
+    asked = [stride, stride]
+    for layer in profiles.norms_of(model):
+        # What should have a stride and has none is taken to do what it should, and shows by what
+        # runs for it.
+        row.strides[layer.name] = list(getattr(layer, "strides", asked))
+    row.lowered = sum(used != asked for used in row.strides.values())
+    return one
+
+
+def check_losses(candidates: Sequence[Candidate], settings: Settings, batch: Batch) -> None:
+    """Trains all for some steps; at stride 1, losses must be the original's.
+
+    The original is the first; all are given its learning rate, but for what has no
+    BatchNormalization, which has its own.
+    """
+    original = candidates[0]
+    rate = None
+    for one in candidates:
+        if one.row.failure:
+            continue
+        with guarded(one.row):
+            own = one.trainer.settle(batch, CHANGE)
+            same = rate is not None and one.row.variant != "none"
+            one.trainer.optimizer.learning_rate = rate if same else own
+            rate = rate or own
+            one.row.losses = one.trainer.losses(batch, CHECKED_STEPS)
+            one.row.learning_rate = rate if same else own
+    if original.row.failure:
+        return
+    tolerance = loss_tolerance(original, settings, batch)
+    for one in candidates[1:]:
+        if check_variant(one.row.variant)[1] == 1 and not one.row.failure:
+            compare_losses(one.row, original.row, tolerance)
+
+
+def calm(one: Candidate) -> None:
+    """Has a variant begin again, with a learning rate at which it may go on for long."""
+    one.trainer.restart()
+    one.trainer.optimizer.learning_rate = one.row.learning_rate * CALMER
+
+
+def loss_tolerance(original: Candidate, settings: Settings, batch: Batch) -> float:
+    """What rounding may change of a loss, as a part of it."""
+    dtype = settings.compute_dtype
+    moved = original.trainer.losses(batch.rounded_otherwise(dtype), CHECKED_STEPS)
+    original.trainer.restart()
+    return max(TOLERANCES[dtype], OF_ROUNDING * largest_difference(moved, original.row.losses))
+
+
+def compare_losses(row: Row, original: Row, tolerance: float) -> None:
+    """Notes how far losses are from the original's, and fails the row if that is too far."""
+    row.loss_error = largest_difference(row.losses, original.losses)
+    row.loss_tolerance = tolerance
+    if not row.loss_error <= tolerance:  # true for NaN
+        row.failure = (
+            f"WRONG: at stride 1 a loss is {row.loss_error:.0e} off the original's, and rounding "
+            f"explains {tolerance:.0e}"
+        )
+
+
+def largest_difference(losses: Sequence[float], expected: Sequence[float]) -> float:
+    """As a part of what is expected; NaN if any is."""
+    parts = [abs(loss / right - 1) for loss, right in zip(losses, expected, strict=True)]
+    return math.nan if any(map(math.isnan, parts)) else max(parts)
+
+
+def note_operations(one: Candidate, settings: Settings, batch: Batch, directory: Any) -> None:
+    """Notes what runs for each BatchNormalization; profiles are kept in a directory, if any."""
+    step = one.trainer
+    if settings.xla:
+        ran = profiles.compiled(step.step, batch.images, batch.labels)
+    else:
+        ran = profiles.profiled(lambda: step(batch), settings.profiled_steps, directory)
+    one.layers = profiles.by_layer(ran, step.model, step.concrete(batch))
+    layers = one.layers.layers.values()
+    one.row.ops = profiles.bn_ops_of(one.layers)
+    one.row.counts = {
+        "forward": profiles.counted(op for layer in layers for op in layer.forward),
+        "backward": profiles.counted(op for layer in layers for op in layer.backward),
+    }
+    stray = {op.op for op in one.layers.unattributed if "BatchNorm" in op.op}
+    if stray:
+        one.row.failure = f"{', '.join(sorted(stray))} ran outside all BatchNormalization layers"
+
+
+def check_operations(row: Row, original: Row) -> str:
+    """What is wrong with the operations that ran for a variant, or ""."""
+    mode, stride = check_variant(row.variant)
+    if mode == "original":
+        return ""
+    if mode == "none":
+        return f"RUNS BatchNormalization in {', '.join(row.ops)}" if row.ops else ""
+    if row.ops.keys() != original.ops.keys():
+        return f"HAS {len(row.ops)} BatchNormalization layers; the original has {len(original.ops)}"
+    if stride != 1 and all(max(used) == 1 for used in row.strides.values()):
+        return "EVERY STRIDE IS LOWERED to 1: the images are too small to sample"
+    same = [name for name in _to_differ(row, mode) if row.ops[name] == original.ops[name]]
+    if same:
+        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        return f"RUNS WHAT THE ORIGINAL RUNS in {same[0]}{more}"
+    return ""
+
+
+def _to_differ(row: Row, mode: str) -> list[str]:
+    """The layers in which other operations have to run than in the original."""
+    if mode == "strided" and row.keras == "tf_keras":
+        # Where all positions are sampled, the fused operation is all there is to run.
+        return [name for name, used in row.strides.items() if max(used) > 1]
+    return list(row.ops)
+
+
+# ------------------------------------------------------------------------ memory and time
+
+
+def note_memory(row: Row, settings: Settings) -> None:
+    """Measures memory in another process. If that is killed, so would this one be."""
+    command = [
+        *(sys.executable, str(PROGRAM), f"--memory_of={row.variant}"),
+        *(f"--models={row.model}", f"--keras={row.keras}", f"--device={settings.device}"),
+        *(f"--dtype={settings.dtype}", f"--batch={settings.batch}", f"--width={settings.width}"),
+        f"--{'' if settings.xla else 'no'}xla",
+        *(
+            f"--{name}={value}"
+            for name, value in (("size", settings.size), ("classes", settings.classes))
+            if value is not None
+        ),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode == 0:
+        row.peak_bytes = json.loads(run.stdout.splitlines()[-1])
+        return
+    killed = run.returncode < 0
+    last = (run.stderr.strip().splitlines() or ["nothing"])[-1].removeprefix("error: ")
+    if killed or last == OUT_OF_MEMORY:
+        row.failure = f"{OUT_OF_MEMORY}, by signal {-run.returncode}" if killed else OUT_OF_MEMORY
+    else:
+        row.notes.append(f"memory not measured: {last[:100]}")
+
+
+def peak_memory(row: Row, settings: Settings) -> int:
+    """Bytes at the peak of some steps, above what there was before the model.
+
+    Raises:
+        RuntimeError: the system does not count it.
+    """
+    batch = settings.batch_for(row.model)
+    tf.function(lambda x: tf.reduce_sum(x * x))(batch.images)  # what TensorFlow sets up once
+    on_gpu = settings.device == "GPU"
+    give_back_memory()
+    before = _gpu_memory("current") if on_gpu else resident("VmRSS")
+    step = build(row, settings)
+    give_back_memory()
+    if on_gpu:
+        tf.config.experimental.reset_memory_stats("GPU:0")
+    else:
+        forget_peak()
+    for _ in range(MEMORY_STEPS):
+        float(step(batch))
+    synchronize()
+    return (_gpu_memory("peak") if on_gpu else resident("VmHWM")) - before
+
+
+def _gpu_memory(key: str) -> int:
+    return int(tf.config.experimental.get_memory_info("GPU:0")[key])
+
+
+def time_steps(candidates: Sequence[Candidate], settings: Settings, batch: Batch) -> None:
+    """Times what has not failed; every finished round of repeats is in the rows."""
+    by_variant = {one.row.variant: one for one in candidates}
+    losses: dict[str, tf.Tensor] = {}
+
+    def steps(variant: str, count: int) -> None:
+        one = by_variant[variant]
+        with guarded(one.row):
+            for _ in range(count):
+                losses[variant] = one.trainer(batch)
+            synchronize()
+
+    def going(count: int) -> dict[str, Callable[[], None]]:
+        left = (variant for variant, one in by_variant.items() if not one.row.failure)
+        return {variant: functools.partial(steps, variant, count) for variant in left}
+
+    interleaved(going(1), repeats=0, warmup=WARMUP)
+    before = {variant: by_variant[variant].trainer.updates for variant in going(1)}
+    for _ in range(settings.repeats):
+        for variant, (seconds,) in interleaved(going(settings.calls), 1, warmup=0).items():
+            by_variant[variant].row.seconds.append(seconds / settings.calls)
+    for variant in going(1):
+        one, made = by_variant[variant], settings.repeats * settings.calls
+        left_out = before[variant] + made - one.trainer.updates
+        if left_out:  # it is a shorter step
+            one.row.failure = f"THE LOSS SCALE LEFT OUT {left_out} of {made} updates"
+        elif not math.isfinite(loss := float(losses[variant])):
+            one.row.failure = f"DIVERGED: the loss after the timed steps is {loss}"
+
+
+# ------------------------------------------------------------------------------------- all
+
+
+def measure(
+    rows: Sequence[Row],
+    settings: Settings,
+    profile: str | None = None,
+    keep: Callable[[], None] = lambda: None,
+) -> dict[str, profiles.ByLayer]:
+    """Fills the rows of one network and one Keras; the first is the original.
+
+    Args:
+        rows: with nothing but names.
+        settings: for all.
+        profile: where profiles are kept, if at all.
+        keep: called whenever rows have changed.
+
+    Returns:
+        What ran by layer, of the variants of which it is known.
+    """
+    first = rows[0]
+    name = f"{first.model}, {first.keras}"
+    if settings.memory:
+        for row in rows:
+            progress(f"{name}: memory of {row.variant}")
+            note_memory(row, settings)
+            keep()
+    PACKAGES[first.keras].backend.clear_session()
+    batch = settings.batch_for(first.model)
+    candidates: list[Candidate] = []
+    for row in rows:
+        progress(f"{name}: building {row.variant}")
+        if not row.failure:
+            with guarded(row):
+                candidates.append(prepare(row, settings))
+    check(candidates, first, settings, batch, profile)
+    keep()
+    progress(f"{name}: timing")
+    try:
+        time_steps(candidates, settings, batch)
+    finally:
+        keep()
+    return {one.row.variant: one.layers for one in candidates if one.layers}
+
+
+def check(
+    candidates: Sequence[Candidate],
+    original: Row,
+    settings: Settings,
+    batch: Batch,
+    profile: str | None = None,
+) -> None:
+    """Checks losses and operations, and notes in rows what is wrong."""
+    progress(f"{original.model}, {original.keras}: checking")
+    check_losses(candidates, settings, batch)
+    for one in candidates:
+        names = f"{one.row.model}_{one.row.keras}_{one.row.variant}"
+        directory = None if profile is None else str(Path(profile) / names)
+        if not one.row.failure:
+            with guarded(one.row):
+                calm(one)
+                note_operations(one, settings, batch, directory)
+    for one in candidates:
+        if one.row.failure or one.row is original:
+            continue
+        if original.failure:
+            one.row.notes.append("not checked: the original failed")
+            continue
+        one.row.failure = check_operations(one.row, original)
+        if one.row.failure:
+            progress(f"  {one.row.variant}: {one.row.failure}")
+        elif one.row.ops == original.ops:
+            one.row.notes.append("runs the original's fused operation, as it should")
+
+
+# ----------------------------------------------------------------------------- what it says
+
+
+def as_dict(row: Row, original: Row, settings: Settings) -> dict[str, Any]:
+    """A row for JSON, with its images per second, and its time by the original's."""
+    speeds = quartiles(images_per_second(row, settings.batch)) if row.measured else None
+    return asdict(row) | {
+        "images_per_second": speeds
+        and dict(zip(("lower", "median", "upper"), speeds, strict=True)),
+        "step_ratio": step_ratio(row, original),
+    }
+
+
+def step_ratio(row: Row, original: Row) -> float | None:
+    """How many times as long as the original's a step takes, by medians."""
+    if not row.measured or not original.measured:
+        return None
+    return statistics.median(row.seconds) / statistics.median(original.seconds)
+
+
+def images_per_second(row: Row, batch: int) -> list[float]:
+    """For each repeat."""
+    return [batch / seconds for seconds in row.seconds]
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    lower, middle, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return lower, middle, upper
+
+
+def progress(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)

@@ -1,0 +1,166 @@
+"""A training step as people write it: forward, loss, backward and update, in one tf.function."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorflow as tf
+
+MOMENTUM = 0.9
+MOST_SKIPPED = 30  # steps that a loss scale of 2**15 may take to fall to what a network can bear
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step is given.
+
+    Attributes:
+        images: float32, [N, size, size, 3].
+        labels: int32, [N].
+    """
+
+    images: tf.Tensor
+    labels: tf.Tensor
+
+    @classmethod
+    def random(cls, examples: int, size: int, classes: int) -> Batch:
+        """Noise, with labels at random; always the same."""
+        rng = np.random.default_rng(0)
+        images = rng.standard_normal((examples, size, size, 3), np.float32)
+        return cls(tf.constant(images), tf.constant(rng.integers(0, classes, examples, np.int32)))
+
+    def rounded_otherwise(self, dtype: str) -> Batch:
+        """The same, but for a unit in the last place of a dtype, up or down at random."""
+        rng = np.random.default_rng(1)
+        unit = float(ml_dtypes.finfo(dtype).eps)
+        signs = rng.choice(np.array([-1, 1], np.float32), self.images.shape)
+        return Batch(self.images * (1 + unit * signs), self.labels)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A model with its optimizer.
+
+    Attributes:
+        model: of either Keras; gives logits.
+        optimizer: built for it.
+        step: a tf.function of images and labels that trains once and returns the loss before.
+        start: the values of the model's variables to begin from.
+    """
+
+    model: Any
+    optimizer: Any
+    step: Any
+    start: tuple[np.ndarray, ...]
+
+    def __call__(self, batch: Batch) -> tf.Tensor:
+        """One step; returns the loss before it, a scalar in float32."""
+        return self.step(batch.images, batch.labels)
+
+    def concrete(self, batch: Batch) -> Any:
+        """The function that runs for a batch."""
+        return self.step.get_concrete_function(batch.images, batch.labels)
+
+    def restart(self) -> None:
+        """Gives the model its first weights again, and has the optimizer forget its steps.
+
+        The scale of losses in float16 stays as it is.
+        """
+        for variable, value in zip(self.model.variables, self.start, strict=True):
+            variable.assign(value)
+        for variable in self._momenta:
+            variable.assign(np.zeros(variable.shape, np.float32))
+
+    def losses(self, batch: Batch, steps: int) -> list[float]:
+        """Those of some steps from the first weights on."""
+        self.restart()
+        return [float(self(batch)) for _ in range(steps)]
+
+    def settle(self, batch: Batch, change: float) -> float:
+        """A learning rate at which a step begins to change the loss by a part of it.
+
+        A new network can be so steep that at a usual rate rounding alone leads elsewhere within
+        few steps. At this rate a gradient that is wrong shows, and one that is rounded does not.
+        In float16, steps are taken until the loss scale lets one pass. Restarts.
+
+        Raises:
+            ValueError: it lets none pass, or the loss or its gradient is not finite.
+        """
+        self.restart()
+        rate = float(np.array(self.optimizer.learning_rate))
+        for _ in range(MOST_SKIPPED):
+            loss = float(self(batch))
+            momenta = (np.array(variable, np.float64) for variable in self._momenta)
+            squares = sum(float(np.sum(np.square(momentum))) for momentum in momenta)
+            if squares > 0:
+                break
+        self.restart()
+        if not math.isfinite(loss + squares):
+            raise ValueError(f"the first loss is {loss}, the square of its gradient {squares}")
+        if squares == 0:
+            raise ValueError(f"the loss scale let no gradient pass in {MOST_SKIPPED} steps")
+        # The first momentum is the rate times the gradient; Nesterov's step is 1.9 times that.
+        return change * loss * rate**2 / squares / (1 + MOMENTUM)
+
+    @property
+    def updates(self) -> int:
+        """How often weights were updated; less than there were steps where a loss overflowed."""
+        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        return int(np.array(inner.iterations))
+
+    @property
+    def _momenta(self) -> list[Any]:
+        variables = self.optimizer.variables
+        variables = variables() if callable(variables) else variables
+        return [variable for variable in variables if len(variable.shape) > 0]
+
+
+def trainer(keras: Any, model: Any, learning_rate: float = 1e-3, xla: bool = False) -> Trainer:
+    """SGD with Nesterov momentum, on the cross-entropy of logits.
+
+    Args:
+        keras: the package of the model, tf_keras or keras.
+        model: built; gives logits, of shape [N, classes].
+        learning_rate: of SGD; may be set later.
+        xla: compile the whole step with XLA.
+    """
+    optimizer = keras.optimizers.SGD(learning_rate, momentum=MOMENTUM, nesterov=True)
+    # tf_keras would compile the update by itself on a GPU, and only there.
+    optimizer.jit_compile = False
+    if any(layer.compute_dtype == "float16" for layer in model.layers):
+        optimizer = keras.mixed_precision.LossScaleOptimizer(optimizer)
+    optimizer.build(model.trainable_variables)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    @tf.function(jit_compile=xla or None)
+    def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            logits = model(images, training=True)
+            # A loss in 16 bits would overflow once it is scaled.
+            loss = loss_of(labels, tf.cast(logits, tf.float32))
+            scaled = _scaled(optimizer, loss)
+        gradients = tape.gradient(scaled, model.trainable_variables)
+        # A scope tells the update from gradients without one in profiles.
+        with tf.name_scope("update"):
+            _update(optimizer, gradients, model.trainable_variables)
+        return loss
+
+    return Trainer(model, optimizer, step, tuple(map(np.array, model.variables)))
+
+
+def _scaled(optimizer: Any, loss: tf.Tensor) -> tf.Tensor:
+    """The loss times the loss scale, where an optimizer has one."""
+    for name in ("get_scaled_loss", "scale_loss"):  # of tf_keras, of Keras 3
+        if hasattr(optimizer, name):
+            return getattr(optimizer, name)(loss)
+    return loss
+
+
+def _update(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+    if hasattr(optimizer, "get_unscaled_gradients"):  # Keras 3 does it itself
+        gradients = optimizer.get_unscaled_gradients(gradients)
+    optimizer.apply_gradients(zip(gradients, variables, strict=True))
