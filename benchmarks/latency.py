@@ -259,7 +259,7 @@ def rows() -> Iterator[dict[str, Any]]:
         if name not in MODELS and Path(name).exists():
             with tempfile.TemporaryDirectory() as work:
                 for batch in sizes:
-                    yield _row(name, "", batch, lambda b=batch: on_disk(name, b, work))
+                    yield _row(name, "", batch, lambda b=batch, n=name: on_disk(n, b, work))
             continue
         for keras_name in FLAGS.keras:
             model = None

@@ -73,9 +73,17 @@ def convert(
             that cannot be copied; the mode is unknown or does not take what was given; or what
             was given is no stride, batch size, dtype or budget.
     """
-    measuring = {"batch_size": batch_size, "jit_compile": jit_compile, "dtype": dtype}
-    measuring |= {"inputs": inputs, "budget": budget, "progress": progress}
-    new, _ = convert_with_plan(model, mode, stride, **measuring)
+    new, _ = convert_with_plan(
+        model,
+        mode,
+        stride,
+        batch_size=batch_size,
+        jit_compile=jit_compile,
+        dtype=dtype,
+        inputs=inputs,
+        budget=budget,
+        progress=progress,
+    )
     return new
 
 
