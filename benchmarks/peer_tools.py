@@ -280,7 +280,9 @@ def optimize_for_inference(work: Work) -> Path:
     module.serve = tf.function(imported)
     out = work.output("optimize_for_inference")
     signature = module.serve.get_concrete_function(**specs)
-    tf.saved_model.save(module, str(out), {"serving_default": signature})
+    # What the operations say of their gradients is of no use without the functions for them.
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    tf.saved_model.save(module, str(out), {"serving_default": signature}, options)
     return out
 
 

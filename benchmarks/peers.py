@@ -5,13 +5,15 @@
 
 Each model is written as SavedModel and given to each tool:
 
-    original                    TensorFlow as it is, with what Grappler does when it is loaded
-    ours: MODE                  mbn_rewrite.rewrite_saved_model in each of --modes
-    optimize_for_inference      TensorFlow's tool, on the frozen graph
-    keras_cv_attention_models   convert_to_fused_conv_bn_model, on the model of tf_keras
-    ONNX Runtime                tf2onnx, then ONNX Runtime with all of its optimisations
-    OpenVINO                    its converter and its runtime, in float32
-    ours: fold, ...             our output, through either of the last two
+    original        TensorFlow as it is, with what Grappler does when it is loaded
+    ours_MODE       mbn_rewrite.rewrite_saved_model in each of --modes
+    optimize        optimize_for_inference, TensorFlow's tool, on the frozen graph
+    kecam           keras_cv_attention_models' convert_to_fused_conv_bn_model, on the model of
+                    tf_keras
+    onnx            tf2onnx, then ONNX Runtime with all of its optimisations
+    openvino        OpenVINO's converter and its runtime, in float32
+    ours_onnx, ours_openvino
+                    our output, mode fold, through either of the last two
 
 Tools whose packages are not installed are skipped (pip install .[peers]). The columns:
 
@@ -35,8 +37,9 @@ Tools whose packages are not installed are skipped (pip install .[peers]). The c
 "Fewest possible" is what our planner leaves, mode fold: all that it can move exactly.
 
 Conversions run in a process each. All that gave right answers are timed in turn in one process,
-with --threads threads each, on the first examples of what they were compared on: images that suit
-the network's statistics, values in the range that a trained model reads, or from 0 to 1.
+with --threads threads each, each turn after a short rest and an untimed call, on the first
+examples of what they were compared on: images that suit the network's statistics, values in the
+range that a trained model reads, or from 0 to 1.
 
 Examples:
     python benchmarks/peers.py
@@ -241,10 +244,10 @@ def latency(directory: str, *tools_and_paths: str) -> dict[str, Any]:
         key: _tool(key).runtime(Path(path), inputs, outputs, FLAGS.threads)
         for key, _, path in (pair.partition("=") for pair in tools_and_paths)
     }
-    return {
-        key: [1e3 * s for s in seconds]
-        for key, seconds in interleaved(calls, FLAGS.repeats, warmup=5).items()
-    }
+    # Runtimes in one process hinder each other: two of ONNX Runtime's, with the same graph, were
+    # apart by a factor of 4 without the rest and the untimed call.
+    times = interleaved(calls, FLAGS.repeats, warmup=5, untimed=1, pause=0.005)
+    return {key: [1e3 * s for s in seconds] for key, seconds in times.items()}
 
 
 def _start_tensorflow() -> None:
@@ -302,6 +305,8 @@ def step(
         how = signal.Signals(-result.returncode).name
         raise StepFailed(f"its process was ended by {how}", result.stderr)
     answer = json.loads(result.stdout.strip().split("\n")[-1]) if not result.returncode else {}
+    if answer.get("status") == "declined" and function is not convert:
+        raise StepFailed(answer["reason"])
     if "failed" in answer or result.returncode:
         reason = answer.get("failed") or peer_tools.last_line(result.stderr)
         raise StepFailed(reason, result.stderr)
@@ -313,7 +318,7 @@ def run_step(name: str, arguments: Sequence[str]) -> None:
     try:
         answer = STEPS[name](*arguments)
     except Declined as error:
-        answer = {"failed": str(error)}
+        answer = {"status": "declined", "reason": str(error)}
     except Exception as error:
         traceback.print_exc()
         answer = {"failed": f"{type(error).__name__}: {_first_line(error)}"}
@@ -479,7 +484,7 @@ def as_cells(row: dict[str, Any], rows: Sequence[dict[str, Any]], name: str) -> 
     return [
         name,
         *counts,
-        "-" if error is None else f"{float(error):.0e}",
+        "-" if error is None else f"{float(error):.0e}" if float(error) else "0",
         timed if row["status"] == "ok" else row["status"],
         f"{row['times_as_fast']:.2f}" if row.get("times_as_fast") else "-",
         "; ".join(notes(row, rows)),
@@ -523,7 +528,7 @@ def summary_table(models: Sequence[dict[str, Any]], names: Mapping[str, str]) ->
     title = (
         "times as fast as the original (BN left; d: as 1x1 depthwise, w: within other operations)"
     )
-    return table(["model", "fewest", *names.values()], rows, title, width=180)
+    return table(["model", "fewest", *names], rows, title, width=180)
 
 
 def draw(models: Sequence[dict[str, Any]], names: Mapping[str, str], path: str) -> None:
