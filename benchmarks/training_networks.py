@@ -12,6 +12,7 @@ Normalization (64, 128, 256 and 256 channels, logits times 0.2); ResNet50 is tha
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -50,17 +51,22 @@ def resnet9(keras: Any, variant: str, classes: int = 10, size: int = 32, width: 
     """
     layers = keras.layers
     regular = variant != "none"
+    numbers = itertools.count(1)
 
     def block(x: Any, channels: int, pool: bool = False) -> Any:
+        number = next(numbers)
         x = layers.Conv2D(
             max(1, round(channels * width)),
             3,
             padding="same",
             use_bias=not regular,
             kernel_initializer="he_normal",
+            name=f"block{number}_conv",
         )(x)
         if regular:
-            x = layers.BatchNormalization(momentum=MOMENTUM, epsilon=EPSILON)(x)
+            x = layers.BatchNormalization(
+                momentum=MOMENTUM, epsilon=EPSILON, name=f"block{number}_bn"
+            )(x)
         x = layers.ReLU()(x)
         return layers.MaxPooling2D()(x) if pool else x
 
@@ -75,7 +81,7 @@ def resnet9(keras: Any, variant: str, classes: int = 10, size: int = 32, width: 
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(classes, use_bias=False)(x)
     x = layers.Rescaling(LOGIT_SCALE, dtype="float32")(x)
-    return _varied(keras.Model(inputs, x, name="resnet9"), variant)
+    return varied(keras.Model(inputs, x, name="resnet9"), variant)
 
 
 def resnet50(keras: Any, variant: str, classes: int = 1000, size: int = 224) -> Any:
@@ -83,13 +89,14 @@ def resnet50(keras: Any, variant: str, classes: int = 1000, size: int = 224) -> 
     model = keras.applications.ResNet50(
         weights=None, classes=classes, input_shape=(size, size, 3), classifier_activation=None
     )
-    return _varied(model, variant)
+    return varied(model, variant)
 
 
 NETWORKS: dict[str, Callable[..., Any]] = {"ResNet9": resnet9, "ResNet50": resnet50}
 
 
-def _varied(model: Any, variant: str) -> Any:
+def varied(model: Any, variant: str) -> Any:
+    """A model with the BatchNormalization of a variant, and with the weights that it had."""
     mode, stride = check_variant(variant)
     if mode == "original":
         return model
