@@ -1,9 +1,9 @@
 """Images: from a folder with a folder for each class, or from tensorflow-datasets.
 
-Of a folder, training images are in `train` and test images in `test`, `val` or `validation`; where
-it has class folders only, every sixth image of a class, by name, is for testing. Files that cannot
-be decoded are named, left out and counted. With fewer examples than there are, every class gives the
-same number, the first by name.
+Of a folder, training images are in `train` and test images in `test`, `val` or `validation`;
+where it has class folders only, every sixth image of a class, by name, is for testing. Files that
+cannot be decoded are named, left out and counted. With fewer examples than there are, every class
+gives the same number, the first by name that can be decoded.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Part:
     """Training or test images.
 
     Attributes:
-        images: decoded images, uint8 of shape [N, size, size, 3]; or files, strings of shape [N]; or
-            a dataset of encoded images and labels.
+        images: decoded images, uint8 of shape [N, size, size, 3]; or files, strings of shape [N];
+            or a dataset of encoded images and labels.
         labels: classes, int32 of shape [N]; None where `images` has them.
         size: N.
     """
@@ -134,8 +134,8 @@ def _listed(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]
     train, test = (_first(folder, names) for names in (TRAIN_FOLDERS, TEST_FOLDERS))
     if bool(train) != bool(test):
         raise StudyError(
-            f"{folder} has {'no test' if train else 'no train'} folder. Expected are train and "
-            f"{' or '.join(TEST_FOLDERS)}, each with a folder for each class; or class folders alone"
+            f"{folder} has no {'test' if train else 'train'} folder. Expected are train and "
+            f"{' or '.join(TEST_FOLDERS)}, each with a folder for each class; or class folders"
         )
     if train and test:
         listed = _by_class(train), _by_class(test)
@@ -294,8 +294,8 @@ def _from_tfds(recipe: Recipe, examples: int | None, test_examples: int | None) 
     except Exception as error:  # whatever a download or a missing archive ends in
         cause = str(error).strip().split("\n")[0][:200]
         raise StudyError(
-            f"tensorflow-datasets could not give {recipe.dataset}: {type(error).__name__}: {cause}. "
-            "--data_dir takes the images from a folder of class folders"
+            f"tensorflow-datasets could not give {recipe.dataset}: {type(error).__name__}: {cause}."
+            " --data_dir takes the images from a folder of class folders"
         ) from error
     source = f"tensorflow-datasets {builder.info.full_name}"
     digest = hashlib.sha256(f"{source} {examples} {test_examples}".encode()).hexdigest()[:16]

@@ -1,7 +1,8 @@
 """Batches of images, augmented on tf.data.
 
-All that is random is a function of the seed of the run and the number of the epoch, the batch or the
-image: two runs with the same seed see the same images in the same order, with the same augmentations.
+All that is random is a function of the seed of the run and the number of the epoch, the batch or
+the image: two runs with the same seed see the same images in the same order, with the same
+augmentations.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which operations of BatchNormalization a step of training executed, and how long they took.
 
-TensorFlow's profiler watches a few steps of the run itself. An event is named "path/of/name:Kernel",
-and the path has the name of the layer, forward and backward. Only the gradients of this library's
-layers have none: of those kinds of operations, each such layer has one, and the gradients are made
-from the last layer to the first.
+TensorFlow's profiler watches a few steps of the run itself. An event is named
+"path/of/name:Kernel", and the path has the name of the layer, forward and backward. Only the
+gradients of this library's layers have none: of those kinds of operations, each such layer has one,
+and the gradients are made from the last layer to the first.
 
 This is all that the study knows of the profiler.
 """

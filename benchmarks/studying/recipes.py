@@ -40,8 +40,8 @@ class Recipe:
         batch: images of a step on one device.
         epochs: passes over the training images.
         learning_rate: its peak.
-        schedule: "one_cycle" (linear up, linear down to 0), "cosine" or "squared" (the way down is a
-            cosine, or (1 - done)^2) after a linear warm-up.
+        schedule: the way down from the peak to 0, after a linear way up: linear ("one_cycle"), by a
+            cosine ("cosine") or by (1 - done)^2 ("squared").
         warmup: epochs until the peak.
         momentum: of SGD, in Nesterov's form.
         l2: the loss has `l2` times the sum of squares of all kernels, and of nothing else.
