@@ -15,10 +15,10 @@ hyper-parameters and their sources are in benchmarks/studying/recipes.py:
     resnet50_imagenet_scripts   the same by the scripts in aws-samples, 90 epochs
 
 Runs with the same seed start from the same weights and see the same images in the same order with
-the same augmentations, whatever the variant. Each records the operations of BatchNormalization that
-a step of it executed; a variant that ran just what the original runs is an error. A run is kept when
-it is finished. Interrupt the program as you like: the same command goes on with the first run that
-is missing.
+the same augmentations, whatever the variant. Each records the operations of BatchNormalization
+that a step of it executed; a variant that ran just what the original runs is an error. A run is
+kept when it is finished. Interrupt the program as you like: the same command goes on with the first
+run that is missing.
 
 Images come from tensorflow-datasets (pip install tensorflow-datasets), or from a folder with
 --data_dir: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg, or DIR/CLASS/*.jpg.

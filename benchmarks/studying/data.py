@@ -59,6 +59,7 @@ class Data:
         classes: names.
         source: where they are from, for people.
         corrupt: files that were left out.
+        available: how many images there are for training and for testing.
         digest: changes with the images that are used.
     """
 
@@ -67,6 +68,7 @@ class Data:
     classes: tuple[str, ...]
     source: str
     corrupt: tuple[str, ...]
+    available: tuple[int, int]
     digest: str
 
 
@@ -124,7 +126,8 @@ def _from_folder(
     if known is not None and not recipe.decoded:
         known.write_text(json.dumps({"listing": _listing(listed), "corrupt": corrupt}) + "\n")
     digest = hashlib.sha256("\n".join(reader.used).encode()).hexdigest()[:16]
-    return Data(*parts, classes, f"folder {folder.name}", corrupt, digest)
+    train, test = (sum(map(len, files.values())) for files in listed)
+    return Data(*parts, classes, f"folder {folder.name}", corrupt, (train, test), digest)
 
 
 def _listed(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
@@ -300,7 +303,9 @@ def _from_tfds(recipe: Recipe, examples: int | None, test_examples: int | None) 
     source = f"tensorflow-datasets {builder.info.full_name}"
     digest = hashlib.sha256(f"{source} {examples} {test_examples}".encode()).hexdigest()[:16]
     classes = tuple(builder.info.features["label"].names)
-    return Data(parts[0], parts[1], classes, source, (), digest)
+    splits = builder.info.splits
+    available = splits["train"].num_examples, splits[recipe.test_split].num_examples
+    return Data(parts[0], parts[1], classes, source, (), available, digest)
 
 
 def _tfds_part(tfds: Any, builder: Any, split: str, recipe: Recipe) -> Part:

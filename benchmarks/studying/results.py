@@ -128,8 +128,8 @@ class Results:
             found = _read(path)
             if found.get("format") != FORMAT or found.get("digest") != self.digest:
                 raise StudyError(
-                    f"{path} is no run of the configuration in {self.directory / _STUDY}: its digest "
-                    f"is {found.get('digest')}, not {self.digest}. Take it away to go on"
+                    f"{path} is no run of the configuration in {self.directory / _STUDY}: its "
+                    f"digest is {found.get('digest')}, not {self.digest}. Take it away to go on"
                 )
             key = found["variant"], found["seed"]
             if path != self.path(*key):

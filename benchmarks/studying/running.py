@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
-import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import rich.progress
 import tensorflow as tf
+from rich.console import Console
 
 import mbn_rewrite
 from benchmarks import training_networks
@@ -65,6 +66,7 @@ def configuration(setting: Setting, data: Data, device: str, images: str) -> dic
             "images": images,
             "train": data.train.size,
             "test": data.test.size,
+            "available": {"train": data.available[0], "test": data.available[1]},
             "classes": len(data.classes),
             "corrupt": list(data.corrupt),
             "digest": data.digest,
@@ -141,64 +143,70 @@ def run_missing(
     missing = [one for one in all_runs if one not in finished]
     # A variant is compared with the original as it runs, so that has to be there.
     missing.sort(key=lambda one: one[0] != ORIGINAL or one[1] != 0)
-    progress = Progress(len(all_runs), len(missing), setting.epochs)
-    for variant, seed in missing:
+    with Progress(len(all_runs), len(missing), setting.epochs) as progress:
+        for variant, seed in missing:
 
-        def check(operations: Mapping[str, int], variant: str = variant) -> None:
-            original = finished.get((ORIGINAL, 0))
-            check_operations(variant, operations, original and original["operations"])
+            def check(operations: Mapping[str, int], variant: str = variant) -> None:
+                original = finished.get((ORIGINAL, 0))
+                check_operations(variant, operations, original and original["operations"])
 
-        progress.begin(variant, seed)
-        with results.room():
-            record = training.run(setting, data, variant, seed, check, progress.epoch, strategy)
-            results.save(variant, seed, record)
-        finished[variant, seed] = record
-        progress.end(record)
+            progress.begin(variant, seed)
+            with results.room():
+                record = training.run(setting, data, variant, seed, check, progress.epoch, strategy)
+                results.save(variant, seed, record)
+            finished[variant, seed] = record
+            progress.end(record)
     return len(missing)
 
 
 class Progress:
     """Says which run it is and how much time is left, on standard error.
 
-    On a terminal, a line for the run at hand is written over after each epoch.
+    A line for each run that ends, and on a terminal a bar that grows with the epochs.
     """
 
     def __init__(self, runs: int, missing: int, epochs: int) -> None:
-        self._number = runs - missing
-        self._runs, self._left, self._epochs = runs, missing, epochs
-        self._seconds: list[float] = []
-        self._label, self._epoch, self._started = "", 0, 0.0
+        self._number, self._runs = runs - missing, runs
+        self._label, self._started = "", 0.0
+        console = Console(stderr=True, highlight=False)
+        # Speed is taken over all epochs: variants differ, and take turns.
+        self._bar = rich.progress.Progress(
+            *rich.progress.Progress.get_default_columns(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=math.inf,
+        )
+        self._task = self._bar.add_task("", total=missing * epochs)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
 
     def begin(self, variant: str, seed: int) -> None:
         """A run starts."""
         self._number += 1
         self._label = f"run {self._number}/{self._runs}: {variant}, seed {seed}"
-        self._epoch, self._started = 0, time.perf_counter()
+        self._started = time.perf_counter()
+        self._bar.update(self._task, description=self._label)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """An epoch has ended."""
-        self._epoch += 1
-        if sys.stderr.isatty():
-            accuracy = f"{100 * record['test_accuracy']:.2f}%"
-            text = f"{self._label}, epoch {self._epoch}/{self._epochs}: {accuracy}, {self._rest()}"
-            print(f"\r{text:<90}", end="", file=sys.stderr, flush=True)
+        self._bar.advance(self._task)
 
     def end(self, record: Mapping[str, Any]) -> None:
         """A run has ended."""
-        self._seconds.append(time.perf_counter() - self._started)
-        self._left -= 1
-        self._epoch, self._started = 0, time.perf_counter()
         accuracy = f"{100 * record['epochs'][-1]['test_accuracy']:.2f}%"
-        text = f"{self._label}: {accuracy} in {self._seconds[-1]:.0f} s, {self._rest()}"
-        start = "\r" if sys.stderr.isatty() else ""
-        print(f"{start}{text:<90}".rstrip(" "), file=sys.stderr, flush=True)
+        seconds = time.perf_counter() - self._started
+        self._bar.console.print(
+            f"{self._label}: {accuracy} in {seconds:.0f} s{self._rest()}", soft_wrap=True
+        )
 
     def _rest(self) -> str:
-        """The time left, by the runs and epochs so far."""
-        gone = time.perf_counter() - self._started
-        if self._seconds:
-            left = statistics.mean(self._seconds) * self._left - gone
-        else:
-            left = gone / self._epoch * (self._epochs * self._left - self._epoch)
-        minutes = max(left, 0) / 60
-        return f"{minutes:.0f} min left" if minutes < 120 else f"{minutes / 60:.1f} h left"
+        left = self._bar.tasks[0].time_remaining
+        if not left:
+            return ""
+        return f", {left / 60:.0f} min left" if left < 7200 else f", {left / 3600:.1f} h left"
