@@ -217,8 +217,11 @@ class Page:
             parameters = record["parameters"]
             alike = all(r["operations"] == record["operations"] for r in of_variant.values())
             rows.append(
-                [variant, ran + ("" if alike else " (first run; others differ)")]
-                + [f"{parameters['trained']:,}", f"{parameters['all']:,}"]
+                [
+                    variant,
+                    ran + ("" if alike else " (first run; others differ)"),
+                    *(f"{parameters[kind]:,}" for kind in ("trained", "all")),
+                ]
             )
         strides = [
             [f"{layer['name']}, {'x'.join(map(str, layer['shape']))}"]
@@ -298,9 +301,9 @@ class Page:
         ]
         return "\n\n".join(
             [
-                "## μ, σ, β and γ over training",
-                "Moving statistics and weights after each epoch, means over runs. γ and β of mbn "
-                "are its depthwise kernel and its bias.",
+                "## mu, sigma, beta and gamma over training",
+                "Moving statistics and weights after each epoch, means over runs. Gamma and "
+                "beta of mbn are its depthwise kernel and its bias.",
                 *map(_picture, pictures),
             ]
         )
@@ -350,7 +353,7 @@ class Page:
         recipe = RECIPES.get(c["recipe"]["name"])
         if recipe:
             if c["width"] != 1:
-                yield f"{recipe.network} in its full width: this one has {c['width']:g} of its channels."
+                yield f"{recipe.network} in full width: this has {c['width']:g} of its channels."
             if c["epochs"] < recipe.epochs:
                 yield f"All {recipe.epochs} epochs: these are {c['epochs']}."
             if c["batch"] != recipe.batch:
@@ -376,9 +379,8 @@ class Page:
 
     def _images_left_out(self) -> Iterable[str]:
         data = self.configuration["data"]
-        for part in ("train", "test"):
-            there = data.get("available", {}).get(part)
-            if there and data[part] < there:
+        for part, there in data["available"].items():
+            if data[part] < there:
                 yield f"All {there:,} {part} images: these are {data[part]:,}."
 
 
