@@ -44,7 +44,6 @@ Exit codes:
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from pathlib import Path
@@ -57,7 +56,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 from absl import app, flags
 
-from benchmarks.studying.errors import StudyError
+from benchmarks.studying.errors import StudyError, exit_code
 from benchmarks.studying.recipes import RECIPES, RUNS, VARIANTS
 
 KERAS = ("tf_keras", "keras_3")
@@ -169,12 +168,6 @@ def progress(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def kept() -> str:
-    """How to go on after something went wrong."""
-    runs = len(list(Path(FLAGS.results).glob("runs/*.json"))) if FLAGS.results else 0
-    return f"{runs} finished runs are kept in {FLAGS.results}; the same command goes on from there"
-
-
 def main(argv: list[str]) -> int:
     if len(argv) != 2 or argv[1] not in COMMANDS:
         names = " or ".join(COMMANDS)
@@ -183,20 +176,7 @@ def main(argv: list[str]) -> int:
     if not FLAGS.results:
         progress("error: --results is missing: the directory of the results")
         return 1
-    try:
-        COMMANDS[argv[1]]()
-    except StudyError as error:
-        progress(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        progress(f"\ninterrupted: {kept()}")
-        return 130
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        progress(f"error: the disk is full. {kept()} when there is room")
-        return 1
-    return 0
+    return exit_code(COMMANDS[argv[1]], Path(FLAGS.results))
 
 
 if __name__ == "__main__":
