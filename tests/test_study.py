@@ -309,15 +309,20 @@ def test_gradients_without_names_go_to_their_layers():
         ("gradient_tape/net/b/FusedBatchNormGradV3", "FusedBatchNormGradV3", 2.0),
         ("FusedBatchNormGradV3", "_MklNativeFusedBatchNormGradV3", 3.0),
         ("FusedBatchNormGradV3_4", "FusedBatchNormGradV3", 4.0),
-        ("GatherV2", "GatherV2", 5.0),  # one, and two layers: it is of something else
+        ("InplaceAdd", "InplaceAdd", 5.0),  # one, as there are layers with strides
+        ("GatherV2", "GatherV2", 0.0),  # three, and neither two nor one layer to have them
+        ("GatherV2_1", "GatherV2", 0.0),
+        ("StatefulPartitionedCall/GatherV2_2", "GatherV2", 0.0),
         ("net/ab/Conv2D", "Conv2D", 6.0),
     ]
-    found = list(proof.attributed(iter(events), ["a", "b", "c"]))
+    found = list(proof.attributed(events, {"a": True, "b": False, "c": False}))
     assert found == [
         proof.Executed("a", False, "FusedBatchNormV3", 1.0),
         proof.Executed("b", True, "FusedBatchNormGradV3", 2.0),
         proof.Executed("c", True, "FusedBatchNormGradV3 (oneDNN)", 3.0),
         proof.Executed("a", True, "FusedBatchNormGradV3", 4.0),
+        *[proof.Executed("", True, "GatherV2", 0.0)] * 3,
+        proof.Executed("a", True, "InplaceAdd", 5.0),
     ]
 
 

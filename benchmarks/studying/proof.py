@@ -3,7 +3,7 @@
 TensorFlow's profiler watches a few steps of the run itself. An event is named
 "path/of/name:Kernel", and the path has the name of the layer, forward and backward. Only the
 gradients of this library's layers have none: of those kinds of operations, each such layer has one,
-and the gradients are made from the last layer to the first.
+or each with a stride, and the gradients are made from the last layer to the first.
 
 This is all that the study knows of the profiler.
 """
@@ -14,7 +14,7 @@ import itertools
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Executed:
     """A kernel that ran for a layer.
 
     Attributes:
-        layer: the layer's name.
+        layer: the layer's name; "" where that is not known.
         backward: whether it is of the gradient.
         kernel: what ran, such as "FusedBatchNormV3 (oneDNN)".
         milliseconds: how long.
@@ -71,17 +71,21 @@ class Steps:
     def milliseconds(self) -> dict[str, dict[str, float]]:
         """Time of a step by layer, "forward" and "backward"."""
         result: dict[str, dict[str, float]] = {}
-        for one in self.executed:
+        for one in (one for one in self.executed if one.layer):
             of_layer = result.setdefault(one.layer, {"forward": 0.0, "backward": 0.0})
             of_layer["backward" if one.backward else "forward"] += one.milliseconds / self.count
         return result
 
 
 class Profiler:
-    """Watches steps between `start` and `stop`."""
+    """Watches steps between `start` and `stop`.
 
-    def __init__(self, layers: Sequence[str]) -> None:
-        self._layers = tuple(layers)
+    Args:
+        layers: names of layers, in the order of the network, and whether each has a stride above 1.
+    """
+
+    def __init__(self, layers: Mapping[str, bool]) -> None:
+        self._layers = dict(layers)
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
@@ -126,13 +130,13 @@ def _events(space: xplane_pb2.XSpace) -> Iterator[tuple[str, str, float]]:
 
 
 def attributed(
-    events: Iterator[tuple[str, str, float]], layers: Sequence[str]
+    events: Iterable[tuple[str, str, float]], layers: Mapping[str, bool]
 ) -> Iterator[Executed]:
     """The kernels that belong to layers.
 
     Args:
         events: path, kernel and milliseconds of all that ran.
-        layers: names, in the order of the network.
+        layers: see `Profiler`.
     """
     # Keras 3 adds a number where it calls a layer for another time.
     named = (
@@ -149,17 +153,19 @@ def attributed(
                 backward.add(found[1])
             yield Executed(found[1], is_backward, listed, milliseconds)
             continue
-        numbered = re.fullmatch(r"(?:\w+Call/)?(\w+?)(?:_(\d+))?", path)
+        numbered = re.fullmatch(r"(?:(?:\w+Call|replica_\d+)/)*(\w+?)(?:_(\d+))?", path)
         if numbered and numbered[1] in _UNNAMED:
             unnamed.append((numbered[1], int(numbered[2] or 0), listed, milliseconds))
     # The layers whose gradients have no name, last first.
-    owners = [layer for layer in reversed(layers) if layer not in backward]
+    owners = [layer for layer in reversed(list(layers)) if layer not in backward]
+    sampling = [layer for layer in owners if layers[layer]]
     for kind in _UNNAMED:
         of_kind = [one for one in unnamed if one[0] == kind]
         numbers = sorted({number for _, number, _, _ in of_kind})
-        # Of another number, they are of something else.
-        for _, number, kernel, milliseconds in of_kind if len(numbers) == len(owners) else ():
-            yield Executed(owners[numbers.index(number)], True, kernel, milliseconds)
+        of = next((some for some in (owners, sampling) if len(some) == len(numbers)), None)
+        for _, number, kernel, milliseconds in of_kind:
+            layer = of[numbers.index(number)] if of else ""
+            yield Executed(layer, True, kernel, milliseconds)
 
 
 def _readable(kernel: str) -> str:

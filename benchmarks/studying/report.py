@@ -159,8 +159,9 @@ class Page:
                 for a, t in [(self.compared[v], self.compared_times[v])]
             ),
             "",
-            "Brackets have 95% confidence intervals. What was reduced, and what was not run, is at "
-            "the end.",
+            "Brackets have 95% confidence intervals; no p is corrected for how many tests there"
+            " are. "
+            "What was reduced, and what was not run, is at the end.",
         ]
         return "\n".join(lines)
 
@@ -265,9 +266,10 @@ class Page:
             for variant, of_variant in self.runs.items()
         }
         labels = {
-            v: [_strides_text(layer, v) for layer in first["layers"]]
+            v: [_strides_text(layer, v).replace("\\", "") for layer in first["layers"]]
             for v, first in self._firsts().items()
         }
+        on_cpu = self.configuration["device"].startswith("CPU")
         picture = charts.layer_times(times, labels, self.directory / "layer_times.png")
         rows = [
             [name]
@@ -286,7 +288,8 @@ class Page:
                 "## Time of BatchNormalization by layer",
                 "Forward + backward, milliseconds of a step, by the profiler; medians over runs of "
                 "the mean of a few steps. Times of operations that ran side by side overlap, and "
-                "those of FusedBatchNormEx have the ReLU in them.",
+                "those of FusedBatchNormEx have the ReLU in them."
+                + ("" if on_cpu else " On a GPU these are times of launching, not of computing."),
                 _table(["layer", *times], [*rows, ["sum", *sums]]),
                 _picture(picture),
             ]

@@ -22,7 +22,7 @@ from benchmarks.studying.recipes import Recipe, learning_rate
 KERAS = {"tf_keras": "tf_keras", "keras_3": "keras"}
 DTYPES = ("float32", "mixed_float16", "mixed_bfloat16")
 _WARM = 2  # steps before those that are profiled: the first traces
-_PROFILED = 3  # the profiler now and then misses an event
+_PROFILED = 10  # the profiler now and then misses an event, and times scatter
 _QUANTILES = (0.1, 0.9)
 
 
@@ -137,7 +137,8 @@ def _trained(
         "epochs": [],
     }
     testing = pipeline.testing(data.test)
-    watch = _watch(keras)(setting, pipeline.steps(data.train), [n.name for n in norms], check)
+    layers = {norm.name: max(models.strides(norm) or [1]) > 1 for norm in norms}
+    watch = _watch(keras)(setting, pipeline.steps(data.train), layers, check)
     try:
         for epoch in range(setting.epochs):
             training = pipeline.training(data.train, seed, epoch)
@@ -206,7 +207,7 @@ def _watch(keras: Any) -> type:
             self,
             setting: Setting,
             steps_per_epoch: int,
-            layers: list[str],
+            layers: dict[str, bool],
             check: Callable[[dict[str, int]], None],
         ) -> None:
             super().__init__()
