@@ -400,7 +400,7 @@ def test_what_is_not_installed_is_one_line(monkeypatch, tmp_path, capsys):
     [
         ("--models=ResNet500", "unknown model ResNet500; there are MobileNetV2, "),
         ("--keras=keras_4", "unknown Keras keras_4; there are tf_keras, keras_3"),
-        ("--modes=strided", "unknown mode strided; there are fold, depthwise"),
+        ("--modes=strided", "unknown mode strided; there are auto, fold, depthwise"),
         ("--tools=tvm", "unknown tool tvm; there are original, "),
         ("more", "unknown ['more']"),
     ],
