@@ -72,7 +72,8 @@ def choose(graph: Graph, runner: Runner, device: str, options: Options) -> Plan:
         seconds: dict[str, list[float]] = {}
         if set(_NEEDED) <= set(runs):
             options.progress(f"measuring {len(runs)} forms: {options.way}")
-            seconds = race(runs, start + options.budget, stays=_NEEDED)
+            with _noting(notes, INPUT):  # memory, or a device, may be gone half-way
+                seconds = race(runs, start + options.budget, stays=_NEEDED)
     chosen, why = _fastest(seconds, notes)
     timings = tuple(
         Timing(

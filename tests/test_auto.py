@@ -129,6 +129,16 @@ def test_a_form_that_cannot_be_run_is_said(monkeypatch):
     assert plan.measurement.timings[-1].note == "not measured: it cannot be run"
 
 
+def test_a_device_that_is_gone_half_way_costs_no_model(monkeypatch):
+    def race(runs, deadline, stays=()):
+        raise RewriteError("the device is gone")
+
+    monkeypatch.setattr(choosing, "race", race)
+    plan = choose(unfoldable(), lambda plan: nullcontext(lambda: None), "a device", Options())
+    assert plan.measurement.chosen == FOLDED
+    assert plan.measurement.timings[0].note == "not measured: the device is gone"
+
+
 def test_where_the_input_cannot_be_run_nothing_is_compared(monkeypatch):
     plan = chosen(monkeypatch, {}, failing=[INPUT])
     assert plan.measurement.chosen == FOLDED
