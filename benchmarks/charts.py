@@ -44,7 +44,7 @@ def speeds(panels: Mapping[str, Sequence[Bar]], axis: str, title: str, path: str
             [bar.upper - bar.value for bar in bars],
         ]
         one.barh([bar.label for bar in bars], values, xerr=spread, capsize=3, color="tab:blue")
-        # Behind the spread, so that neither hides the other.
+        # Beyond the spread, which would run through it.
         for i, bar in enumerate(bars):
             one.annotate(
                 f"{bar.value:.2f}",
@@ -89,7 +89,10 @@ def layers(
         one.grid(axis="y", linewidth=0.4)
         one.set_axisbelow(True)
         one.margins(x=0.01)
-    axes[0].legend(ncols=len(variants), fontsize=8, loc="upper right")
+    # Above the bars, which may be high anywhere.
+    axes[0].legend(
+        ncols=len(variants), fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), frameon=False
+    )
     axes[1].set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
     axes[1].set_xlabel("BatchNormalization layers, in the order of the network")
     figure.suptitle(title, fontsize=11)

@@ -16,8 +16,9 @@ turns. Before they are timed, it is checked what they are:
 
     losses      with stride 1, those of the first five steps are the original's. What rounding may
                 explain is a tolerance of the dtype (1e-3, 1e-2 in float16, 5e-2 in bfloat16), or
-                ten times what a unit in the last place of the images makes in the original if
-                that is more. The learning rate is one at which a step changes the loss by 5%
+                three times what a unit in the last place of the images makes in the original if
+                that is more. Where it is more than 10%, steps are not compared, and a note says
+                so. The learning rate is one at which a step changes the loss by 5%
     operations  where a layer takes a sample, or a depthwise convolution, or a fused operation
                 that the original has not, other operations have run for it than in the original:
                 seen by TensorFlow's profiler; with --xla, those that were compiled. (With stride
@@ -222,18 +223,7 @@ def check_flags(arguments: Sequence[str]) -> Settings:
     """
     if arguments:
         raise ValueError(f"unexpected arguments {list(arguments)}; --help has examples")
-    for what, values, known in (
-        ("model", FLAGS.models, tuple(NETWORKS)),
-        ("Keras", FLAGS.keras, KERAS),
-        ("dtype", [FLAGS.dtype], DTYPES),
-    ):
-        if not values:
-            raise ValueError(f"no {what} is given; known are {', '.join(known)}")
-        for value in values:
-            if value not in known:
-                raise ValueError(f"unknown {what} '{value}'; known are {', '.join(known)}")
-    for variant in FLAGS.variants:
-        check_variant(variant)
+    training_rows.check_names(FLAGS.models, FLAGS.keras, FLAGS.variants, FLAGS.dtype)
     for path in filter(None, (FLAGS.json, FLAGS.chart)):
         results.check_writable(path)
     if FLAGS.profile and FLAGS.xla:

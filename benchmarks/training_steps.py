@@ -91,10 +91,10 @@ class Trainer:
             ValueError: it lets none pass, or the loss or its gradient is not finite.
         """
         self.restart()
-        rate = float(np.array(self.optimizer.learning_rate))
+        rate = float(self.optimizer.learning_rate.numpy())
         for _ in range(MOST_SKIPPED):
             loss = float(self(batch))
-            momenta = (np.array(variable, np.float64) for variable in self._momenta)
+            momenta = (v.numpy().astype(np.float64) for v in self._momenta)
             squares = sum(float(np.sum(np.square(momentum))) for momentum in momenta)
             if squares > 0:
                 break
@@ -110,7 +110,7 @@ class Trainer:
     def updates(self) -> int:
         """How often weights were updated; less than there were steps where a loss overflowed."""
         inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        return int(np.array(inner.iterations))
+        return int(inner.iterations.numpy())
 
     @property
     def _momenta(self) -> list[Any]:
@@ -149,7 +149,7 @@ def trainer(keras: Any, model: Any, learning_rate: float = 1e-3, xla: bool = Fal
             _update(optimizer, gradients, model.trainable_variables)
         return loss
 
-    return Trainer(model, optimizer, step, tuple(map(np.array, model.variables)))
+    return Trainer(model, optimizer, step, tuple(variable.numpy() for variable in model.variables))
 
 
 def _scaled(optimizer: Any, loss: tf.Tensor) -> tf.Tensor:
