@@ -17,7 +17,9 @@ is stored as constant, is a variable, or is computed from either as the model ru
 
 `fused` and `arithmetic` are what is left. A per-channel scaling need not come from a
 BatchNormalization (EfficientNet scales its input by channel): who counts subtracts those that the
-original has. Bodies of loops and calls are not looked into; `unseen` says how many there are.
+original has. A BatchNormalization of one channel, once it is arithmetic, looks like any scaling by
+a number, and is not counted; `one_channel` says how many there are. Bodies of loops and calls are
+not looked into; `unseen` says how many there are.
 """
 
 from __future__ import annotations
@@ -94,6 +96,13 @@ def count(nodes: Iterable[Node]) -> Left:
     )
 
 
+def one_channel(nodes: Iterable[Node]) -> int:
+    """How many fused operations normalise a single channel."""
+    graph = _Graph(nodes)
+    fused = [node for node in graph.nodes.values() if node.kind == "fused"]
+    return sum(graph.size(node.inputs[1]) == 1 for node in fused)
+
+
 class _Graph:
     """Nodes by name, and which of them depend on the inputs."""
 
@@ -120,7 +129,7 @@ class _Graph:
         return [
             node.name
             for node in self.nodes.values()
-            if node.kind == "depthwise" and self._size(node.inputs[1]) > 1
+            if node.kind == "depthwise" and self.size(node.inputs[1]) > 1
         ]
 
     def _begins(self, node: Node) -> bool:
@@ -134,7 +143,7 @@ class _Graph:
     def _is_scaling(self, node: Node) -> bool:
         if node.kind not in SCALES or self._operand(node) is None:
             return False
-        return self._size(self._constant(node)) > 1
+        return self.size(self._constant(node)) > 1
 
     def _step_before(self, node: Node) -> Node | None:
         """What comes before in the same run: nothing else reads it."""
@@ -156,14 +165,14 @@ class _Graph:
     def _constant(self, node: Node) -> str:
         return next(name for name in node.inputs if name not in self.data)
 
-    def _size(self, name: str) -> int:
+    def size(self, name: str) -> int:
         """How many numbers a constant has, if they lie along one axis; else 0."""
         if name in self.data or name not in self.nodes:
             return 0
         node = self.nodes[name]
         if node.kind == "constant":
             return int(np.prod(node.shape)) if sum(n > 1 for n in node.shape) <= 1 else 0
-        sizes = {self._size(name) for name in node.inputs} - {1}
+        sizes = {self.size(name) for name in node.inputs} - {1}
         return sizes.pop() if len(sizes) == 1 else int(not sizes)
 
 

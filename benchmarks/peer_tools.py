@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks.bn_count import (
     Left,
+    Node,
     count,
     onnx_nodes,
     openvino_left,
@@ -103,18 +104,7 @@ class TensorFlow:
 
     @property
     def in_file(self) -> Left:
-        from mbn_rewrite.saved_model_frontend.inlining import inlined
-
-        function = self._serve
-        graph_def, _ = inlined(function)
-        shapes = {id(variable.handle): variable.shape for variable in function.graph.variables}
-        captures = function.captured_inputs
-        placeholders = function.inputs[len(function.inputs) - len(captures) :]
-        variables = {
-            placeholder.op.name: tuple(shapes.get(id(capture), placeholder.shape))
-            for placeholder, capture in zip(placeholders, captures, strict=True)
-        }
-        return count(tensorflow_nodes(graph_def, len(function.inputs), variables))
+        return count(nodes_of(self._serve))
 
     def _first_call(self) -> Left:
         from tensorflow.python.eager import context
@@ -194,6 +184,21 @@ class OpenVino:
     def __call__(self) -> list[np.ndarray]:
         results = self._request.infer(self._inputs, share_inputs=True, share_outputs=True)
         return [results[i] for i in self._outputs]
+
+
+def nodes_of(function: Any) -> list[Node]:
+    """The graph of a concrete function as it was written, with its calls inlined."""
+    from mbn_rewrite.saved_model_frontend.inlining import inlined
+
+    graph_def, _ = inlined(function)
+    shapes = {id(variable.handle): variable.shape for variable in function.graph.variables}
+    captures = function.captured_inputs
+    placeholders = function.inputs[len(function.inputs) - len(captures) :]
+    variables = {
+        placeholder.op.name: tuple(shapes.get(id(capture), placeholder.shape))
+        for placeholder, capture in zip(placeholders, captures, strict=True)
+    }
+    return tensorflow_nodes(graph_def, len(function.inputs), variables)
 
 
 def signature_of(model: Any) -> Any:

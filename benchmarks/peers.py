@@ -77,7 +77,7 @@ from absl import app, flags
 
 import mbn_rewrite as mbn
 from benchmarks import peer_tools
-from benchmarks.bn_count import Left
+from benchmarks.bn_count import Left, one_channel
 from benchmarks.peer_tools import Declined, Tool, Work
 from benchmarks.timing import interleaved
 from mbn_rewrite.api import MODES
@@ -132,7 +132,8 @@ def make(name: str, keras_name: str, directory: str) -> dict[str, Any]:
 
     work = Work(Path(directory))
     inputs = _write_original(name, keras_name, work)
-    serve = peer_tools.signature_of(tf.saved_model.load(str(work.original)))
+    owner = tf.saved_model.load(str(work.original))  # it holds the variables
+    serve = peer_tools.signature_of(owner)
     specs = serve.structured_input_signature[1]
     if inputs is None:
         inputs = {key: _made_up(spec, name) for key, spec in specs.items()}
@@ -142,7 +143,11 @@ def make(name: str, keras_name: str, directory: str) -> dict[str, Any]:
     np.savez(work.inputs, **inputs)
     np.savez(work.outputs, **{key: results[key].numpy() for key in sorted(results)})
     plan = mbn.rewrite_saved_model(work.original, work.directory / "nothing", dry_run=True).plan
-    return {"norms": len(plan.decisions), "fewest": plan.left}
+    return {
+        "norms": len(plan.decisions),
+        "fewest": plan.left,
+        "one_channel": one_channel(peer_tools.nodes_of(serve)),
+    }
 
 
 def _write_original(name: str, keras_name: str, work: Work) -> Any:
@@ -168,7 +173,7 @@ def _write_original(name: str, keras_name: str, work: Work) -> Any:
             _write_tf_keras(model, work)
         return images
     if name in real_models.MODELS:
-        model = tf_keras.models.load_model(real_models.fetch(name), compile=False)
+        model = networks.real_model(name)
         _write_tf_keras(model, work)
         return networks.real_inputs(name, model, 0)["real"]
     source = real_models.fetch(name) if name in real_models.SAVED_MODELS else Path(name)
@@ -395,8 +400,9 @@ def measure(model: dict[str, Any], tools: Sequence[Tool], results: Results) -> N
         for tool in tools:
             row = {"tool": tool.key, "ours": tool.is_ours} | _converted(tool, directory)
             if tool.key == "original" and "in_file" in row:
-                others = max(0, Left(**row["in_file"]).total - model["norms"])
-                model["others"] = others
+                more = Left(**row["in_file"]).total - model["norms"]
+                model["others"] = others = max(0, more)
+                model["one_channel"] = max(model["one_channel"], -more)
             for key in {"in_file", "at_run"} & row.keys():
                 row[key] = vars(Left(**row[key]).without(others))
             model["rows"].append(row)
@@ -440,8 +446,14 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 # -------------------------------------------------------------------------------- for people
 
 
-def notes(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader should not miss about a row."""
+def notes(row: dict[str, Any], rows: Sequence[dict[str, Any]], one_channel: int = 0) -> list[str]:
+    """What a reader should not miss about a row.
+
+    Args:
+        row: of one tool.
+        rows: all of the same model.
+        one_channel: how many BatchNormalizations of it are not counted in every form.
+    """
     found = [row["reason"]] if row.get("reason") else []
     if "at_run" not in row:
         return found
@@ -453,7 +465,8 @@ def notes(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
         return found
     ours = [other for other in rows if other["ours"] and other["status"] == "ok"]
     found += _faster(row, [other for other in ours if other.get("milliseconds")])
-    if ours and left.operations < min(Left(**other["at_run"]).operations for other in ours):
+    fewest = min((Left(**other["at_run"]).operations for other in ours), default=0)
+    if left.operations + one_channel < fewest:
         found.append("FEWER LEFT than ours")
     return found
 
@@ -476,7 +489,7 @@ def _faster(row: dict[str, Any], ours: Sequence[dict[str, Any]]) -> list[str]:
     return []
 
 
-def as_cells(row: dict[str, Any], rows: Sequence[dict[str, Any]], name: str) -> list[str]:
+def as_cells(row: dict[str, Any], model: dict[str, Any], name: str) -> list[str]:
     """A row of a model's table as text."""
     ms, error = row.get("milliseconds"), row.get("error")
     counts = [str(Left(**row[key]).total) if key in row else "-" for key in ("in_file", "at_run")]
@@ -487,7 +500,7 @@ def as_cells(row: dict[str, Any], rows: Sequence[dict[str, Any]], name: str) -> 
         "-" if error is None else f"{float(error):.0e}" if float(error) else "0",
         timed if row["status"] == "ok" else row["status"],
         f"{row['times_as_fast']:.2f}" if row.get("times_as_fast") else "-",
-        "; ".join(notes(row, rows)),
+        "; ".join(notes(row, model["rows"], model.get("one_channel", 0))),
     ]
 
 
@@ -502,9 +515,11 @@ def model_table(model: dict[str, Any], names: Mapping[str, str]) -> str:
     title += str(model["fewest"])
     if model.get("others"):
         title += f" ({model['others']} other per-channel scalings are not counted)"
+    if model.get("one_channel"):
+        title += f" ({model['one_channel']} of one channel, counted only as fused operation)"
     columns = ["tool", "in file", "BN left", "error", "ms", "times as fast", "note"]
-    rows = model["rows"]
-    return table(columns, (as_cells(r, rows, names[r["tool"]]) for r in rows), title, width=140)
+    cells = (as_cells(row, model, names[row["tool"]]) for row in model["rows"])
+    return table(columns, cells, title, width=140)
 
 
 def summary_table(models: Sequence[dict[str, Any]], names: Mapping[str, str]) -> str:
@@ -540,7 +555,8 @@ def draw(models: Sequence[dict[str, Any]], names: Mapping[str, str], path: str) 
 
     keys = [key for key in names if key != "original"]
     height = 0.8 / len(keys)
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + len(models) * (0.4 + 0.17 * len(keys))))
+    size = (9, 1.2 + len(models) * (0.3 + 0.18 * len(keys)))
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     colours = pyplot.get_cmap("tab10").colors
     for i, key in enumerate(keys):
         places = [m - 0.4 + height * (i + 0.5) for m in range(len(models))]

@@ -14,6 +14,7 @@ from benchmarks.bn_count import (
     Left,
     Node,
     count,
+    one_channel,
     onnx_nodes,
     openvino_left,
     openvino_nodes,
@@ -134,6 +135,13 @@ def test_what_grappler_does_within_a_convolution_is_not_left(biased, tmp_path):
     assert model.in_file == Left(fused=1)
     # Grappler writes a fused operation with constants as arithmetic.
     assert model.at_run == (Left(arithmetic=1) if biased else Left(within=1))
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(1, 1), (4, 0)])
+def test_one_channel(channels, expected):
+    function = tf.function(lambda x: fused_norm(x, *statistics(RNG, channels)))
+    graph = function.get_concrete_function(tf.TensorSpec((1, 6, 6, channels))).graph
+    assert one_channel(tensorflow_nodes(graph.as_graph_def(), 1)) == expected
 
 
 def test_a_call_is_said():
@@ -291,7 +299,7 @@ def row(key, left, speed, ours=False, status="ok", **more):
 
 def test_a_wrong_row_shows_no_latency():
     wrong = row("kecam", Left(), 3.0, status="WRONG") | {"error": "inf"}
-    cells = peers.as_cells(wrong, [wrong], "a tool")
+    cells = peers.as_cells(wrong, {"rows": [wrong]}, "a tool")
     assert cells[4:6] == ["WRONG", "-"]
 
 
@@ -316,6 +324,12 @@ def test_where_a_peer_is_better_the_note_says_so(peer, expected):
     assert peers.notes(peer, [*ours, peer]) == expected
 
 
+def test_one_channel_that_is_not_seen_is_not_fewer():
+    ours, peer = row("ours_fold", Left(1), 1.2, ours=True), row("openvino", Left(), 1.0)
+    assert peers.notes(peer, [ours, peer], one_channel=1) == []
+    assert peers.notes(peer, [ours, peer]) == ["FEWER LEFT than ours"]
+
+
 def run_main(*arguments):
     flags.FLAGS.unparse_flags()
     for flag in flags.FLAGS.flags_by_module_dict()[peers.__name__]:
@@ -334,7 +348,7 @@ def answering(monkeypatch, answers):
 
     def step(function, *arguments, environment=None):
         if function is peers.make:
-            return {"norms": 2, "fewest": 0}
+            return {"norms": 2, "fewest": 0, "one_channel": 0}
         if function is peers.latency:
             return {pair.partition("=")[0]: [2.0, 3.0, 4.0] for pair in arguments[1:]}
         answer = answers[arguments[0]]
