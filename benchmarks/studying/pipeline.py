@@ -57,7 +57,7 @@ class Pipeline:
             images, labels = part.images, part.labels
             batches = indices.map(lambda i: (tf.gather(images, i), tf.gather(labels, i)))
         else:
-            batches = self._encoded(part, None).map(self._central, _AUTO).batch(self.batch)
+            batches = self._encoded(part).map(self._central, _AUTO).batch(self.batch)
         return batches.map(
             lambda images, labels: (self._normalized(images), tf.one_hot(labels, self.classes)),
             _AUTO,
@@ -105,26 +105,26 @@ class Pipeline:
 
     # ---------------------------------------------------------------- large images, from files
 
-    def _encoded(self, part: Part, order: tf.Tensor | None) -> tf.data.Dataset:
-        """Encoded images and labels."""
+    def _encoded(self, part: Part, seed: int | None = None, epoch: int = 0) -> tf.data.Dataset:
+        """Encoded images and labels, in their order or in that of an epoch."""
         files, labels = part.images, part.labels
-        indices = tf.range(part.size) if order is None else order
+        if labels is None:
+            if seed is None:
+                return files
+            return files.shuffle(_SHUFFLED, seed=seed * 1_000_000 + epoch)
+        indices = tf.range(part.size) if seed is None else _order(part.size, seed, epoch)
         return tf.data.Dataset.from_tensor_slices(indices).map(
             lambda i: (tf.io.read_file(files[i]), labels[i]), num_parallel_calls=_AUTO
         )
 
     def _cropped_batches(self, part: Part, seed: int, epoch: int) -> tf.data.Dataset:
-        if part.labels is None:
-            encoded = part.images.shuffle(_SHUFFLED, seed=seed * 1_000_003 + epoch)
-        else:
-            encoded = self._encoded(part, _order(part.size, seed, epoch))
         first = epoch * part.size
 
         def made(number: tf.Tensor, pair: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, ...]:
             key = _key(seed, first + number)
             return self._cropped(pair[0], key), tf.one_hot(pair[1], self.classes), key
 
-        batches = encoded.enumerate().map(made, num_parallel_calls=_AUTO)
+        batches = self._encoded(part, seed, epoch).enumerate().map(made, num_parallel_calls=_AUTO)
         batches = batches.batch(self.batch, drop_remainder=True)
         return batches.map(lambda images, labels, keys: (images, labels, keys[0]))
 
