@@ -6,7 +6,8 @@ import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -89,9 +90,13 @@ def runner(function: Callable[[Any], Any], inputs: Any, way: Way) -> Callable[[]
     """
     traced = tf.function(function, jit_compile=way.jit_compile or None, autograph=False)
 
+    @cache
+    def concrete() -> Callable[[Any], Any]:  # which TensorFlow does not take for a retracing
+        return cast("Callable[[Any], Any]", traced.get_concrete_function(inputs))
+
     def run() -> object:
         try:
-            return _run(traced, inputs)
+            return _run(concrete(), inputs)
         except Exception as error:
             raise uncallable("it", error) from error
 
