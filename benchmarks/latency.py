@@ -277,7 +277,10 @@ def _row(
 ) -> dict[str, Any]:
     print(f"{name} {keras_name}, batch {batch} ...", file=sys.stderr, flush=True)
     row = {"model": name, "keras": keras_name, "batch": batch, "dtype": FLAGS.dtype}
-    return row | {"xla": FLAGS.xla, "variants": measured(*made())}
+    variants: dict[str, Variant] = {}
+    with _failures(variants, "original"):
+        variants = measured(*made())
+    return row | {"xla": FLAGS.xla, "variants": variants}
 
 
 def cells(row: dict[str, Any]) -> Iterator[list[str]]:

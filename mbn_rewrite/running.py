@@ -88,7 +88,10 @@ def runner(function: Callable[[Any], Any], inputs: Any, way: Way) -> Callable[[]
 
     RewriteError: the first run says why it cannot.
     """
-    traced = tf.function(function, jit_compile=way.jit_compile or None, autograph=False)
+    # A function of one argument, whatever defaults the given one has.
+    traced = tf.function(
+        lambda data: function(data), jit_compile=way.jit_compile or None, autograph=False
+    )
 
     @cache
     def concrete() -> Callable[[Any], Any]:  # which TensorFlow does not take for a retracing
