@@ -61,6 +61,7 @@ from benchmarks.networks import (
     build,
     random_images,
     real_inputs,
+    real_model,
     set_statistics,
 )
 from mbn_rewrite.comparison import Comparison
@@ -142,7 +143,7 @@ class Row:
 def rows_for(name: str, seed: int, image_size: int | None) -> Iterator[Row]:
     """The rows of one model, which is loaded or built here and dropped at the end."""
     if name in real_models.MODELS:
-        model = load(name)
+        model = real_model(name)
         converted = {mode: mbn.convert(model, mode) for mode in MODES}
         for kind, inputs in real_inputs(name, model, seed).items():
             yield compared(name, kind, model, converted, inputs)
@@ -183,15 +184,6 @@ def spread_of(outputs: list[np.ndarray]) -> float:
 
 
 # -------------------------------------------------------------------------- trained models
-
-
-def load(name: str) -> Any:
-    """A trained model without the softmax at its end."""
-    model = tf_keras.models.load_model(real_models.fetch(name), compile=False)
-    last = model.layers[-1]
-    if last.activation is tf_keras.activations.softmax:
-        last.activation = tf_keras.activations.linear
-    return model
 
 
 # ----------------------------------------------------------------------------- the program

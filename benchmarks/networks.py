@@ -191,6 +191,15 @@ def _setting(
 # -------------------------------------------------------------------------- trained models
 
 
+def real_model(name: str) -> Any:
+    """A trained model without the softmax at its end, which would hide what goes wrong."""
+    model = tf_keras.models.load_model(real_models.fetch(name), compile=False)
+    last = model.layers[-1]
+    if last.activation is tf_keras.activations.softmax:
+        last.activation = tf_keras.activations.linear
+    return model
+
+
 def real_inputs(name: str, model: Any, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     shape = (_BATCH, *(size or _OPEN_LENGTH for size in model.input_shape[1:]))

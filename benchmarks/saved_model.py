@@ -97,7 +97,7 @@ def make(name: str, keras_name: str, directory: str) -> dict[str, Any]:
         networks.set_statistics(model, networks.typical_statistics, rng)
         # Noise is far from what the statistics were made for, and is amplified beyond measure.
         np.save(f"{directory}.npy", networks.random_images(model, rng))
-    left = mbn.plan(model).left
+    left = mbn.plan(model, "fold").left
     if keras_name == "keras_3":
         import keras
 
@@ -130,7 +130,7 @@ def rewrite(source: str, destination: str) -> dict[str, Any]:
     give_back_memory()
     forget_peak()
     before, start = resident("VmRSS"), time.perf_counter()
-    report = mbn.rewrite_saved_model(source, destination, inputs=inputs)
+    report = mbn.rewrite_saved_model(source, destination, "fold", inputs=inputs)
     seconds = time.perf_counter() - start
     assert report.after is not None
     ops = report.after.ops

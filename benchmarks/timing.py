@@ -8,7 +8,12 @@ from collections.abc import Callable, Mapping
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], repeats: int = 30, warmup: int = 3
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int = 30,
+    warmup: int = 3,
+    *,
+    untimed: int = 0,
+    pause: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of each call of each variant; the variants take turns.
 
@@ -16,6 +21,10 @@ def interleaved(
         variants: functions by name. What they return is thrown away.
         repeats: how many times each is timed.
         warmup: how many times each is called before.
+        untimed: how many times it is called at the beginning of each of its turns, so that it
+            finds caches and threads as if it ran alone.
+        pause: seconds of rest before each turn, in which the threads of the one before it, of
+            another runtime perhaps, stop waiting for work by spinning.
     """
     for _ in range(warmup):
         for function in variants.values():
@@ -23,6 +32,10 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, function in variants.items():
+            if pause:
+                time.sleep(pause)
+            for _ in range(untimed):
+                function()
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)

@@ -78,7 +78,7 @@ def resnet9(keras: Any, variant: str, classes: int = 10, size: int = 32, width: 
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(classes, use_bias=False)(x)
     x = layers.Rescaling(LOGIT_SCALE, dtype="float32")(x)
-    return _varied(keras.Model(inputs, x, name="resnet9"), variant)
+    return varied(keras.Model(inputs, x, name="resnet9"), variant)
 
 
 def resnet50(keras: Any, variant: str, classes: int = 1000, size: int = 224) -> Any:
@@ -86,13 +86,14 @@ def resnet50(keras: Any, variant: str, classes: int = 1000, size: int = 224) -> 
     model = keras.applications.ResNet50(
         weights=None, classes=classes, input_shape=(size, size, 3), classifier_activation=None
     )
-    return _varied(model, variant)
+    return varied(model, variant)
 
 
 NETWORKS: dict[str, Callable[..., Any]] = {"ResNet9": resnet9, "ResNet50": resnet50}
 
 
-def _varied(model: Any, variant: str) -> Any:
+def varied(model: Any, variant: str) -> Any:
+    """A model with the BatchNormalization of a variant, and with the weights that it had."""
     mode, stride = check_variant(variant)
     if mode == "original":
         return model

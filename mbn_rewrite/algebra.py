@@ -10,6 +10,12 @@ channel. A linear layer y = W x + b absorbs a map on either side of it:
     after:   s * (W x + b) + t  =  (s W) x + (s b + t)
     before:  W (s * x + t) + b  =  (W s) x + (W t + b)
 
+Where a convolution reads zeros around its input, W t is not the same at every position:
+
+    before:  W pad(s * x + t) + b  =  (W s) pad(x) + B + b,   B = W pad(t)
+
+B, the border map, depends on the sizes of the input and not on the input.
+
 Weights are multiplied in float64 and rounded once, to the dtype they are stored in.
 """
 
@@ -117,6 +123,10 @@ class Kernel:
     in_dims: tuple[int, ...]
     out_dims: tuple[int, ...]
 
+    @property
+    def out_channels(self) -> int:
+        return math.prod(self.view[dim] for dim in self.out_dims)
+
     def _spread(self, vector: Array, dims: tuple[int, ...]) -> Array:
         """A vector over channels, shaped so that it broadcasts against the view."""
         spread = vector.reshape([self.view[dim] for dim in dims])
@@ -165,10 +175,107 @@ class Kernel:
             casting="unsafe",
         ).reshape(-1)
 
+    def applied_by_position(self, array: Array, vector: Array) -> Array:
+        """What each place of the window alone adds when its input is constant.
+
+        Args:
+            array: the weights of a convolution.
+            vector: float64, one value per input channel.
+
+        Returns:
+            float64, shape (*window, output channels).
+        """
+        axes = list(range(len(self.view)))
+        window = [axis for axis in axes if axis not in (*self.in_dims, *self.out_dims)]
+        sums = np.einsum(
+            array.reshape(self.view),
+            axes,
+            self._spread(vector, self.in_dims),
+            axes,
+            [*window, *self.out_dims],
+            dtype=np.float64,
+            casting="unsafe",
+        )
+        return sums.reshape(*sums.shape[: len(window)], -1)
+
     def largest(self, array: Array) -> Array:
         """The largest magnitude among the weights of each output channel."""
         others = tuple(i for i in range(len(self.view)) if i not in self.out_dims)
         return np.abs(array.reshape(self.view)).max(axis=others).astype(np.float64).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution reads one axis of positions.
+
+    Attributes:
+        size: how many positions it reads for each output.
+        stride: how far apart they are for neighbouring outputs.
+        dilation: how far apart they are for one output.
+        padding: how many zeros are put before and after the axis; or "same", for as many as
+            let ceil(positions / stride) outputs be given, half of them before, rounded down.
+    """
+
+    size: int
+    stride: int
+    dilation: int
+    padding: tuple[int, int] | str
+
+    def reads(self, positions: int) -> Array:
+        """Where real positions are read.
+
+        Returns:
+            float64, shape (outputs, size): 1 where an output reads one of the positions of
+            the input at a place of the window, 0 where it reads a zero of the padding.
+        """
+        reach = (self.size - 1) * self.dilation + 1
+        if self.padding == "same":
+            outputs = -(-positions // self.stride)
+            before = max((outputs - 1) * self.stride + reach - positions, 0) // 2
+        else:
+            before, after = (int(amount) for amount in self.padding)
+            outputs = max((before + positions + after - reach) // self.stride + 1, 0)
+        read = np.arange(outputs)[:, None] * self.stride - before
+        read = read + np.arange(self.size) * self.dilation
+        return ((read >= 0) & (read < positions)).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Border:
+    """Where a convolution of an input of known sizes reads padding.
+
+    Attributes:
+        windows: for each axis of positions.
+        sizes: of the input along these axes.
+    """
+
+    windows: tuple[Window, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The sizes of the output along the axes of positions."""
+        pairs = zip(self.windows, self.sizes, strict=True)
+        return tuple(len(window.reads(size)) for window, size in pairs)
+
+    def map(self, kernels: Sequence[tuple[Kernel, Array]], shift: Array) -> Array:
+        """The border map B of the module's last equation.
+
+        Args:
+            kernels: as for `fold`; those after the first are of one position.
+            shift: float64, one value per input channel.
+
+        Returns:
+            float64, shape (*outputs, output channels).
+        """
+        (first, array), *rest = kernels
+        result = first.applied_by_position(array, shift)
+        for axis, (window, size) in enumerate(zip(self.windows, self.sizes, strict=True)):
+            along = np.tensordot(window.reads(size), result, axes=(1, axis))
+            result = np.moveaxis(along, 0, axis)
+        for _, pointwise in rest:
+            result = result @ pointwise.reshape(result.shape[-1], -1).astype(np.float64)
+        return result
 
 
 def fold(
@@ -177,6 +284,7 @@ def fold(
     *,
     before: ChannelMap | None = None,
     after: ChannelMap | None = None,
+    border: Border | None = None,
 ) -> tuple[list[Array], Array]:
     """Weights of the linear layer that does `before`, then this layer, then `after`.
 
@@ -184,17 +292,22 @@ def fold(
         kernels: the layer's kernels in the order in which they are applied (a separable
             convolution has two), each with its layout.
         bias: shape (output channels,), or None.
-        before: a map of the layer's input. If it shifts, the layer must not read padding.
+        before: a map of the layer's input. If it shifts, the layer must not read padding,
+            unless it is said where.
         after: a map of the layer's output.
+        border: where the layer reads padding, for a bias that differs by position.
 
     Returns:
         The kernels, each with its shape and dtype, and the bias in float64, of shape
-        (output channels,), or (1,) where it is zero for every channel.
+        (output channels,), or (1,) where it is zero for every channel; with a border, of
+        shape (*outputs, output channels).
     """
     arrays = [array for _, array in kernels]
     new_bias = np.zeros(1) if bias is None else bias.astype(np.float64)
     if before is not None:
-        if before.has_shift:
+        if border is not None:
+            new_bias = new_bias + border.map(kernels, before.shift)
+        elif before.has_shift:
             constant = before.shift
             for kernel, array in kernels:
                 constant = kernel.applied_to_constant(array, constant)

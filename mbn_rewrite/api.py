@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mbn_rewrite import strides
+from mbn_rewrite.choosing import Options, choose_for
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.front_ends import front_end_of
+from mbn_rewrite.front_ends import FrontEnd, Reading, front_end_of
+from mbn_rewrite.measuring import Way
 from mbn_rewrite.planner import TRAINING_MODES, make_plan
 from mbn_rewrite.training_layers import DEFAULT_STRIDE
 
 MODES = {
+    "auto": "fold, and for what is left the form that measures fastest on this machine",
     "fold": "every BatchNormalization is absorbed by its neighbours where that is exact",
     "depthwise": "every BatchNormalization becomes a depthwise 1x1 convolution",
     "strided": "for training: BatchNormalization with statistics of a sample",
@@ -20,19 +23,41 @@ MODES = {
 }
 
 
-def convert(model: Any, mode: str = "fold", stride: Any = None) -> Any:
+def convert(
+    model: Any,
+    mode: str = "auto",
+    stride: Any = None,
+    *,
+    batch_size: int | None = None,
+    jit_compile: bool | None = None,
+    dtype: str | None = None,
+    inputs: Any = None,
+    budget: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Any:
     """Rewrites the BatchNormalization layers of a model, for inference or for training.
 
     Args:
         model: a built model of tf_keras or Keras 3. It is not changed.
         mode: for inference, "fold" lets neighbouring layers absorb each BatchNormalization
             wherever that is exact, and leaves the others; `print(plan(model))` says why.
-            "depthwise" puts a depthwise 1x1 convolution in the place of each. For training,
-            "strided" puts a `StridedBatchNormalization` in the place of each, and "mbn" a
+            "auto" folds, and measures what is best done with those others: leave them, or put
+            a fused operation, a depthwise convolution or a multiplication and an addition in
+            their place. Nothing is measured where all fold. "depthwise" puts a depthwise 1x1
+            convolution in the place of each. For training, "strided" puts a
+            `StridedBatchNormalization` in the place of each, and "mbn" a
             `ModifiedBatchNormalization`, with the weights that it had.
         stride: for training modes: a positive int, a pair (rows, columns), or a mapping (1 for
             layers that it does not name) or function from layer names, as the plan shows
             them, to either. 4 by default.
+        batch_size: for "auto", as are all that follow: how many examples a call will have. 1 by
+            default.
+        jit_compile: whether XLA will compile the model. By default not.
+        dtype: "float16" (GPU) or "bfloat16" (CPU) if TensorFlow's automatic mixed precision will
+            be used. By default the model computes in the dtypes that it says.
+        inputs: what to call the model with; made up by default.
+        budget: the most seconds to take for measuring, about. 60 by default.
+        progress: called with a line when a step begins.
 
     Returns:
         A new model of the same kind with the same inputs, outputs, names and, but for
@@ -45,37 +70,109 @@ def convert(model: Any, mode: str = "fold", stride: Any = None) -> Any:
 
     Raises:
         RewriteError: the model is of a kind that cannot be rewritten, or holds a layer
-            that cannot be copied; the mode is unknown or takes no stride; or what was given
-            is no stride.
+            that cannot be copied; the mode is unknown or does not take what was given; or what
+            was given is no stride, batch size, dtype or budget.
     """
-    new, _ = convert_with_plan(model, mode, stride)
+    new, _ = convert_with_plan(
+        model,
+        mode,
+        stride,
+        batch_size=batch_size,
+        jit_compile=jit_compile,
+        dtype=dtype,
+        inputs=inputs,
+        budget=budget,
+        progress=progress,
+    )
     return new
 
 
-def plan(model: Any, mode: str = "fold", stride: Any = None) -> Plan:
+def plan(
+    model: Any,
+    mode: str = "auto",
+    stride: Any = None,
+    *,
+    batch_size: int | None = None,
+    jit_compile: bool | None = None,
+    dtype: str | None = None,
+    inputs: Any = None,
+    budget: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
     """What `convert` would do to a model, without doing it.
 
+    Mode "auto" makes and measures what it has to choose between; "fold" takes no time.
+
     Args:
-        model, mode, stride: as for `convert`.
+        model, mode, stride, ...: as for `convert`.
 
     Returns:
         A Plan. It prints as a table; `plan.decisions` has an entry for every
-        BatchNormalization; `plan.to_json()` is for programs.
+        BatchNormalization; `plan.measurement` is what "auto" measured; `plan.to_json()` is for
+        programs.
 
     Raises:
         RewriteError: as for `convert`.
     """
     stride = check_mode(mode, stride)
-    return make_plan(front_end_of(model).read(model).graph, mode, stride)
-
-
-def convert_with_plan(model: Any, mode: str, stride: Any = None) -> tuple[Any, Plan]:
-    """`convert` and `plan` in one, reading the model once."""
-    stride = check_mode(mode, stride)
+    options = measuring_options(mode, batch_size, jit_compile, dtype, inputs, budget, progress)
     front_end = front_end_of(model)
     reading = front_end.read(model)
-    made = make_plan(reading.graph, mode, stride)
-    return front_end.write(model, reading, made), made
+    return _planned(front_end, model, reading, mode, stride, options)[0]
+
+
+def convert_with_plan(
+    model: Any, mode: str = "auto", stride: Any = None, **measuring: Any
+) -> tuple[Any, Plan]:
+    """`convert` and `plan` in one: reads the model once, and measures once."""
+    stride = check_mode(mode, stride)
+    options = measuring_options(mode, **measuring)
+    front_end = front_end_of(model)
+    reading = front_end.read(model)
+    made, new = _planned(front_end, model, reading, mode, stride, options)
+    return front_end.write(model, reading, made) if new is None else new, made
+
+
+def _planned(
+    front_end: FrontEnd, model: Any, reading: Reading, mode: str, stride: Any, options: Options
+) -> tuple[Plan, Any]:
+    """The plan, and the model with it carried out if it had to be made for that."""
+    if mode == "auto":
+        return choose_for(front_end, model, reading, options)
+    return make_plan(reading.graph, mode, stride), None
+
+
+def measuring_options(
+    mode: str,
+    batch_size: int | None = None,
+    jit_compile: bool | None = None,
+    dtype: str | None = None,
+    inputs: Any = None,
+    budget: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Options:
+    """How to measure.
+
+    Raises:
+        RewriteError: the mode measures nothing, but something was given for that; or what was
+            given makes no sense.
+    """
+    given = {
+        "batch_size": batch_size,
+        "jit_compile": jit_compile,
+        "dtype": dtype,
+        "inputs": inputs,
+        "budget": budget,
+    }
+    named = [name for name, value in given.items() if value is not None]
+    if mode != "auto" and named:
+        raise RewriteError(
+            f'mode "{mode}" measures nothing, so it takes no {" and no ".join(named)}. Leave that '
+            'out, or use mode="auto"'
+        )
+    way = Way(1 if batch_size is None else batch_size, bool(jit_compile), dtype)
+    kept = {"budget": budget, "progress": progress}
+    return Options(way, inputs, **{k: v for k, v in kept.items() if v is not None})  # type: ignore[arg-type]
 
 
 def check_mode(mode: str, stride: Any = None) -> Any:

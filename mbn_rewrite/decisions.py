@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mbn_rewrite import report
-from mbn_rewrite.algebra import ChannelMap
+from mbn_rewrite.algebra import Border, ChannelMap
 from mbn_rewrite.graph import Op
+from mbn_rewrite.measuring import Measurement
 from mbn_rewrite.strides import Stride
 
 
@@ -26,10 +27,11 @@ class Decision:
     Attributes:
         name: the layer's name; inside nested models with their names before it, as in
             "backbone/bn_1".
-        action: "folded", "depthwise", "strided", "mbn" or "kept".
+        action: "folded", one of `FORMS`, "strided", "mbn" or "kept".
         into: the layers that absorbed it, or that stand in its place.
-        reason: for "kept": what is in the way, in one sentence. For "strided" and "mbn": the
-            stride, and why it was lowered.
+        reason: for "kept", and in mode "auto" for all that did not fold: what is in the way, in
+            one sentence. For "strided" and "mbn": the stride, and why it was lowered. For
+            "folded" with border maps: which layers add them, and of what size.
     """
 
     name: str
@@ -46,11 +48,33 @@ class Edit:
         op: the operation, which says how the weights are laid out.
         before: a map of the layer's input, or None.
         after: a map of its output, or None.
+        border: where the layer reads padding, if it has to add a border map; then in place
+            of the bias.
     """
 
     op: Op
     before: ChannelMap | None = None
     after: ChannelMap | None = None
+    border: Border | None = None
+
+
+# What can stand in the place of a BatchNormalization and do its map: a depthwise 1x1 convolution
+# with a bias, a multiplication and an addition, or TensorFlow's fused operation.
+FORMS = ("depthwise", "scale_and_shift", "fused")
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """What does a BatchNormalization's map in its place.
+
+    Attributes:
+        form: one of `FORMS`. A depthwise convolution that there is none of (for a rank, a
+            layout, or where a mask has to flow on) is a multiplication and an addition.
+        map: the map.
+    """
+
+    form: str
+    map: ChannelMap
 
 
 @dataclass(frozen=True)
@@ -71,7 +95,7 @@ class Plan:
     """What to do to a model. Layers are named by owner, as in `graph.Node`.
 
     Attributes:
-        mode: "fold", "depthwise", "strided" or "mbn".
+        mode: "auto", "fold", "depthwise", "strided" or "mbn".
         decisions: one for each BatchNormalization, in the order of the model.
         removed: BatchNormalizations that vanish.
         edits: layers whose weights absorb maps.
@@ -79,6 +103,7 @@ class Plan:
             those of others).
         replaced: BatchNormalizations whose map is done by another layer in their place.
         sampled: BatchNormalizations that training layers replace.
+        measurement: in mode "auto" what was measured; None where there was nothing to choose.
     """
 
     mode: str
@@ -86,8 +111,9 @@ class Plan:
     removed: frozenset[str] = frozenset()
     edits: Mapping[str, Edit] = field(default_factory=dict)
     renewed: Mapping[str, ChannelMap] = field(default_factory=dict)
-    replaced: Mapping[str, ChannelMap] = field(default_factory=dict)
+    replaced: Mapping[str, Replacement] = field(default_factory=dict)
     sampled: Mapping[str, Sampled] = field(default_factory=dict)
+    measurement: Measurement | None = None
 
     @property
     def touched(self) -> frozenset[str]:
@@ -103,8 +129,8 @@ class Plan:
 
     @property
     def left(self) -> int:
-        """How many BatchNormalizations stay."""
-        return self.counts.get("kept", 0)
+        """How many BatchNormalizations stay, as they are or as fused operations."""
+        return self.counts.get("kept", 0) + self.counts.get("fused", 0)
 
     @property
     def summary(self) -> str:
@@ -120,7 +146,7 @@ class Plan:
             **{(name, "input"): edit.before for name, edit in self.edits.items()},
             **{(name, "output"): edit.after for name, edit in self.edits.items()},
             **{(name, "own map"): m for name, m in self.renewed.items()},
-            **{(name, "replacement"): m for name, m in self.replaced.items()},
+            **{(name, "replacement"): new.map for name, new in self.replaced.items()},
         }
         return {
             "mode": self.mode,
@@ -132,17 +158,24 @@ class Plan:
             ],
             "edits": [
                 {"layer": name, "side": side, "channels": m.channels, "sha256": _checksum(m)}
+                | (self._border_of(name) if side == "input" else {})
                 for (name, side), m in sorted(maps.items(), key=lambda item: item[0])
                 if m is not None
             ],
+            "measurement": self.measurement and self.measurement.to_dict(),
             "strides": {name: sampled.stride for name, sampled in self.sampled.items()},
         }
+
+    def _border_of(self, name: str) -> dict[str, Any]:
+        border = self.edits[name].border
+        return {} if border is None else {"border": list(border.outputs)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        return report.decision_table(self)
+        decided = report.decision_table(self)
+        return f"{decided}\n\n{self.measurement}" if self.measurement else decided
 
 
 def _checksum(m: ChannelMap) -> str:

@@ -12,13 +12,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.api import check_mode
+from mbn_rewrite.api import check_mode, measuring_options
 from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError, cause_of
@@ -133,7 +133,7 @@ class Report:
 def rewrite_saved_model(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
-    mode: str = "fold",
+    mode: str = "auto",
     overwrite: bool = False,
     *,
     tags: Sequence[str] | None = None,
@@ -142,6 +142,10 @@ def rewrite_saved_model(
     dry_run: bool = False,
     inputs: Mapping[str, np.ndarray] | None = None,
     tolerance: float | None = None,
+    batch_size: int | None = None,
+    jit_compile: bool | None = None,
+    dtype: str | None = None,
+    budget: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Rewrites a model on disk and writes it as SavedModel, verified.
@@ -158,8 +162,10 @@ def rewrite_saved_model(
         trusted: whether code in a file of Keras (Lambda layers) may be run.
         dry_run: plan only; writes nothing.
         inputs: what to verify with, by input name, or by "signature/input" where signatures
-            differ; random values by default.
+            differ; random values by default. Mode "auto" measures with them too.
         tolerance: as for `verify`.
+        batch_size, jit_compile, dtype, budget: as for `convert`. Of a SavedModel one signature is
+            measured: "serving_default", or else the first by name.
         progress: called with a line when a step begins.
 
     Returns:
@@ -173,10 +179,12 @@ def rewrite_saved_model(
     """
     say = progress or (lambda line: None)
     check_mode(mode)
+    options = measuring_options(mode, batch_size, jit_compile, dtype, None, budget, progress)
+    options = replace(options, inputs=inputs)
     if mode in TRAINING_MODES:
         raise RewriteError(
             f'mode "{mode}" is for training, and a model on disk is there to be served. Use '
-            '"fold" or "depthwise", or mbn_rewrite.convert on a Keras model'
+            '"auto", "fold" or "depthwise", or mbn_rewrite.convert on a Keras model'
         )
     if tolerance is not None and not 0 <= tolerance < np.inf:
         raise RewriteError(f"the tolerance must be a number from 0 up, not {tolerance}")
@@ -188,7 +196,7 @@ def rewrite_saved_model(
     model = _opened(source, trusted, tags, signatures)
     say(f"planning, mode {mode}")
     report = Report(
-        str(source), "", model.plan(mode), model.footprint,
+        str(source), "", model.plan(mode, options), model.footprint,
         as_it_was=model.as_it_was, left_out=model.left_out,
     )  # fmt: skip
     if dry_run:

@@ -6,6 +6,7 @@ A front end knows one kind of model. It reads it, writes it, and runs it; it dec
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Graph
+from mbn_rewrite.measuring import Way
 
 
 class Reading(Protocol):
@@ -32,8 +34,20 @@ class FrontEnd(Protocol):
     def write(self, model: Any, reading: Any, plan: Plan) -> Any:
         """A copy of the model with the plan carried out."""
 
-    def random_inputs(self, model: Any, seed: int) -> Any:
+    def random_inputs(self, model: Any, seed: int, batch: int | None = None) -> Any:
         """Inputs of the model's shapes and dtypes, in the structure that it takes."""
+
+    def inputs_of_batch(self, model: Any, inputs: Any, batch: int) -> Any:
+        """Inputs with so many examples: made up, or of those that are given."""
+
+    def running(self, model: Any, inputs: Any, way: Way) -> AbstractContextManager[Any]:
+        """Gives a function that runs the model to the end; the model stays as it is."""
+
+    def set_up(self, way: Way) -> AbstractContextManager[None]:
+        """In which models are run in this way."""
+
+    def device(self) -> str:
+        """What models run on."""
 
     def outputs_of(self, model: Any, inputs: Any, who: str) -> list[np.ndarray]:
         """All outputs at inference; the model stays as it is. `who` is for errors."""

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mbn_rewrite.algebra import ChannelMap, Kernel
+from mbn_rewrite.algebra import ChannelMap, Kernel, Window
 
 Shape = tuple[int | None, ...]
+
+# What TensorFlow's fused batch normalisation takes.
+FUSED_DTYPES = ("float16", "bfloat16", "float32")
 
 # Kernels in the order in which they are applied, and the name of the bias added last,
 # or None where there is none yet.
@@ -70,6 +73,9 @@ class Linear(Op):
         pads: whether zeros are read around the input, so that a constant input does not
             give a constant output.
         activation: "linear", "homogeneous" (see `PositivelyHomogeneous`) or "other".
+        windows: of a convolution that can add a border map: how it reads each axis of
+            positions. No part of what tells calls apart: the planner compares them where
+            they matter.
     """
 
     kernels: tuple[Kernel, ...]
@@ -78,6 +84,7 @@ class Linear(Op):
     out_axis: int
     pads: bool = False
     activation: str = "linear"
+    windows: tuple[Window, ...] = field(default=(), compare=False)
 
     @property
     def chains(self) -> tuple[Chain, ...]:
@@ -111,6 +118,8 @@ class BatchNorm(Op):
         rooted: why its map must stay in its place, though another layer may do it, or "".
         special: why, in training, no layer with sampled statistics can do its work, or "".
         axis: the axis of the channels, or None where that is not one axis.
+        fusible: whether it runs as arithmetic, and TensorFlow's fused operation could do its
+            work.
     """
 
     map: ChannelMap | None
@@ -118,6 +127,7 @@ class BatchNorm(Op):
     rooted: str = ""
     special: str = ""
     axis: int | None = None
+    fusible: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,14 @@ class Made:
         top: floats are uniform from 0 to this (pixels), or normally distributed if None.
         words: integers are less than this.
         text: makes strings, or None where they cannot be made up.
+        batch: how many examples; None for a few.
     """
 
     open_size: int = 64
     top: float | None = None
     words: int = 2
     text: Callable[[np.random.Generator], bytes] | None = None
+    batch: int | None = None
 
 
 def random_array(shape: Shape, dtype: str, rng: np.random.Generator, made: Made) -> np.ndarray:
@@ -45,7 +47,8 @@ def random_array(shape: Shape, dtype: str, rng: np.random.Generator, made: Made)
     """
     sizes = [made.open_size if size is None else size for size in shape]
     if sizes and shape[0] is None:
-        sizes[0] = _BATCH if math.prod(sizes[1:]) < _LARGE else _LARGE_BATCH
+        few = _BATCH if math.prod(sizes[1:]) < _LARGE else _LARGE_BATCH
+        sizes[0] = made.batch or few
     if dtype == "string" and made.text is not None:
         strings = [made.text(rng) for _ in range(math.prod(sizes))]
         return np.array(strings, object).reshape(sizes)
@@ -54,6 +57,14 @@ def random_array(shape: Shape, dtype: str, rng: np.random.Generator, made: Made)
     if not dtype.startswith(("float", "bfloat")):
         raise RewriteError(f"cannot make up inputs of dtype {dtype}. {GIVE_REAL_ONES}")
     return rng.standard_normal(sizes) if made.top is None else rng.uniform(0, made.top, sizes)
+
+
+def of_batch(array: np.ndarray, batch: int) -> np.ndarray:
+    """The first examples of an array, from its beginning again if there are fewer."""
+    array = np.asarray(array)
+    if not array.ndim or not len(array):
+        return array
+    return np.take(array, range(batch), axis=0, mode="wrap")
 
 
 def uncallable(who: str, error: Exception) -> RewriteError:

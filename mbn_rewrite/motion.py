@@ -18,7 +18,7 @@ describe.py which layers it is, and add its cases to tests/test_exact_motion.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -64,9 +64,15 @@ class Through:
 
 @dataclass(frozen=True)
 class Blocked:
-    """The map cannot pass, and why."""
+    """The map cannot pass, and why.
+
+    Attributes:
+        reason: a phrase that completes "<layer> ...".
+        border: whether the operation could absorb it by adding a border map.
+    """
 
     reason: str
+    border: bool = False
 
 
 Outcome = Absorb | Through | Blocked
@@ -103,12 +109,14 @@ def _into_outputs(op: Linear, m: ChannelMap, shapes: Shapes) -> Outcome:
 
 
 def _into_inputs(op: Linear, m: ChannelMap, shapes: Shapes, position: int) -> Outcome:
-    """W (s x + t) + b = (W s) x + (W t + b), if every output reads only real inputs"""
+    """W (s x + t) + b = (W s) x + (W t + b), if every output reads only real inputs
+
+    Otherwise W t depends on the position: a border map.
+    """
     if m.axis != op.in_axis:
         return Blocked(f"does not have its input channels on axis {m.axis} alone")
-    if op.pads:
-        return _unless(m, "pads its input with zeros", no_shift=True) or Absorb()
-    return Absorb()
+    blocked = _unless(m, "pads its input with zeros", no_shift=True) if op.pads else None
+    return replace(blocked, border=bool(op.windows)) if blocked else Absorb()
 
 
 def _into_recurrent_inputs(op: Recurrent, m: ChannelMap, shapes: Shapes, position: int) -> Outcome:

@@ -6,22 +6,23 @@ it and every layer that it would edit is edited alike by all calls of that layer
 was decided is carried out on a working copy of the graph before the next site is taken,
 so each step is exact for the graph as it then stands.
 
-In all other modes, each site is decided alone.
+In modes for training and in `depthwise`, each site is decided alone. `auto` has several plans,
+of which measuring tells the best: folded, and something else for what does not fold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mbn_rewrite import strides
-from mbn_rewrite.algebra import Array, ChannelMap, fold
-from mbn_rewrite.decisions import Decision, Edit, Plan, Sampled
+from mbn_rewrite.algebra import Array, Border, ChannelMap, fold
+from mbn_rewrite.decisions import Decision, Edit, Plan, Replacement, Sampled
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.graph import BatchNorm, Graph, Node, Shape
+from mbn_rewrite.graph import BatchNorm, Graph, Linear, Node, Shape
 from mbn_rewrite.motion import RULES, Absorb, Blocked, Outcome, Shapes, Through
 
 # Merges within merges that one map is followed through: a bound on recursion, far above
@@ -34,11 +35,15 @@ _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
 @dataclass(frozen=True)
 class _Ask:
-    """One call asks its layer to absorb a map, `before` its input or `after` its output."""
+    """One call asks its layer to absorb a map, `before` its input or `after` its output.
+
+    With a `border`, it can only by adding a border map.
+    """
 
     owner: str
     side: str
     map: ChannelMap
+    border: Border | None = None
 
 
 _Asks = list[_Ask] | Blocked
@@ -49,7 +54,7 @@ def make_plan(graph: Graph, mode: str, stride: Any = None) -> Plan:
 
     Args:
         graph: the model.
-        mode: "fold", "depthwise", "strided" or "mbn".
+        mode: "fold", "depthwise", "strided" or "mbn"; for "auto" see `candidates`.
         stride: for the latter two, see `strides.for_layer`.
 
     Raises:
@@ -65,7 +70,7 @@ def make_plan(graph: Graph, mode: str, stride: Any = None) -> Plan:
 
 def _plan_depthwise(graph: Graph) -> Plan:
     decisions: dict[str, Decision] = {}
-    replaced: dict[str, ChannelMap] = {}
+    replaced: dict[str, Replacement] = {}
     sites: list[tuple[str, BatchNorm, str]] = [
         (node.owner, node.op, node.dtype) for node in graph.nodes if isinstance(node.op, BatchNorm)
     ] + [(hidden.owner, hidden.op, hidden.dtype) for hidden in graph.hidden]
@@ -78,7 +83,7 @@ def _plan_depthwise(graph: Graph) -> Plan:
             replaced.pop(owner, None)
             decisions[owner] = Decision(owner, "kept", reason=f"{_capitalised(str(why))}.")
         elif op.map is not None and owner not in decisions:
-            replaced[owner] = op.map
+            replaced[owner] = Replacement("depthwise", op.map)
             decisions[owner] = Decision(owner, "depthwise", (owner,))
     return Plan("depthwise", tuple(decisions.values()), replaced=replaced)
 
@@ -158,8 +163,15 @@ def _written(stride: strides.Stride | tuple[int, ...]) -> str:
 # ----------------------------------------------------------------------------------- fold
 
 
-def _plan_fold(graph: Graph) -> Plan:
-    folding = _Folding(graph)
+def _plan_fold(graph: Graph, borders: bool = False) -> Plan:
+    """Folds what can be folded.
+
+    Args:
+        graph: the model.
+        borders: whether convolutions that pad with zeros may absorb a shift by adding a
+            border map. That is exact too, but costs an addition that may not be fused.
+    """
+    folding = _Folding(graph, borders)
     decisions = [folding.decide(owner) for owner in folding.sites]
     for hidden in graph.hidden:
         why = hidden.op.unfit or f"{hidden.holder} holds it, and its calls cannot be seen"
@@ -173,6 +185,66 @@ def _plan_fold(graph: Graph) -> Plan:
     )
 
 
+# ----------------------------------------------------------------------------------- auto
+
+FOLDED = "folded"  # the form in which what does not fold stays as it is
+
+
+def candidates(graph: Graph) -> dict[str, Plan]:
+    """The plans that mode "auto" has to choose between, by what they do with what does not fold.
+
+    All are exact. The first, `FOLDED`, leaves it; "border" lets convolutions that pad with zeros
+    absorb more, and leaves the rest; the others put one of `FORMS` in the place of each. What
+    custom layers hold stays in all of them, since it cannot be seen how it is called. Plans that
+    would come to the same are left out.
+    """
+    fold = replace(_plan_fold(graph), mode="auto")
+    left = _replaceable(graph, fold)
+    plans = {FOLDED: fold}
+    ranks = {rank for _, _, rank in left.values()}
+    fusible = {owner: m for owner, (m, op, _) in left.items() if op.fusible}
+    if fusible:
+        plans["fused"] = _with_form(fold, "fused", fusible)
+    maps = {owner: m for owner, (m, _, _) in left.items()}
+    if ranks & {3, 4}:  # for all others there is no depthwise convolution
+        plans["depthwise"] = _with_form(fold, "depthwise", maps)
+    if maps:
+        plans["scale_and_shift"] = _with_form(fold, "scale_and_shift", maps)
+    bordered = replace(_plan_fold(graph, borders=True), mode="auto")
+    if bordered.left < fold.left:
+        plans["border"] = bordered
+    return plans
+
+
+def _replaceable(graph: Graph, fold: Plan) -> dict[str, tuple[ChannelMap, BatchNorm, int]]:
+    """The sites that stay, but that something else could take the place of."""
+    kept = {decision.name for decision in fold.decisions if decision.action == "kept"}
+    found: dict[str, tuple[ChannelMap, BatchNorm, int]] = {}
+    for node in graph.nodes:
+        op = node.op
+        if node.owner not in kept or not isinstance(op, BatchNorm) or op.map is None:
+            continue
+        m = fold.renewed.get(node.owner, op.map)
+        if op.unfit or op.rooted or _out_of_range(m, node.dtype):
+            kept.discard(node.owner)
+            found.pop(node.owner, None)
+        else:
+            found[node.owner] = (m, op, len(graph.values[node.inputs[0]].shape))
+    return found
+
+
+def _with_form(fold: Plan, form: str, maps: Mapping[str, ChannelMap]) -> Plan:
+    decisions = tuple(
+        replace(d, action=form, into=(d.name,)) if d.name in maps else d for d in fold.decisions
+    )
+    return replace(
+        fold,
+        decisions=decisions,
+        renewed={owner: m for owner, m in fold.renewed.items() if owner not in maps},
+        replaced={owner: Replacement(form, m) for owner, m in maps.items()},
+    )
+
+
 TRAINING_MODES = ("strided", "mbn")
 _PLANNERS: dict[str, Callable[[Graph], Plan]] = {
     "fold": _plan_fold,
@@ -183,8 +255,9 @@ _PLANNERS: dict[str, Callable[[Graph], Plan]] = {
 class _Folding:
     """The graph as it stands after the sites decided so far."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, borders: bool) -> None:
         self.graph = graph
+        self.borders = borders
         self.uses = graph.uses()
         self.nodes = {node.owner: node for node in graph.nodes}
         self.removed: set[str] = set()
@@ -221,7 +294,7 @@ class _Folding:
             if not isinstance(asks, Blocked):
                 self._carry_out(owner, asks)
                 into = tuple(dict.fromkeys(ask.owner for ask in asks))
-                return Decision(owner, "folded", into)
+                return Decision(owner, "folded", into, self._borders_added(asks))
             reasons.append(f"{where} it, {asks.reason}")
         return Decision(owner, "kept", reason=f"{'; '.join(reasons)}.")
 
@@ -325,13 +398,46 @@ class _Folding:
                 if node.owner == site.owner:
                     return Blocked("it reads its own output")
                 outcome = self._outcome(node, m, position)
-                if isinstance(outcome, Blocked):
+                border = self._border(node, outcome)
+                if isinstance(border, Blocked):
+                    return border
+                if border is not None or isinstance(outcome, Absorb):
+                    asks.append(_Ask(node.owner, "before", m, border))
+                elif isinstance(outcome, Blocked):
                     return outcome
-                if isinstance(outcome, Absorb):
-                    asks.append(_Ask(node.owner, "before", m))
                 else:
                     pending.append((node.outputs[0], outcome.maps[0]))
         return asks
+
+    def _border(self, node: Node, outcome: Outcome) -> Border | Blocked | None:
+        """Where a convolution reads padding, if a border map is all that is missing."""
+        if not (self.borders and isinstance(outcome, Blocked) and outcome.border):
+            return None
+        op = node.op
+        assert isinstance(op, Linear)
+        shape = self.graph.values[node.inputs[0]].shape
+        sizes = [size for axis, size in enumerate(shape) if axis not in (0, op.in_axis)]
+        if None in sizes:
+            return Blocked(
+                f"{node.label} pads its input with zeros and its sizes are open, so that no one "
+                "border map serves them all"
+            )
+        if len(sizes) != len(op.windows):
+            return outcome
+        return Border(op.windows, tuple(size for size in sizes if size is not None))
+
+    def _borders_added(self, asks: list[_Ask]) -> str:
+        """Which layers add border maps, or ""."""
+        sentences = []
+        for ask in asks:
+            op = self.nodes[ask.owner].op
+            if ask.border is not None and isinstance(op, Linear):
+                sizes = (*ask.border.outputs, op.kernels[-1].out_channels)
+                sentences.append(
+                    f"{self.nodes[ask.owner].label} pads its input with zeros: it adds a border "
+                    f"map of {' x '.join(map(str, sizes))}."
+                )
+        return " ".join(sentences)
 
     def _seen_by_others(self, value: int, node: Node, reader: Node) -> Blocked | None:
         """Blocked where anything but one input of `reader` sees this value."""
@@ -353,19 +459,23 @@ class _Folding:
         """One ask for each layer and side, or why its calls or its dtype forbid it."""
         if isinstance(asks, Blocked):
             return asks
-        grouped: dict[tuple[str, str], list[ChannelMap]] = {}
+        grouped: dict[tuple[str, str], list[_Ask]] = {}
         for ask in asks:
-            grouped.setdefault((ask.owner, ask.side), []).append(ask.map)
+            grouped.setdefault((ask.owner, ask.side), []).append(ask)
         agreed = []
-        for (owner, side), maps in grouped.items():
-            node, uses = self.nodes[owner], self.uses[owner]
-            if len(maps) != uses or not all(m.equals(maps[0]) for m in maps[1:]):
+        for (owner, side), group in grouped.items():
+            node, uses, ask = self.nodes[owner], self.uses[owner], group[0]
+            if len(group) != uses or not all(other.map.equals(ask.map) for other in group[1:]):
                 where = "followed" if side == "after" else "preceded"
                 return Blocked(
                     f"{node.label} is called {uses} times and not all its calls are {where} "
                     "by the same scale and shift"
                 )
-            ask = _Ask(owner, side, maps[0])
+            if any(other.border != ask.border for other in group[1:]):
+                return Blocked(
+                    f"{node.label} pads its input with zeros and is called {uses} times on inputs "
+                    "of different sizes, so that no one border map serves them all"
+                )
             why = self._unfit(node, ask)
             if why:
                 return Blocked(f"{node.label} cannot absorb it: {why}")
@@ -375,8 +485,9 @@ class _Folding:
     def _edited(self, node: Node, ask: _Ask) -> Edit:
         edit = self.edits.get(node.owner, Edit(node.op))
         if ask.side == "before":
-            return Edit(node.op, ask.map.then(edit.before) if edit.before else ask.map, edit.after)
-        return Edit(node.op, edit.before, edit.after.then(ask.map) if edit.after else ask.map)
+            before = ask.map.then(edit.before) if edit.before else ask.map
+            return replace(edit, before=before, border=edit.border or ask.border)
+        return replace(edit, after=edit.after.then(ask.map) if edit.after else ask.map)
 
     def _composed_with(self, ask: _Ask) -> ChannelMap:
         own = self.maps[ask.owner]
@@ -424,7 +535,9 @@ class _Folding:
 
 def _named(outcome: Outcome, node: Node) -> Outcome:
     """A rule's phrase as a sentence about its node."""
-    return Blocked(f"{node.label} {outcome.reason}") if isinstance(outcome, Blocked) else outcome
+    if isinstance(outcome, Blocked):
+        return replace(outcome, reason=f"{node.label} {outcome.reason}")
+    return outcome
 
 
 def _joined(parts: Iterable[_Asks]) -> _Asks:
@@ -509,6 +622,7 @@ def _loses_range(edit: Edit, dtype: str, read: Callable[[str], Array]) -> str:
             read(bias).astype(np.float64) if bias else None,
             before=edit.before,
             after=edit.after,
+            border=edit.border,
         )
         largest = np.abs(new_bias).max(initial=0)
         for (kernel, array), new in zip(arrays, folded, strict=True):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
 
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.made_up import GIVE_REAL_ONES, Made, random_array, uncallable
+from mbn_rewrite.measuring import Way, processor
 
 
 def give_back_memory() -> None:
@@ -78,6 +81,64 @@ def plain(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndar
 def _run(function: Callable[[Any], Any], inputs: Any) -> list[np.ndarray]:
     outputs = tf.nest.flatten(function(inputs), expand_composites=True)
     return [np.asarray(output) for output in outputs if output is not None]
+
+
+def runner(function: Callable[[Any], Any], inputs: Any, way: Way) -> Callable[[], object]:
+    """What runs a function of tensors in this way, until its outputs are there.
+
+    RewriteError: the first run says why it cannot.
+    """
+    # A function of one argument, whatever defaults the given one has.
+    traced = tf.function(
+        lambda data: function(data), jit_compile=way.jit_compile or None, autograph=False
+    )
+
+    @cache
+    def concrete() -> Callable[[Any], Any]:  # which TensorFlow does not take for a retracing
+        return cast("Callable[[Any], Any]", traced.get_concrete_function(inputs))
+
+    def run() -> object:
+        try:
+            return _run(concrete(), inputs)
+        except Exception as error:
+            raise uncallable("it", error) from error
+
+    return run
+
+
+@contextmanager
+def set_up(way: Way) -> Iterator[None]:
+    """In which functions run with the mixed precision of a way.
+
+    Raises:
+        RewriteError: TensorFlow has none of that dtype on this machine.
+    """
+    if way.dtype is None:
+        yield
+        return
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    if on_gpu != (way.dtype == "float16"):
+        where, other = ("GPUs", "float16") if on_gpu else ("CPUs", "bfloat16")
+        raise RewriteError(
+            f"TensorFlow's automatic mixed precision takes {other} on {where}, not {way.dtype}. "
+            "Build the model with the dtype policy that it will have, and give no dtype here"
+        )
+    option = "auto_mixed_precision" if on_gpu else "auto_mixed_precision_onednn_bfloat16"
+    before = tf.config.optimizer.get_experimental_options().get(option, False)
+    tf.config.optimizer.set_experimental_options({option: True})
+    try:
+        yield
+    finally:
+        tf.config.optimizer.set_experimental_options({option: before})
+
+
+def device() -> str:
+    """What functions run on where nothing else is said."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        return processor()
+    name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+    return f"{name}" if len(gpus) == 1 else f"{name} (1 of {len(gpus)})"
 
 
 def as_specified(name: str, array: Any, spec: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mbn_rewrite.choosing import Options
 from mbn_rewrite.decisions import Plan
 
 
@@ -71,7 +72,7 @@ class StoredModel(Protocol):
     def dtypes(self) -> set[str]:
         """The dtypes that it computes in."""
 
-    def plan(self, mode: str) -> Plan:
+    def plan(self, mode: str, options: Options) -> Plan:
         """What becomes of every BatchNormalization; kept for `write`."""
 
     def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:

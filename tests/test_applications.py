@@ -37,7 +37,7 @@ def test_network(name):
     for mode in ("fold", "depthwise"):
         check_rewrite(model, images, mode)
     total, left = EXPECTED[name]
-    plan = mbn.plan(model)
+    plan = mbn.plan(model, "fold")
     assert (len(plan.decisions), plan.left) == (total, left)
     assert mbn.plan(model, "depthwise").left == 0
     check_twin(name, model, images)

@@ -97,7 +97,7 @@ def conv_model():
 def test_right_model_is_accepted_and_wrong_ones_are_not(policy):
     tf_keras.mixed_precision.set_global_policy(policy)
     model = conv_model()
-    new = mbn.convert(model)
+    new = mbn.convert(model, "fold")
     comparison = mbn.verify(model, new)
     assert comparison.ok
     assert comparison.tolerance == TOLERANCES[policy.removeprefix("mixed_")]
@@ -108,7 +108,7 @@ def test_right_model_is_accepted_and_wrong_ones_are_not(policy):
     kernel[..., 0] *= 2.0 if "16" in policy else 1.1
     conv.set_weights([kernel, bias])
     assert not mbn.verify(model, new).ok
-    conv.set_weights([mbn.convert(model).get_layer(conv.name).get_weights()[0], 0 * bias])
+    conv.set_weights([mbn.convert(model, "fold").get_layer(conv.name).get_weights()[0], 0 * bias])
     assert not mbn.verify(model, new).ok
 
 
@@ -171,7 +171,7 @@ def test_a_lost_shift_is_caught(monkeypatch):
 
 def test_verify_takes_real_inputs():
     model = conv_model()
-    comparison = mbn.verify(model, mbn.convert(model), np.ones((7, 8, 8, 3), np.float32))
+    comparison = mbn.verify(model, mbn.convert(model, "fold"), np.ones((7, 8, 8, 3), np.float32))
     assert comparison.ok
     assert comparison.examples == 7
 
@@ -181,7 +181,7 @@ def test_verify_makes_up_inputs_of_open_sizes_and_whole_numbers():
     y = K.GlobalAveragePooling1D()(K.Embedding(5, 4)(words))
     z = K.GlobalMaxPooling2D()(K.BatchNormalization()(K.Conv2D(4, 3)(image)))
     model = tf_keras.Model([words, image], K.Concatenate()([y, z]))
-    assert mbn.verify(model, mbn.convert(model)).ok
+    assert mbn.verify(model, mbn.convert(model, "fold")).ok
 
 
 def test_verify_cannot_make_up_text():
@@ -194,13 +194,13 @@ def test_verify_cannot_make_up_text():
 def test_verify_says_which_inputs_do_not_fit():
     model = conv_model()
     with pytest.raises(mbn.RewriteError, match="the original cannot be called"):
-        mbn.verify(model, mbn.convert(model), np.ones((2, 8, 8, 5), np.float32))
+        mbn.verify(model, mbn.convert(model, "fold"), np.ones((2, 8, 8, 5), np.float32))
 
 
 def test_verify_leaves_statistics_alone():
     x = K.Input((8, 8, 3))
     model = tf_keras.Model(x, K.BatchNormalization()(K.Conv2D(4, 3)(x), training=True))
     before = model.get_weights()
-    assert mbn.verify(model, mbn.convert(model)).ok
+    assert mbn.verify(model, mbn.convert(model, "fold")).ok
     for old, now in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, now)

@@ -180,7 +180,7 @@ def test_dtype_of_a_deferred_sequential(rng):
     model(inputs)
     randomised(model, rng)
     check_rewrite(model, inputs, "fold")
-    assert mbn.convert(model).inputs[0].dtype == tf.float64
+    assert mbn.convert(model, "fold").inputs[0].dtype == tf.float64
 
 
 # ------------------------------------------------------------------------------------- masks
@@ -257,7 +257,7 @@ def test_norm_that_is_called_in_sight_and_held_out_of_sight(held_first):
     shared, x = B(name="shared"), K.Input((4,))
     first, second = (Borrower(shared), shared) if held_first else (shared, Borrower(shared))
     model = tf_keras.Model(x, K.Dense(3)(second(K.Dense(4)(K.ReLU()(first(K.Dense(4)(x)))))))
-    (decision,) = mbn.plan(model).decisions
+    (decision,) = mbn.plan(model, "fold").decisions
     assert decision.action == "kept"
     assert "holds it too" in decision.reason
 
@@ -290,7 +290,7 @@ class InModule(K.Layer):
 def test_norm_inside_a_module_is_accounted_for():
     x = K.Input((4,))
     model = tf_keras.Model(x, K.Dense(2)(InModule()(x)))
-    (decision,) = mbn.plan(model).decisions
+    (decision,) = mbn.plan(model, "fold").decisions
     assert decision.action == "kept"
 
 
@@ -337,7 +337,7 @@ def test_exchanged_call_method_is_refused(rng):
     dense.call = lambda inputs: tf.zeros_like(inputs)
     model = tf_keras.Model(x, B()(dense(x)))
     with pytest.raises(mbn.RewriteError, match="exchanged on the object"):
-        mbn.convert(model)
+        mbn.convert(model, "fold")
 
 
 # ------------------------------------------------------------------------- layouts and shapes
@@ -349,7 +349,7 @@ def test_channels_first_convolution_with_more_batch_axes(axis, rng):
     conv = K.Conv1D(3 if axis == 1 else 5, 1, data_format="channels_first")
     model = randomised(tf_keras.Model(x, K.ReLU()(B(axis=axis)(conv(x)))), rng)
     check_rewrite(model, data(rng, 3, 4, 6), "fold", compiled=True)
-    assert mbn.plan(model).left == (1 if axis == 1 else 0)
+    assert mbn.plan(model, "fold").left == (1 if axis == 1 else 0)
 
 
 @pytest.mark.parametrize("bias_axes", [None, "d"])
@@ -367,7 +367,7 @@ def test_einsum_dense_with_the_letter_that_stands_for_the_ellipsis(rng):
     model = tf_keras.Model(x, K.ReLU()(B()(K.EinsumDense("...C,Cd->...d", 3)(x))))
     randomised(model, rng)
     check_rewrite(model, data(rng, 5, 4), "fold")
-    assert mbn.plan(model).left == 0
+    assert mbn.plan(model, "fold").left == 0
 
 
 @pytest.mark.parametrize("target", [(1,), (1, 1)])
@@ -384,7 +384,7 @@ def test_map_does_not_leave_the_dtype_it_is_computed_in(rng):
     model = randomised(tf_keras.Model(x, K.ReLU()(norm(y))), rng)
     norm.gamma.assign([1e4] * 4)
     check_rewrite(model, data(rng, 8, 8, 3), "fold")
-    (decision,) = mbn.plan(model).decisions
+    (decision,) = mbn.plan(model, "fold").decisions
     assert "turns float16 into float32" in decision.reason
 
 
@@ -393,9 +393,9 @@ def test_huge_weights_keep_the_norm(rng):
     conv, norm = model.layers
     conv.kernel.assign(np.full(conv.kernel.shape, 1e38))
     norm.moving_variance.assign([0, 1e-36, 1])
-    (decision,) = mbn.plan(model).decisions
+    (decision,) = mbn.plan(model, "fold").decisions
     assert "more than float32 can hold" in decision.reason
-    assert len(norms(mbn.convert(model))) == 1
+    assert len(norms(mbn.convert(model, "fold"))) == 1
 
 
 # ------------------------------------------------------------------------------------ verify
@@ -404,7 +404,7 @@ def test_huge_weights_keep_the_norm(rng):
 def test_verify_draws_pixels_for_models_that_rescale():
     x = K.Input((8, 8, 3))
     model = tf_keras.Model(x, K.Conv2D(2, 3)(K.Rescaling(1 / 255)(x)))
-    wrong = mbn.convert(model)
+    wrong = mbn.convert(model, "fold")
     kernel, bias = wrong.layers[-1].get_weights()
     wrong.layers[-1].set_weights([-kernel, bias])
     assert not mbn.verify(model, wrong).ok
@@ -413,7 +413,7 @@ def test_verify_draws_pixels_for_models_that_rescale():
 def test_verify_reads_all_rows_of_an_embedding():
     x = K.Input((9,), dtype="int32")
     model = tf_keras.Model(x, K.Embedding(5, 3)(x))
-    wrong = mbn.convert(model)
+    wrong = mbn.convert(model, "fold")
     table = wrong.layers[-1].get_weights()[0]
     table[2:] += 1.0
     wrong.layers[-1].set_weights([table])
@@ -422,7 +422,7 @@ def test_verify_reads_all_rows_of_an_embedding():
 
 def test_outputs_of_a_shape_without_values_are_no_proof(rng):
     model = randomised(tf_keras.Sequential([K.Input((4,)), K.Dense(3), B()]), rng)
-    comparison = mbn.verify(model, mbn.convert(model), np.zeros((0, 4), np.float32))
+    comparison = mbn.verify(model, mbn.convert(model, "fold"), np.zeros((0, 4), np.float32))
     assert not comparison.ok
     assert "not one value" in str(comparison)
 

@@ -108,7 +108,7 @@ def test_classes_that_are_made_as_stock_ones_survive(rng):
     functional = OwnFunctional(x, B()(K.Dense(3)(x)))
     for model in (sequential, functional):
         check_rewrite(randomised(model, rng), data(rng, 4), "fold")
-        assert type(mbn.convert(model)) is type(model)
+        assert type(mbn.convert(model, "fold")) is type(model)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -255,14 +255,14 @@ def test_operations_that_scales_pass_or_do_not(activation, left, rng):
     norm.beta.assign(np.zeros(4))
     norm.moving_mean.assign(np.zeros(4))
     check_rewrite(model, data(rng, 4), "fold")
-    assert mbn.plan(model).left == left
+    assert mbn.plan(model, "fold").left == left
 
 
 def test_calls_of_the_copy_are_not_recorded_on_operations_of_the_original(rng):
     x = keras.Input((4,))
     model = randomised(keras.Model(x, ops.tanh(B()(K.Dense(3)(x)))), rng)
     operations = [operation for operation in model.operations if not isinstance(operation, K.Layer)]
-    new = mbn.convert(model)
+    new = mbn.convert(model, "fold")
     assert [len(operation._inbound_nodes) for operation in operations] == [1]
     assert not set(operations) & set(new.operations)
 
@@ -272,7 +272,7 @@ def test_function_among_the_layers_is_refused():
     function = keras.Function(inner, K.Dense(4)(inner), name="f")
     model = keras.Model(x, B()(function(x)))
     with pytest.raises(mbn.RewriteError, match=r"Function 'f' cannot be copied.*keras\.Model"):
-        mbn.convert(model)
+        mbn.convert(model, "fold")
 
 
 # ---------------------------------------------------------------------- masks and training
@@ -365,7 +365,7 @@ def test_frozen_norm_called_in_training_is_folded(rng):
     x = keras.Input((4,))
     model = keras.Model(x, K.ReLU()(B(trainable=False)(K.Dense(3)(x), training=True)))
     check_rewrite(randomised(model, rng), data(rng, 4), "fold")
-    assert mbn.plan(model).left == 0
+    assert mbn.plan(model, "fold").left == 0
 
 
 class OtherNorm(B):
@@ -553,7 +553,7 @@ def test_custom_layer_that_cannot_be_copied():
     x = keras.Input((4,))
     model = keras.Model(x, B()(NoConfig(object())(x)))
     with pytest.raises(mbn.RewriteError, match=r"NoConfig.*Define get_config"):
-        mbn.convert(model)
+        mbn.convert(model, "fold")
 
 
 def test_exchanged_call_method_is_refused():
@@ -609,7 +609,7 @@ def test_converting_does_not_warn_of_functions():
     model = keras.Model(x, B()(K.Dense(3, activation=lambda x: x**2)(x)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mbn.convert(model)
+        mbn.convert(model, "fold")
 
 
 # -------------------------------------------------------------------------- what must survive
@@ -638,8 +638,8 @@ def test_what_was_meant_for_the_old_kernel_does_not_act_on_the_folded_one(rng):
     )
     y = K.Dense(2, name="as_it_is", kernel_regularizer="l2", trainable=False)(y)
     model = randomised(keras.Model(x, y), rng)
-    new = mbn.convert(model)
-    assert mbn.plan(model).left == 0
+    new = mbn.convert(model, "fold")
+    assert mbn.plan(model, "fold").left == 0
     conv, both = new.get_layer("conv"), new.get_layer("both")
     for kernel in (conv.kernel, both.forward_layer.cell.kernel, both.backward_layer.cell.kernel):
         assert kernel.regularizer is kernel.constraint is None
@@ -678,7 +678,7 @@ def test_training_the_copy_leaves_the_original_alone(rng):
 
 def test_untouched_weights_are_equal_bit_for_bit(rng):
     model = randomised(small_model(), rng)
-    old, new = model.layers[-1], mbn.convert(model).layers[-1]
+    old, new = model.layers[-1], mbn.convert(model, "fold").layers[-1]
     for weight, now in zip(old.get_weights(), new.get_weights(), strict=True):
         np.testing.assert_array_equal(weight, now)
 
@@ -697,7 +697,7 @@ def test_exported_signatures_have_the_same_names(mode, rng, tmp_path):
 
 def test_verify_sees_a_wrong_model(rng):
     model = randomised(small_model(), rng)
-    wrong = mbn.convert(model)
+    wrong = mbn.convert(model, "fold")
     wrong.layers[1].bias.assign(wrong.layers[1].bias + 1.0)
     assert not mbn.verify(model, wrong).ok
 

@@ -93,7 +93,7 @@ def test_unbuilt_model(kind, package):
     layers = [keras.layers.Dense(3), keras.layers.BatchNormalization()]
     model = keras.Sequential(layers) if kind == "sequential" else Own()
     with pytest.raises(mbn.RewriteError, match=r"has not been built.*Call it once"):
-        mbn.plan(model)
+        mbn.plan(model, "fold")
 
 
 # ------------------------------------------------------------------------ in other processes

@@ -364,7 +364,7 @@ def test_weight_that_leaves_as_output_is_said_to_be_in_the_way(given, tmp_path):
     root = predicting()
     root.given = tf.function(lambda: GIVEN[given](root), input_signature=[])
     tf.saved_model.save(root, str(tmp_path / "in"), {"serving_default": root.predict})
-    report = mbn.rewrite_saved_model(tmp_path / "in", "", dry_run=True)
+    report = mbn.rewrite_saved_model(tmp_path / "in", "", "fold", dry_run=True)
     assert actions(report) == ["kept"]
     assert "given()" in report.plan.decisions[0].reason
 
@@ -949,9 +949,9 @@ def source(tmp_path):
 def test_output_inside_the_input_is_refused(inside, source, tmp_path):
     before = contents(source)
     with pytest.raises(RewriteError, match=r"would lie in the input|exists"):
-        mbn.rewrite_saved_model(source, source / inside)
+        mbn.rewrite_saved_model(source, source / inside, "fold")
     with pytest.raises(RewriteError, match=r"would (lie in|replace) the input|not replaced"):
-        mbn.rewrite_saved_model(source, source / inside, overwrite=True)
+        mbn.rewrite_saved_model(source, source / inside, "fold", overwrite=True)
     assert contents(source) == before
     assert nothing_left(tmp_path, source)
 
@@ -969,14 +969,14 @@ def test_interrupted_rewrite_leaves_nothing(moment, source, tmp_path, monkeypatc
 
     monkeypatch.setattr(tf.saved_model, moment, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        mbn.rewrite_saved_model(source, tmp_path / "out")
+        mbn.rewrite_saved_model(source, tmp_path / "out", "fold")
     assert nothing_left(tmp_path, source)
     assert contents(source) == before
 
 
 def test_no_signature_asked_for_names_what_there_is(source, tmp_path):
     with pytest.raises(RewriteError, match="other, serving_default"):
-        mbn.rewrite_saved_model(source, tmp_path / "out", signatures=[])
+        mbn.rewrite_saved_model(source, tmp_path / "out", "fold", signatures=[])
     assert nothing_left(tmp_path, source)
 
 
@@ -990,4 +990,4 @@ def test_one_signature_may_be_given_as_text(source, tmp_path, rng):
 
 
 def test_one_tag_may_be_given_as_text(source, tmp_path):
-    assert mbn.rewrite_saved_model(source, "", dry_run=True, tags="serve").plan.left == 0
+    assert mbn.rewrite_saved_model(source, "", "fold", dry_run=True, tags="serve").plan.left == 0

@@ -35,7 +35,7 @@ def check(model, inputs, directory, expected):
     """Rewrites a model and asserts how many BatchNormalizations it had and has left."""
     given = save_with_signature(model, inputs, directory / "in")
     assert left_in_graph(directory / "in") == expected[0]
-    report = mbn.rewrite_saved_model(directory / "in", directory / "out", inputs=given)
+    report = mbn.rewrite_saved_model(directory / "in", directory / "out", "fold", inputs=given)
     assert report.ok
     assert (len(report.plan.decisions), report.plan.left) == expected
     assert left_in_graph(directory / "out") == report.plan.left
@@ -94,7 +94,7 @@ def small(tmp_path_factory):
     set_statistics(model, typical, rng)
     images = random_images(model, rng)
     save_with_signature(model, images, directory / "in")
-    mbn.rewrite_saved_model(directory / "in", directory / "out")
+    mbn.rewrite_saved_model(directory / "in", directory / "out", "fold")
     owner = tf.saved_model.load(str(directory / "out"))
     output = owner.signatures["serving_default"](input_0=images)["output_0"].numpy()
     return directory / "out", images.numpy(), output

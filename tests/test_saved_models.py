@@ -233,7 +233,7 @@ def test_table_and_asset_move_with_the_result(kind, copied, tmp_path, rng):
     signature = tf.saved_model.load(str(source)).signatures["serving_default"]
     inputs = fresh_inputs(signature, 6, rng)
     expected = signature(**inputs)
-    mbn.rewrite_saved_model(source, tmp_path / "out")
+    mbn.rewrite_saved_model(source, tmp_path / "out", "fold")
     shutil.rmtree(source)
     (tmp_path / "out").rename(moved)
     actual = tf.saved_model.load(str(moved)).signatures["serving_default"](**inputs)
@@ -322,7 +322,7 @@ def test_what_saving_has_no_argument_for_survives(copied, tmp_path):
         signature.defaults["picture"].CopyFrom(default)
     (source / "assets.extra").mkdir()
     (source / "assets.extra" / "notes.txt").write_text("precious")
-    assert mbn.rewrite_saved_model(source, tmp_path / "out").ok
+    assert mbn.rewrite_saved_model(source, tmp_path / "out", "fold").ok
     (new,) = read_proto(tmp_path / "out").meta_graphs
     assert sorted(new.meta_info_def.tags) == ["serve", "special"]
     assert new.signature_def["chances"].method_name == "tensorflow/serving/classify"
@@ -335,7 +335,9 @@ def test_what_saving_has_no_argument_for_survives(copied, tmp_path):
 def test_tags_and_method_name_of_tensorflow_1_survive(tmp_path):
     method = "tensorflow/serving/regress"
     save_tf1(tmp_path / "in", fused_norm, tags=("serve", "gpu"), method_name=method)
-    assert mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", tags=["gpu", "serve"]).ok
+    assert mbn.rewrite_saved_model(
+        tmp_path / "in", tmp_path / "out", "fold", tags=["gpu", "serve"]
+    ).ok
     (new,) = read_proto(tmp_path / "out").meta_graphs
     assert sorted(new.meta_info_def.tags) == ["gpu", "serve"]
     assert new.signature_def["serving_default"].method_name == method

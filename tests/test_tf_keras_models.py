@@ -195,7 +195,7 @@ def test_depthwise_uses_stock_layers_where_there_are_some(rng):
 def test_model_without_norm_is_copied_whole(rng):
     x = K.Input((4,))
     model = tf_keras.Model(x, K.Dense(3, activation="relu", kernel_regularizer="l2")(x))
-    plan, new = mbn.plan(model), mbn.convert(model)
+    plan, new = mbn.plan(model, "fold"), mbn.convert(model, "fold")
     assert "nothing to do" in str(plan)
     assert plan.decisions == ()
     assert new is not model
@@ -225,7 +225,7 @@ def test_shared_convolution_before_different_norms_is_kept(rng):
     model = tf_keras.Model(x, K.ReLU()(K.BatchNormalization()(conv(y))))
     randomise(model, rng)
     check_rewrite(model, data(rng, 8, 8, 3), "fold")
-    plan = mbn.plan(model)
+    plan = mbn.plan(model, "fold")
     assert plan.left == 2
     assert all("Conv2D 'conv' is called 2 times" in d.reason for d in plan.decisions)
 
@@ -236,7 +236,7 @@ def test_shared_norm_behind_different_convolutions(rng):
     model = tf_keras.Model(x, K.Add()(branches))
     randomise(model, rng)
     check_rewrite(model, data(rng, 8, 8, 3), "fold")
-    (decision,) = mbn.plan(model).decisions
+    (decision,) = mbn.plan(model, "fold").decisions
     assert decision.action == "folded"
     assert len(decision.into) == 2
 
@@ -269,7 +269,7 @@ def test_norm_called_at_inference_or_frozen_is_folded(rng):
     model = tf_keras.Model(x, K.ReLU()(frozen(K.Conv2D(4, 3)(y), training=True)))
     randomise(model, rng)
     check_rewrite(model, data(rng, 8, 8, 3), "fold")
-    assert mbn.plan(model).left == 0
+    assert mbn.plan(model, "fold").left == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -339,7 +339,7 @@ def test_loss_layers_do_not_count_as_readers(rng):
     model.add_loss(tf.reduce_mean(y))
     randomise(model, rng)
     check_rewrite(model, data(rng, 4), "fold")
-    assert mbn.plan(model).left == 0
+    assert mbn.plan(model, "fold").left == 0
 
 
 # -------------------------------------------------------------------- what must not be moved
@@ -369,8 +369,8 @@ def test_norm_that_is_an_output_keeps_its_name_and_place(rng):
     model = tf_keras.Model(x, [conv_norm(K.ReLU()(first), name="second"), first])
     randomise(model, rng)
     check_rewrite(model, data(rng, 8, 8, 3), "fold")
-    assert mbn.plan(model).left == 0
-    assert mbn.convert(model).output_names == ["second", "first"]
+    assert mbn.plan(model, "fold").left == 0
+    assert mbn.convert(model, "fold").output_names == ["second", "first"]
 
 
 def test_norm_moved_into_another_that_stays(rng):
@@ -381,7 +381,7 @@ def test_norm_moved_into_another_that_stays(rng):
     model = tf_keras.Model(x, K.Add()([K.ReLU()(z), y]))
     randomise(model, rng)
     check_rewrite(model, data(rng, 8, 8, 3), "fold")
-    decisions = {d.name: (d.action, d.into) for d in mbn.plan(model).decisions}
+    decisions = {d.name: (d.action, d.into) for d in mbn.plan(model, "fold").decisions}
     # The first moves forward into the second, which then has to stay.
     assert decisions == {"stays": ("folded", ("goes",)), "goes": ("kept", ())}
 
@@ -600,7 +600,7 @@ def test_custom_layer_that_cannot_be_copied():
     x = K.Input((4,))
     model = tf_keras.Model(x, K.BatchNormalization()(NoConfig(object())(x)))
     with pytest.raises(mbn.RewriteError, match=r"NoConfig.*Define get_config"):
-        mbn.convert(model)
+        mbn.convert(model, "fold")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -625,7 +625,7 @@ def test_adapted_normalization_keeps_its_statistics(rng):
 def test_untouched_weights_are_equal_bit_for_bit(rng):
     model = small_model()
     randomise(model, rng)
-    new = mbn.convert(model)
+    new = mbn.convert(model, "fold")
     old_dense, dense = model.layers[-1], new.layers[-1]
     for old, now in zip(old_dense.get_weights(), dense.get_weights(), strict=True):
         np.testing.assert_array_equal(old, now)
@@ -652,7 +652,7 @@ def test_names_flags_and_configuration_survive(rng):
     model.trainable = True
     model.get_layer("kept_as_it_is").trainable = False
     randomise(model, rng)
-    new = mbn.convert(model)
+    new = mbn.convert(model, "fold")
     assert new.name == "net"
     assert [layer.name for layer in new.layers] == ["picture", "conv", "re_lu", "kept_as_it_is"]
     # What was meant for the old kernel must not act on the folded one.
@@ -665,7 +665,7 @@ def test_names_flags_and_configuration_survive(rng):
 def test_frozen_model_stays_frozen(rng):
     model = small_model()
     model.trainable = False
-    new = mbn.convert(model)
+    new = mbn.convert(model, "fold")
     assert not new.trainable
     assert new.trainable_weights == []
 
@@ -677,14 +677,14 @@ def test_class_of_a_functional_subclass_survives():
 
     x = K.Input((8, 8, 3))
     model = WithOwnTraining(x, K.ReLU()(conv_norm(x)))
-    assert type(mbn.convert(model)) is type(model)
+    assert type(mbn.convert(model, "fold")) is type(model)
 
 
 def test_planning_the_same_model_twice_gives_the_same_plan(rng):
     model = small_model()
     randomise(model, rng)
-    assert mbn.plan(model).to_json() == mbn.plan(model).to_json()
+    assert mbn.plan(model, "fold").to_json() == mbn.plan(model, "fold").to_json()
     norms(model)[0].gamma.assign([2.0] * 4)
-    edited = mbn.plan(model).to_dict()
+    edited = mbn.plan(model, "fold").to_dict()
     assert edited["decisions"][0]["action"] == "folded"
     assert edited["edits"][0]["layer"] == "conv2d"

@@ -119,7 +119,7 @@ def test_files_of_keras_3(kind, mode, tmp_path):
 @pytest.mark.parametrize("kind", ["h5", "keras"])
 def test_trusted_lambda_of_keras_3(kind, tmp_path):
     source = lambda_of_keras_3(tmp_path, kind)
-    assert mbn.rewrite_saved_model(source, tmp_path / "out", trusted=True).ok
+    assert mbn.rewrite_saved_model(source, tmp_path / "out", "fold", trusted=True).ok
 
 
 def test_sequential_and_subclassed_files_of_keras_3(tmp_path):
@@ -131,7 +131,7 @@ def test_sequential_and_subclassed_files_of_keras_3(tmp_path):
     subclassed(np.ones((2, 4), np.float32))
     subclassed.save(tmp_path / "subclassed.keras")
     for name, left in (("sequential", 0), ("subclassed", 1)):
-        report = mbn.rewrite_saved_model(tmp_path / f"{name}.keras", tmp_path / name)
+        report = mbn.rewrite_saved_model(tmp_path / f"{name}.keras", tmp_path / name, "fold")
         assert report.comparison.ok
         assert report.plan.left == left
 
@@ -140,7 +140,7 @@ def test_unknown_names_of_inputs_of_keras_3(tmp_path):
     keras_3_model().save(tmp_path / "m.keras")
     with pytest.raises(mbn.RewriteError, match=r"are named \['other'\]; the model's"):
         mbn.rewrite_saved_model(
-            tmp_path / "m.keras", tmp_path / "out", inputs={"other": np.ones((2, 8, 8, 3))}
+            tmp_path / "m.keras", tmp_path / "out", "fold", inputs={"other": np.ones((2, 8, 8, 3))}
         )
 
 

@@ -11,6 +11,7 @@ written model was loaded again and every signature gave the outputs of the origi
 Examples:
     python tools/rewrite_savedmodel.py saved_model served
     python tools/rewrite_savedmodel.py --dry_run saved_model
+    python tools/rewrite_savedmodel.py --batch_size=8 --jit_compile saved_model served
     python tools/rewrite_savedmodel.py --mode=depthwise model.keras served
     python tools/rewrite_savedmodel.py --report=report.json --overwrite model.h5 served
     python tools/rewrite_savedmodel.py --verify_inputs=real_inputs.npz saved_model served
@@ -42,13 +43,31 @@ from absl import app, flags
 from mbn_rewrite.api import MODES
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.exporter import Report, VerificationError, check_paths, rewrite_saved_model
+from mbn_rewrite.measuring import DEFAULT_BUDGET, DTYPES
 from mbn_rewrite.planner import TRAINING_MODES
 from tools.quiet import import_tensorflow
 
 FLAGS = flags.FLAGS
 _SERVING = {mode: what for mode, what in MODES.items() if mode not in TRAINING_MODES}
 flags.DEFINE_enum(
-    "mode", "fold", list(_SERVING), "; ".join(f"{mode}: {what}" for mode, what in _SERVING.items())
+    "mode", "auto", list(_SERVING), "; ".join(f"{mode}: {what}" for mode, what in _SERVING.items())
+)
+flags.DEFINE_integer(
+    "batch_size", None, "Mode auto: measure calls of so many examples. 1 by default.", lower_bound=1
+)
+flags.DEFINE_bool("jit_compile", None, "Mode auto: measure the model compiled by XLA.")
+flags.DEFINE_enum(
+    "dtype",
+    None,
+    list(DTYPES),
+    "Mode auto: measure with TensorFlow's automatic mixed precision (float16 on GPUs, bfloat16 on "
+    "CPUs). By default the model computes in the dtypes that it says.",
+)
+flags.DEFINE_float(
+    "budget",
+    None,
+    f"Mode auto: the most seconds to take for measuring, about. {DEFAULT_BUDGET:g} by default.",
+    lower_bound=0.0,
 )
 flags.DEFINE_bool("dry_run", False, "Print what would be done; OUT is not needed.")
 flags.DEFINE_bool("overwrite", False, "Replace OUT if it is a SavedModel.")
@@ -122,6 +141,10 @@ def _run(paths: list[str]) -> int:
         dry_run=FLAGS.dry_run,
         inputs=inputs,
         tolerance=FLAGS.tolerance,
+        batch_size=FLAGS.batch_size,
+        jit_compile=FLAGS.jit_compile,
+        dtype=FLAGS.dtype,
+        budget=FLAGS.budget,
         progress=None if FLAGS.quiet else lambda line: print(f"{line} ...", file=sys.stderr),
     )
     if not FLAGS.quiet:

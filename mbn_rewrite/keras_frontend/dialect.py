@@ -19,7 +19,7 @@ from keras.src.saving.serialization_lib import SafeModeScope
 
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
-from mbn_rewrite.keras_frontend.layers import ScaleAndShift
+from mbn_rewrite.keras_frontend.layers import BorderedConvolution, ScaleAndShift
 from mbn_rewrite.keras_frontend.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
@@ -46,6 +46,7 @@ class Keras3(Dialect):
     )
     depthwise_kernel = "kernel"
     scale_and_shift = ScaleAndShift
+    bordered_convolution = BorderedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
     # `_layers` lists what the other attributes hold.
     private = ("_self_", "_layers", "_functional", "_operations")
@@ -132,6 +133,9 @@ class Keras3(Dialect):
 
     def epsilon_of(self, layer: Any) -> float:
         return float(layer.epsilon)
+
+    def has_fused_operation(self) -> bool:
+        return bool(keras.backend.backend() == "tensorflow")
 
     # -- copies ----------------------------------------------------------------------------
 

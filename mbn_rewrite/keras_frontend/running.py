@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -11,7 +13,8 @@ from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.keras_frontend.dialect import KERAS_3, functional_of
 from mbn_rewrite.keras_layers import running as shared
 from mbn_rewrite.keras_layers.copying import parts
-from mbn_rewrite.made_up import GIVE_REAL_ONES, random_array, uncallable
+from mbn_rewrite.made_up import GIVE_REAL_ONES, of_batch, random_array, uncallable
+from mbn_rewrite.measuring import Way, processor
 
 
 def compute_dtypes(model: Any) -> set[str]:
@@ -19,14 +22,14 @@ def compute_dtypes(model: Any) -> set[str]:
     return shared.compute_dtypes(model, keras)
 
 
-def random_inputs(model: Any, seed: int = 0) -> Any:
+def random_inputs(model: Any, seed: int = 0, batch: int | None = None) -> Any:
     """Random inputs in the structure in which the model takes them.
 
     Raises:
         RewriteError: the model takes text, or it is not known what it takes.
     """
     rng = np.random.default_rng(seed)
-    made = shared.made_for(model, keras)
+    made = shared.made_for(model, keras, batch)
 
     def made_up(spec: Any) -> Any:
         if getattr(spec, "sparse", False):
@@ -63,19 +66,84 @@ def outputs_of(model: Any, inputs: Any, who: str = "the model") -> list[np.ndarr
     Raises:
         RewriteError: the model cannot be called with these inputs.
     """
-    # A BatchNormalization called with training=True moves its statistics even here.
+    with _undisturbed(model):
+        return _called(lambda data: model(data, training=False), inputs, who)
+
+
+def inputs_of_batch(model: Any, inputs: Any, batch: int) -> Any:
+    """Inputs with so many examples: made up, or of those that are given."""
+    if inputs is None:
+        return random_inputs(model, batch=batch)
+    return keras.tree.map_structure(
+        lambda array: keras.ops.convert_to_tensor(
+            of_batch(keras.ops.convert_to_numpy(array), batch)
+        ),
+        inputs,
+    )
+
+
+@contextmanager
+def running(model: Any, inputs: Any, way: Way) -> Iterator[Callable[[], object]]:
+    """Gives a function that runs the model; the model stays as it is."""
+    with _undisturbed(model):
+        if _on_tensorflow():
+            from mbn_rewrite.running import runner
+
+            yield runner(lambda data: model(data, training=False), inputs, way)
+        else:
+            yield lambda: _called(lambda data: model(data, training=False), inputs, "it")
+
+
+@contextmanager
+def set_up(way: Way) -> Iterator[None]:
+    """In which models run in this way.
+
+    Raises:
+        RewriteError: this machine, or the backend, has no such way.
+    """
+    if _on_tensorflow():
+        from mbn_rewrite import running
+
+        with running.set_up(way):
+            yield
+        return
+    if way.jit_compile or way.dtype:
+        raise RewriteError(
+            f"Keras runs on {keras.backend.backend()}, where models are measured as they are "
+            "called. Give neither jit_compile nor dtype, or set KERAS_BACKEND=tensorflow"
+        )
+    yield
+
+
+def device() -> str:
+    """What models run on."""
+    if _on_tensorflow():
+        from mbn_rewrite import running
+
+        return running.device()
+    return f"{processor()}, Keras on {keras.backend.backend()}"
+
+
+def _on_tensorflow() -> bool:
+    return bool(keras.backend.backend() == "tensorflow")
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """In which a model may be called without lasting effect."""
+    # A BatchNormalization called with training=True moves its statistics even at inference.
     states = [state for layer in parts(model) for state in KERAS_3.states(layer)]
     variables = [*model.non_trainable_weights, *states]
     before = [(variable, variable.numpy()) for variable in variables]
     try:
-        return _called(lambda data: model(data, training=False), inputs, who)
+        yield
     finally:
         for variable, value in before:
             variable.assign(value)
 
 
 def _called(function: Any, inputs: Any, who: str) -> list[np.ndarray]:
-    if keras.backend.backend() == "tensorflow":
+    if _on_tensorflow():
         from mbn_rewrite.running import called  # which knows what only XLA can do
 
         return called(function, inputs, who)

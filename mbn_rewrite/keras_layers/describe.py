@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite import layouts
-from mbn_rewrite.algebra import ChannelMap, Kernel
+from mbn_rewrite.algebra import ChannelMap, Kernel, Window
 from mbn_rewrite.graph import (
+    FUSED_DTYPES,
     Affine,
     BatchNorm,
     Chain,
@@ -108,7 +109,20 @@ def batch_norm(layer: Any, training: bool | None, keras: Dialect) -> BatchNorm:
     if not channel_map.is_finite:
         why = "its moving variance and epsilon give no finite scale"
         return BatchNorm(None, why, axis=axis)
-    return BatchNorm(channel_map, axis=axis)
+    return BatchNorm(channel_map, axis=axis, fusible=_fusible(layer, axis, keras))
+
+
+def _fusible(layer: Any, axis: int, keras: Dialect) -> bool:
+    """Whether the fused operation could do what arithmetic does now."""
+    rank = layer.input_spec.ndim
+    return (
+        keras.has_fused_operation()
+        and not keras.fuses(layer)
+        and type(layer) not in keras.training_layers  # which run it themselves
+        and layer.compute_dtype in FUSED_DTYPES
+        and axis == rank - 1
+        and 2 <= rank <= 5
+    )
 
 
 def affine_weights(layer: Any, keras: Dialect) -> tuple[str, str]:
@@ -155,14 +169,36 @@ def _channel_axis(layer: Any, rank: int) -> int:
 
 
 def _linear(
-    call: Call, kernels: tuple[Kernel, ...], in_axis: int | None, out_axis: int, pads: bool = False
+    call: Call,
+    kernels: tuple[Kernel, ...],
+    in_axis: int | None,
+    out_axis: int,
+    pads: bool = False,
+    windows: tuple[Window, ...] = (),
 ) -> Op:
     layer = call.layer
     if len(call.inputs) != 1:
         return Opaque("is called with several tensors")
     bias = "bias" if layer.bias is not None else None
     kind = _activation_kind(layer.activation, call.keras)
-    return Linear(kernels, bias, in_axis, out_axis, pads, kind)
+    return Linear(kernels, bias, in_axis, out_axis, pads, kind, windows)
+
+
+def _windows(call: Call) -> tuple[Window, ...]:
+    """How a convolution reads each axis of positions; () where no border map can be added."""
+    layer = call.layer
+    if isinstance(layer.activation, call.keras.layers.Layer):
+        return ()  # it is part of the convolution, and what is added has to come before it
+    return tuple(
+        Window(int(size), int(stride), int(dilation), _padding(layer.padding, size, dilation))
+        for size, stride, dilation in zip(
+            layer.kernel_size, layer.strides, layer.dilation_rate, strict=True
+        )
+    )
+
+
+def _padding(padding: str, size: int, dilation: int) -> tuple[int, int] | str:
+    return "same" if padding == "same" else ((size - 1) * dilation * (padding == "causal"), 0)
 
 
 def _reads_padding(layer: Any) -> bool:
@@ -175,7 +211,7 @@ def _reads_padding(layer: Any) -> bool:
 def _conv(call: Call) -> Op:
     layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
     kernel = layouts.conv("kernel", layer.kernel.shape, layer.groups)
-    return _linear(call, (kernel,), axis, axis, _reads_padding(layer))
+    return _linear(call, (kernel,), axis, axis, _reads_padding(layer), _windows(call))
 
 
 def _conv_transpose(call: Call) -> Op:
@@ -191,7 +227,7 @@ def _depthwise_conv(call: Call) -> Op:
     layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
     name = call.keras.depthwise_kernel
     kernel = layouts.depthwise(name, getattr(layer, name).shape)
-    return _linear(call, (kernel,), axis, axis, _reads_padding(layer))
+    return _linear(call, (kernel,), axis, axis, _reads_padding(layer), _windows(call))
 
 
 def _separable_conv(call: Call) -> Op:
@@ -200,7 +236,7 @@ def _separable_conv(call: Call) -> Op:
         layouts.depthwise("depthwise_kernel", layer.depthwise_kernel.shape),
         layouts.conv("pointwise_kernel", layer.pointwise_kernel.shape),
     )
-    return _linear(call, kernels, axis, axis, _reads_padding(layer))
+    return _linear(call, kernels, axis, axis, _reads_padding(layer), _windows(call))
 
 
 def _dense(call: Call) -> Op:

@@ -47,6 +47,7 @@ class Dialect(ABC):
         homogeneous: activation functions with f(s x) = s f(x) for s >= 0.
         depthwise_kernel: what depthwise convolutions call their kernel.
         scale_and_shift: our layer class of that name.
+        bordered_convolution: likewise.
         private: attributes that begin like one of these hold no layer of the user's; `held`
             looks at all others.
         describers: the table of known layer classes; see `describe.layer_table`.
@@ -62,6 +63,7 @@ class Dialect(ABC):
     homogeneous: tuple[Callable[..., Any], ...]
     depthwise_kernel: str
     scale_and_shift: type
+    bordered_convolution: type
     private: tuple[str, ...]
     describers: dict[type, Describer]
 
@@ -146,6 +148,14 @@ class Dialect(ABC):
     @abstractmethod
     def epsilon_of(self, layer: Any) -> float:
         """The epsilon that a BatchNormalization really uses."""
+
+    def fuses(self, layer: Any) -> bool:
+        """Whether a BatchNormalization runs as one fused operation as it is."""
+        return False
+
+    def has_fused_operation(self) -> bool:
+        """Whether there is one."""
+        return True
 
     # -- copies ----------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""What takes the place of a BatchNormalization, under its name.
+"""What takes the place of a layer, under its name.
 
-What makes the layer also gives a function that sets its weights. That is to be called once the
-layer is built, and builds a layer that no call has built because another holds it.
+What makes the layer that takes the place of a BatchNormalization also gives a function that
+sets its weights. That is to be called once the layer is built, and builds a layer that no call
+has built because another holds it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.algebra import ChannelMap
-from mbn_rewrite.decisions import Sampled
+from mbn_rewrite.decisions import Replacement, Sampled
 from mbn_rewrite.keras_layers import weights
 from mbn_rewrite.keras_layers.copying import config_of, from_config, take_over_initializers
 from mbn_rewrite.keras_layers.describe import affine_weights
@@ -20,27 +21,31 @@ from mbn_rewrite.keras_layers.dialect import Dialect
 
 
 def replacement(
-    keras: Dialect, old: Any, m: ChannelMap, rank: int, masked: bool
+    keras: Dialect, old: Any, planned: Replacement, rank: int, masked: bool
 ) -> tuple[Any, Callable[[], None]]:
     """The layer that does a BatchNormalization's map in its place.
 
     Args:
         keras: its Keras.
         old: the BatchNormalization.
-        m: the map.
+        planned: the map, and in what form.
         rank: the number of dimensions of its input.
         masked: whether a mask may come with its input, which convolutions stop.
     """
+    m = planned.map
+    if planned.form == "fused":
+        return _fused(keras, old, m)
+    convolved = planned.form == "depthwise" and not masked
     common: dict[str, Any] = {
         "name": old.name,
         "dtype": old.dtype_policy,
         "trainable": old.trainable,
     }
     last = m.axis == rank - 1
-    if rank == 4 and m.axis in (1, 3) and not masked:
+    if convolved and rank == 4 and m.axis in (1, 3):
         layout = "channels_last" if last else "channels_first"
         new = keras.layers.DepthwiseConv2D(1, data_format=layout, **common)
-    elif rank == 3 and last and not masked:
+    elif convolved and rank == 3 and last:
         new = keras.layers.DepthwiseConv1D(1, data_format="channels_last", **common)
     else:
         new = keras.scale_and_shift(m.axis, **common)
@@ -57,6 +62,45 @@ def replacement(
         weights.write(new, "bias", m.shift)
 
     return new, finish
+
+
+def _fused(keras: Dialect, old: Any, m: ChannelMap) -> tuple[Any, Callable[[], None]]:
+    """A BatchNormalization that runs the fused operation: with stride 1 it is no other."""
+    own = {"stride": 1, "scale": True, "center": True}
+    new = from_config(old, config_of(old, keras) | own, keras, keras.training_layers[0])
+
+    def finish() -> None:
+        build_like(keras, old, new)
+        new.trainable = old.trainable
+        take_over_initializers(old, new, keras)
+        set_map(keras, old, new, m)
+
+    return new, finish
+
+
+def bordered(keras: Dialect, old: Any) -> Any:
+    """What takes the place of a convolution that has to add a border map in place of its bias.
+
+    The border map comes before the activation, which therefore moves out of the convolution.
+    """
+    inner = from_config(old, config_of(old, keras) | {"use_bias": False}, keras)
+    activation, inner.activation = inner.activation, keras.linear
+    inner.activity_regularizer = None  # of what the convolution gives no longer
+    return keras.bordered_convolution(
+        inner, activation=activation, name=old.name, dtype=old.dtype_policy, trainable=old.trainable
+    )
+
+
+def set_map(keras: Dialect, old: Any, new: Any, m: ChannelMap) -> None:
+    """Has a BatchNormalization do a map: by its gamma and beta, with another's statistics."""
+    mean, variance = (
+        weights.read(old, f"moving_{name}").astype(np.float64) for name in ("mean", "variance")
+    )
+    new.moving_mean.assign(old.moving_mean)
+    new.moving_variance.assign(old.moving_variance)
+    gamma, beta = affine_weights(new, keras)
+    set_affine(new, gamma, m.scale * np.sqrt(variance + keras.epsilon_of(old)))
+    set_affine(new, beta, m.shift + mean * m.scale)
 
 
 def training_layer(keras: Dialect, old: Any, sampled: Sampled) -> tuple[Any, Callable[[], None]]:

@@ -17,10 +17,10 @@ def compute_dtypes(model: Any, keras: Any) -> set[str]:
     }
 
 
-def made_for(model: Any, keras: Any) -> Made:
+def made_for(model: Any, keras: Any, batch: int | None = None) -> Made:
     """How inputs that suit the model's layers are made up; `keras` is its package."""
     layers = parts(model)
     tables = [layer.input_dim for layer in layers if isinstance(layer, keras.layers.Embedding)]
     # What a model scales down first are the pixels of images.
     pixels = any(isinstance(layer, keras.layers.Rescaling) for layer in layers)
-    return Made(top=255.0 if pixels else None, words=min(tables, default=2))
+    return Made(top=255.0 if pixels else None, words=min(tables, default=2), batch=batch)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mbn_rewrite.choosing import Options, choose_for
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.front_ends import FrontEnd
@@ -35,6 +37,7 @@ class KerasFile(ABC):
         self.model = files.load(source, trusted, keras)
         self._reading = front_end.read(self.model)
         self._plan: Plan | None = None
+        self._new: Any = None  # the model with the plan carried out, if that was made already
         self.left_out: Mapping[str, str] = {}
         self.as_it_was: Mapping[str, str] = {}
         self.unverifiable: Mapping[str, str] = {}
@@ -67,8 +70,13 @@ class KerasFile(ABC):
     def dtypes(self) -> set[str]:
         return self._front_end.compute_dtypes(self.model)
 
-    def plan(self, mode: str) -> Plan:
-        self._plan = make_plan(self._reading.graph, mode)
+    def plan(self, mode: str, options: Options) -> Plan:
+        if mode == "auto":
+            if options.inputs is not None:
+                options = replace(options, inputs=self.structured(options.inputs))
+            self._plan, self._new = choose_for(self._front_end, self.model, self._reading, options)
+        else:
+            self._plan = make_plan(self._reading.graph, mode)
         return self._plan
 
     def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:
@@ -82,7 +90,9 @@ class KerasFile(ABC):
 
     def write(self, directory: Path) -> int:
         assert self._plan is not None
-        new = self._front_end.write(self.model, self._reading, self._plan)
+        new = self._new
+        if new is None:
+            new = self._front_end.write(self.model, self._reading, self._plan)
         try:
             self.save(new, directory)
         except RewriteError:

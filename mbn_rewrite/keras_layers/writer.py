@@ -2,10 +2,10 @@
 
 Every layer is copied from its configuration and called again in the order of the original,
 except that removed BatchNormalizations are passed by, replaced ones give way to another
-layer of the same name, and layers that absorbed a map get a bias where they had none. As
-soon as a layer is built its weights are set, so that no more than one layer's initial values
-are held beside them: computed ones where the plan has an edit, the original's values
-everywhere else.
+layer of the same name, and layers that absorbed a map get a bias where they had none, or
+give way to a layer of the same name that adds a border map. As soon as a layer is built its
+weights are set, so that no more than one layer's initial values are held beside them:
+computed ones where the plan has an edit, the original's values everywhere else.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from mbn_rewrite.algebra import ChannelMap, fold
 from mbn_rewrite.decisions import Edit, Plan
 from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.graph import Linear
 from mbn_rewrite.keras_layers import weights
 from mbn_rewrite.keras_layers.copying import (
     config_of,
@@ -26,12 +27,18 @@ from mbn_rewrite.keras_layers.copying import (
     from_config,
     label,
     parts,
+    take_over_initializers,
 )
-from mbn_rewrite.keras_layers.describe import affine_weights
 from mbn_rewrite.keras_layers.dialect import Dialect, Record
 from mbn_rewrite.keras_layers.holders import Place, at, exchange, held
 from mbn_rewrite.keras_layers.reader import Reading
-from mbn_rewrite.keras_layers.replacing import build_like, replacement, set_affine, training_layer
+from mbn_rewrite.keras_layers.replacing import (
+    bordered,
+    build_like,
+    replacement,
+    set_map,
+    training_layer,
+)
 from mbn_rewrite.layouts import einsum_channels
 
 # They were meant for the weights as they were, and would spoil the folded ones.
@@ -202,6 +209,8 @@ class Writer(ABC):
     def _edited(self, old: Any, edit: Edit) -> Any:
         """A layer that has absorbed maps."""
         self.done.add(self.owner(old))
+        if edit.border is not None:
+            return self._bordered(old, edit)
         needs_bias = any(m is not None and m.has_shift for m in (edit.before, edit.after))
         config = config_of(old, self.keras)
         for part in _configs_within(config):
@@ -218,6 +227,13 @@ class Writer(ABC):
         self._unfinished.append(lambda: self._set_folded(old, new, edit, needs_bias))
         return new
 
+    def _bordered(self, old: Any, edit: Edit) -> Any:
+        """What has absorbed maps that take a border map."""
+        new = bordered(self.keras, old)
+        _drop_what_was_meant_for_old_weights(new)
+        self._unfinished.append(lambda: self._set_bordered(old, new, edit))
+        return new
+
     def _renewed(self, old: Any, m: ChannelMap) -> Any:
         """A BatchNormalization with another map, by way of its gamma and beta."""
         self.done.add(self.owner(old))
@@ -225,18 +241,7 @@ class Writer(ABC):
         new = from_config(old, config, self.keras)
         _drop_what_was_meant_for_old_weights(new)
 
-        def finish() -> None:
-            mean, variance = (
-                weights.read(old, f"moving_{name}").astype(np.float64)
-                for name in ("mean", "variance")
-            )
-            new.moving_mean.assign(old.moving_mean)
-            new.moving_variance.assign(old.moving_variance)
-            gamma, beta = affine_weights(new, self.keras)
-            set_affine(new, gamma, m.scale * np.sqrt(variance + self.keras.epsilon_of(old)))
-            set_affine(new, beta, m.shift + mean * m.scale)
-
-        self._unfinished.append(finish)
+        self._unfinished.append(lambda: set_map(self.keras, old, new, m))
         return new
 
     def _replacement(self, old: Any, rank: int, masked: bool) -> Any:
@@ -244,6 +249,7 @@ class Writer(ABC):
         owner = self.owner(old)
         self.done.add(owner)
         new, finish = replacement(self.keras, old, self.plan.replaced[owner], rank, masked)
+        _drop_what_was_meant_for_old_weights(new)
         self._unfinished.append(finish)
         return new
 
@@ -275,6 +281,28 @@ class Writer(ABC):
             if bias or needs_bias:
                 weights.write(new, path + "bias", new_bias)
                 _check_range(old, new_bias, weights.read(new, path + "bias"))
+
+    def _set_bordered(self, old: Any, new: Any, edit: Edit) -> None:
+        """Sets the kernels and the border map of what stands for a convolution."""
+        assert isinstance(edit.op, Linear)
+        kernels, bias = edit.op.kernels, edit.op.bias
+        before = [weights.read(old, kernel.name) for kernel in kernels]
+        arrays, border = fold(
+            list(zip(kernels, before, strict=True)),
+            weights.read(old, bias) if bias else None,
+            before=edit.before,
+            after=edit.after,
+            border=edit.border,
+        )
+        for kernel, old_array, array in zip(kernels, before, arrays, strict=True):
+            _check_range(old, old_array, array)
+            weights.write(new.layer, kernel.name, array)
+        if edit.op.out_axis == 1:  # channels first
+            border = np.moveaxis(border, -1, 0)
+        weights.write(new, "border", border)
+        _check_range(old, border, weights.read(new, "border"))
+        new.layer.trainable = new.trainable = old.trainable
+        take_over_initializers(old, new.layer, self.keras)
 
     # -- layers that hold layers ---------------------------------------------------------
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from mbn_rewrite import layouts
-from mbn_rewrite.algebra import Kernel
+from mbn_rewrite.algebra import Kernel, Window
 from mbn_rewrite.graph import (
     Affine,
     ChannelPreserving,
@@ -137,6 +137,7 @@ def _linear(
     in_axis: int | None,
     out_axis: int,
     pads: bool = False,
+    windows: tuple[Window, ...] = (),
 ) -> Answer:
     """A linear operation with the bias that is added to what it gives."""
     weight = site.constants.weight(site.op.inputs[kernel])
@@ -151,7 +152,7 @@ def _linear(
     if found is not None:
         result, bias, absorbed, out_axis = found
     weights = {"kernel": weight} | ({"bias": bias} if bias else {})
-    op = Linear((laid_out,), "bias" if bias else None, in_axis, out_axis, pads)
+    op = Linear((laid_out,), "bias" if bias else None, in_axis, out_axis, pads, windows=windows)
     return Described(op, (site.op.inputs[data],), result, weights, absorbed, axis)
 
 
@@ -198,12 +199,32 @@ def _reads_padding(site: Site, window: tuple[int, ...]) -> bool:
     padding = site.attribute("padding")
     if padding == b"EXPLICIT":
         return any(site.attribute("explicit_paddings"))
-    attributes = site.op.node_def.attr
-    dilations = site.attribute("dilations") if "dilations" in attributes else []
-    first = 2 if site.channels_first else 1
-    steps = (dilations or [1] * (len(window) + 2))[first : first + len(window)]
+    steps = _along_positions(site, "dilations", len(window))
     reach = [(size - 1) * step for size, step in zip(window, steps, strict=True)]
     return bool(padding != b"VALID" and any(reach))
+
+
+def _along_positions(site: Site, name: str, axes: int) -> list[int]:
+    """What an attribute says of the axes of positions."""
+    steps = site.attribute(name) if name in site.op.node_def.attr else []
+    first = 2 if site.channels_first else 1
+    return list((steps or [1] * (axes + 2))[first : first + axes])
+
+
+def _windows(site: Site, window: tuple[int, ...]) -> tuple[Window, ...]:
+    """How a convolution reads each axis of positions."""
+    axes = len(window)
+    strides, dilations = (_along_positions(site, name, axes) for name in ("strides", "dilations"))
+    padding, paddings = site.attribute("padding"), [(0, 0)] * axes
+    if padding == b"EXPLICIT":
+        amounts = site.attribute("explicit_paddings")
+        first = 2 if site.channels_first else 1
+        pairs = list(zip(amounts[::2], amounts[1::2], strict=True))
+        paddings = pairs[first : first + axes]
+    return tuple(
+        Window(size, stride, dilation, "same" if padding == b"SAME" else pair)
+        for size, stride, dilation, pair in zip(window, strides, dilations, paddings, strict=True)
+    )
 
 
 def _conv(site: Site) -> Answer:
@@ -212,9 +233,9 @@ def _conv(site: Site) -> Answer:
     if not shape or inputs is None:
         return Opaque("has a kernel of unknown shape")
     groups = inputs // shape[-2]
-    pads = _reads_padding(site, shape[:-2])
+    pads, windows = _reads_padding(site, shape[:-2]), _windows(site, shape[:-2])
     return _linear(
-        site, 0, 1, lambda s: layouts.conv("kernel", s, groups), axis, axis, pads
+        site, 0, 1, lambda s: layouts.conv("kernel", s, groups), axis, axis, pads, windows
     )  # fmt: skip
 
 
@@ -222,8 +243,10 @@ def _depthwise_conv(site: Site) -> Answer:
     shape, axis = site.kernel_shape, site.channel_axis
     if not shape:
         return Opaque("has a kernel of unknown shape")
-    pads = _reads_padding(site, shape[:-2])
-    return _linear(site, 0, 1, lambda s: layouts.depthwise("kernel", s), axis, axis, pads)
+    pads, windows = _reads_padding(site, shape[:-2]), _windows(site, shape[:-2])
+    return _linear(
+        site, 0, 1, lambda s: layouts.depthwise("kernel", s), axis, axis, pads, windows
+    )  # fmt: skip
 
 
 def _conv_transpose(site: Site) -> Answer:

@@ -14,7 +14,16 @@ from typing import Any
 
 import tensorflow as tf
 
-from mbn_rewrite.graph import BatchNorm, Graph, HiddenBatchNorm, Linear, Node, Opaque, Value
+from mbn_rewrite.graph import (
+    FUSED_DTYPES,
+    BatchNorm,
+    Graph,
+    HiddenBatchNorm,
+    Linear,
+    Node,
+    Opaque,
+    Value,
+)
 from mbn_rewrite.saved_model_frontend.describe import Described, Site, describe, shape_of
 from mbn_rewrite.saved_model_frontend.inlining import bodies_called
 from mbn_rewrite.saved_model_frontend.norms import FUSED, Norm, arithmetic_norms, fused_norm
@@ -185,10 +194,10 @@ class _Reader:
         stored = tuple(key for key in norm.keys if key[0] != "constant")
         key = (stored, _digest(norm)) if stored else (view.name, norm.sink.op.name)
         owner = self._owner(key, _common_scope([self._shown(op.name) for op in norm.ops]))
-        op = BatchNorm(norm.map, norm.unfit)
         before, after = norm.source.dtype.name, norm.sink.dtype.name
+        op = BatchNorm(norm.map, norm.unfit, fusible=_fusible(norm))
         if before != after and not norm.unfit:
-            op = BatchNorm(norm.map, rooted=f"it turns {before} into {after}")
+            op = replace(op, rooted=f"it turns {before} into {after}", fusible=False)
         self.dtypes.add(after)
         self.norms.setdefault(owner, []).append(NormCall(view, norm))
         source = self._value(source_of(norm.source), known)
@@ -312,6 +321,17 @@ class _Reader:
             if others:
                 return f"shares its weights with {others[0]}"
         return ""
+
+
+def _fusible(norm: Norm) -> bool:
+    """Whether the fused operation could do what arithmetic does now."""
+    return (
+        norm.map is not None
+        and norm.ops[0].type not in FUSED
+        and norm.source.dtype.name in FUSED_DTYPES
+        and norm.axis == norm.rank - 1
+        and 2 <= norm.rank <= 5
+    )
 
 
 # ----------------------------------------------------------------------------------- names

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.made_up import Made
+from mbn_rewrite.made_up import Made, of_batch
 from mbn_rewrite.running import as_specified, called, compiled, plain, random_tensor
 from mbn_rewrite.saved_model_frontend.loading import Entry, attribute_of
 from mbn_rewrite.saved_model_frontend.views import View, source_of
@@ -39,7 +39,11 @@ def _interface_of(function: Any) -> dict[str, str]:
 
 
 def exchange(
-    name: str, function: Any, view: View | None, given: Mapping[str, np.ndarray] | None
+    name: str,
+    function: Any,
+    view: View | None,
+    given: Mapping[str, np.ndarray] | None,
+    batch: int | None = None,
 ) -> Exchange:
     """Calls a signature.
 
@@ -48,15 +52,18 @@ def exchange(
         function: its concrete function.
         view: the same as a graph, if it could be read: for what its inputs look like.
         given: arrays for its inputs, by name; None to make them up.
+        batch: how many examples to call it with; None for all that are given, or a few.
 
     Raises:
         RewriteError: the arrays do not fit, or no inputs can be made up that it takes.
     """
     specs, who = specs_of(function), f"signature '{name}' of the original"
     if given is not None:
+        if batch is not None:
+            given = {key: of_batch(array, batch) for key, array in given.items()}
         inputs = {key: as_specified(key, given[key], spec) for key, spec in specs.items()}
         return exchanged(function, inputs, who)
-    return _first_that_fits(specs, view, lambda inputs: exchanged(function, inputs, who))
+    return _first_that_fits(specs, view, lambda inputs: exchanged(function, inputs, who), batch)
 
 
 def method_exchange(
@@ -115,11 +122,14 @@ def called_method(
 
 
 def _first_that_fits(
-    specs: Mapping[str, Any], view: View | None, call: Callable[[dict[str, Any]], Exchange]
+    specs: Mapping[str, Any],
+    view: View | None,
+    call: Callable[[dict[str, Any]], Exchange],
+    batch: int | None = None,
 ) -> Exchange:
     """Makes up inputs in one way after the other until they can be used."""
     first: RewriteError | None = None
-    for made in _ways(specs, view):
+    for made in _ways(specs, view, batch):
         rng = np.random.default_rng(0)
         try:
             return call({key: random_tensor(specs[key], rng, made) for key in sorted(specs)})
@@ -192,7 +202,7 @@ def given_for(
     return found
 
 
-def _ways(specs: Mapping[str, Any], view: View | None) -> Iterator[Made]:
+def _ways(specs: Mapping[str, Any], view: View | None, batch: int | None) -> Iterator[Made]:
     """Ways to make up inputs, the likeliest first."""
     top = 255.0 if view is not None and _scales_down(view) else None
     words = _words(view) if view is not None else 2
@@ -202,7 +212,7 @@ def _ways(specs: Mapping[str, Any], view: View | None) -> Iterator[Made]:
     is_open = any(spec.shape.rank and None in spec.shape[1:] for spec in specs.values())
     for size in _OPEN_SIZES if is_open else _OPEN_SIZES[:1]:
         for text in texts:
-            yield Made(size, top, words, text)
+            yield Made(size, top, words, text, batch)
 
 
 def _word(rng: np.random.Generator) -> bytes:

@@ -42,7 +42,7 @@ def save(
     try:
         for entry, new in functions:
             if not entry.method:
-                signatures[entry.name] = _signature(entry, new)
+                signatures[entry.name] = signature_of(entry, new)
         for method in dict.fromkeys(entry.method for entry, _ in functions if entry.method):
             concrete = [(entry, new) for entry, new in functions if entry.method == method]
             owner, name = _owner_of(root, method)
@@ -97,7 +97,7 @@ def _tensors(node: Any) -> list[str]:
     ]
 
 
-def _signature(entry: Entry, new: Rewritten | None) -> Any:
+def signature_of(entry: Entry, new: Rewritten | None) -> Any:
     """A concrete function with the arguments of a signature."""
     if new is None:
         return entry.function

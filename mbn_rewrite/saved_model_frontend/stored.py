@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from mbn_rewrite.choosing import Options, Run, Runner, choose
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.planner import make_plan
-from mbn_rewrite.running import give_back_memory
+from mbn_rewrite.running import device, give_back_memory, set_up
+from mbn_rewrite.running import runner as run_of
 from mbn_rewrite.saved_model_frontend import running, saving, writer
 from mbn_rewrite.saved_model_frontend.loading import Loaded, load
 from mbn_rewrite.saved_model_frontend.reader import read
@@ -100,9 +105,41 @@ class SavedModelDirectory:
         }
         return set(self._reading.dtypes) | results
 
-    def plan(self, mode: str) -> Plan:
-        self._plan = make_plan(self._reading.graph, mode)
+    def plan(self, mode: str, options: Options) -> Plan:
+        if mode == "auto":
+            with set_up(options.way):
+                runner = self._runner(options)
+                self._plan = choose(self._reading.graph, runner, device(), options)
+        else:
+            self._plan = make_plan(self._reading.graph, mode)
         return self._plan
+
+    def _runner(self, options: Options) -> Runner:
+        """What runs one signature in each form; see `choosing.Runner`."""
+        name, copies = self.footprint.signature, dict[Any, Any]()
+        entry = next((e for e in self._loaded.entries if e.name == name), None)
+        views = list(self._views.values())
+
+        @cache
+        def inputs() -> Mapping[str, Any]:
+            assert entry is not None
+            given = running.given_for(name, entry.function, options.inputs)
+            batch = options.way.batch_size
+            return running.exchange(name, entry.function, self._views[name], given, batch).inputs
+
+        def runner(plan: Plan | None) -> AbstractContextManager[Run]:
+            if entry is None or name not in self._views:
+                raise RewriteError("there is no signature to measure")
+            if any(view.changes_state for view in views):
+                raise RewriteError("running it changes its state, which is to be written as it is")
+            function = entry.function
+            if plan is not None:
+                graphs = writer.rewritten(views, self._reading, plan, self._writes, copies)
+                new = dict(zip(self._views, graphs, strict=True))[name]
+                function = saving.signature_of(entry, new)
+            return nullcontext(run_of(lambda data: function(**data), inputs(), options.way))
+
+        return runner
 
     def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:
         signatures = self._loaded.signatures

@@ -21,6 +21,8 @@ _READS = {
     *("LookupTableFindV2", "LookupTableFind", "LookupTableSizeV2", "LookupTableExportV2"),
     *("RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal"),
 }
+# Stateful operations that check or say something.
+_ONLY_SPEAK = {"Assert", "Print", "PrintV2", "CheckNumerics", "CheckNumericsV2"}
 # Operations that cost nothing where the model runs.
 _FREE = {"Placeholder", "Const", "Identity", "IdentityN", "NoOp", "ReadVariableOp", "VariableV2"}
 # Operations whose results do not depend on the values that they read, only on shapes.
@@ -90,6 +92,11 @@ class View:
     def has_side_effects(self) -> bool:
         """Whether it leaves anything changed behind."""
         return any(has_side_effect(op) for op in self.operations)
+
+    @property
+    def changes_state(self) -> bool:
+        """Whether a call changes what later calls read."""
+        return any(has_side_effect(op) and op.type not in _ONLY_SPEAK for op in self.operations)
 
     @property
     def draws_random_numbers(self) -> bool:

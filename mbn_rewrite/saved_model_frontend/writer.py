@@ -19,13 +19,14 @@ from tensorflow.core.framework import node_def_pb2
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from mbn_rewrite.algebra import Array, ChannelMap, fold
-from mbn_rewrite.decisions import Edit, Plan
+from mbn_rewrite.decisions import Edit, Plan, Replacement
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Linear
 from mbn_rewrite.saved_model_frontend.reader import LinearCall, NormCall, Reading
 from mbn_rewrite.saved_model_frontend.views import WRITES, View, Writes, has_side_effect
 from mbn_rewrite.saved_model_frontend.weights import Stored
 
+_EPSILON = 1e-3  # of fused operations that are put in, whose variance is 1 less this
 _CONTROL_FLOW = {"Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "RefEnter"}
 
 
@@ -60,25 +61,47 @@ def unchanged(view: View) -> Rewritten | None:
     return _Editor(view, Writes()).finished()
 
 
-def rewritten(views: list[View], reading: Reading, plan: Plan, writes: Writes) -> list[Rewritten]:
+def rewritten(
+    views: list[View],
+    reading: Reading,
+    plan: Plan,
+    writes: Writes,
+    copies: dict[Any, Any] | None = None,
+) -> list[Rewritten]:
     """New graphs for functions, with their weights.
 
     Variables that absorb something are assigned their new values: functions that were loaded
-    with them give other results from then on.
+    with them give other results from then on. With `copies` they are left as they are, and there
+    are new ones, which are kept there for other plans with the same edits.
 
     Raises:
         RewriteError: folding takes weights out of the range of their dtype.
     """
-    writer = _Writer(views, reading, plan, writes)
+    writer = _Writer(views, reading, plan, writes, copies)
     writer.carry_out()
     missed = plan.touched ^ writer.done
     if missed:  # a defect of this library, never of the model
         raise RewriteError(f"the plan was not carried out on {sorted(missed)}; please report this")
-    return [editor.finished() for editor in writer.editors.values()]
+    new = [editor.finished() for editor in writer.editors.values()]
+    for function in new:
+        function.captures = {
+            name: writer.in_place_of.get(id(external), external)
+            for name, external in function.captures.items()
+        }
+    return new
 
 
 class _Writer:
-    def __init__(self, views: list[View], reading: Reading, plan: Plan, writes: Writes) -> None:
+    def __init__(
+        self,
+        views: list[View],
+        reading: Reading,
+        plan: Plan,
+        writes: Writes,
+        copies: dict[Any, Any] | None,
+    ) -> None:
+        self.copies = copies
+        self.in_place_of: dict[int, Any] = {}  # id(a variable) -> its copy with new values
         self.reading = reading
         self.plan = plan
         self.editors = {id(view): _Editor(view, writes) for view in views}
@@ -91,7 +114,7 @@ class _Writer:
             if owner in self.plan.removed:
                 self._each(owner, calls, self._remove)
             elif owner in self.plan.replaced:
-                self._each(owner, calls, partial(self._replace, m=self.plan.replaced[owner]))
+                self._each(owner, calls, partial(self._replace, new=self.plan.replaced[owner]))
             elif owner in self.plan.renewed:
                 self._each(owner, calls, partial(self._renew, m=self.plan.renewed[owner]))
         for owner, edit in self.plan.edits.items():
@@ -113,12 +136,14 @@ class _Writer:
     def _remove(self, owner: str, call: NormCall) -> None:
         self._editor(call.view).redirect(call.norm.sink.name, call.norm.source.name)
 
-    def _replace(self, owner: str, call: NormCall, m: ChannelMap) -> None:
-        """By a depthwise 1x1 convolution, or by a multiplication and an addition."""
-        editor, norm = self._editor(call.view), call.norm
+    def _replace(self, owner: str, call: NormCall, new: Replacement) -> None:
+        """By a depthwise 1x1 convolution, a multiplication and an addition, or one operation."""
+        editor, norm, m = self._editor(call.view), call.norm, new.map
         rank, dtype = norm.rank, norm.source.dtype
         stored = _is_stored_in_variables(norm)
-        if rank == 4 and m.axis == 3:
+        if new.form == "fused":
+            name = self._fused(owner, call, m, stored)
+        elif new.form == "depthwise" and rank == 4 and m.axis == 3:
             kernel = self._new(owner, "depthwise_kernel", m.scale.reshape(1, 1, -1, 1), dtype)
             bias = self._new(owner, "bias", m.shift, dtype)
             name = editor.add(
@@ -149,6 +174,36 @@ class _Writer:
         )
         return editor.add(f"{place}/shift", "AddV2", [name, editor.read(shift, stored)], T=dtype)
 
+    def _fused(self, owner: str, call: NormCall, m: ChannelMap, stored: bool) -> str:
+        """The fused operation, on what looks like images to it."""
+        editor, norm = self._editor(call.view), call.norm
+        place, source, dtype = norm.sink.op.name, norm.source.name, norm.source.dtype
+        if norm.rank != 4:
+            images = editor.const(f"{place}/images", np.array([-1, 1, 1, m.channels], np.int32))
+            shape = editor.add(f"{place}/shape", "Shape", [source], T=dtype, out_type=tf.int32)
+            source = editor.add(
+                f"{place}/as_images", "Reshape", [source, images], T=dtype, Tshape=tf.int32
+            )
+        parameters = [
+            editor.read(self._new(owner, name, array, tf.float32), stored)
+            for name, array in _parameters(m, _EPSILON)
+        ]
+        result = editor.add(
+            f"{place}/fused",
+            "FusedBatchNormV3",
+            [source, *parameters],
+            T=dtype,
+            U=tf.float32,
+            epsilon=_EPSILON,
+            data_format=b"NHWC",
+            is_training=False,
+        )
+        if norm.rank == 4:
+            return result
+        return editor.add(
+            f"{place}/as_it_was", "Reshape", [result, shape], T=dtype, Tshape=tf.int32
+        )
+
     def _renew(self, owner: str, call: NormCall, m: ChannelMap) -> None:
         """Gives a BatchNormalization another map: by its gamma and beta, if it is fused."""
         editor, norm = self._editor(call.view), call.norm
@@ -157,18 +212,9 @@ class _Writer:
         if not op.type.startswith("FusedBatchNorm"):
             editor.redirect(norm.sink.name, self._scaled_and_shifted(owner, call, m, stored))
             return
-        # gamma / sqrt(1 - epsilon + epsilon) (x - 0) + beta
-        epsilon = op.get_attr("epsilon")
+        parameters = _parameters(m, op.get_attr("epsilon"))
         dtype = op.inputs[1].dtype
-        for index, (name, array) in enumerate(
-            (
-                ("gamma", m.scale),
-                ("beta", m.shift),
-                ("moving_mean", np.zeros(m.channels)),
-                ("moving_variance", np.full(m.channels, 1.0 - epsilon)),
-            ),
-            start=1,
-        ):
+        for index, (name, array) in enumerate(parameters, start=1):
             weight = self._new(owner, name, array, dtype)
             editor.set_input(op.name, index, editor.read(weight, stored))
 
@@ -196,32 +242,59 @@ class _Writer:
             None if bias is None else bias.read().reshape(-1),
             before=edit.before,
             after=edit.after,
+            border=edit.border,
         )
-        self._store(owner, kernel, new_kernel)
+        self._store(owner, kernel, new_kernel, edit)
+        if edit.border is not None:
+            for call in calls:
+                self._add_border(owner, call, new_bias, kernel.is_variable)
+            return
         channels = calls[0].op.outputs[0].shape[calls[0].described.axis]
         full = np.broadcast_to(new_bias, (channels,))
         if bias is not None:
-            self._store(owner, bias, full.reshape(bias.shape))
+            self._store(owner, bias, full.reshape(bias.shape), edit)
         elif np.any(full != 0):
             for call in calls:
                 self._add_bias(owner, call, full, kernel.is_variable)
 
-    def _store(self, owner: str, stored: Stored, value: Array) -> None:
+    def _store(self, owner: str, stored: Stored, value: Array, edit: Edit) -> None:
         dtype = tf.as_dtype(stored.dtype)
         with np.errstate(all="ignore"):
             array = value.astype(dtype.as_numpy_dtype)
         if not np.all(np.isfinite(array.astype(np.float64))):
-            raise RewriteError(
-                f"'{owner}' cannot absorb a BatchNormalization: its weights would leave the "
-                f'range of {stored.dtype}. Use mode "depthwise" for this model'
-            )
+            raise RewriteError(_out_of_range(owner, stored.dtype))
         if isinstance(stored.place, tf.Variable):
-            stored.place.assign(array)
+            if self.copies is None:
+                stored.place.assign(array)
+                return
+            key = (stored.key, id(edit))
+            if key not in self.copies:
+                self.copies[key] = tf.Variable(array, trainable=False)
+            self.in_place_of[id(stored.place)] = self.copies[key]
         elif stored.is_variable:
             self._variables[stored.key].assign(array)
         else:
             view, name = stored.place
             self._editor(view).set_constant(name, array)
+
+    def _add_border(self, owner: str, call: LinearCall, border: Array, as_variable: bool) -> None:
+        """Adds a border map right behind a convolution, in place of the bias that it holds."""
+        editor, result = self._editor(call.view), call.op.outputs[0]
+        if call.described.axis == 1:  # channels first
+            border = np.moveaxis(border, -1, 0)
+        # See `_add_bias`: a map of one position looks like a bias.
+        op, sign = ("Sub", -1.0) if _is_grouped(call) else ("AddV2", 1.0)
+        weight = self._new(owner, "border", sign * border[np.newaxis], result.dtype)
+        if not np.all(np.isfinite(weight.numpy().astype(np.float64))):
+            raise RewriteError(_out_of_range(owner, result.dtype.name))
+        name = editor.add(
+            f"{call.op.name}/border", op, ["", editor.read(weight, as_variable)], T=result.dtype
+        )
+        editor.redirect(result.name, name)
+        editor.set_input(name, 0, result.name)
+        if call.described.absorbed:  # what adds the bias, and before it what lies between
+            *between, _ = [result, *(op.outputs[0] for op in call.described.absorbed)]
+            editor.redirect(call.described.result.name, between[-1].name)
 
     def _add_bias(self, owner: str, call: LinearCall, bias: Array, as_variable: bool) -> None:
         """Adds a bias right behind an operation that has none."""
@@ -264,6 +337,16 @@ class _Writer:
                     value = editor.view.value_in_graph(op.name)
                     self._variables[key] = tf.Variable(value, name=op.name, trainable=False)
                 editor.redirect(op.outputs[0].name, editor.read(self._variables[key], True))
+
+
+def _parameters(m: ChannelMap, epsilon: float) -> list[tuple[str, Array]]:
+    """What has a fused operation do a map: gamma / sqrt(1 - epsilon + epsilon) (x - 0) + beta"""
+    return [
+        ("gamma", m.scale),
+        ("beta", m.shift),
+        ("moving_mean", np.zeros(m.channels)),
+        ("moving_variance", np.full(m.channels, 1.0 - epsilon)),
+    ]
 
 
 def _is_grouped(call: LinearCall) -> bool:
@@ -326,6 +409,10 @@ class _Editor:
             _set_attribute(node, key, value)
         self._added[name] = node
         return f"{name}:0"
+
+    def const(self, name: str, value: Array) -> str:
+        """A tensor with a value that is no weight."""
+        return self.add(name, "Const", [], dtype=tf.as_dtype(value.dtype), value=value)
 
     def read(self, variable: Any, as_variable: bool) -> str:
         """A tensor with a variable's value, which is a constant in a frozen graph."""
@@ -414,6 +501,13 @@ class _Editor:
         return tensor.partition(":")[0]
 
 
+def _out_of_range(owner: str, dtype: str) -> str:
+    return (
+        f"'{owner}' cannot absorb a BatchNormalization: its weights would leave the range of "
+        f'{dtype}. Use mode "depthwise" for this model'
+    )
+
+
 def as_node_name(name: str) -> str:
     """A name with what TensorFlow does not allow in names exchanged."""
     name = re.sub(r"[^A-Za-z0-9_.\\/>-]", "_", name)
@@ -428,5 +522,9 @@ def _set_attribute(node: Any, key: str, value: Any) -> None:
         attribute.s = value
     elif isinstance(value, list):
         attribute.list.i.extend(value)
+    elif isinstance(value, bool):
+        attribute.b = value
+    elif isinstance(value, float):
+        attribute.f = value
     else:
         attribute.tensor.CopyFrom(tf.make_tensor_proto(value))

@@ -23,7 +23,7 @@ from tf_keras.src.layers.normalization.batch_normalization import BatchNormaliza
 from mbn_rewrite.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
 from mbn_rewrite.keras_layers.describe import Call, layer_table
 from mbn_rewrite.keras_layers.dialect import Dialect, Record
-from mbn_rewrite.tf_keras_frontend.layers import ScaleAndShift
+from mbn_rewrite.tf_keras_frontend.layers import BorderedConvolution, ScaleAndShift
 from mbn_rewrite.tf_keras_frontend.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
@@ -48,6 +48,7 @@ class TfKeras(Dialect):
     homogeneous = (tf_keras.activations.relu, tf.nn.relu, tf.nn.leaky_relu)
     depthwise_kernel = "depthwise_kernel"
     scale_and_shift = ScaleAndShift
+    bordered_convolution = BorderedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
     private = ("_self_", "_obj_reference_counts", "_inbound_nodes", "_outbound_nodes")
     describers = layer_table(tf_keras.layers)
@@ -127,6 +128,9 @@ class TfKeras(Dialect):
         epsilon = float(layer.epsilon)
         is_raised = layer.fused and epsilon < 1.001e-5
         return max(epsilon, _least_fused_epsilon()) if is_raised else epsilon
+
+    def fuses(self, layer: Any) -> bool:
+        return bool(layer.fused)
 
     # -- copies ----------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The one layer of ours that rewritten tf_keras models may hold."""
+"""The layers of ours that rewritten tf_keras models for inference may hold."""
 
 from __future__ import annotations
 
@@ -49,3 +49,48 @@ class ScaleAndShift(tf_keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "axis": self.axis}
+
+
+@tf_keras.utils.register_keras_serializable(package="mbn_rewrite")
+class BorderedConvolution(tf_keras.layers.Wrapper):
+    """y = activation(convolution(x) + border): a convolution that absorbed a shift before it.
+
+    Where a convolution pads with zeros, a shift of its input adds less at the border than
+    inside. What it adds does not depend on x, and takes the place of the bias.
+
+    Args:
+        layer: the convolution, which has neither a bias nor an activation of its own.
+        activation: what comes last, as convolutions take it.
+
+    Input: as the convolution's, of sizes that are all known but for the batch. Output: as the
+    convolution's. Its weight `border` has the shape of the output without the batch.
+    """
+
+    def __init__(self, layer: Any, activation: Any = None, **kwargs: Any) -> None:
+        super().__init__(layer, **kwargs)
+        self.activation = tf_keras.activations.get(activation)
+        self.supports_masking = layer.supports_masking
+
+    def build(self, input_shape: tf.TensorShape) -> None:
+        sizes = tuple(tf.TensorShape(input_shape).as_list())[1:]
+        if None in sizes:
+            raise ValueError(
+                f"{self.name} needs to know all sizes of its input but that of the batch; it was "
+                f"given an input of shape {input_shape}"
+            )
+        super().build(input_shape)
+        shape = tuple(self.layer.compute_output_shape((None, *sizes)))[1:]
+        self.border = self.add_weight("border", shape, initializer="zeros")
+        # Of other sizes, an output of size 1 would be repeated without a word.
+        self.input_spec = tf_keras.layers.InputSpec(shape=(None, *sizes))
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        convolved = self.layer(inputs)
+        return self.activation(convolved + tf.cast(self.border, convolved.dtype))
+
+    def compute_output_shape(self, input_shape: tf.TensorShape) -> tf.TensorShape:
+        return tf.TensorShape(self.layer.compute_output_shape(input_shape))
+
+    def get_config(self) -> dict[str, Any]:
+        activation = tf_keras.activations.serialize(self.activation)
+        return {**super().get_config(), "activation": activation}

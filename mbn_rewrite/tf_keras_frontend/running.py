@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,19 @@ import tf_keras
 
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.keras_layers import running as shared
-from mbn_rewrite.made_up import GIVE_REAL_ONES
-from mbn_rewrite.running import called, random_tensor
+from mbn_rewrite.made_up import GIVE_REAL_ONES, of_batch
+from mbn_rewrite.measuring import Way
+from mbn_rewrite.running import called, device, random_tensor, runner, set_up
+
+__all__ = [
+    "compute_dtypes",
+    "device",
+    "inputs_of_batch",
+    "outputs_of",
+    "random_inputs",
+    "running",
+    "set_up",
+]
 
 
 def compute_dtypes(model: Any) -> set[str]:
@@ -19,7 +32,7 @@ def compute_dtypes(model: Any) -> set[str]:
     return shared.compute_dtypes(model, tf_keras)
 
 
-def random_inputs(model: Any, seed: int = 0) -> Any:
+def random_inputs(model: Any, seed: int = 0, batch: int | None = None) -> Any:
     """Random inputs in the structure in which the model takes them.
 
     Raises:
@@ -36,7 +49,7 @@ def random_inputs(model: Any, seed: int = 0) -> Any:
             )
         specs = spec[0][0]
     rng = np.random.default_rng(seed)
-    made = shared.made_for(model, tf_keras)
+    made = shared.made_for(model, tf_keras, batch)
     return tf.nest.map_structure(lambda spec: random_tensor(spec, rng, made), specs)
 
 
@@ -46,12 +59,33 @@ def outputs_of(model: Any, inputs: Any, who: str = "the model") -> list[np.ndarr
     Raises:
         RewriteError: the model cannot be called with these inputs.
     """
-    # A BatchNormalization called with training=True moves its statistics even here. Values
-    # read share memory with their variables until one of the two changes.
+    with _undisturbed(model):
+        return called(lambda data: model(data, training=False), inputs, who)
+
+
+def inputs_of_batch(model: Any, inputs: Any, batch: int) -> Any:
+    """Inputs with so many examples: made up, or of those that are given."""
+    if inputs is None:
+        return random_inputs(model, batch=batch)
+    return tf.nest.map_structure(lambda array: tf.constant(of_batch(array, batch)), inputs)
+
+
+@contextmanager
+def running(model: Any, inputs: Any, way: Way) -> Iterator[Callable[[], object]]:
+    """Gives a function that runs the model; the model stays as it is."""
+    with _undisturbed(model):
+        yield runner(lambda data: model(data, training=False), inputs, way)
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """In which a model may be called without lasting effect."""
+    # A BatchNormalization called with training=True moves its statistics even at inference.
+    # Values read share memory with their variables until one of the two changes.
     variables = [*model.non_trainable_weights, *_states(model)]
     before = [(variable, variable.read_value()) for variable in variables]
     try:
-        return called(lambda data: model(data, training=False), inputs, who)
+        yield
     finally:
         for variable, value in before:
             variable.assign(value)

@@ -1,0 +1,174 @@
+"""Finished runs on disk.
+
+    DIRECTORY/study.json            the configuration that all runs have in common
+    DIRECTORY/runs/VARIANT-SEED.json    one finished run
+
+A run is written beside its file and renamed, so that a file is whole or not there. Room for it is
+held while it trains: a full disk is noticed before the work and not after it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.studying.errors import StudyError
+
+FORMAT = 1  # of these files; another number is another version
+_ROOM = 1 << 20  # bytes held for a run
+_STUDY, _RUNS, _RESERVE, _LOCK = "study.json", "runs", ".reserve", ".lock"
+
+
+class Results:
+    """The finished runs of one configuration.
+
+    Args:
+        directory: where they are.
+        configuration: what all of them have in common, nested as may be.
+
+    Raises:
+        StudyError: the directory has results of another configuration.
+    """
+
+    def __init__(self, directory: Path, configuration: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.configuration = json.loads(json.dumps(configuration))  # as it reads when it is read
+        self.digest = _digest(self.configuration)
+
+    @classmethod
+    def open(cls, directory: Path) -> Results:
+        """Those that are there.
+
+        Raises:
+            StudyError: there are none, or they were written by another version.
+        """
+        path = directory / _STUDY
+        if not path.exists():
+            raise StudyError(f"there are no results in {directory}: it has no {_STUDY}")
+        found = _read(path)
+        if found.get("format") != FORMAT:
+            raise StudyError(
+                f"{path} was written by another version of this program: its format is "
+                f"{found.get('format')}, and this one reads {FORMAT}"
+            )
+        return cls(directory, found["configuration"])
+
+    def begin(self) -> None:
+        """Makes the directory, or sees that what is there is of the same configuration."""
+        if (self.directory / _STUDY).exists():
+            found = Results.open(self.directory)
+            self._refuse(found.configuration, f"{self.directory} has results")
+        (self.directory / _RUNS).mkdir(parents=True, exist_ok=True)
+        for left in self.directory.glob("**/*.part"):
+            left.unlink()
+        content = {"format": FORMAT, "configuration": self.configuration}
+        _write(self.directory / _STUDY, content)
+
+    def _refuse(self, other: Mapping[str, Any], what: str) -> None:
+        lines = list(differences(other, self.configuration))
+        if lines:
+            raise StudyError(
+                f"{what} of another configuration:\n"
+                + "\n".join(f"  {line}" for line in lines)
+                + "\nName another directory with --results, or give the flags that those runs had"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Sees that no other process adds to the results.
+
+        Raises:
+            StudyError: one does.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise StudyError(f"another process adds to {self.directory}") from error
+            yield
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Holds disk space for a run while it trains."""
+        reserve = self.directory / _RESERVE
+        try:
+            with reserve.open("wb") as file:
+                file.write(bytes(_ROOM))
+                file.flush()
+                os.fsync(file.fileno())
+            yield
+        finally:
+            reserve.unlink(missing_ok=True)
+
+    def path(self, variant: str, seed: int) -> Path:
+        """The file of a run."""
+        return self.directory / _RUNS / f"{variant}-{seed:03d}.json"
+
+    def save(self, variant: str, seed: int, record: Mapping[str, Any]) -> None:
+        """Keeps a finished run."""
+        content = {"format": FORMAT, "digest": self.digest, "variant": variant, "seed": seed}
+        (self.directory / _RESERVE).unlink(missing_ok=True)
+        _write(self.path(variant, seed), content | {"record": record})
+
+    def finished(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """The records of all finished runs, by variant and seed.
+
+        Raises:
+            StudyError: a file cannot be read, or is of another configuration.
+        """
+        runs = {}
+        for path in sorted((self.directory / _RUNS).glob("*.json")):
+            found = _read(path)
+            if found.get("format") != FORMAT or found.get("digest") != self.digest:
+                raise StudyError(
+                    f"{path} is no run of the configuration in {self.directory / _STUDY}: its "
+                    f"digest is {found.get('digest')}, not {self.digest}. Take it away to go on"
+                )
+            key = found["variant"], found["seed"]
+            if path != self.path(*key):
+                raise StudyError(f"{path} is a copy of the run {key[0]}, seed {key[1]}. Delete it")
+            runs[key] = found["record"]
+        return runs
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What two configurations differ in, a line each."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*before, *now]):
+            inner = f"{name}.{key}" if name else key
+            yield from differences(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield f"{name}: there {json.dumps(before)}, here {json.dumps(now)}"
+
+
+def _digest(configuration: Mapping[str, Any]) -> str:
+    text = json.dumps(configuration, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise StudyError(f"{path} cannot be read ({error}). Delete it to run it again") from error
+    return dict(found)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file beside its place and renames it."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("w") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,212 @@
+"""All runs of a study, one after the other: what is missing, in an order that keeps runs paired."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import rich.progress
+import tensorflow as tf
+from rich.console import Console
+
+import mbn_rewrite
+from benchmarks import training_networks
+from benchmarks.studying import training
+from benchmarks.studying.data import Data
+from benchmarks.studying.errors import StudyError
+from benchmarks.studying.results import Results
+from benchmarks.studying.training import Setting
+from mbn_rewrite.errors import RewriteError
+
+ORIGINAL = "original"
+
+
+def checked_variants(variants: Sequence[str]) -> tuple[str, ...]:
+    """The variants, the original first.
+
+    Raises:
+        StudyError: one is unknown, or the original is missing.
+    """
+    for variant in variants:
+        try:
+            mode, _ = training_networks.check_variant(variant)
+        except RewriteError as error:
+            raise StudyError(str(error)) from error
+        if mode == "none":
+            raise StudyError("none normalises nothing, so there is nothing to compare it by")
+    if ORIGINAL not in variants:
+        raise StudyError("the variants have to have original: the others are compared with it")
+    return tuple(dict.fromkeys([ORIGINAL, *variants]))
+
+
+def configuration(setting: Setting, data: Data, device: str, images: str) -> dict[str, Any]:
+    """What has to be the same for runs to be compared."""
+    return {
+        "versions": {
+            "mbn_rewrite": mbn_rewrite.__version__,
+            "tensorflow": tf.__version__,
+            setting.keras: _keras_version(setting.keras),
+        },
+        "device": device,
+        "replicas": setting.replicas,
+        "keras": setting.keras,
+        "dtype": setting.dtype,
+        "recipe": asdict(setting.recipe),
+        "width": setting.width,
+        "epochs": setting.epochs,
+        "batch": setting.batch,
+        "data": {
+            "images": images,
+            "train": data.train.size,
+            "test": data.test.size,
+            "available": {"train": data.available[0], "test": data.available[1]},
+            "classes": len(data.classes),
+            "corrupt": list(data.corrupt),
+            "digest": data.digest,
+        },
+    }
+
+
+def _keras_version(keras: str) -> str:
+    import importlib
+
+    return str(importlib.import_module(training.KERAS[keras]).__version__)
+
+
+def device(gpus: int) -> str:
+    """What all runs on, in words."""
+    if gpus:
+        gpu = tf.config.list_physical_devices("GPU")[0]
+        name = tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
+        return f"{gpus} x {name}"
+    return f"CPU, {len(os.sched_getaffinity(0))} cores, {_cpu()}"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def order(variants: Sequence[str], runs: int) -> Iterator[tuple[str, int]]:
+    """All runs, seed by seed, so that a part of the study is paired too.
+
+    The variants take turns in going first: what the machine does over time hits all alike.
+    """
+    for seed in range(runs):
+        turn = seed % len(variants)
+        for variant in (*variants[turn:], *variants[:turn]):
+            yield variant, seed
+
+
+def check_operations(
+    variant: str, operations: Mapping[str, int], originals: Mapping[str, int] | None
+) -> None:
+    """Sees that a variant ran something else than the original.
+
+    Raises:
+        StudyError: it did not.
+    """
+    if variant != ORIGINAL and operations == originals:
+        ran = ", ".join(f"{op} x{count}" for op, count in operations.items()) or "nothing"
+        raise StudyError(
+            f"{variant} ran just what the original runs in a step ({ran}): the modification is not "
+            "in effect, and this is no result"
+        )
+
+
+def run_missing(
+    setting: Setting,
+    data: Data,
+    results: Results,
+    variants: Sequence[str],
+    runs: int,
+    strategy: Any = None,
+) -> int:
+    """Runs what is not finished, and keeps it.
+
+    Returns:
+        How many runs were made.
+
+    Raises:
+        StudyError: a variant ran just what the original runs, or a run cannot be made.
+    """
+    finished = results.finished()
+    all_runs = list(order(variants, runs))
+    missing = [one for one in all_runs if one not in finished]
+    # A variant is compared with the original as it runs, so that has to be there.
+    missing.sort(key=lambda one: one[0] != ORIGINAL or one[1] != 0)
+    with Progress(len(all_runs), len(missing), setting.epochs) as progress:
+        for variant, seed in missing:
+
+            def check(operations: Mapping[str, int], variant: str = variant) -> None:
+                original = finished.get((ORIGINAL, 0))
+                check_operations(variant, operations, original and original["operations"])
+
+            progress.begin(variant, seed)
+            with results.room():
+                record = training.run(setting, data, variant, seed, check, progress.epoch, strategy)
+                results.save(variant, seed, record)
+            finished[variant, seed] = record
+            progress.end(record)
+    return len(missing)
+
+
+class Progress:
+    """Says which run it is and how much time is left, on standard error.
+
+    A line for each run that ends, and on a terminal a bar that grows with the epochs.
+    """
+
+    def __init__(self, runs: int, missing: int, epochs: int) -> None:
+        self._number, self._runs = runs - missing, runs
+        self._label, self._started = "", 0.0
+        console = Console(stderr=True, highlight=False)
+        # Speed is taken over all epochs: variants differ, and take turns.
+        self._bar = rich.progress.Progress(
+            *rich.progress.Progress.get_default_columns(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=math.inf,
+        )
+        self._task = self._bar.add_task("", total=missing * epochs)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, variant: str, seed: int) -> None:
+        """A run starts."""
+        self._number += 1
+        self._label = f"run {self._number}/{self._runs}: {variant}, seed {seed}"
+        self._started = time.perf_counter()
+        self._bar.update(self._task, description=self._label)
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """An epoch has ended."""
+        self._bar.advance(self._task)
+
+    def end(self, record: Mapping[str, Any]) -> None:
+        """A run has ended."""
+        accuracy = f"{100 * record['epochs'][-1]['test_accuracy']:.2f}%"
+        seconds = time.perf_counter() - self._started
+        self._bar.console.print(
+            f"{self._label}: {accuracy} in {seconds:.0f} s{self._rest()}", soft_wrap=True
+        )
+
+    def _rest(self) -> str:
+        left = self._bar.tasks[0].time_remaining
+        if not left:
+            return ""
+        return f", {left / 60:.0f} min left" if left < 7200 else f", {left / 3600:.1f} h left"

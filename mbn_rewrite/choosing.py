@@ -1,0 +1,186 @@
+"""Mode "auto": of the exact forms that a model can have, the one that measures fastest.
+
+The planner says which forms there are (`planner.candidates`). Each is written and run as a whole,
+in turn with the others and with the model as it was. The folded model is taken unless another
+form is faster beyond noise, and the model as it was if even the chosen form is slower than that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from mbn_rewrite.decisions import Decision, Plan
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.front_ends import FrontEnd, Reading
+from mbn_rewrite.graph import Graph
+from mbn_rewrite.measuring import DEFAULT_BUDGET, Measurement, Ratio, Timing, Way, race, ratio
+from mbn_rewrite.planner import FOLDED, candidates
+
+INPUT = "input"  # the model as it was
+
+Run = Callable[[], object]
+# What runs a form, by its plan; None stands for the model as it was. RewriteError: it cannot be
+# run in this way.
+Runner = Callable[[Plan | None], AbstractContextManager[Run]]
+
+_NEEDED = (INPUT, FOLDED)  # without these there is nothing to compare others with
+_LEAST_ROUNDS = 3  # with fewer there is nothing to compare
+_BUILDING = 0.6  # the part of the budget after which no further form is built
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        way: how the model will be run.
+        inputs: what to call it with, cut to the batch size; None to make them up.
+        budget: the most seconds to take, about.
+        progress: called with a line when a step begins.
+    """
+
+    way: Way = field(default_factory=Way)
+    inputs: Any = None
+    budget: float = DEFAULT_BUDGET
+    progress: Callable[[str], None] = lambda line: None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, (int, float)) or not self.budget > 0:
+            raise RewriteError(
+                f"the budget must be a number of seconds above 0, not {self.budget!r}. To measure "
+                'nothing, use mode="fold"'
+            )
+
+
+def choose(graph: Graph, runner: Runner, device: str, options: Options) -> Plan:
+    """The plan of the form that measures fastest.
+
+    Nothing is measured where every BatchNormalization folds, or nothing else could be done.
+    """
+    plans = candidates(graph)
+    if len(plans) == 1:
+        return plans[FOLDED]
+    start = time.perf_counter()
+    notes: dict[str, str] = {}
+    with ExitStack() as stack:
+        runs = _built(stack, plans, runner, options, start, notes)
+        seconds: dict[str, list[float]] = {}
+        if set(_NEEDED) <= set(runs):
+            options.progress(f"measuring {len(runs)} forms: {options.way}")
+            with _noting(notes, INPUT):  # memory, or a device, may be gone half-way
+                seconds = race(runs, start + options.budget, stays=_NEEDED)
+    chosen, why = _fastest(seconds, notes)
+    timings = tuple(
+        Timing(
+            form,
+            tuple(seconds.get(form, ())),
+            ratio(seconds[INPUT], seconds[form]) if seconds.get(form) else None,
+            notes.get(form, ""),
+        )
+        for form in (INPUT, *plans)
+    )
+    measurement = Measurement(device, options.way, timings, chosen, why)
+    plan = _as_it_was(plans[FOLDED]) if chosen == INPUT else plans[chosen]
+    return replace(plan, measurement=measurement)
+
+
+def _built(
+    stack: ExitStack,
+    plans: Mapping[str, Plan],
+    runner: Runner,
+    options: Options,
+    start: float,
+    notes: dict[str, str],
+) -> dict[str, Run]:
+    """What runs each form, of those that can be built and run in time."""
+    runs: dict[str, Run] = {}
+    # All are built before one runs: a call may move statistics, which must not be copied.
+    for form, plan in ((INPUT, None), *plans.items()):
+        if form not in _NEEDED and time.perf_counter() - start > _BUILDING * options.budget:
+            notes[form] = f"not tried: the budget of {options.budget:g} seconds was used up"
+            continue
+        options.progress(f"building form '{form}'")
+        with _noting(notes, form):
+            runs[form] = stack.enter_context(runner(plan))
+    for form in list(runs):
+        with _noting(notes, form):
+            runs[form]()
+    return {form: run for form, run in runs.items() if form not in notes}
+
+
+@contextmanager
+def _noting(notes: dict[str, str], form: str) -> Iterator[None]:
+    """In which it is noted what keeps a form from being measured."""
+    try:
+        yield
+    except RewriteError as error:
+        notes[form] = f"not measured: {error}"
+    except MemoryError:
+        notes[form] = "not measured: out of memory"
+
+
+def _fastest(seconds: Mapping[str, list[float]], notes: Mapping[str, str]) -> tuple[str, str]:
+    """The form to take, and why."""
+    failed = next((form for form in _NEEDED if form in notes), None)
+    if failed:
+        return FOLDED, f"nothing was compared, since '{failed}' was not run; what folds is folded"
+    if min(map(len, seconds.values())) < _LEAST_ROUNDS:
+        return FOLDED, "the budget allowed too few rounds to compare, so what folds is folded"
+    forms = {form: times for form, times in seconds.items() if form != INPUT}
+    best = min(forms, key=lambda form: ratio(forms[form], forms[FOLDED]).median)
+    if best != FOLDED and ratio(forms[best], forms[FOLDED]).high >= 1:
+        best = FOLDED
+    against_input = ratio(seconds[best], seconds[INPUT])
+    if against_input.low > 1:
+        return INPUT, "the model as it was is faster than any other form"
+    if best == FOLDED:
+        return best, "no other form is faster beyond noise"
+    return best, f"it takes {_percent(ratio(forms[best], forms[FOLDED]))} of the time of '{FOLDED}'"
+
+
+def _percent(measured: Ratio) -> str:
+    return f"{100 * measured.median:.1f}% ({100 * measured.low:.1f} to {100 * measured.high:.1f}%)"
+
+
+def _as_it_was(fold: Plan) -> Plan:
+    """A plan to do nothing, since that is fastest."""
+    why = "With what folds folded, the model is slower than it was."
+    decisions = tuple(
+        d if d.action == "kept" else Decision(d.name, "kept", reason=why) for d in fold.decisions
+    )
+    return Plan("auto", decisions)
+
+
+# ------------------------------------------------------------------------ models in memory
+
+
+def choose_for(
+    front_end: FrontEnd, model: Any, reading: Reading, options: Options
+) -> tuple[Plan, Any]:
+    """The plan of the form of a model that measures fastest, and the model with it carried out.
+
+    The latter is None where nothing was measured.
+    """
+    written: list[tuple[Plan, Any]] = []
+
+    def runner(plan: Plan | None) -> AbstractContextManager[Run]:
+        if plan is None:
+            return front_end.running(model, inputs(), options.way)
+        new = front_end.write(model, reading, plan)
+        written.append((plan, new))
+        return front_end.running(new, inputs(), options.way)
+
+    @cache
+    def inputs() -> Any:
+        return front_end.inputs_of_batch(model, options.inputs, options.way.batch_size)
+
+    with front_end.set_up(options.way):
+        plan = choose(reading.graph, runner, front_end.device(), options)
+    # What was measured is added to a plan; its decisions stay the same object.
+    chosen = (new for tried, new in written if tried.decisions is plan.decisions)
+    return plan, next(chosen, None)

@@ -1,0 +1,107 @@
+"""Timing in turn and what is concluded from it, on a clock that the tests set. No framework."""
+
+import pytest
+
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.measuring import Measurement, Timing, Way, _outside, quartiles, race, ratio
+
+
+class Clock:
+    """Time passes only where a variant says how long it takes."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def taking(self, *seconds):
+        """A function that takes so many seconds, one after the other, again and again."""
+        calls = iter(range(10**6))
+
+        def function():
+            self.now += seconds[next(calls) % len(seconds)]
+
+        return function
+
+
+def test_all_variants_take_the_same_number_of_turns_while_they_are_close():
+    clock = Clock()
+    seconds = race({"a": clock.taking(0.1), "b": clock.taking(0.101)}, 10**6, clock=clock)
+    assert len(seconds["a"]) == len(seconds["b"]) == 40
+    assert seconds["a"] == pytest.approx([0.1] * 40)
+
+
+def test_a_hopeless_variant_leaves_and_one_that_stays_does_not():
+    clock = Clock()
+    variants = {
+        "fast": clock.taking(0.1), "slow": clock.taking(0.2), "input": clock.taking(0.3),
+    }  # fmt: skip
+    seconds = race(variants, 10**6, stays=["input"], clock=clock)
+    assert len(seconds["slow"]) == 7
+    assert len(seconds["input"]) == len(seconds["fast"]) == 40
+
+
+def test_the_deadline_ends_the_race():
+    clock = Clock()
+    seconds = race({"a": clock.taking(1.0), "b": clock.taking(1.0)}, 10.0, clock=clock)
+    assert clock.now <= 12
+    assert len(seconds["a"]) == len(seconds["b"]) == 3
+
+
+def test_short_calls_are_timed_several_at_a_time():
+    clock = Clock()
+    seconds = race({"a": clock.taking(0.001)}, 10**6, clock=clock)
+    assert seconds["a"][0] == pytest.approx(0.001)
+    assert clock.now == pytest.approx(0.003 + 40 * 0.005)
+
+
+@pytest.mark.parametrize(("count", "outside"), [(1, 0), (5, 0), (6, 0), (10, 1), (30, 9), (40, 13)])
+def test_interval_of_a_median_is_that_of_the_binomial_table(count, outside):
+    assert _outside(count) == outside
+
+
+def test_ratio_pairs_what_was_measured_together():
+    measured = ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0, 100.0])
+    assert (measured.median, measured.low, measured.high) == (2.0, 2.0, 2.0)
+
+
+def test_ratio_of_noise_includes_one():
+    measured = ratio([1.0, 1.2, 0.9, 1.1, 0.8, 1.0], [1.1, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert measured.low < 1 < measured.high
+
+
+def test_quartiles_of_one_value():
+    assert quartiles([3.0]) == (3.0, 3.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"batch_size": 0},
+        {"batch_size": 1.5},
+        {"batch_size": True},
+        {"dtype": "int8"},
+        {"dtype": "bfloat16", "jit_compile": True},
+    ],
+)
+def test_ways_that_make_no_sense(given):
+    with pytest.raises(RewriteError):
+        Way(**given)
+
+
+def test_measurement_is_a_table_and_json():
+    timings = (
+        Timing("input", (0.002, 0.002), ratio([1.0, 1.0], [1.0, 1.0])),
+        Timing("folded", (0.001, 0.001), ratio([2.0, 2.0], [1.0, 1.0])),
+        Timing("fused", note="not measured: out of memory"),
+    )
+    measurement = Measurement("some device", Way(8), timings, "folded", "because")
+    text = str(measurement)
+    assert "some device, batch 8: because" in text
+    (row,) = [line for line in text.split("\n") if line.startswith(" folded")]
+    assert row.endswith("chosen")
+    assert "out of memory" in text
+    forms = measurement.to_dict()["forms"]
+    assert forms[1]["milliseconds"] == [1.0, 1.0]
+    assert forms[1]["times_as_fast"]["median"] == 2.0
