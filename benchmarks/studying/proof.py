@@ -21,6 +21,8 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
+from benchmarks.studying.errors import StudyError
+
 # Kernels that move nothing, look after variables, or compute with one element per channel.
 _UNLISTED = {
     *("Const", "Identity", "IdentityN", "NoOp", "_Arg", "_Retval", "Cast", "Shape", "Reshape"),
@@ -101,7 +103,11 @@ class Profiler:
         """What ran in so many steps."""
         assert self._directory is not None
         tf.profiler.experimental.stop()
-        (path,) = Path(self._directory.name).rglob("*.xplane.pb")
+        path = next(Path(self._directory.name).rglob("*.xplane.pb"), None)
+        if path is None:
+            raise StudyError(
+                "the profiler wrote nothing; is there room in the temporary directory?"
+            )
         space = xplane_pb2.XSpace.FromString(path.read_bytes())
         self.close()
         return Steps(steps, tuple(attributed(_events(space), self._layers)))
