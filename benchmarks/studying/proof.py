@@ -31,8 +31,9 @@ _UNLISTED = {
     *("Maximum", "Minimum", "Fill", "Tile", "ExpandDims", "Squeeze", "Prod", "Reciprocal"),
     *("Snapshot", "StridedSlice", "Pack", "ConcatV2", "Size"),
 }
-# What gradients without a layer's name are made of.
-_UNNAMED = ("FusedBatchNormGradV3", "FusedBatchNormV3", "GatherV2", "InplaceAdd")
+# What gradients without a layer's name are made of, as far as nothing else is made of it: the
+# pipeline gathers too, at the same time.
+_UNNAMED = ("FusedBatchNormGradV3", "FusedBatchNormV3", "InplaceAdd")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ class Executed:
     backward: bool
     kernel: str
     milliseconds: float
+
+
+def kinds(operations: Iterable[str]) -> set[str]:
+    """What ran, whoever computed it, and whether or not a ReLU was in it."""
+    return {
+        operation.removesuffix(" (oneDNN)").replace("FusedBatchNormEx", "FusedBatchNormV3")
+        for operation in operations
+    }
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import mbn_rewrite
 from benchmarks import training_networks
-from benchmarks.studying import training
+from benchmarks.studying import proof, training
 from benchmarks.studying.data import Data
 from benchmarks.studying.errors import StudyError
 from benchmarks.studying.recipes import KERAS
@@ -109,12 +109,16 @@ def order(variants: Sequence[str], runs: int) -> Iterator[tuple[str, int]]:
 def check_operations(
     variant: str, operations: Mapping[str, int], originals: Mapping[str, int] | None
 ) -> None:
-    """Sees that a variant ran something else than the original.
+    """Sees that a variant ran operations of another kind than the original.
+
+    How many there are is not enough: the profiler now and then misses one.
 
     Raises:
         StudyError: it did not.
     """
-    if variant != ORIGINAL and operations == originals:
+    if variant == ORIGINAL or originals is None:
+        return
+    if proof.kinds(operations) == proof.kinds(originals):
         ran = ", ".join(f"{op} x{count}" for op, count in operations.items()) or "nothing"
         raise StudyError(
             f"{variant} ran just what the original runs in a step ({ran}): the modification is not "
