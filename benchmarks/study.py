@@ -57,10 +57,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 from absl import app, flags
 
 from benchmarks.studying.errors import StudyError, exit_code
-from benchmarks.studying.recipes import RECIPES, RUNS, VARIANTS
-
-KERAS = ("tf_keras", "keras_3")
-DTYPES = ("float32", "mixed_float16", "mixed_bfloat16")
+from benchmarks.studying.recipes import DTYPES, KERAS, RECIPES, RUNS, VARIANTS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("results", None, "Directory of the results.")
@@ -76,7 +73,7 @@ flags.DEFINE_integer("batch", None, "Images on one device, instead of the recipe
 flags.DEFINE_float("width", 1.0, "Channels, times those of the network.", lower_bound=1 / 64)
 flags.DEFINE_integer("examples", None, "Training images; by default all.", lower_bound=1)
 flags.DEFINE_integer("test_examples", None, "Test images; by default all.", lower_bound=1)
-flags.DEFINE_enum("keras", "tf_keras", KERAS, "Which Keras trains.")
+flags.DEFINE_enum("keras", "tf_keras", list(KERAS), "Which Keras trains.")
 flags.DEFINE_enum("dtype", "float32", DTYPES, "Policy of Keras.")
 flags.DEFINE_integer(
     "devices", None, "GPUs to train on, by default all; without a GPU, parts of the CPU.", 1

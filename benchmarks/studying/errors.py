@@ -30,9 +30,9 @@ def exit_code(command: Callable[[], None], results: Path) -> int:
         _say(f"interrupted. {_kept(results)}")
         return 130
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _say(f"error: the disk is full. {_kept(results)}, once there is room")
+        full = error.errno == errno.ENOSPC
+        what, then = ("the disk is full", ", once there is room") if full else (error, "")
+        _say(f"error: {what}. {_kept(results)}{then}")
         return 1
     return 0
 

@@ -21,6 +21,8 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
+from benchmarks.studying.errors import StudyError
+
 # Kernels that move nothing, look after variables, or compute with one element per channel.
 _UNLISTED = {
     *("Const", "Identity", "IdentityN", "NoOp", "_Arg", "_Retval", "Cast", "Shape", "Reshape"),
@@ -29,8 +31,9 @@ _UNLISTED = {
     *("Maximum", "Minimum", "Fill", "Tile", "ExpandDims", "Squeeze", "Prod", "Reciprocal"),
     *("Snapshot", "StridedSlice", "Pack", "ConcatV2", "Size"),
 }
-# What gradients without a layer's name are made of.
-_UNNAMED = ("FusedBatchNormGradV3", "FusedBatchNormV3", "GatherV2", "InplaceAdd")
+# What gradients without a layer's name are made of, as far as nothing else is made of it: the
+# pipeline gathers too, at the same time.
+_UNNAMED = ("FusedBatchNormGradV3", "FusedBatchNormV3", "InplaceAdd")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,14 @@ class Executed:
     backward: bool
     kernel: str
     milliseconds: float
+
+
+def kinds(operations: Iterable[str]) -> set[str]:
+    """What ran, whoever computed it, and whether or not a ReLU was in it."""
+    return {
+        operation.removesuffix(" (oneDNN)").replace("FusedBatchNormEx", "FusedBatchNormV3")
+        for operation in operations
+    }
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,11 @@ class Profiler:
         """What ran in so many steps."""
         assert self._directory is not None
         tf.profiler.experimental.stop()
-        (path,) = Path(self._directory.name).rglob("*.xplane.pb")
+        path = next(Path(self._directory.name).rglob("*.xplane.pb"), None)
+        if path is None:
+            raise StudyError(
+                "the profiler wrote nothing; is there room in the temporary directory?"
+            )
         space = xplane_pb2.XSpace.FromString(path.read_bytes())
         self.close()
         return Steps(steps, tuple(attributed(_events(space), self._layers)))

@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+KERAS = {"tf_keras": "tf_keras", "keras_3": "keras"}  # packages by the names on command lines
+DTYPES = ("float32", "mixed_float16", "mixed_bfloat16")  # policies of Keras
 RUNS = 30  # of each variant in the study
 VARIANTS = ("original", "strided2", "strided4", "strided8", "mbn1", "mbn2", "mbn4", "mbn8")
 

@@ -31,9 +31,6 @@ class Results:
     Args:
         directory: where they are.
         configuration: what all of them have in common, nested as may be.
-
-    Raises:
-        StudyError: the directory has results of another configuration.
     """
 
     def __init__(self, directory: Path, configuration: Mapping[str, Any]) -> None:
@@ -60,7 +57,11 @@ class Results:
         return cls(directory, found["configuration"])
 
     def begin(self) -> None:
-        """Makes the directory, or sees that what is there is of the same configuration."""
+        """Makes the directory, or sees that what is there is of the same configuration.
+
+        Raises:
+            StudyError: it is not.
+        """
         if (self.directory / _STUDY).exists():
             found = Results.open(self.directory)
             self._refuse(found.configuration, f"{self.directory} has results")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib
 import time
 from collections.abc import Callable
@@ -17,10 +18,8 @@ from benchmarks.studying.data import Data
 from benchmarks.studying.errors import StudyError
 from benchmarks.studying.pipeline import Pipeline
 from benchmarks.studying.proof import Profiler, Steps
-from benchmarks.studying.recipes import Recipe, learning_rate
+from benchmarks.studying.recipes import KERAS, Recipe, learning_rate
 
-KERAS = {"tf_keras": "tf_keras", "keras_3": "keras"}
-DTYPES = ("float32", "mixed_float16", "mixed_bfloat16")
 _WARM = 2  # steps before those that are profiled: the first traces
 _PROFILED = 10  # the profiler now and then misses an event, and times scatter
 _QUANTILES = (0.1, 0.9)
@@ -92,7 +91,9 @@ def run(
     try:
         with (strategy or tf.distribute.get_strategy()).scope():
             model = _compiled(keras, setting, len(data.classes), variant, seed)
-        return _trained(keras, model, setting, pipeline, data, seed, check, after_epoch)
+        return _trained(model, setting, pipeline, data, seed, _watch(keras), check, after_epoch)
+    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+        raise StudyError(f"{variant} is out of memory; --batch makes a step smaller") from error
     finally:
         keras.mixed_precision.set_global_policy("float32")
         keras.backend.clear_session()
@@ -114,12 +115,12 @@ def _compiled(keras: Any, setting: Setting, classes: int, variant: str, seed: in
 
 
 def _trained(
-    keras: Any,
     model: Any,
     setting: Setting,
     pipeline: Pipeline,
     data: Data,
     seed: int,
+    watch_class: type,
     check: Callable[[dict[str, int]], None],
     after_epoch: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
@@ -130,15 +131,19 @@ def _trained(
         "initial_weights": models.digest(model),
         "first_batch": _digest_of_first(pipeline.training(data.train, seed, 0)),
         "layers": [
-            {"name": layer.name, "kind": type(layer).__name__, "shape": list(layer_shape(layer))}
-            | {"strides": models.strides(layer)}
+            {
+                "name": layer.name,
+                "kind": type(layer).__name__,
+                "shape": list(layer.input.shape[1:]),
+                "strides": models.strides(layer),
+            }
             for layer in norms
         ],
         "epochs": [],
     }
     testing = pipeline.testing(data.test)
     layers = {norm.name: max(models.strides(norm) or [1]) > 1 for norm in norms}
-    watch = _watch(keras)(setting, pipeline.steps(data.train), layers, check)
+    watch = watch_class(setting, pipeline.steps(data.train), layers, check)
     try:
         for epoch in range(setting.epochs):
             training = pipeline.training(data.train, seed, epoch)
@@ -183,16 +188,8 @@ def _norms(norms: list[Any]) -> dict[str, Any]:
     }
 
 
-def layer_shape(layer: Any) -> tuple[int, ...]:
-    """Height, width and channels of what a layer reads."""
-    shape = layer.input.shape
-    return tuple(int(size) for size in shape[1:])
-
-
 def _digest_of_first(training: Any) -> str:
     """Changes with what the first step sees."""
-    import hashlib
-
     images, labels = next(iter(training))
     return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
 
