@@ -408,6 +408,8 @@ def measure(model: dict[str, Any], tools: Sequence[Tool], results: Results) -> N
             model["rows"].append(row)
             results.write()
         _add_latencies(model, directory)
+        for row in model["rows"]:
+            row.pop("path", None)  # it is gone with the directory
         results.write()
 
 
