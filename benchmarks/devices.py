@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-import re
-from pathlib import Path
+from mbn_rewrite.measuring import cpu_name
 
 DEVICES = ("CPU", "GPU")
 
@@ -35,13 +33,6 @@ def name_of(device: str) -> str:
     import tensorflow as tf
 
     if device == "CPU":
-        return _cpu_name()
+        return cpu_name()
     gpu = tf.config.list_physical_devices("GPU")[0]
     return str(tf.config.experimental.get_device_details(gpu).get("device_name", "GPU"))
-
-
-def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    text = information.read_text() if information.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()

@@ -56,7 +56,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -79,8 +78,10 @@ import mbn_rewrite as mbn
 from benchmarks import peer_tools
 from benchmarks.bn_count import Left, one_channel
 from benchmarks.peer_tools import Declined, Tool, Work
+from benchmarks.results import save
 from benchmarks.timing import interleaved
 from mbn_rewrite.api import MODES
+from mbn_rewrite.measuring import cpu_name, quartiles
 from mbn_rewrite.planner import TRAINING_MODES
 from mbn_rewrite.report import table
 from tools import real_models
@@ -359,9 +360,7 @@ class Results:
         """Writes the file whole or not at all."""
         if self._path is None:
             return
-        part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        part.write_text(json.dumps(self.data, indent=2) + "\n")
-        part.replace(self._path)
+        save(self._path, self.data)
 
 
 def device() -> dict[str, Any]:
@@ -373,7 +372,7 @@ def device() -> dict[str, Any]:
     facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
     wide = [f for f in ("avx512f", "avx512_vnni", "avx512_bf16") if f in facts.get("flags", "")]
     return {
-        "processor": facts.get("model name") or platform.processor() or platform.machine(),
+        "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "features": wide,
         "oneDNN in TensorFlow": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "as it decides"),
@@ -433,16 +432,9 @@ def _add_latencies(model: dict[str, Any], directory: str) -> None:
         return
     base = statistics.median(times["original"]) if "original" in times else None
     for row in rows:
-        lower, median, upper = _quartiles(times[row["tool"]])
+        lower, median, upper = quartiles(times[row["tool"]])
         row["milliseconds"] = {"median": median, "lower": lower, "upper": upper}
         row["times_as_fast"] = base / median if base else None
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return lower, median, upper
 
 
 # -------------------------------------------------------------------------------- for people

@@ -83,6 +83,7 @@ from benchmarks.failures import described
 from benchmarks.training_networks import KERAS, NETWORKS, check_variant
 from benchmarks.training_rows import CLASSES, DTYPES, SIZES, Row, Settings, progress
 from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.measuring import quartiles
 from mbn_rewrite.report import table
 
 VARIANTS = ("original", "strided1", "strided2", "strided4", "strided8", "mbn4", "none")
@@ -129,7 +130,7 @@ def _cells(row: Row, original: Row, settings: Settings) -> list[str]:
     lower = median = upper = None
     if row.measured:
         speeds = training_rows.images_per_second(row, settings.batch)
-        lower, median, upper = training_rows.quartiles(speeds)
+        lower, median, upper = quartiles(speeds)
     strided = check_variant(row.variant)[1] is not None and row.lowered is not None
     return [
         row.variant,
@@ -173,7 +174,7 @@ def draw(groups: Sequence[Sequence[Row]], settings: Settings, device: str, path:
         original = rows[0]
         if not original.measured:
             continue
-        base = training_rows.quartiles(training_rows.images_per_second(original, settings.batch))[1]
+        base = quartiles(training_rows.images_per_second(original, settings.batch))[1]
         panels[f"{original.model}, {original.keras}"] = [
             _bar(row, base, settings) for row in rows if row.measured
         ]
@@ -188,7 +189,7 @@ def draw(groups: Sequence[Sequence[Row]], settings: Settings, device: str, path:
 
 def _bar(row: Row, base: float, settings: Settings) -> charts.Bar:
     speeds = training_rows.images_per_second(row, settings.batch)
-    lower, median, upper = (value / base for value in training_rows.quartiles(speeds))
+    lower, median, upper = (value / base for value in quartiles(speeds))
     return charts.Bar(row.variant, median, lower, upper)
 
 

@@ -34,6 +34,7 @@ from benchmarks.memory import forget_peak, resident
 from benchmarks.timing import interleaved, synchronize
 from benchmarks.training_networks import KERAS, NETWORKS, check_variant
 from benchmarks.training_steps import Batch, Trainer, trainer
+from mbn_rewrite.measuring import quartiles
 from mbn_rewrite.running import give_back_memory
 
 PACKAGES = {"tf_keras": tf_keras, "keras_3": keras}
@@ -524,14 +525,6 @@ def step_ratio(row: Row, original: Row) -> float | None:
 def images_per_second(row: Row, batch: int) -> list[float]:
     """For each repeat."""
     return [batch / seconds for seconds in row.seconds]
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The lower quartile, the median and the upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    lower, middle, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return lower, middle, upper
 
 
 def progress(what: str) -> None:

@@ -152,13 +152,17 @@ def processor() -> str:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # where processes are not bound to cores
         cores = os.cpu_count() or 1
-    name = platform.processor() or platform.machine()
+    return f"{cpu_name()}, {cores} cores"
+
+
+def cpu_name() -> str:
+    """What the maker calls the CPU, as far as the system tells."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return f"{found[1].strip() if found else name}, {cores} cores"
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import platform
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import rich.progress
@@ -18,7 +15,7 @@ import tensorflow as tf
 from rich.console import Console
 
 import mbn_rewrite
-from benchmarks import training_networks
+from benchmarks import devices, training_networks
 from benchmarks.studying import proof, training
 from benchmarks.studying.data import Data
 from benchmarks.studying.errors import StudyError
@@ -83,16 +80,8 @@ def _keras_version(keras: str) -> str:
 def device(gpus: int) -> str:
     """What all runs on, in words."""
     if gpus:
-        gpu = tf.config.list_physical_devices("GPU")[0]
-        name = tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
-        return f"{gpus} x {name}"
-    return f"CPU, {os.cpu_count()} cores, {_cpu()}"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+        return f"{gpus} x {devices.name_of('GPU')}"
+    return f"CPU, {os.cpu_count()} cores, {devices.name_of('CPU')}"
 
 
 def order(variants: Sequence[str], runs: int) -> Iterator[tuple[str, int]]:
