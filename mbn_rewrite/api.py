@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mbn_rewrite import strides
-from mbn_rewrite.choosing import Options, choose_for
+from mbn_rewrite.choosing import Options, plan_in_memory
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.front_ends import FrontEnd, Reading, front_end_of
-from mbn_rewrite.measuring import Way
-from mbn_rewrite.planner import TRAINING_MODES, make_plan
+from mbn_rewrite.front_ends import front_end_of
+from mbn_rewrite.measuring import DEFAULT_BUDGET, Way
+from mbn_rewrite.planner import TRAINING_MODES
 from mbn_rewrite.training_layers import DEFAULT_STRIDE
 
 MODES = {
@@ -118,7 +118,7 @@ def plan(
     options = measuring_options(mode, batch_size, jit_compile, dtype, inputs, budget, progress)
     front_end = front_end_of(model)
     reading = front_end.read(model)
-    return _planned(front_end, model, reading, mode, stride, options)[0]
+    return plan_in_memory(front_end, model, reading, mode, stride, options)[0]
 
 
 def convert_with_plan(
@@ -129,17 +129,8 @@ def convert_with_plan(
     options = measuring_options(mode, **measuring)
     front_end = front_end_of(model)
     reading = front_end.read(model)
-    made, new = _planned(front_end, model, reading, mode, stride, options)
+    made, new = plan_in_memory(front_end, model, reading, mode, stride, options)
     return front_end.write(model, reading, made) if new is None else new, made
-
-
-def _planned(
-    front_end: FrontEnd, model: Any, reading: Reading, mode: str, stride: Any, options: Options
-) -> tuple[Plan, Any]:
-    """The plan, and the model with it carried out if it had to be made for that."""
-    if mode == "auto":
-        return choose_for(front_end, model, reading, options)
-    return make_plan(reading.graph, mode, stride), None
 
 
 def measuring_options(
@@ -171,8 +162,9 @@ def measuring_options(
             'out, or use mode="auto"'
         )
     way = Way(1 if batch_size is None else batch_size, bool(jit_compile), dtype)
-    kept = {"budget": budget, "progress": progress}
-    return Options(way, inputs, **{k: v for k, v in kept.items() if v is not None})  # type: ignore[arg-type]
+    return Options(
+        way, inputs, DEFAULT_BUDGET if budget is None else budget, progress or (lambda line: None)
+    )
 
 
 def check_mode(mode: str, stride: Any = None) -> Any:

@@ -19,7 +19,7 @@ from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.front_ends import FrontEnd, Reading
 from mbn_rewrite.graph import Graph
 from mbn_rewrite.measuring import DEFAULT_BUDGET, Measurement, Ratio, Timing, Way, race, ratio
-from mbn_rewrite.planner import FOLDED, candidates
+from mbn_rewrite.planner import FOLDED, candidates, make_plan
 
 INPUT = "input"  # the model as it was
 
@@ -159,13 +159,26 @@ def _as_it_was(fold: Plan) -> Plan:
 # ------------------------------------------------------------------------ models in memory
 
 
-def choose_for(
+def plan_in_memory(
+    front_end: FrontEnd,
+    model: Any,
+    reading: Reading,
+    mode: str,
+    stride: Any = None,
+    options: Options | None = None,
+) -> tuple[Plan, Any]:
+    """The plan of a model in any mode, and the model with it carried out.
+
+    The latter is None where it did not have to be made for the plan.
+    """
+    if mode != "auto":
+        return make_plan(reading.graph, mode, stride), None
+    return _choose_in_memory(front_end, model, reading, options or Options())
+
+
+def _choose_in_memory(
     front_end: FrontEnd, model: Any, reading: Reading, options: Options
 ) -> tuple[Plan, Any]:
-    """The plan of the form of a model that measures fastest, and the model with it carried out.
-
-    The latter is None where nothing was measured.
-    """
     written: list[tuple[Plan, Any]] = []
 
     def runner(plan: Plan | None) -> AbstractContextManager[Run]:

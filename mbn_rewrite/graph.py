@@ -18,8 +18,7 @@ from mbn_rewrite.algebra import ChannelMap, Kernel, Window
 
 Shape = tuple[int | None, ...]
 
-# What TensorFlow's fused batch normalisation takes.
-FUSED_DTYPES = ("float16", "bfloat16", "float32")
+_FUSED_DTYPES = ("float16", "bfloat16", "float32")
 
 # Kernels in the order in which they are applied, and the name of the bias added last,
 # or None where there is none yet.
@@ -128,6 +127,11 @@ class BatchNorm(Op):
     special: str = ""
     axis: int | None = None
     fusible: bool = False
+
+
+def fused_operation_takes(dtype: str, axis: int | None, rank: int) -> bool:
+    """Whether TensorFlow's fused operation can normalise such a tensor, seen as images."""
+    return dtype in _FUSED_DTYPES and axis == rank - 1 and 2 <= rank <= 5
 
 
 @dataclass(frozen=True)

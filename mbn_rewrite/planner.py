@@ -210,9 +210,10 @@ def candidates(graph: Graph) -> dict[str, Plan]:
         plans["depthwise"] = _with_form(fold, "depthwise", maps)
     if maps:
         plans["scale_and_shift"] = _with_form(fold, "scale_and_shift", maps)
-    bordered = replace(_plan_fold(graph, borders=True), mode="auto")
-    if bordered.left < fold.left:
-        plans["border"] = bordered
+    if fold.left:
+        bordered = replace(_plan_fold(graph, borders=True), mode="auto")
+        if bordered.left < fold.left:
+            plans["border"] = bordered
     return plans
 
 

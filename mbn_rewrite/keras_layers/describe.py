@@ -15,7 +15,6 @@ import numpy as np
 from mbn_rewrite import layouts
 from mbn_rewrite.algebra import ChannelMap, Kernel, Window
 from mbn_rewrite.graph import (
-    FUSED_DTYPES,
     Affine,
     BatchNorm,
     Chain,
@@ -32,6 +31,7 @@ from mbn_rewrite.graph import (
     Reshape,
     Shape,
     ZeroPadding,
+    fused_operation_takes,
 )
 from mbn_rewrite.keras_layers import weights
 from mbn_rewrite.keras_layers.dialect import Dialect
@@ -114,14 +114,11 @@ def batch_norm(layer: Any, training: bool | None, keras: Dialect) -> BatchNorm:
 
 def _fusible(layer: Any, axis: int, keras: Dialect) -> bool:
     """Whether the fused operation could do what arithmetic does now."""
-    rank = layer.input_spec.ndim
     return (
         keras.has_fused_operation()
         and not keras.fuses(layer)
         and type(layer) not in keras.training_layers  # which run it themselves
-        and layer.compute_dtype in FUSED_DTYPES
-        and axis == rank - 1
-        and 2 <= rank <= 5
+        and fused_operation_takes(layer.compute_dtype, axis, layer.input_spec.ndim)
     )
 
 

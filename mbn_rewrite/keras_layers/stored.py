@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.choosing import Options, choose_for
+from mbn_rewrite.choosing import Options, plan_in_memory
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.front_ends import FrontEnd
 from mbn_rewrite.keras_layers import files
-from mbn_rewrite.planner import make_plan
 from mbn_rewrite.stored import Exchange, Footprint, bytes_on_disk
 
 SERVING = "serving_default"  # the signature that Keras makes
@@ -71,12 +70,11 @@ class KerasFile(ABC):
         return self._front_end.compute_dtypes(self.model)
 
     def plan(self, mode: str, options: Options) -> Plan:
-        if mode == "auto":
-            if options.inputs is not None:
-                options = replace(options, inputs=self.structured(options.inputs))
-            self._plan, self._new = choose_for(self._front_end, self.model, self._reading, options)
-        else:
-            self._plan = make_plan(self._reading.graph, mode)
+        if mode == "auto" and options.inputs is not None:
+            options = replace(options, inputs=self.structured(options.inputs))
+        self._plan, self._new = plan_in_memory(
+            self._front_end, self.model, self._reading, mode, options=options
+        )
         return self._plan
 
     def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:

@@ -11,12 +11,12 @@ computed ones where the plan has an edit, the original's values everywhere else.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.algebra import ChannelMap, fold
+from mbn_rewrite.algebra import ChannelMap, Kernel, fold
 from mbn_rewrite.decisions import Edit, Plan
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.graph import Linear
@@ -240,7 +240,6 @@ class Writer(ABC):
         config = config_of(old, self.keras) | {"scale": True, "center": True}
         new = from_config(old, config, self.keras)
         _drop_what_was_meant_for_old_weights(new)
-
         self._unfinished.append(lambda: set_map(self.keras, old, new, m))
         return new
 
@@ -268,16 +267,7 @@ class Writer(ABC):
         for kernels, bias in edit.op.chains:
             prefix = kernels[0].name.rpartition(".")[0]
             path = f"{prefix}." if prefix else ""
-            before = [weights.read(old, kernel.name) for kernel in kernels]
-            arrays, new_bias = fold(
-                list(zip(kernels, before, strict=True)),
-                weights.read(old, bias) if bias else None,
-                before=edit.before,
-                after=edit.after,
-            )
-            for kernel, old_array, array in zip(kernels, before, arrays, strict=True):
-                _check_range(old, old_array, array)
-                weights.write(new, kernel.name, array)
+            new_bias = _fold_kernels(old, new, edit, kernels, bias)
             if bias or needs_bias:
                 weights.write(new, path + "bias", new_bias)
                 _check_range(old, new_bias, weights.read(new, path + "bias"))
@@ -285,18 +275,7 @@ class Writer(ABC):
     def _set_bordered(self, old: Any, new: Any, edit: Edit) -> None:
         """Sets the kernels and the border map of what stands for a convolution."""
         assert isinstance(edit.op, Linear)
-        kernels, bias = edit.op.kernels, edit.op.bias
-        before = [weights.read(old, kernel.name) for kernel in kernels]
-        arrays, border = fold(
-            list(zip(kernels, before, strict=True)),
-            weights.read(old, bias) if bias else None,
-            before=edit.before,
-            after=edit.after,
-            border=edit.border,
-        )
-        for kernel, old_array, array in zip(kernels, before, arrays, strict=True):
-            _check_range(old, old_array, array)
-            weights.write(new.layer, kernel.name, array)
+        border = _fold_kernels(old, new.layer, edit, edit.op.kernels, edit.op.bias)
         if edit.op.out_axis == 1:  # channels first
             border = np.moveaxis(border, -1, 0)
         weights.write(new, "border", border)
@@ -360,6 +339,24 @@ class Writer(ABC):
 
 
 # -------------------------------------------------------------------------------- helpers
+
+
+def _fold_kernels(
+    old: Any, new: Any, edit: Edit, kernels: Sequence[Kernel], bias: str | None
+) -> np.ndarray:
+    """Sets kernels of `new` to those of `old` with an edit folded in; gives the new bias."""
+    before = [weights.read(old, kernel.name) for kernel in kernels]
+    arrays, new_bias = fold(
+        list(zip(kernels, before, strict=True)),
+        weights.read(old, bias) if bias else None,
+        before=edit.before,
+        after=edit.after,
+        border=edit.border,
+    )
+    for kernel, old_array, array in zip(kernels, before, arrays, strict=True):
+        _check_range(old, old_array, array)
+        weights.write(new, kernel.name, array)
+    return new_bias
 
 
 def _drop_what_was_meant_for_old_weights(layer: Any) -> None:

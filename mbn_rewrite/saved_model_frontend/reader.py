@@ -15,7 +15,6 @@ from typing import Any
 import tensorflow as tf
 
 from mbn_rewrite.graph import (
-    FUSED_DTYPES,
     BatchNorm,
     Graph,
     HiddenBatchNorm,
@@ -23,6 +22,7 @@ from mbn_rewrite.graph import (
     Node,
     Opaque,
     Value,
+    fused_operation_takes,
 )
 from mbn_rewrite.saved_model_frontend.describe import Described, Site, describe, shape_of
 from mbn_rewrite.saved_model_frontend.inlining import bodies_called
@@ -328,9 +328,7 @@ def _fusible(norm: Norm) -> bool:
     return (
         norm.map is not None
         and norm.ops[0].type not in FUSED
-        and norm.source.dtype.name in FUSED_DTYPES
-        and norm.axis == norm.rank - 1
-        and 2 <= norm.rank <= 5
+        and fused_operation_takes(norm.source.dtype.name, norm.axis, norm.rank)
     )
 
 

@@ -1,14 +1,13 @@
 """What the rest of the library uses of this front end; see `front_ends.FrontEnd`."""
 
+from mbn_rewrite.running import device, set_up
 from mbn_rewrite.tf_keras_frontend.reader import read
 from mbn_rewrite.tf_keras_frontend.running import (
     compute_dtypes,
-    device,
     inputs_of_batch,
     outputs_of,
     random_inputs,
     running,
-    set_up,
 )
 from mbn_rewrite.tf_keras_frontend.writer import write
 

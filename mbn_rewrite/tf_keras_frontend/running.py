@@ -14,17 +14,7 @@ from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.keras_layers import running as shared
 from mbn_rewrite.made_up import GIVE_REAL_ONES, of_batch
 from mbn_rewrite.measuring import Way
-from mbn_rewrite.running import called, device, random_tensor, runner, set_up
-
-__all__ = [
-    "compute_dtypes",
-    "device",
-    "inputs_of_batch",
-    "outputs_of",
-    "random_inputs",
-    "running",
-    "set_up",
-]
+from mbn_rewrite.running import called, random_tensor, runner
 
 
 def compute_dtypes(model: Any) -> set[str]:
