@@ -43,6 +43,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ Calls = dict[str, Callable[[], object]]
 # ------------------------------------------------------------------------------- networks
 
 
+@cache
 def network(name: str, keras_name: str) -> Any:
     """A network with typical statistics, in the dtype policy that was asked for."""
     model = networks.build(name, 0, FLAGS.size)
@@ -148,15 +150,26 @@ def _varied(model: Any, variant: str, way: Way) -> tuple[Any, Variant]:
         return model, {"left": len(mbn.plan(model, "fold").decisions)}
     if variant == "floor":
         return without_batch_norm(model), {"left": 0}
+    new, plan = convert_with_plan(model, variant, **_measuring(variant, way))
+    return new, _planned(plan)
+
+
+def _measuring(variant: str, way: Way) -> dict[str, Any]:
+    """What a mode is told of how the model is run."""
     if variant != "auto":
-        return mbn.convert(model, variant), {"left": mbn.plan(model, variant).left}
-    options = {"batch_size": way.batch_size, "jit_compile": way.jit_compile}
-    new, plan = convert_with_plan(model, "auto", budget=FLAGS.budget, **options)
-    return new, {"left": plan.left, "form": _form(plan)}
+        return {}
+    return {
+        "batch_size": way.batch_size,
+        "jit_compile": way.jit_compile,
+        "budget": FLAGS.budget,
+    }
 
 
-def _form(plan: Any) -> str:
-    return plan.measurement.chosen if plan.measurement else "all folded"
+def _planned(plan: Any) -> Variant:
+    facts: Variant = {"left": plan.left}
+    if plan.mode == "auto":
+        facts["form"] = plan.measurement.chosen if plan.measurement else "all folded"
+    return facts
 
 
 # --------------------------------------------------------------------------- models on disk
@@ -164,6 +177,7 @@ def _form(plan: Any) -> str:
 
 def on_disk(path: str, batch: int, work: str) -> tuple[Calls, dict[str, Variant]]:
     """As `of_network`, for the served signature of a model on disk."""
+    way = Way(batch, FLAGS.xla)
     calls: Calls = {}
     known: dict[str, Variant] = {}
     inputs: dict[str, Any] = {}
@@ -172,28 +186,7 @@ def on_disk(path: str, batch: int, work: str) -> tuple[Calls, dict[str, Variant]
             known[variant] = {"note": "no floor of a model on disk"}
             continue
         with _failures(known, variant):
-            place, facts = path, {}
-            # A file of Keras is written as SavedModel, so that all run alike.
-            if variant != "original" or not Path(path).is_dir():
-                place = f"{work}/{variant}-{batch}"
-                options = {}
-                if variant == "auto":
-                    options = {
-                        "batch_size": batch,
-                        "jit_compile": FLAGS.xla or None,
-                        "budget": FLAGS.budget,
-                    }
-                if variant == "original":
-                    _as_saved_model(path, place)
-                else:
-                    report = mbn.rewrite_saved_model(path, place, variant, **options)
-                    facts = {"left": report.plan.left}
-                    facts["error"] = max(
-                        (c.max_rel_error for c in report.comparisons.values()), default=None
-                    )
-                    if variant == "auto":
-                        facts["form"] = _form(report.plan)
-            known[variant] = facts
+            place, known[variant] = _written(path, variant, f"{work}/{variant}-{batch}", way)
             owner = tf.saved_model.load(place)
             serve = owner.signatures["serving_default"]
             inputs = inputs or _made_up(serve, batch)
@@ -201,9 +194,21 @@ def on_disk(path: str, batch: int, work: str) -> tuple[Calls, dict[str, Variant]
             def call(data: Any, owner: Any = owner, serve: Any = serve) -> Any:
                 return serve(**data)  # the owner is kept with it: it holds the variables
 
-            calls[variant] = runner(call, inputs, Way(batch, FLAGS.xla))
+            calls[variant] = runner(call, inputs, way)
             calls[variant]()
     return calls, known
+
+
+def _written(path: str, variant: str, place: str, way: Way) -> tuple[str, Variant]:
+    """Where the SavedModel of a variant is, and what is known of it."""
+    if variant == "original":
+        if Path(path).is_dir():
+            return path, {}
+        _as_saved_model(path, place)  # a file of Keras, so that all run alike
+        return place, {}
+    report = mbn.rewrite_saved_model(path, place, variant, **_measuring(variant, way))
+    errors = (comparison.max_rel_error for comparison in report.comparisons.values())
+    return place, _planned(report.plan) | {"error": max(errors, default=None)}
 
 
 def _as_saved_model(path: str, place: str) -> None:
@@ -262,12 +267,14 @@ def rows() -> Iterator[dict[str, Any]]:
                     yield _row(name, "", batch, lambda b=batch, n=name: on_disk(n, b, work))
             continue
         for keras_name in FLAGS.keras:
-            model = None
             for batch in sizes:
-                if model is None:
-                    model = network(name, keras_name)
-                yield _row(name, keras_name, batch, lambda b=batch, m=model: of_network(m, b))
-            del model
+                yield _row(
+                    name,
+                    keras_name,
+                    batch,
+                    lambda b=batch, n=name, k=keras_name: of_network(network(n, k), b),
+                )
+            network.cache_clear()
             tf_keras.backend.clear_session()
             keras.backend.clear_session()
 
