@@ -67,7 +67,7 @@ def test_trained_model(name, tmp_path):
 
 def test_trained_saved_model(tmp_path):
     """One that normalises audio, whose three outputs it names itself."""
-    report = mbn.rewrite_saved_model(fetch("basic_pitch"), tmp_path / "out")
+    report = mbn.rewrite_saved_model(fetch("basic_pitch"), tmp_path / "out", "fold")
     assert report.ok
     assert report.plan.counts == {"folded": 2, "kept": 1}
     (kept,) = [d for d in report.plan.decisions if d.action == "kept"]
