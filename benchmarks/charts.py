@@ -32,7 +32,7 @@ def check_available(what: str) -> None:
 def speeds(panels: Mapping[str, Sequence[Bar]], axis: str, title: str, path: str | Path) -> None:
     """Horizontal bars with their quartiles, one panel for each group; a line at 1."""
     count = sum(map(len, panels.values()))
-    figure = _figure(8, 1.2 + 0.5 * len(panels) + 0.28 * count)
+    figure = figure_of(8, 1.2 + 0.5 * len(panels) + 0.28 * count)
     heights = [len(bars) for bars in panels.values()]
     axes = figure.subplots(
         len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
@@ -60,7 +60,7 @@ def speeds(panels: Mapping[str, Sequence[Bar]], axis: str, title: str, path: str
         one.set_title(name, fontsize=10, loc="left")
     axes[-1].set_xlabel(axis)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def layers(
@@ -78,7 +78,7 @@ def layers(
         path: of the PNG file.
     """
     width = max(9.0, 1.5 + 0.05 * len(names) * (len(variants) + 2))
-    figure = _figure(width, 7)
+    figure = figure_of(width, 7)
     axes = figure.subplots(2, 1, sharex=True)
     bar = 0.85 / max(1, len(variants))
     for one, direction, label in zip(axes, (0, 1), ("forward", "backward"), strict=True):
@@ -96,13 +96,19 @@ def layers(
     axes[1].set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
     axes[1].set_xlabel("BatchNormalization layers, in the order of the network")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
+    """An empty figure of so many inches, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Writes a PNG file. The same picture is the same file: no version is in it."""
+    figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
+from mbn_rewrite.errors import cause_of, is_out_of_memory
 
 OUT_OF_MEMORY = "OUT OF MEMORY"
 
 
 def described(error: BaseException) -> str:
     """A failure in a few words: that memory was short, or how the error's message begins."""
-    import tensorflow as tf
-
-    short = isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError))
-    if short or re.search("out of memory|RESOURCE_EXH", str(error)):
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
-    lines = str(error).splitlines() or [type(error).__name__]
-    return f"FAILED: {lines[0][:100]}"
+    return f"FAILED: {cause_of(error)[:100]}"

@@ -13,8 +13,9 @@ as one tf.function (a model on disk: as its served signature). Variants:
                 biases that folding needs, and those it has not, it need not add. There is none
                 for a SavedModel
 
-Before they are timed, the outputs of all variants but the floor are compared with the original's;
-what is wrong is not timed. All variants of a row take turns in one process.
+Before they are timed, the outputs of all variants but the floor are compared with the original's,
+called as they are and as they are timed; what is wrong is not timed. All variants of a row take
+turns in one process.
 
 Columns:
     left        BatchNormalizations that are left, as such or as fused operations
@@ -38,9 +39,11 @@ Exit codes:
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -66,9 +69,11 @@ import tf_keras
 import mbn_rewrite as mbn
 from benchmarks import charts, devices, networks, results
 from benchmarks.failures import described
+from benchmarks.peer_tools import signature_of
 from benchmarks.timing import interleaved, median_ratio
 from benchmarks.training_networks import without_batch_norm
 from mbn_rewrite.api import convert_with_plan
+from mbn_rewrite.comparison import compare_outputs, tolerance_for
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.measuring import DEFAULT_BUDGET, Way, quartiles
 from mbn_rewrite.report import table
@@ -81,7 +86,9 @@ KERAS = {"tf_keras": tf_keras, "keras_3": keras}
 MODES = ("fold", "depthwise", "auto")
 VARIANTS = ("original", *MODES, "floor")
 DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
-_OPEN_SIZE = 11_000  # positions, for a model on disk whose input has no fixed length
+_MOST_REPEATS = 200
+# For a model on disk whose input has no fixed size: pixels of an image, and positions.
+_OPEN_PIXELS, _OPEN_LENGTH = 224, 11_000
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", list(MODELS), "Networks of `applications`, or paths of models on disk.")
@@ -93,7 +100,10 @@ flags.DEFINE_bool("xla", False, "Compile by XLA.")
 flags.DEFINE_bool("tf32", True, "Let GPUs round float32 factors to 19 bits, as is the default.")
 flags.DEFINE_string("device", None, "CPU or GPU. By default a GPU if there is one.")
 flags.DEFINE_integer("size", None, "Pixels of images, if not those of the network.", lower_bound=32)
-flags.DEFINE_integer("repeats", 30, "Timed calls of each variant.", lower_bound=1)
+flags.DEFINE_integer("repeats", 30, "Timed calls of each variant, at least.", lower_bound=1)
+flags.DEFINE_float(
+    "seconds", 4.0, "Short calls are repeated for so long, up to 200 times.", lower_bound=0.0
+)
 flags.DEFINE_float("budget", DEFAULT_BUDGET, "Seconds for auto to measure, about.", lower_bound=1.0)
 flags.DEFINE_string("json", None, "Write the results to this file, row by row.")
 flags.DEFINE_string("chart", None, "Draw times as fast as the original to this PNG file.")
@@ -129,20 +139,36 @@ def of_network(model: Any, batch: int) -> tuple[Calls, dict[str, Variant]]:
     way = Way(batch, FLAGS.xla)
     calls: Calls = {}
     known: dict[str, Variant] = {}
+    expected: Any = None
     for variant in FLAGS.variants:
         with _failures(known, variant):
             new, facts = _varied(model, variant, way)
+            known[variant] = facts
+            call = runner(lambda data, new=new: new(data, training=False), images, way)
+            outputs = call()
             if variant in MODES:
                 comparison = mbn.verify(model, new, inputs=images)
                 facts["error"] = comparison.max_rel_error
-                if not comparison.ok:
+                if not (comparison.ok and _alike(outputs, expected)):
                     facts["note"] = "WRONG"
-            known[variant] = facts
-            call = runner(lambda data, new=new: new(data, training=False), images, way)
-            call()
+            if variant == "original":
+                expected = outputs
             if "note" not in facts:
                 calls[variant] = call
     return calls, known
+
+
+def _alike(outputs: Any, expected: Any) -> bool:
+    """Whether what is timed, in its dtype and compiled as it may be, gives about the same.
+
+    `verify` is strict, and calls models without XLA and with full products.
+    """
+    if expected is None:  # the original failed, and so does the row
+        return True
+    dtype = FLAGS.dtype.removeprefix("mixed_")
+    if dtype == "float32" and FLAGS.tf32 and tf.config.get_visible_devices("GPU"):
+        dtype = "float16"  # TensorFloat-32 has as many bits
+    return compare_outputs(expected, outputs, tolerance_for({dtype})).ok
 
 
 def _varied(model: Any, variant: str, way: Way) -> tuple[Any, Variant]:
@@ -188,14 +214,15 @@ def on_disk(path: str, batch: int, work: str) -> tuple[Calls, dict[str, Variant]
         with _failures(known, variant):
             place, known[variant] = _written(path, variant, f"{work}/{variant}-{batch}", way)
             owner = tf.saved_model.load(place)
-            serve = owner.signatures["serving_default"]
+            serve = signature_of(owner)
             inputs = inputs or _made_up(serve, batch)
 
             def call(data: Any, owner: Any = owner, serve: Any = serve) -> Any:
                 return serve(**data)  # the owner is kept with it: it holds the variables
 
-            calls[variant] = runner(call, inputs, way)
-            calls[variant]()
+            run = runner(call, inputs, way)
+            run()
+            calls[variant] = run
     return calls, known
 
 
@@ -224,8 +251,11 @@ def _made_up(serve: Any, batch: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     inputs = {}
     for name, spec in serve.structured_input_signature[1].items():
+        if not spec.dtype.is_floating:
+            raise RewriteError(f"inputs of dtype {spec.dtype.name} are not made up here")
+        open_size = _OPEN_PIXELS if spec.shape.rank == 4 else _OPEN_LENGTH
         first, *others = spec.shape
-        sizes = [batch if first is None else first, *(size or _OPEN_SIZE for size in others)]
+        sizes = [batch if first is None else first, *(size or open_size for size in others)]
         inputs[name] = tf.cast(rng.uniform(0, 1, sizes), spec.dtype)
     return inputs
 
@@ -242,11 +272,20 @@ def _failures(known: dict[str, Variant], variant: str) -> Iterator[None]:
         known.setdefault(variant, {})["note"] = described(error)
 
 
-def measured(calls: Calls, known: dict[str, Variant]) -> dict[str, Variant]:
+def measured(calls: Calls, known: dict[str, Variant]) -> None:
     """Times what can be timed; adds the times to what is known."""
-    if not calls:
-        return known
-    seconds = interleaved(calls, FLAGS.repeats, warmup=5)
+
+    def watched(variant: str, call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            if "note" not in known[variant]:  # what has failed is not called again
+                with _failures(known, variant):
+                    call()
+
+        return run
+
+    watched_calls = {variant: watched(variant, call) for variant, call in calls.items()}
+    seconds = interleaved(watched_calls, _repeats(watched_calls), warmup=5)
+    seconds = {v: times for v, times in seconds.items() if "note" not in known[v]}
     for variant, times in seconds.items():
         low, median, high = quartiles([1e3 * second for second in times])
         facts = known[variant]
@@ -254,7 +293,15 @@ def measured(calls: Calls, known: dict[str, Variant]) -> dict[str, Variant]:
         for base in ("original", "floor"):
             if base in seconds:
                 facts[f"x {base}"] = 1 / median_ratio(seconds, variant, base)
-    return known
+
+
+def _repeats(calls: Calls) -> int:
+    """How often to time calls of a row: short ones scatter more."""
+    start = time.perf_counter()
+    for call in calls.values():
+        call()
+    each = (time.perf_counter() - start) / max(1, len(calls))
+    return max(FLAGS.repeats, min(_MOST_REPEATS, math.ceil(FLAGS.seconds / max(each, 1e-6))))
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -283,10 +330,12 @@ def _row(
     name: str, keras_name: str, batch: int, made: Callable[[], tuple[Calls, dict[str, Variant]]]
 ) -> dict[str, Any]:
     print(f"{name} {keras_name}, batch {batch} ...", file=sys.stderr, flush=True)
-    row = {"model": name, "keras": keras_name, "batch": batch, "dtype": FLAGS.dtype}
+    dtype = FLAGS.dtype if keras_name else "as saved"
+    row = {"model": name, "keras": keras_name, "batch": batch, "dtype": dtype}
     variants: dict[str, Variant] = {}
     with _failures(variants, "original"):
-        variants = measured(*made())
+        calls, variants = made()
+        measured(calls, variants)
     return row | {"xla": FLAGS.xla, "variants": variants}
 
 
@@ -352,7 +401,7 @@ def main(argv: list[str]) -> int:
         for row in rows():
             done.append(row)
             if FLAGS.json:
-                results.save(FLAGS.json, about | {"rows": done})
+                results.keep(FLAGS.json, about | {"rows": done})
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted: what is finished follows", file=sys.stderr)
@@ -377,8 +426,7 @@ def _check(arguments: list[str]) -> None:
         unknown = sorted(set(getattr(FLAGS, flag)) - set(known))
         if unknown:
             raise ValueError(f"--{flag}: unknown {unknown}; known are {', '.join(known)}")
-    if "original" not in FLAGS.variants:
-        FLAGS.variants = ["original", *FLAGS.variants]
+    FLAGS.variants = list(dict.fromkeys(["original", *FLAGS.variants]))  # others are compared to it
     for name in FLAGS.models:
         if not Path(name).exists() and not hasattr(tf_keras.applications, name):
             raise ValueError(

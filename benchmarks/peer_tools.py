@@ -64,6 +64,11 @@ class Work:
         return self.directory / "inputs.npz"
 
     @property
+    def timed(self) -> Path:
+        """The same, of the batch that is timed."""
+        return self.directory / "timed.npz"
+
+    @property
     def outputs(self) -> Path:
         """What the original gives for them, by name."""
         return self.directory / "outputs.npz"
@@ -236,8 +241,9 @@ def original(work: Work) -> Path:
     return work.original
 
 
-def ours(mode: str) -> Callable[[Work], Path]:
-    """This package, in one of its modes."""
+def ours(mode: str, batch: int) -> Callable[[Work], Path]:
+    """This package, in one of its modes; "auto" measures with so many examples."""
+    size = batch if mode == "auto" else None
 
     def convert(work: Work) -> Path:
         import mbn_rewrite as mbn
@@ -246,7 +252,7 @@ def ours(mode: str) -> Callable[[Work], Path]:
         if out.exists():  # it was verified before it appeared
             return out
         with np.load(work.inputs) as inputs:
-            mbn.rewrite_saved_model(work.original, out, mode, inputs=dict(inputs))
+            mbn.rewrite_saved_model(work.original, out, mode, inputs=dict(inputs), batch_size=size)
         return out
 
     return convert
@@ -378,18 +384,19 @@ class Tool:
 _ONNX, _OPENVINO = ("tf2onnx", "onnx", "onnxruntime"), ("openvino",)
 
 
-def tools(modes: Sequence[str]) -> list[Tool]:
+def tools(modes: Sequence[str], batch: int) -> list[Tool]:
     """All tools, in the order of the tables: the original comes first.
 
     Args:
+        batch: how many examples will be timed.
         modes: of ours. Other runtimes get the result of "fold", or of the first if it is not
             among them.
     """
     through = "fold" if "fold" in modes else modes[0]
-    folded = ours(through)
+    folded = ours(through, batch)
     return [
         Tool("original", "original", original, TensorFlow),
-        *(Tool(f"ours_{m}", f"ours: {m}", ours(m), TensorFlow, is_ours=True) for m in modes),
+        *(Tool(f"ours_{m}", f"ours: {m}", ours(m, batch), TensorFlow, is_ours=True) for m in modes),
         Tool("optimize", "optimize_for_inference", optimize_for_inference, TensorFlow),
         Tool(
             "kecam",

@@ -36,10 +36,10 @@ Tools whose packages are not installed are skipped (pip install .[peers]). The c
 
 "Fewest possible" is what our planner leaves, mode fold: all that it can move exactly.
 
-Conversions run in a process each. All that gave right answers are timed in turn in one process,
-with --threads threads each, each turn after a short rest and an untimed call, on the first
-examples of what they were compared on: images that suit the network's statistics, values in the
-range that a trained model reads, or from 0 to 1.
+All run on the CPU. Conversions run in a process each. All that gave right answers are timed in
+turn in one process, with --threads threads each, each turn after a short rest and an untimed call,
+on the first examples of what they were compared on: images that suit the network's statistics,
+values in the range that a trained model reads, or from 0 to 1.
 
 Examples:
     python benchmarks/peers.py
@@ -75,12 +75,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from absl import app, flags
 
 import mbn_rewrite as mbn
-from benchmarks import peer_tools
+from benchmarks import charts, peer_tools, results
 from benchmarks.bn_count import Left, one_channel
 from benchmarks.peer_tools import Declined, Tool, Work
-from benchmarks.results import save
 from benchmarks.timing import interleaved
 from mbn_rewrite.api import MODES
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.made_up import is_open, of_batch
 from mbn_rewrite.measuring import cpu_name, quartiles
 from mbn_rewrite.planner import TRAINING_MODES
 from mbn_rewrite.report import table
@@ -140,10 +141,13 @@ def make(name: str, keras_name: str, directory: str) -> dict[str, Any]:
         inputs = {key: _made_up(spec, name) for key, spec in specs.items()}
     elif not isinstance(inputs, dict):
         inputs = {key: np.asarray(inputs) for key in specs}
-    results = serve(**{key: tf.constant(array) for key, array in inputs.items()})
+    outputs = serve(**{key: tf.constant(array) for key, array in inputs.items()})
     np.savez(work.inputs, **inputs)
-    np.savez(work.outputs, **{key: results[key].numpy() for key in sorted(results)})
-    plan = mbn.rewrite_saved_model(work.original, work.directory / "nothing", dry_run=True).plan
+    sizes = {key: FLAGS.batch if is_open(spec.shape) else None for key, spec in specs.items()}
+    np.savez(work.timed, **{key: of_batch(inputs[key], size) for key, size in sizes.items()})
+    np.savez(work.outputs, **{key: outputs[key].numpy() for key in sorted(outputs)})
+    nothing = work.directory / "nothing"
+    plan = mbn.rewrite_saved_model(work.original, nothing, "fold", dry_run=True).plan
     return {
         "norms": len(plan.decisions),
         "fewest": plan.left,
@@ -242,30 +246,35 @@ def latency(directory: str, *tools_and_paths: str) -> dict[str, Any]:
 
     work = Work(Path(directory))
     outputs = list(np.load(work.outputs))
-    inputs = {}
-    for name, array in dict(np.load(work.inputs)).items():
-        copies = -(-FLAGS.batch // len(array))
-        inputs[name] = np.concatenate([array] * copies)[: FLAGS.batch]
-    calls = {
-        key: _tool(key).runtime(Path(path), inputs, outputs, FLAGS.threads)
-        for key, _, path in (pair.partition("=") for pair in tools_and_paths)
-    }
+    inputs = dict(np.load(work.timed))
+    calls, failed = {}, {}
+    for key, _, path in (pair.partition("=") for pair in tools_and_paths):
+        try:
+            call = _tool(key).runtime(Path(path), inputs, outputs, FLAGS.threads)
+            call()
+            calls[key] = call
+        except Exception as error:
+            failed[key] = f"{type(error).__name__}: {_first_line(error)}"
     # Runtimes in one process hinder each other: two of ONNX Runtime's, with the same graph, were
     # apart by a factor of 4 without the rest and the untimed call.
     times = interleaved(calls, FLAGS.repeats, warmup=5, untimed=1, pause=0.005)
-    return {key: [1e3 * s for s in seconds] for key, seconds in times.items()}
+    return {
+        "milliseconds": {key: [1e3 * s for s in seconds] for key, seconds in times.items()},
+        "not timed": failed,
+    }
 
 
 def _start_tensorflow() -> None:
     import_tensorflow()
     import tensorflow as tf
 
+    tf.config.set_visible_devices([], "GPU")  # which the other runtimes do not use
     tf.config.threading.set_intra_op_parallelism_threads(FLAGS.threads)
     tf.config.threading.set_inter_op_parallelism_threads(FLAGS.threads)
 
 
 def _tool(key: str) -> Tool:
-    return next(tool for tool in peer_tools.tools(FLAGS.modes) if tool.key == key)
+    return next(tool for tool in peer_tools.tools(FLAGS.modes, FLAGS.batch) if tool.key == key)
 
 
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -360,7 +369,7 @@ class Results:
         """Writes the file whole or not at all."""
         if self._path is None:
             return
-        save(self._path, self.data)
+        results.keep(self._path, self.data)
 
 
 def device() -> dict[str, Any]:
@@ -390,11 +399,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def measure(model: dict[str, Any], tools: Sequence[Tool], results: Results) -> None:
+def measure(model: dict[str, Any], tools: Sequence[Tool], kept: Results) -> None:
     """Fills in one model: what was planned, a row for each tool, then their latencies."""
     with tempfile.TemporaryDirectory() as directory:
         model |= step(make, model["model"], model["keras"], directory)
-        results.write()
+        kept.write()
         others = 0
         for tool in tools:
             row = {"tool": tool.key, "ours": tool.is_ours} | _converted(tool, directory)
@@ -405,11 +414,11 @@ def measure(model: dict[str, Any], tools: Sequence[Tool], results: Results) -> N
             for key in {"in_file", "at_run"} & row.keys():
                 row[key] = vars(Left(**row[key]).without(others))
             model["rows"].append(row)
-            results.write()
+            kept.write()
         _add_latencies(model, directory)
         for row in model["rows"]:
             row.pop("path", None)  # it is gone with the directory
-        results.write()
+        kept.write()
 
 
 def _converted(tool: Tool, directory: str) -> dict[str, Any]:
@@ -430,8 +439,12 @@ def _add_latencies(model: dict[str, Any], directory: str) -> None:
         for row in rows:
             row["reason"] = f"not timed: {error}"
         return
-    base = statistics.median(times["original"]) if "original" in times else None
     for row in rows:
+        if row["tool"] in times["not timed"]:
+            row["reason"] = f"not timed: {times['not timed'][row['tool']]}"
+    times = times["milliseconds"]
+    base = statistics.median(times["original"]) if "original" in times else None
+    for row in (row for row in rows if row["tool"] in times):
         lower, median, upper = quartiles(times[row["tool"]])
         row["milliseconds"] = {"median": median, "lower": lower, "upper": upper}
         row["times_as_fast"] = base / median if base else None
@@ -542,21 +555,15 @@ def summary_table(models: Sequence[dict[str, Any]], names: Mapping[str, str]) ->
 
 def draw(models: Sequence[dict[str, Any]], names: Mapping[str, str], path: str) -> None:
     """A chart: for each model a group of bars, one for each tool."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     keys = [key for key in names if key != "original"]
     height = 0.8 / len(keys)
-    size = (9, 1.2 + len(models) * (0.3 + 0.18 * len(keys)))
-    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    colours = pyplot.get_cmap("tab10").colors
+    figure = charts.figure_of(9, 1.2 + len(models) * (0.3 + 0.18 * len(keys)))
+    axes = figure.subplots()
     for i, key in enumerate(keys):
         places = [m - 0.4 + height * (i + 0.5) for m in range(len(models))]
         found = [next((r for r in m["rows"] if r["tool"] == key), {}) for m in models]
         widths = [row.get("times_as_fast") or 0 for row in found]
-        axes.barh(places, widths, 0.9 * height, label=names[key], color=colours[i % 10])
+        axes.barh(places, widths, 0.9 * height, label=names[key], color=f"C{i}")
         for place, width, row in zip(places, widths, found, strict=True):
             text = f" {width:.2f}" if width else f" {row.get('status', '')}"
             axes.text(width, place, text, va="center", fontsize=7)
@@ -568,8 +575,7 @@ def draw(models: Sequence[dict[str, Any]], names: Mapping[str, str], path: str) 
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    charts.save(figure, path)
 
 
 # ------------------------------------------------------------------------------------- main
@@ -612,14 +618,29 @@ def wrong_flags(argv: Sequence[str]) -> str:
         ("model", [x for x in FLAGS.models if not Path(x).exists()], known),
         ("Keras", FLAGS.keras, KERAS),
         ("mode", FLAGS.modes, SERVING_MODES),
-        ("tool", FLAGS.tools or [], [t.key for t in peer_tools.tools(FLAGS.modes or ["fold"])]),
+        ("tool", FLAGS.tools or [], [t.key for t in peer_tools.tools(FLAGS.modes or ["fold"], 1)]),
     ):
         unknown = [value for value in values if value not in allowed]
         if unknown:
             return f"unknown {what} {', '.join(unknown)}; there are {', '.join(allowed)}"
     if not FLAGS.modes:
         return f"--modes names no mode; there are {', '.join(SERVING_MODES)}"
-    return f"unknown {argv[1:]}; --help lists the flags" if len(argv) > 1 else ""
+    for name in (name for name in FLAGS.models if name not in known):
+        try:
+            _written_by(name)
+        except RewriteError as error:
+            return str(error)
+    if len(argv) > 1:
+        return f"unknown {argv[1:]}; --help lists the flags"
+    try:
+        if FLAGS.json:
+            results.check_writable(FLAGS.json)
+        if FLAGS.chart:
+            results.check_writable(FLAGS.chart)
+            charts.check_available("--chart")
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def main(argv: list[str]) -> int:
@@ -630,39 +651,40 @@ def main(argv: list[str]) -> int:
     if mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 1
-    tools, skipped = available(peer_tools.tools(FLAGS.modes), FLAGS.tools)
+    tools, skipped = available(peer_tools.tools(FLAGS.modes, FLAGS.batch), FLAGS.tools)
     for line in skipped:
         print(line, file=sys.stderr)
-    results = Results(FLAGS.json, tools, skipped)
+    kept = Results(FLAGS.json, tools, skipped)
+    failed, interrupted = False, False
     try:
-        failed = measure_all(cases(FLAGS.models, FLAGS.keras), tools, results)
+        failed = measure_all(cases(FLAGS.models, FLAGS.keras), tools, kept)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    done = [model for model in results.data["models"] if "norms" in model]
-    names = results.data["tools"]
+        interrupted = True
+        print("interrupted: what is finished follows", file=sys.stderr)
+    done = [model for model in kept.data["models"] if "norms" in model]
+    names = kept.data["tools"]
     if done:
         print(summary_table(done, names))
-        print(heading(results.data))
-    if done and FLAGS.chart:
+        print(heading(kept.data))
+    if done and FLAGS.chart and set(names) - {"original"}:
         draw(done, names, FLAGS.chart)
-    return int(failed)
+    return 130 if interrupted else int(failed)
 
 
-def measure_all(models: Sequence[dict[str, Any]], tools: Sequence[Tool], results: Results) -> bool:
+def measure_all(models: Sequence[dict[str, Any]], tools: Sequence[Tool], kept: Results) -> bool:
     """Measures all models, printing a table of each; whether one of ours is wrong or missing."""
     failed = False
     for model in models:
         print(f"{title_of(model)} ...", file=sys.stderr, flush=True)
-        results.data["models"].append(model)
+        kept.data["models"].append(model)
         try:
-            measure(model, tools, results)
+            measure(model, tools, kept)
         except StepFailed as error:
             print(f"error: {title_of(model)}: {error}", file=sys.stderr)
             model["failed"], failed = str(error), True
-            results.write()
+            kept.write()
             continue
-        print(model_table(model, results.data["tools"]) + "\n", flush=True)
+        print(model_table(model, kept.data["tools"]) + "\n", flush=True)
         failed |= any(row["ours"] and row["status"] != "ok" for row in model["rows"])
     return failed
 

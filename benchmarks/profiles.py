@@ -46,7 +46,7 @@ from benchmarks.timing import synchronize
 UNLISTED = {
     *("Const", "Identity", "IdentityN", "NoOp", "_Arg", "_Retval", "DeviceIndex", "Cast"),
     *("Reshape", "ExpandDims", "Squeeze", "Shape", "ShapeN", "Size", "Prod", "Pack", "Fill"),
-    *("If", "Case", "StatelessCase", "Switch", "_SwitchN", "Merge", "PartitionedCall"),
+    *("Switch", "_SwitchN", "Merge", "Tile", "Snapshot"),
     *("ReadVariableOp", "AssignVariableOp", "AssignSubVariableOp", "AssignAddVariableOp"),
     *("Mul", "Sub", "AddV2", "AddN", "Neg", "RealDiv", "DivNoNan", "Maximum", "Minimum"),
     *("Greater", "SelectV2", "Square", "Rsqrt", "RsqrtGrad", "Sqrt", "Reciprocal"),
@@ -112,6 +112,9 @@ def profiled(
         calls: how often it is called.
         directory: where the profile is kept, for TensorBoard; None keeps it nowhere.
         device: on a GPU, list its kernels, and not what the host does to start them.
+
+    Raises:
+        RuntimeError: there is a GPU, and the profiler has seen no kernel.
     """
     if directory is None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -130,7 +133,12 @@ def profiled(
             function()
         synchronize()
     (path,) = set(Path(directory).rglob("*.xplane.pb")) - before
-    return read(xplane_pb2.XSpace.FromString(path.read_bytes()), calls)
+    ran = read(xplane_pb2.XSpace.FromString(path.read_bytes()), calls)
+    if device and tf.config.list_logical_devices("GPU") and not any(op.kernel for op in ran):
+        raise RuntimeError(
+            "the profiler saw no kernel of the GPU; may this user read its counters?"
+        )
+    return ran
 
 
 def read(space: Any, calls: int) -> list[OpTime]:
@@ -152,7 +160,7 @@ def _host_operations(plane: Any) -> Iterator[tuple[tuple[str, str, str], float]]
     for event in itertools.chain.from_iterable(line.events for line in plane.lines):
         # Operations are "path/of/name:Kind"; other events have spaces, or none of this.
         name, op = _split(plane.event_metadata[event.metadata_id].name)
-        if op:
+        if op and op not in _CONTAINERS:
             yield (name, op, ""), event.duration_ps / 1e9
 
 
@@ -183,7 +191,7 @@ def compiled(function: Any, *arguments: Any) -> list[OpTime]:
     """
     module = function.experimental_get_compiler_ir(*arguments)(stage="hlo")
     pairs = re.findall(r'op_type="([^"]+)" op_name="([^"]+)"', module)
-    return [OpTime(name, op) for op, name in dict.fromkeys(pairs)]
+    return [OpTime(name, op) for op, name in dict.fromkeys(pairs) if op not in _CONTAINERS]
 
 
 # ---------------------------------------------------------------------- which layer's it is
@@ -277,8 +285,6 @@ def by_layer(ops: Iterable[OpTime], model: Any, function: Any) -> ByLayer:
     backward: dict[str, list[OpTime]] = {name: [] for name in names}
     elsewhere, unattributed = [], []
     for op in ops:
-        if op.op in _CONTAINERS:
-            continue
         owner, is_backward = places.of_operation(op.name)
         if owner is _UNKNOWN or (owner is None and "BatchNorm" in op.op):
             unattributed.append(op)

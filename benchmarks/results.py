@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ def save(path: str | Path, results: Any) -> None:
     os.replace(new, path)
 
 
+def keep(path: str | Path, results: Any) -> None:
+    """Saves what is measured so far. A disk that is full for a while costs no measurement."""
+    try:
+        save(path, results)
+    except OSError as error:
+        print(f"error: {path} cannot be written: {error.strerror or error}", file=sys.stderr)
+
+
 def check_writable(path: str | Path) -> None:
     """Looks whether a file can be there, before anything long starts.
 
@@ -29,8 +38,11 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a directory; a file is needed")
-    if not path.resolve().parent.is_dir():
+    parent = path.resolve().parent
+    if not parent.is_dir():
         raise ValueError(f"there is no directory for {path}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{parent} is not writable")
 
 
 def _finite(value: Any) -> Any:

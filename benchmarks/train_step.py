@@ -224,8 +224,12 @@ def check_flags(arguments: Sequence[str]) -> Settings:
         results.check_writable(path)
     if FLAGS.profile and FLAGS.xla:
         raise ValueError("no --profile with --xla: it fuses operations of several layers into one")
-    if FLAGS.profile and Path(FLAGS.profile).exists() and not Path(FLAGS.profile).is_dir():
-        raise ValueError(f"{FLAGS.profile} is no directory")
+    if FLAGS.profile and Path(FLAGS.profile).exists():
+        if not Path(FLAGS.profile).is_dir():
+            raise ValueError(f"{FLAGS.profile} is no directory")
+        results.check_writable(Path(FLAGS.profile) / "profile")
+    elif FLAGS.profile:
+        results.check_writable(FLAGS.profile)
     for name in ("chart", "profile"):
         if FLAGS[name].value:
             charts.check_available(f"--{name}")
@@ -298,12 +302,15 @@ class Run:
         layers: dict[str, profiles.ByLayer] = {}
         try:
             with tf.device(f"/{self.settings.device}:0"):
-                layers = training_rows.measure(rows, self.settings, FLAGS.profile, self.keep)
+                training_rows.measure(rows, self.settings, layers, FLAGS.profile, self.keep)
+        except Exception as error:  # a device that is gone, or images that do not fit
+            for row in (row for row in rows if not row.failure and not row.measured):
+                row.failure = described(error)
         finally:
             print(f"\n{steps_table(rows, self.settings)}")
             print(f"\n{operations_table(rows, self.settings)}", flush=True)
-        if FLAGS.profile and layers:
-            write_profiles(rows[0], layers, self.settings, self.device)
+            if FLAGS.profile and layers:
+                write_profiles(rows[0], layers, self.settings, self.device)
 
     def note_interruption(self) -> None:
         """Notes in the rows how far they are."""
@@ -332,7 +339,7 @@ class Run:
                 for group in self.groups
                 for row in group
             ]
-            results.save(FLAGS.json, self.about() | {"rows": rows})
+            results.keep(FLAGS.json, self.about() | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -431,19 +431,18 @@ def time_steps(candidates: Sequence[Candidate], settings: Settings, batch: Batch
 def measure(
     rows: Sequence[Row],
     settings: Settings,
+    layers: dict[str, profiles.ByLayer],
     profile: str | None = None,
     keep: Callable[[], None] = lambda: None,
-) -> dict[str, profiles.ByLayer]:
+) -> None:
     """Fills the rows of one network and one Keras; the first is the original.
 
     Args:
         rows: with nothing but names.
         settings: for all.
+        layers: is given what ran by layer, of the variants of which it is known.
         profile: where profiles are kept, if at all.
         keep: called whenever rows have changed.
-
-    Returns:
-        What ran by layer, of the variants of which it is known.
     """
     first = rows[0]
     name = f"{first.model}, {first.keras}"
@@ -452,6 +451,8 @@ def measure(
             progress(f"{name}: memory of {row.variant}")
             note_memory(row, settings)
             keep()
+    if all(row.failure for row in rows):
+        return
     PACKAGES[first.keras].backend.clear_session()
     batch = settings.batch_for(first.model)
     candidates: list[Candidate] = []
@@ -461,13 +462,13 @@ def measure(
             with guarded(row):
                 candidates.append(prepare(row, settings))
     check(candidates, first, settings, batch, profile)
+    layers.update({one.row.variant: one.layers for one in candidates if one.layers})
     keep()
     progress(f"{name}: timing")
     try:
         time_steps(candidates, settings, batch)
     finally:
         keep()
-    return {one.row.variant: one.layers for one in candidates if one.layers}
 
 
 def check(

@@ -2,9 +2,9 @@
 
     import mbn_rewrite as mbn
 
-    new = mbn.convert(model, mode="fold")   # same outputs, without BatchNormalization
-    print(mbn.plan(model))                  # what becomes of each one, and why
-    print(mbn.verify(model, new))           # the two compared
+    print(mbn.plan(model, mode="fold"))   # what folds, what does not, and why
+    new = mbn.convert(model)              # same outputs, without or with faster BatchNormalization
+    print(mbn.verify(model, new))         # the two compared
 
 Importing this package loads neither TensorFlow nor Keras; they come with the first call.
 """
@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mbn_rewrite.api import convert, plan
+    from mbn_rewrite.api import convert, convert_with_plan, plan
     from mbn_rewrite.comparison import verify
     from mbn_rewrite.errors import RewriteError
     from mbn_rewrite.exporter import rewrite_saved_model
@@ -32,6 +32,7 @@ _PUBLIC = {
     "RewriteError": "errors",
     "StridedBatchNormalization": "training_layers",
     "convert": "api",
+    "convert_with_plan": "api",
     "plan": "api",
     "rewrite_saved_model": "exporter",
     "verify": "comparison",
@@ -42,6 +43,7 @@ __all__ = [
     "RewriteError",
     "StridedBatchNormalization",
     "convert",
+    "convert_with_plan",
     "plan",
     "rewrite_saved_model",
     "verify",

@@ -15,7 +15,7 @@ from mbn_rewrite.planner import TRAINING_MODES
 from mbn_rewrite.training_layers import DEFAULT_STRIDE
 
 MODES = {
-    "auto": "fold, and for what is left the form that measures fastest on this machine",
+    "auto": "fold, and do with what is left whatever measures fastest on this machine",
     "fold": "every BatchNormalization is absorbed by its neighbours where that is exact",
     "depthwise": "every BatchNormalization becomes a depthwise 1x1 convolution",
     "strided": "for training: BatchNormalization with statistics of a sample",
@@ -41,9 +41,11 @@ def convert(
         model: a built model of tf_keras or Keras 3. It is not changed.
         mode: for inference, "fold" lets neighbouring layers absorb each BatchNormalization
             wherever that is exact, and leaves the others; `print(plan(model))` says why.
-            "auto" folds, and measures what is best done with those others: leave them, or put
-            a fused operation, a depthwise convolution or a multiplication and an addition in
-            their place. Nothing is measured where all fold. "depthwise" puts a depthwise 1x1
+            "auto" folds, and measures what is best done with those others: leave them, put a
+            fused operation, a depthwise convolution or a multiplication and an addition in
+            their place, or have convolutions that pad with zeros absorb them and add a map for
+            the border. Should all that be slower than the model as it was, it stays as it was.
+            Nothing is measured where all fold. "depthwise" puts a depthwise 1x1
             convolution in the place of each. For training, "strided" puts a
             `StridedBatchNormalization` in the place of each, and "mbn" a
             `ModifiedBatchNormalization`, with the weights that it had.
@@ -124,7 +126,17 @@ def plan(
 def convert_with_plan(
     model: Any, mode: str = "auto", stride: Any = None, **measuring: Any
 ) -> tuple[Any, Plan]:
-    """`convert` and `plan` in one: reads the model once, and measures once."""
+    """`convert` and `plan` in one: reads the model once, and measures once.
+
+    Args:
+        model, mode, stride, ...: as for `convert`.
+
+    Returns:
+        What `convert` returns, and the Plan that was carried out.
+
+    Raises:
+        RewriteError: as for `convert`.
+    """
     stride = check_mode(mode, stride)
     options = measuring_options(mode, **measuring)
     front_end = front_end_of(model)

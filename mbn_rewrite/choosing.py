@@ -9,16 +9,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from mbn_rewrite.decisions import Decision, Plan
-from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.errors import RewriteError, cause_of, is_out_of_memory
 from mbn_rewrite.front_ends import FrontEnd, Reading
 from mbn_rewrite.graph import Graph
-from mbn_rewrite.measuring import DEFAULT_BUDGET, Measurement, Ratio, Timing, Way, race, ratio
+from mbn_rewrite.measuring import (
+    CONFIDENCE,
+    DEFAULT_BUDGET,
+    LEAST_ROUNDS,
+    Measurement,
+    Ratio,
+    Timing,
+    Way,
+    race,
+    ratio,
+)
 from mbn_rewrite.planner import FOLDED, candidates, make_plan
 
 INPUT = "input"  # the model as it was
@@ -29,8 +39,7 @@ Run = Callable[[], object]
 Runner = Callable[[Plan | None], AbstractContextManager[Run]]
 
 _NEEDED = (INPUT, FOLDED)  # without these there is nothing to compare others with
-_LEAST_ROUNDS = 3  # with fewer there is nothing to compare
-_BUILDING = 0.6  # the part of the budget after which no further form is built
+_BUILDING = 0.6  # the part of the budget after which no further form is built, or run at all
 
 
 @dataclass(frozen=True)
@@ -70,10 +79,15 @@ def choose(graph: Graph, runner: Runner, device: str, options: Options) -> Plan:
     with ExitStack() as stack:
         runs = _built(stack, plans, runner, options, start, notes)
         seconds: dict[str, list[float]] = {}
-        if set(_NEEDED) <= set(runs):
+        while set(_NEEDED) <= set(runs) and not seconds:
             options.progress(f"measuring {len(runs)} forms: {options.way}")
-            with _noting(notes, INPUT):  # memory, or a device, may be gone half-way
+            try:
                 seconds = race(runs, start + options.budget, stays=_NEEDED)
+            except _Failed as failed:  # memory, or a device, may be gone half-way
+                runs.pop(failed.form)
+    for form, times in seconds.items():
+        if not times:
+            notes[form] = _not_tried(options)
     chosen, why = _fastest(seconds, notes)
     timings = tuple(
         Timing(
@@ -99,29 +113,60 @@ def _built(
 ) -> dict[str, Run]:
     """What runs each form, of those that can be built and run in time."""
     runs: dict[str, Run] = {}
+
+    def begins(form: str) -> bool:
+        if not set(_NEEDED).isdisjoint(notes):
+            notes[form] = "not tried: there is nothing to compare it with"
+        elif form not in _NEEDED and time.perf_counter() - start > _BUILDING * options.budget:
+            notes[form] = _not_tried(options)
+        return form not in notes
+
     # All are built before one runs: a call may move statistics, which must not be copied.
     for form, plan in ((INPUT, None), *plans.items()):
-        if form not in _NEEDED and time.perf_counter() - start > _BUILDING * options.budget:
-            notes[form] = f"not tried: the budget of {options.budget:g} seconds was used up"
-            continue
-        options.progress(f"building form '{form}'")
-        with _noting(notes, form):
-            runs[form] = stack.enter_context(runner(plan))
+        if begins(form):
+            options.progress(f"building form '{form}'")
+            with suppress(_Failed), _noting(notes, form):
+                runs[form] = stack.enter_context(runner(plan))
     for form in list(runs):
-        with _noting(notes, form):
-            runs[form]()
+        runs[form] = _noted(runs[form], notes, form)
+        if begins(form):
+            with suppress(_Failed):
+                runs[form]()
     return {form: run for form, run in runs.items() if form not in notes}
+
+
+def _not_tried(options: Options) -> str:
+    return f"not tried: the budget of {options.budget:g} seconds was used up"
+
+
+class _Failed(Exception):  # noqa: N818 - it goes no further than this module
+    """A form cannot be built or run; it has been noted why."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(form)
+        self.form = form
 
 
 @contextmanager
 def _noting(notes: dict[str, str], form: str) -> Iterator[None]:
-    """In which it is noted what keeps a form from being measured."""
+    """In which it is noted what keeps a form from being measured.
+
+    Whatever that is, the other forms are there: it is no reason to give nothing.
+    """
     try:
         yield
-    except RewriteError as error:
-        notes[form] = f"not measured: {error}"
-    except MemoryError:
-        notes[form] = "not measured: out of memory"
+    except Exception as error:
+        said = str(error) if isinstance(error, RewriteError) else cause_of(error)
+        notes[form] = f"not measured: {'out of memory' if is_out_of_memory(error) else said}"
+        raise _Failed(form) from error
+
+
+def _noted(run: Run, notes: dict[str, str], form: str) -> Run:
+    def noted() -> object:
+        with _noting(notes, form):
+            return run()
+
+    return noted
 
 
 def _fastest(seconds: Mapping[str, list[float]], notes: Mapping[str, str]) -> tuple[str, str]:
@@ -129,11 +174,14 @@ def _fastest(seconds: Mapping[str, list[float]], notes: Mapping[str, str]) -> tu
     failed = next((form for form in _NEEDED if form in notes), None)
     if failed:
         return FOLDED, f"nothing was compared, since '{failed}' was not run; what folds is folded"
-    if min(map(len, seconds.values())) < _LEAST_ROUNDS:
+    compared = {form: times for form, times in seconds.items() if len(times) >= LEAST_ROUNDS}
+    if not set(_NEEDED) <= set(compared):
         return FOLDED, "the budget allowed too few rounds to compare, so what folds is folded"
-    forms = {form: times for form, times in seconds.items() if form != INPUT}
+    forms = {form: times for form, times in compared.items() if form != INPUT}
     best = min(forms, key=lambda form: ratio(forms[form], forms[FOLDED]).median)
-    if best != FOLDED and ratio(forms[best], forms[FOLDED]).high >= 1:
+    # The best of many is good by chance more often than one (Bonferroni).
+    confidence = 1 - (1 - CONFIDENCE) / max(1, len(forms) - 1)
+    if best != FOLDED and ratio(forms[best], forms[FOLDED], confidence).high >= 1:
         best = FOLDED
     against_input = ratio(seconds[best], seconds[INPUT])
     if against_input.low > 1:

@@ -119,6 +119,7 @@ class BatchNorm(Op):
         axis: the axis of the channels, or None where that is not one axis.
         fusible: whether it runs as arithmetic, and TensorFlow's fused operation could do its
             work.
+        convolvable: whether a depthwise 1x1 convolution could.
     """
 
     map: ChannelMap | None
@@ -127,6 +128,7 @@ class BatchNorm(Op):
     special: str = ""
     axis: int | None = None
     fusible: bool = False
+    convolvable: bool = False
 
 
 def fused_operation_takes(dtype: str, axis: int | None, rank: int) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.errors import RewriteError, cause_of, is_out_of_memory
 from mbn_rewrite.graph import Shape
 
 # How many examples are made up: fewer where one is as large as a picture.
@@ -59,16 +60,24 @@ def random_array(shape: Shape, dtype: str, rng: np.random.Generator, made: Made)
     return rng.standard_normal(sizes) if made.top is None else rng.uniform(0, made.top, sizes)
 
 
-def of_batch(array: np.ndarray, batch: int) -> np.ndarray:
-    """The first examples of an array, from its beginning again if there are fewer."""
+def is_open(shape: Any) -> bool:
+    """Whether an input of this shape takes any number of examples."""
+    rank = shape.rank if hasattr(shape, "rank") else len(shape)
+    return rank != 0 and shape[0] is None
+
+
+def of_batch(array: np.ndarray, batch: int | None) -> np.ndarray:
+    """The first examples of an array, from its beginning again if there are fewer; None for all."""
     array = np.asarray(array)
-    if not array.ndim or not len(array):
+    if batch is None or not array.ndim or not len(array):
         return array
     return np.take(array, range(batch), axis=0, mode="wrap")
 
 
 def uncallable(who: str, error: Exception) -> RewriteError:
     """What to raise where a model cannot be called."""
+    if is_out_of_memory(error):
+        return RewriteError(f"{who} cannot be called: out of memory. Give fewer examples")
     return RewriteError(
         f"{who} cannot be called with these inputs: {cause_of(error)} Give inputs that it "
         "takes (inputs=... in Python, --verify_inputs on the command line)"

@@ -26,11 +26,16 @@ from mbn_rewrite.report import table
 DEFAULT_BUDGET = 60.0  # seconds
 DTYPES = ("float16", "bfloat16")
 
+# Fewer values have no interval that holds their median with 95%: it is outside all six with a
+# chance of 2 / 2^6.
+LEAST_ROUNDS = 6
+
+CONFIDENCE = 0.95  # of intervals
+
 _WARMUP = 3  # calls: the first of a function compiles, the next settle allocators
-_LEAST_ROUNDS, _MOST_ROUNDS = 7, 40
+_CERTAIN_ROUNDS, _MOST_ROUNDS = 7, 40
 _SHORTEST_SAMPLE = 5e-3  # seconds: calls that are shorter are timed several at a time
 _HOPELESS = 1.03  # times the time of the fastest
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,8 @@ class Measurement:
         low, median, high = quartiles([1e3 * second for second in timing.seconds])
         ratio = timing.speed_up
         times = [f"{ratio.median:.3f}", f"{ratio.low:.3f}-{ratio.high:.3f}"] if ratio else ["-"] * 2
+        if len(timing.seconds) < LEAST_ROUNDS:
+            times[1] = "-"
         return [timing.form, f"{median:.2f}", f"{low:.2f}-{high:.2f}", *times, said]
 
 
@@ -173,19 +180,19 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def ratio(seconds: Sequence[float], base: Sequence[float]) -> Ratio:
+def ratio(seconds: Sequence[float], base: Sequence[float], confidence: float = CONFIDENCE) -> Ratio:
     """How many times as long as `base` a variant takes, by rounds that both took part in."""
     ratios = sorted(a / b for a, b in zip(seconds, base, strict=False))
-    outside = _outside(len(ratios))
+    outside = _outside(len(ratios), confidence)
     return Ratio(statistics.median(ratios), ratios[outside], ratios[-1 - outside])
 
 
-def _outside(count: int) -> int:
+def _outside(count: int, confidence: float = CONFIDENCE) -> int:
     """How many ordered values lie below the confidence interval of a median of `count`."""
     outside, chance = 0, 0.0
     while outside < (count - 1) // 2:
         chance += math.comb(count, outside) / 2**count
-        if chance > (1 - _CONFIDENCE) / 2:
+        if chance > (1 - confidence) / 2:
             return max(0, outside - 1)
         outside += 1
     return max(0, outside - 1)
@@ -199,22 +206,30 @@ def race(
 ) -> dict[str, list[float]]:
     """Seconds of calls of each variant; they take turns, and each begins a round in its turn.
 
-    Who is slower than the fastest beyond doubt takes part no longer.
+    Who is slower than the fastest beyond doubt takes part no longer. Where the time is too short
+    for all, the slowest do not take part at all.
 
     Args:
         variants: functions by name. What they return is thrown away.
         deadline: when to stop, on the clock. Some rounds may be missing then.
-        stays: who takes part to the end.
+        stays: who takes part to the end, whatever time there is.
         clock: gives the time in seconds.
     """
-    calls = {}
+    took = {}
     for name, function in variants.items():
-        for _ in range(_WARMUP):
+        for number in range(_WARMUP):
+            if number and clock() > deadline:
+                break
             start = clock()
             function()
-        calls[name] = max(1, math.ceil(_SHORTEST_SAMPLE / max(clock() - start, 1e-6)))
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+            took[name] = max(clock() - start, 1e-6)
+    calls = {name: math.ceil(_SHORTEST_SAMPLE / seconds) for name, seconds in took.items()}
     running = list(variants)
+    others = [name for name in running if name not in stays]
+    for name in sorted(others, key=lambda name: took[name], reverse=True):
+        if LEAST_ROUNDS * sum(took[one] for one in running) > deadline - clock():
+            running.remove(name)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(_MOST_ROUNDS):
         first = number % len(running)
         for name in running[first:] + running[:first]:
@@ -224,7 +239,7 @@ def race(
             seconds[name].append((clock() - start) / calls[name])
         if clock() > deadline:
             break
-        if number + 1 >= _LEAST_ROUNDS:
+        if number + 1 >= _CERTAIN_ROUNDS:
             best = min(running, key=lambda name: statistics.median(seconds[name]))
             running = [
                 name

@@ -194,22 +194,26 @@ def candidates(graph: Graph) -> dict[str, Plan]:
     """The plans that mode "auto" has to choose between, by what they do with what does not fold.
 
     All are exact. The first, `FOLDED`, leaves it; "border" lets convolutions that pad with zeros
-    absorb more, and leaves the rest; the others put one of `FORMS` in the place of each. What
-    custom layers hold stays in all of them, since it cannot be seen how it is called. Plans that
-    would come to the same are left out.
+    absorb more, and leaves the rest; the others put one of `FORMS` in the place of each that it
+    can do the work of ("depthwise" scales and shifts where there is no such convolution). What
+    custom layers hold stays in all of them, since it cannot be seen how it is called, and so does
+    what has something else to do in its place (`BatchNorm.rooted`). Plans that would come to the
+    same are left out.
     """
     fold = replace(_plan_fold(graph), mode="auto")
     left = _replaceable(graph, fold)
     plans = {FOLDED: fold}
-    ranks = {rank for _, _, rank in left.values()}
-    fusible = {owner: m for owner, (m, op, _) in left.items() if op.fusible}
-    if fusible:
-        plans["fused"] = _with_form(fold, "fused", fusible)
-    maps = {owner: m for owner, (m, _, _) in left.items()}
-    if ranks & {3, 4}:  # for all others there is no depthwise convolution
-        plans["depthwise"] = _with_form(fold, "depthwise", maps)
-    if maps:
-        plans["scale_and_shift"] = _with_form(fold, "scale_and_shift", maps)
+    for form, takes in _TAKES.items():
+        if not any(takes(op) for _, op in left.values()):
+            continue
+        plans[form] = _replacing(
+            fold,
+            {
+                owner: Replacement(form if takes(op) else "scale_and_shift", m)
+                for owner, (m, op) in left.items()
+                if takes(op) or form != "fused"  # what is fused already stays so
+            },
+        )
     if fold.left:
         bordered = replace(_plan_fold(graph, borders=True), mode="auto")
         if bordered.left < fold.left:
@@ -217,10 +221,18 @@ def candidates(graph: Graph) -> dict[str, Plan]:
     return plans
 
 
-def _replaceable(graph: Graph, fold: Plan) -> dict[str, tuple[ChannelMap, BatchNorm, int]]:
+# Which BatchNormalizations a form can take the place of.
+_TAKES: dict[str, Callable[[BatchNorm], bool]] = {
+    "fused": lambda op: op.fusible,
+    "depthwise": lambda op: op.convolvable,
+    "scale_and_shift": lambda op: True,
+}
+
+
+def _replaceable(graph: Graph, fold: Plan) -> dict[str, tuple[ChannelMap, BatchNorm]]:
     """The sites that stay, but that something else could take the place of."""
     kept = {decision.name for decision in fold.decisions if decision.action == "kept"}
-    found: dict[str, tuple[ChannelMap, BatchNorm, int]] = {}
+    found: dict[str, tuple[ChannelMap, BatchNorm]] = {}
     for node in graph.nodes:
         op = node.op
         if node.owner not in kept or not isinstance(op, BatchNorm) or op.map is None:
@@ -230,19 +242,20 @@ def _replaceable(graph: Graph, fold: Plan) -> dict[str, tuple[ChannelMap, BatchN
             kept.discard(node.owner)
             found.pop(node.owner, None)
         else:
-            found[node.owner] = (m, op, len(graph.values[node.inputs[0]].shape))
+            found[node.owner] = (m, op)
     return found
 
 
-def _with_form(fold: Plan, form: str, maps: Mapping[str, ChannelMap]) -> Plan:
+def _replacing(fold: Plan, replaced: Mapping[str, Replacement]) -> Plan:
     decisions = tuple(
-        replace(d, action=form, into=(d.name,)) if d.name in maps else d for d in fold.decisions
+        replace(d, action=replaced[d.name].form, into=(d.name,)) if d.name in replaced else d
+        for d in fold.decisions
     )
     return replace(
         fold,
         decisions=decisions,
-        renewed={owner: m for owner, m in fold.renewed.items() if owner not in maps},
-        replaced={owner: Replacement(form, m) for owner, m in maps.items()},
+        renewed={owner: m for owner, m in fold.renewed.items() if owner not in replaced},
+        replaced=dict(replaced),
     )
 
 

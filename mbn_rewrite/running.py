@@ -50,9 +50,10 @@ def called(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.nda
         RewriteError: the function cannot be called with these inputs.
     """
     try:
-        return _run(function, inputs)
+        with _full_products():
+            return _run(function, inputs)
     except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
-        if tf.config.list_physical_devices("GPU"):
+        if tf.config.get_visible_devices("GPU"):
             raise uncallable(who, error) from error
         try:
             return compiled(function, inputs, who)
@@ -65,7 +66,8 @@ def called(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.nda
 def compiled(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
     """As `called`, by XLA alone."""
     try:
-        return _run(tf.function(function, jit_compile=True, autograph=False), inputs)
+        with _full_products():
+            return _run(tf.function(function, jit_compile=True, autograph=False), inputs)
     except Exception as error:
         raise uncallable(who, error) from error
 
@@ -73,9 +75,25 @@ def compiled(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.n
 def plain(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
     """As `called`, without XLA."""
     try:
-        return _run(function, inputs)
+        with _full_products():
+            return _run(function, inputs)
     except Exception as error:
         raise uncallable(who, error) from error
+
+
+@contextmanager
+def _full_products() -> Iterator[None]:
+    """In which GPUs multiply float32 as such.
+
+    By default they round factors to 11 bits (TensorFloat-32), by which a model that is right may
+    differ from its original as one that is wrong would.
+    """
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
 def _run(function: Callable[[Any], Any], inputs: Any) -> list[np.ndarray]:
@@ -83,8 +101,8 @@ def _run(function: Callable[[Any], Any], inputs: Any) -> list[np.ndarray]:
     return [np.asarray(output) for output in outputs if output is not None]
 
 
-def runner(function: Callable[[Any], Any], inputs: Any, way: Way) -> Callable[[], object]:
-    """What runs a function of tensors in this way, until its outputs are there.
+def runner(function: Callable[[Any], Any], inputs: Any, way: Way) -> Callable[[], list[np.ndarray]]:
+    """What runs a function of tensors in this way, and gives its outputs as a flat list.
 
     RewriteError: the first run says why it cannot.
     """
@@ -97,7 +115,7 @@ def runner(function: Callable[[Any], Any], inputs: Any, way: Way) -> Callable[[]
     def concrete() -> Callable[[Any], Any]:  # which TensorFlow does not take for a retracing
         return cast("Callable[[Any], Any]", traced.get_concrete_function(inputs))
 
-    def run() -> object:
+    def run() -> list[np.ndarray]:
         try:
             return _run(concrete(), inputs)
         except Exception as error:
@@ -116,7 +134,7 @@ def set_up(way: Way) -> Iterator[None]:
     if way.dtype is None:
         yield
         return
-    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    on_gpu = bool(tf.config.get_visible_devices("GPU"))
     if on_gpu != (way.dtype == "float16"):
         where, other = ("GPUs", "float16") if on_gpu else ("CPUs", "bfloat16")
         raise RewriteError(
@@ -134,7 +152,7 @@ def set_up(way: Way) -> Iterator[None]:
 
 def device() -> str:
     """What functions run on where nothing else is said."""
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     if not gpus:
         return processor()
     name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")

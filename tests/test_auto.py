@@ -57,6 +57,18 @@ def test_plans_differ_in_what_does_not_fold(fusible):
     assert plans["scale_and_shift"].left == 0
 
 
+def test_there_is_no_depthwise_plan_where_there_is_no_such_convolution():
+    """Two that are built alike would be measured twice."""
+    wiring = Wiring()
+    x = wiring.source()
+    for name, convolvable in (("a", True), ("b", False)):
+        op = BatchNorm(norm_op(2.0, 1.0).map, axis=1, convolvable=convolvable)
+        x = wiring.add(name, op, wiring.relu(f"{name}_relu", x))
+    graph = wiring.graph(wiring.relu("last", x))
+    actions = [decision.action for decision in candidates(graph)["depthwise"].decisions]
+    assert actions == ["depthwise", "scale_and_shift"]
+
+
 def test_what_must_stay_stays_in_every_plan():
     wiring = Wiring()
     x = wiring.relu("relu", wiring.source())
@@ -116,7 +128,7 @@ def test_the_input_is_taken_where_it_is_fastest(monkeypatch):
 
 
 def test_too_few_rounds_decide_nothing(monkeypatch):
-    times = {INPUT: [3.0] * 2, FOLDED: [2.0] * 2, "scale_and_shift": [1.0] * 2}
+    times = {INPUT: [3.0] * 5, FOLDED: [2.0] * 5, "scale_and_shift": [1.0] * 5}
     plan = chosen(monkeypatch, times)
     assert plan.measurement.chosen == FOLDED
     assert "too few rounds" in plan.measurement.why
@@ -129,14 +141,66 @@ def test_a_form_that_cannot_be_run_is_said(monkeypatch):
     assert plan.measurement.timings[-1].note == "not measured: it cannot be run"
 
 
-def test_a_device_that_is_gone_half_way_costs_no_model(monkeypatch):
-    def race(runs, deadline, stays=()):
-        raise RewriteError("the device is gone")
+def failing_after(calls, error):
+    """A run that fails at some call."""
+    numbers = iter(range(10**6))
 
-    monkeypatch.setattr(choosing, "race", race)
-    plan = choose(unfoldable(), lambda plan: nullcontext(lambda: None), "a device", Options())
+    def run():
+        if next(numbers) >= calls:
+            raise error
+
+    return run
+
+
+def test_a_device_that_is_gone_half_way_costs_no_model():
+    def runner(plan):
+        return nullcontext(failing_after(9, RewriteError("the device is gone")))
+
+    plan = choose(unfoldable(), runner, "a device", Options())
     assert plan.measurement.chosen == FOLDED
     assert plan.measurement.timings[0].note == "not measured: the device is gone"
+
+
+def test_a_form_that_fails_half_way_costs_the_others_nothing():
+    def runner(plan):
+        last = plan is not None and plan.counts.get("scale_and_shift")
+        error = tf.errors.ResourceExhaustedError(None, None, "Graph execution error:\n\nOOM when")
+        return nullcontext(failing_after(9, error) if last else lambda: None)
+
+    measurement = choose(unfoldable(), runner, "a device", Options()).measurement
+    assert "nothing was compared" not in measurement.why
+    assert [bool(timing.seconds) for timing in measurement.timings] == [True, True, False]
+    assert measurement.timings[-1].note == "not measured: out of memory"
+
+
+def test_memory_that_ends_while_a_form_is_built_costs_no_model(monkeypatch):
+    def runner(plan):
+        if plan is not None and plan.counts.get("scale_and_shift"):
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")
+        return nullcontext(lambda: None)
+
+    monkeypatch.setattr(choosing, "race", lambda runs, *_, **__: dict.fromkeys(runs, [1.0] * 9))
+    measurement = choose(unfoldable(), runner, "a device", Options()).measurement
+    assert measurement.timings[-1].note == "not measured: out of memory"
+
+
+def test_where_the_input_cannot_be_run_nothing_else_is_built():
+    built = []
+
+    def runner(plan):
+        built.append(plan)
+        raise RewriteError("no inputs can be made up")
+
+    measurement = choose(unfoldable(), runner, "a device", Options()).measurement
+    assert built == [None]
+    assert measurement.timings[-1].note == "not tried: there is nothing to compare it with"
+
+
+def test_forms_that_the_budget_leaves_no_rounds_for_are_said(monkeypatch):
+    times = {INPUT: [3.0] * 9, FOLDED: [2.0] * 9, "scale_and_shift": []}
+    plan = chosen(monkeypatch, times)
+    assert plan.measurement.chosen == FOLDED
+    assert plan.measurement.timings[-1].note == "not tried: the budget of 60 seconds was used up"
 
 
 def test_where_the_input_cannot_be_run_nothing_is_compared(monkeypatch):
@@ -223,6 +287,9 @@ def test_given_inputs_are_cut_to_the_batch(each_keras):
         made = np.asarray(front_end.inputs_of_batch(original, given, size))
         np.testing.assert_array_equal(made, given[np.arange(size) % 2])
     assert front_end.inputs_of_batch(original, None, 5).shape == (5, 8, 8, 3)
+    x = K.Input(batch_shape=(2, 3))
+    fixed = Model(x, K.Dense(1)(x))
+    assert front_end.inputs_of_batch(fixed, np.ones((2, 3)), 1).shape == (2, 3)
 
 
 @pytest.mark.parametrize("taken", ["fused", "depthwise", "scale_and_shift", INPUT])
@@ -277,14 +344,22 @@ def test_mixed_precision_that_the_device_does_not_have():
         mbn.convert(original, dtype="float16")
 
 
-def test_mixed_precision_is_set_for_as_long_as_is_measured():
+def test_mixed_precision_is_set_for_as_long_as_is_measured(monkeypatch):
+    name = "auto_mixed_precision_onednn_bfloat16"
+    meanwhile = []
+
+    def race(runs, *_, **__):
+        meanwhile.append(tf.config.optimizer.get_experimental_options()[name])
+        return dict.fromkeys(runs, [1.0] * 9)
+
+    monkeypatch.setattr(choosing, "race", race)
     x = inputs = K.Input((4,))
     original = Model(inputs, K.Activation("tanh")(K.BatchNormalization()(K.ReLU()(x))))
     before = tf.config.optimizer.get_experimental_options()
     if not tf.config.list_physical_devices("GPU"):
         plan = mbn.plan(original, dtype="bfloat16")
         assert plan.measurement.way == Way(dtype="bfloat16")
-    name = "auto_mixed_precision_onednn_bfloat16"
+        assert meanwhile == [True]
     after = tf.config.optimizer.get_experimental_options()
     assert after.get(name, False) == before.get(name, False)
 

@@ -48,7 +48,8 @@ def rows_of(keras, *variants):
 def measured(request, tmp_path_factory):
     """Rows by variant, and what ran by layer."""
     rows = rows_of(request.param, *VARIANTS)
-    layers = training_rows.measure(rows, SETTINGS, str(tmp_path_factory.mktemp("profiles")))
+    layers = {}
+    training_rows.measure(rows, SETTINGS, layers, str(tmp_path_factory.mktemp("profiles")))
     return {row.variant: row for row in rows}, layers
 
 
@@ -155,7 +156,7 @@ def test_the_original_under_another_name_is_refused(monkeypatch):
         lambda keras, variant, **options: real(keras, "original", **options),
     )
     original, *others = rows_of("tf_keras", "original", "strided4", "mbn1")
-    training_rows.measure([original, *others], SETTINGS)
+    training_rows.measure([original, *others], SETTINGS, {})
     assert original.measured
     for row in others:
         assert row.failure == "RUNS WHAT THE ORIGINAL RUNS in prep_bn and 7 more"
@@ -311,7 +312,7 @@ def test_the_others_go_on_where_one_runs_out_of_memory(monkeypatch, tmp_path):
     def keep():
         results.save(path, [training_rows.as_dict(row, rows[0], SETTINGS) for row in rows])
 
-    training_rows.measure(rows, SETTINGS, keep=keep)
+    training_rows.measure(rows, SETTINGS, {}, keep=keep)
     original, failed, none = json.loads(path.read_text())
     assert failed["failure"] == "OUT OF MEMORY"
     assert failed["images_per_second"] is failed["step_ratio"] is None
@@ -334,7 +335,7 @@ def test_what_is_finished_is_kept_when_it_is_interrupted(monkeypatch):
     rows = rows_of("tf_keras", "original")
     kept = []
     with pytest.raises(KeyboardInterrupt):
-        training_rows.measure(rows, SETTINGS, keep=lambda: kept.append(len(rows[0].seconds)))
+        training_rows.measure(rows, SETTINGS, {}, keep=lambda: kept.append(len(rows[0].seconds)))
     assert kept[-1] == 1
     assert rows[0].losses
 

@@ -39,8 +39,8 @@ def test_rows_that_fail_are_said_and_the_others_are_measured(saved, tmp_path):
     broken, report = tmp_path / "broken", tmp_path / "latency.json"
     broken.mkdir()
     code, out, err = run(
-        f"--models={saved},{broken}", "--batch_sizes=2", "--repeats=3", f"--json={report}",
-        f"--chart={tmp_path / 'latency.png'}", "--device=CPU",
+        f"--models={saved},{broken}", "--batch_sizes=2", "--repeats=3", "--seconds=0",
+        f"--json={report}", f"--chart={tmp_path / 'latency.png'}", "--device=CPU",
     )  # fmt: skip
     assert code == 1, err
     good, bad = json.loads(report.read_text())["rows"]
@@ -57,6 +57,47 @@ def test_rows_that_fail_are_said_and_the_others_are_measured(saved, tmp_path):
     assert all("FAILED" in v["note"] for name, v in bad["variants"].items() if name != "floor")
     assert "FAILED" in out
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_networks_of_both_kerases_and_their_floor(tmp_path):
+    report = tmp_path / "latency.json"
+    code, _, err = run(
+        "--models=MobileNetV2", "--size=32", "--batch_sizes=1", "--repeats=2", "--seconds=0",
+        "--variants=fold,floor", f"--json={report}", "--device=CPU",
+    )  # fmt: skip
+    assert code == 0, err
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["keras"] for row in rows] == ["tf_keras", "keras_3"]
+    for row in rows:
+        variants = row["variants"]
+        assert {name: v["left"] for name, v in variants.items()} == {
+            "original": 52, "fold": 0, "floor": 0,
+        }  # fmt: skip
+        assert variants["fold"]["error"] < 2e-4
+        assert all(len(v["milliseconds"]) == 2 and v["x floor"] > 0 for v in variants.values())
+
+
+FAILING = """
+import json
+from benchmarks import latency
+
+def bad():
+    raise MemoryError
+
+latency.FLAGS(["latency", "--repeats=2", "--seconds=0"])
+known = {"original": {}, "fold": {}, "auto": {"note": "WRONG"}}
+latency.measured({"original": lambda: None, "fold": bad}, known)
+print(json.dumps(known))
+"""
+
+
+def test_what_fails_while_it_is_timed_costs_the_others_nothing():
+    command = [sys.executable, "-c", FAILING]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    known = json.loads(result.stdout.splitlines()[-1])
+    assert known["fold"] == {"note": "OUT OF MEMORY"}
+    assert known["auto"] == {"note": "WRONG"}
+    assert len(known["original"]["milliseconds"]) == 2
 
 
 def test_what_is_not_known_is_one_line():

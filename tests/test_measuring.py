@@ -44,9 +44,26 @@ def test_a_hopeless_variant_leaves_and_one_that_stays_does_not():
 
 def test_the_deadline_ends_the_race():
     clock = Clock()
-    seconds = race({"a": clock.taking(1.0), "b": clock.taking(1.0)}, 10.0, clock=clock)
+    variants = {"a": clock.taking(1.0), "b": clock.taking(1.0)}
+    seconds = race(variants, 10.0, stays=["a", "b"], clock=clock)
     assert clock.now <= 12
     assert len(seconds["a"]) == len(seconds["b"]) == 3
+
+
+def test_who_there_is_no_time_for_takes_no_part():
+    clock = Clock()
+    variants = {
+        name: clock.taking(seconds) for name, seconds in zip("abcd", (1, 1, 2, 3), strict=True)
+    }
+    seconds = race(variants, 45.0, stays=["a", "b"], clock=clock)
+    assert {name: len(each) for name, each in seconds.items()} == {"a": 7, "b": 7, "c": 7, "d": 0}
+    assert clock.now == 21 + 28
+
+
+def test_warming_up_ends_with_the_time():
+    clock = Clock()
+    race({"a": clock.taking(5.0), "b": clock.taking(5.0)}, 3.0, stays=["a", "b"], clock=clock)
+    assert clock.now == 20
 
 
 def test_short_calls_are_timed_several_at_a_time():
@@ -101,6 +118,7 @@ def test_measurement_is_a_table_and_json():
     assert "some device, batch 8: because" in text
     (row,) = [line for line in text.split("\n") if line.startswith(" folded")]
     assert row.endswith("chosen")
+    assert " - " in row  # two values have no interval
     assert "out of memory" in text
     forms = measurement.to_dict()["forms"]
     assert forms[1]["milliseconds"] == [1.0, 1.0]

@@ -8,12 +8,14 @@ import sys
 import pytest
 
 import mbn_rewrite as mbn
+from mbn_rewrite.errors import cause_of, is_out_of_memory
 
 PUBLIC = [
     "ModifiedBatchNormalization",
     "RewriteError",
     "StridedBatchNormalization",
     "convert",
+    "convert_with_plan",
     "plan",
     "rewrite_saved_model",
     "verify",
@@ -42,6 +44,25 @@ def test_public_names():
     assert sorted(mbn.__all__) == PUBLIC
     assert set(PUBLIC) <= set(dir(mbn))
     assert all(getattr(mbn, name).__doc__ for name in PUBLIC)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("Graph execution error:\n\nDetected at node add:\nshapes differ", "shapes differ."),
+        ("Exception encountered when calling Dense.\n\nit is too small.", "it is too small."),
+        ("", "ValueError."),
+    ],
+)
+def test_what_frameworks_say_is_one_sentence(message, said):
+    assert cause_of(ValueError(message)) == said
+
+
+def test_want_of_memory_is_seen_behind_other_errors():
+    error = mbn.RewriteError("it cannot be called")
+    error.__cause__ = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(ValueError("no room in the boom"))
 
 
 def test_unknown_name_is_an_attribute_error():

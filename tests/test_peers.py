@@ -284,7 +284,7 @@ def test_wrong_answers_are_marked(runtime, status, work):
 
 
 def test_optimize_for_inference_gives_the_outputs(work):
-    tool = next(tool for tool in peer_tools.tools(["fold"]) if tool.key == "optimize")
+    tool = next(tool for tool in peer_tools.tools(["fold"], 1) if tool.key == "optimize")
     result = peers.examined(tool, work, 1)
     assert result["status"] == "ok"
     assert Left(**result["in_file"]).total == 2
@@ -343,14 +343,20 @@ ANSWERS = {
 }
 
 
-def answering(monkeypatch, answers):
-    """Has steps answer at once; an exception is raised in place of an answer."""
+def answering(monkeypatch, answers, broken=""):
+    """Has steps answer at once; an exception is raised in place of an answer.
+
+    What is broken cannot be timed.
+    """
 
     def step(function, *arguments, environment=None):
         if function is peers.make:
             return {"norms": 2, "fewest": 0, "one_channel": 0}
         if function is peers.latency:
-            return {pair.partition("=")[0]: [2.0, 3.0, 4.0] for pair in arguments[1:]}
+            keys = [pair.partition("=")[0] for pair in arguments[1:]]
+            failed = {key: "it crashed" for key in keys if key == broken}
+            times = {key: [2.0, 3.0, 4.0] for key in keys if key != broken}
+            return {"milliseconds": times, "not timed": failed}
         answer = answers[arguments[0]]
         if isinstance(answer, BaseException):
             raise answer
@@ -386,6 +392,38 @@ def test_the_others_still_run(key, answer, code, monkeypatch, tmp_path, capsys):
     assert ("WRONG" if isinstance(answer, dict) else "it crashed") in printed
 
 
+def test_one_that_cannot_be_timed_costs_no_others_their_times(monkeypatch, tmp_path):
+    answering(monkeypatch, ANSWERS | {"onnx": ANSWERS["original"]}, broken="onnx")
+    out = tmp_path / "r.json"
+    assert run_main(*SMALL, "--tools=ours_fold,onnx", f"--json={out}") == 0
+    (model,) = json.loads(out.read_text())["models"]
+    rows = {r["tool"]: r for r in model["rows"]}
+    assert rows["onnx"]["reason"] == "not timed: it crashed"
+    assert rows["ours_fold"]["times_as_fast"] == 1
+
+
+def test_steps_of_a_model_in_earnest(tmp_path):
+    """What `answering` leaves out: writing, converting and timing, as they are for a small one."""
+    run_flags = ["--batch=3", "--repeats=2", "--models=MobileNetV2", "--image_size=32"]
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["peers", *run_flags])
+    (tmp_path / "work").mkdir()
+    made = peers.step(peers.make, "MobileNetV2", "tf_keras", str(tmp_path / "work"))
+    assert (made["norms"], made["fewest"]) == (52, 0)
+    rows = {
+        key: peers.step(peers.convert, key, str(tmp_path / "work"))
+        for key in ("original", "ours_fold")
+    }
+    assert [row["status"] for row in rows.values()] == ["ok", "ok"]
+    paths = [f"{key}={row['path']}" for key, row in rows.items()]
+    times = peers.step(peers.latency, str(tmp_path / "work"), *paths, "ours_auto=nowhere")
+    assert {key: len(each) for key, each in times["milliseconds"].items()} == {
+        "original": 2,
+        "ours_fold": 2,
+    }
+    assert list(times["not timed"]) == ["ours_auto"]
+
+
 def test_rows_survive_an_interruption(monkeypatch, tmp_path):
     answering(monkeypatch, ANSWERS | {"onnx": KeyboardInterrupt()})
     out = tmp_path / "r.json"
@@ -417,6 +455,8 @@ def test_what_is_not_installed_is_one_line(monkeypatch, tmp_path, capsys):
         ("--modes=strided", "unknown mode strided; there are auto, fold, depthwise"),
         ("--tools=tvm", "unknown tool tvm; there are original, "),
         ("more", "unknown ['more']"),
+        (f"--models={__file__}", f"{__file__} is "),
+        ("--json=/nowhere/r.json", "there is no directory for /nowhere/r.json"),
     ],
 )
 def test_mistakes_are_one_line(argument, message, capsys):

@@ -14,6 +14,7 @@ import tensorflow as tf
 from scipy import stats
 
 from benchmarks import training_networks
+from benchmarks.profiles import OpTime
 from benchmarks.studying import data, models, proof, report, running, statistics, training
 from benchmarks.studying.errors import StudyError, exit_code
 from benchmarks.studying.pipeline import Pipeline
@@ -343,26 +344,30 @@ def test_what_the_original_runs_is_known_in_any_form(ran):
 
 
 def test_gradients_without_names_go_to_their_layers():
-    events = [
-        ("net/a/FusedBatchNormV3", "FusedBatchNormV3", 1.0),
-        ("gradient_tape/net/b/FusedBatchNormGradV3", "FusedBatchNormGradV3", 2.0),
-        ("FusedBatchNormGradV3", "_MklNativeFusedBatchNormGradV3", 3.0),
-        ("FusedBatchNormGradV3_4", "FusedBatchNormGradV3", 4.0),
-        ("InplaceAdd", "InplaceAdd", 5.0),  # one, as there are layers with strides
-        *(("FusedBatchNormV3_7", "FusedBatchNormV3", 0.0), ("FusedBatchNormV3_8", "_", 0.0)),
-        *(("replica_1/FusedBatchNormV3_9", "FusedBatchNormV3", 0.0),),  # one too many
-        ("GatherV2", "GatherV2", 0.0),  # the pipeline's
-        ("net/ab/Conv2D", "Conv2D", 6.0),
+    operations = [
+        OpTime(name, op, times=(1.0,))
+        for name, op in (
+            ("net/a/FusedBatchNormV3", "FusedBatchNormV3"),
+            ("gradient_tape/net/b/FusedBatchNormGradV3", "FusedBatchNormGradV3"),
+            ("FusedBatchNormGradV3", "FusedBatchNormGradV3 (oneDNN)"),
+            ("FusedBatchNormGradV3_4", "FusedBatchNormGradV3"),
+            ("InplaceAdd", "InplaceAdd"),  # one, as there are layers with strides
+            ("FusedBatchNormV3_7", "FusedBatchNormV3"),
+            ("FusedBatchNormV3_8", "FusedBatchNormV3"),
+            ("replica_1/FusedBatchNormV3_9", "FusedBatchNormV3"),  # one too many
+            ("GatherV2", "GatherV2"),  # the pipeline's
+            ("net/ab/Conv2D", "Conv2D"),
+        )
     ]
-    found = list(proof.attributed(events, {"a": True, "b": False, "c": False}))
-    assert found == [
-        proof.Executed("a", False, "FusedBatchNormV3", 1.0),
-        proof.Executed("b", True, "FusedBatchNormGradV3", 2.0),
-        proof.Executed("c", True, "FusedBatchNormGradV3 (oneDNN)", 3.0),
-        proof.Executed("a", True, "FusedBatchNormGradV3", 4.0),
-        *(proof.Executed("", True, kernel, 0.0) for kernel in ("FusedBatchNormV3", "_")),
-        proof.Executed("", True, "FusedBatchNormV3", 0.0),
-        proof.Executed("a", True, "InplaceAdd", 5.0),
+    found = list(proof.attributed(operations, {"a": True, "b": False, "c": False}))
+    assert [(one.layer, one.backward, one.operation.name) for one in found] == [
+        ("a", False, "net/a/FusedBatchNormV3"),
+        ("b", True, "gradient_tape/net/b/FusedBatchNormGradV3"),
+        ("c", True, "FusedBatchNormGradV3"),
+        ("a", True, "FusedBatchNormGradV3_4"),
+        *(("", True, f"FusedBatchNormV3_{i}") for i in (7, 8)),
+        ("", True, "replica_1/FusedBatchNormV3_9"),
+        ("a", True, "InplaceAdd"),
     ]
 
 

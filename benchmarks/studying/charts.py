@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import charts
 from benchmarks.studying.errors import StudyError
 from benchmarks.studying.statistics import Comparison
 
@@ -18,21 +19,14 @@ STATISTICS = ("mu", "sigma", "beta", "gamma")
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
     try:
-        import matplotlib
+        figure = charts.figure_of(*size)
     except ImportError as error:
-        raise StudyError("charts need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        raise StudyError("charts need matplotlib: pip install '.[study]' brings it") from error
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _save(figure: Any, path: Path) -> str:
-    from matplotlib import pyplot
-
-    # Without the version of matplotlib in it, the same picture is the same file.
-    figure.savefig(path, dpi=90, metadata={"Software": None})
-    pyplot.close(figure)
+    charts.save(figure, path)
     return path.name
 
 

@@ -289,7 +289,7 @@ class Page:
             [
                 "## Time of BatchNormalization by layer",
                 "Forward + backward, milliseconds of a step, by the profiler; medians over runs of "
-                "the mean of a few steps. Times of operations that ran side by side overlap, and "
+                "the median of a few steps. Times of operations that ran side by side overlap, and "
                 "those of FusedBatchNormEx have the ReLU in them."
                 + ("" if on_cpu else " On a GPU these are times of launching, not of computing."),
                 _table(["layer", *times], [*rows, ["sum", *sums]]),

@@ -209,7 +209,7 @@ def _watch(keras: Any) -> type:
         ) -> None:
             super().__init__()
             self.profiler = Profiler(layers)
-            self.steps = Steps(1, ())
+            self.steps = Steps(())
             self._setting = setting
             self._layers = layers
             self._check = check

@@ -74,9 +74,10 @@ def inputs_of_batch(model: Any, inputs: Any, batch: int) -> Any:
     """Inputs with so many examples: made up, or of those that are given."""
     if inputs is None:
         return random_inputs(model, batch=batch)
+    size = batch if shared.takes_any_batch(model) else None
     return keras.tree.map_structure(
         lambda array: keras.ops.convert_to_tensor(
-            of_batch(keras.ops.convert_to_numpy(array), batch)
+            of_batch(keras.ops.convert_to_numpy(array), size)
         ),
         inputs,
     )

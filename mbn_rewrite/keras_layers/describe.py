@@ -109,7 +109,17 @@ def batch_norm(layer: Any, training: bool | None, keras: Dialect) -> BatchNorm:
     if not channel_map.is_finite:
         why = "its moving variance and epsilon give no finite scale"
         return BatchNorm(None, why, axis=axis)
-    return BatchNorm(channel_map, axis=axis, fusible=_fusible(layer, axis, keras))
+    return BatchNorm(
+        channel_map,
+        axis=axis,
+        fusible=_fusible(layer, axis, keras),
+        convolvable=convolvable(axis, layer.input_spec.ndim),
+    )
+
+
+def convolvable(axis: int, rank: int) -> bool:
+    """Whether there is a depthwise convolution for inputs of a rank and layout."""
+    return (rank == 4 and axis in (1, 3)) or (rank == 3 and axis == 2)
 
 
 def _fusible(layer: Any, axis: int, keras: Dialect) -> bool:

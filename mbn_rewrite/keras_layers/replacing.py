@@ -16,7 +16,7 @@ from mbn_rewrite.algebra import ChannelMap
 from mbn_rewrite.decisions import Replacement, Sampled
 from mbn_rewrite.keras_layers import weights
 from mbn_rewrite.keras_layers.copying import config_of, from_config, take_over_initializers
-from mbn_rewrite.keras_layers.describe import affine_weights
+from mbn_rewrite.keras_layers.describe import affine_weights, convolvable
 from mbn_rewrite.keras_layers.dialect import Dialect
 
 
@@ -35,18 +35,16 @@ def replacement(
     m = planned.map
     if planned.form == "fused":
         return _fused(keras, old, m)
-    convolved = planned.form == "depthwise" and not masked
+    convolved = planned.form == "depthwise" and not masked and convolvable(m.axis, rank)
     common: dict[str, Any] = {
         "name": old.name,
         "dtype": old.dtype_policy,
         "trainable": old.trainable,
     }
-    last = m.axis == rank - 1
-    if convolved and rank == 4 and m.axis in (1, 3):
-        layout = "channels_last" if last else "channels_first"
-        new = keras.layers.DepthwiseConv2D(1, data_format=layout, **common)
-    elif convolved and rank == 3 and last:
-        new = keras.layers.DepthwiseConv1D(1, data_format="channels_last", **common)
+    if convolved:
+        kind = keras.layers.DepthwiseConv2D if rank == 4 else keras.layers.DepthwiseConv1D
+        layout = "channels_last" if m.axis == rank - 1 else "channels_first"
+        new = kind(1, data_format=layout, **common)
     else:
         new = keras.scale_and_shift(m.axis, **common)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mbn_rewrite.keras_layers.copying import parts
-from mbn_rewrite.made_up import Made
+from mbn_rewrite.made_up import Made, is_open
 
 
 def compute_dtypes(model: Any, keras: Any) -> set[str]:
@@ -15,6 +15,11 @@ def compute_dtypes(model: Any, keras: Any) -> set[str]:
         for layer in parts(model)
         if not isinstance(layer, (keras.Model, keras.layers.InputLayer))
     }
+
+
+def takes_any_batch(model: Any) -> bool:
+    """Whether no input of a model has a fixed number of examples."""
+    return all(is_open(tensor.shape) for tensor in getattr(model, "inputs", None) or ())
 
 
 def made_for(model: Any, keras: Any, batch: int | None = None) -> Made:

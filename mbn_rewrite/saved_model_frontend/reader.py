@@ -195,7 +195,7 @@ class _Reader:
         key = (stored, _digest(norm)) if stored else (view.name, norm.sink.op.name)
         owner = self._owner(key, _common_scope([self._shown(op.name) for op in norm.ops]))
         before, after = norm.source.dtype.name, norm.sink.dtype.name
-        op = BatchNorm(norm.map, norm.unfit, fusible=_fusible(norm))
+        op = BatchNorm(norm.map, norm.unfit, fusible=_fusible(norm), convolvable=convolvable(norm))
         if before != after and not norm.unfit:
             op = replace(op, rooted=f"it turns {before} into {after}", fusible=False)
         self.dtypes.add(after)
@@ -321,6 +321,11 @@ class _Reader:
             if others:
                 return f"shares its weights with {others[0]}"
         return ""
+
+
+def convolvable(norm: Norm) -> bool:
+    """Whether there is a depthwise convolution for its layout."""
+    return norm.rank == 4 and norm.axis == 3
 
 
 def _fusible(norm: Norm) -> bool:

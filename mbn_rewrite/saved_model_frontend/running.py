@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.made_up import Made, of_batch
+from mbn_rewrite.made_up import Made, is_open, of_batch
 from mbn_rewrite.running import as_specified, called, compiled, plain, random_tensor
 from mbn_rewrite.saved_model_frontend.loading import Entry, attribute_of
 from mbn_rewrite.saved_model_frontend.views import View, source_of
@@ -60,7 +60,10 @@ def exchange(
     specs, who = specs_of(function), f"signature '{name}' of the original"
     if given is not None:
         if batch is not None:
-            given = {key: of_batch(array, batch) for key, array in given.items()}
+            given = {
+                key: of_batch(array, batch if is_open(specs[key].shape) else None)
+                for key, array in given.items()
+            }
         inputs = {key: as_specified(key, given[key], spec) for key, spec in specs.items()}
         return exchanged(function, inputs, who)
     return _first_that_fits(specs, view, lambda inputs: exchanged(function, inputs, who), batch)

@@ -107,6 +107,7 @@ class SavedModelDirectory:
 
     def plan(self, mode: str, options: Options) -> Plan:
         if mode == "auto":
+            self._check_names(options.inputs)  # before measuring, which takes a while
             with set_up(options.way):
                 runner = self._runner(options)
                 self._plan = choose(self._reading.graph, runner, device(), options)
@@ -141,7 +142,8 @@ class SavedModelDirectory:
 
         return runner
 
-    def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:
+    def _check_names(self, inputs: Mapping[str, np.ndarray] | None) -> None:
+        """Raises RewriteError where no signature has an input of a name."""
         signatures = self._loaded.signatures
         taken = {
             path
@@ -156,6 +158,9 @@ class SavedModelDirectory:
                 for name, function in signatures.items()
             )
             raise RewriteError(f"the inputs are named {sorted(inputs or ())}; {listed}")
+
+    def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:
+        self._check_names(inputs)
         if not any(view.has_side_effects for view in self._views.values()):
             return self._exchanged(self._loaded, inputs)
         # What the signatures change must not be what is written, nor must a failed attempt

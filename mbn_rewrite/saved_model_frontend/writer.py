@@ -22,7 +22,7 @@ from mbn_rewrite.algebra import Array, ChannelMap, fold
 from mbn_rewrite.decisions import Edit, Plan, Replacement
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Linear
-from mbn_rewrite.saved_model_frontend.reader import LinearCall, NormCall, Reading
+from mbn_rewrite.saved_model_frontend.reader import LinearCall, NormCall, Reading, convolvable
 from mbn_rewrite.saved_model_frontend.views import WRITES, View, Writes, has_side_effect
 from mbn_rewrite.saved_model_frontend.weights import Stored
 
@@ -139,11 +139,11 @@ class _Writer:
     def _replace(self, owner: str, call: NormCall, new: Replacement) -> None:
         """By a depthwise 1x1 convolution, a multiplication and an addition, or one operation."""
         editor, norm, m = self._editor(call.view), call.norm, new.map
-        rank, dtype = norm.rank, norm.source.dtype
+        dtype = norm.source.dtype
         stored = _is_stored_in_variables(norm)
         if new.form == "fused":
             name = self._fused(owner, call, m, stored)
-        elif new.form == "depthwise" and rank == 4 and m.axis == 3:
+        elif new.form == "depthwise" and convolvable(norm):
             kernel = self._new(owner, "depthwise_kernel", m.scale.reshape(1, 1, -1, 1), dtype)
             bias = self._new(owner, "bias", m.shift, dtype)
             name = editor.add(
@@ -164,8 +164,8 @@ class _Writer:
 
     def _scaled_and_shifted(self, owner: str, call: NormCall, m: ChannelMap, stored: bool) -> str:
         editor, norm = self._editor(call.view), call.norm
-        rank, dtype = norm.rank, norm.source.dtype
-        shape = (-1,) + (1,) * (rank - 1 - m.axis)
+        dtype = norm.source.dtype
+        shape = (-1,) + (1,) * (norm.rank - 1 - m.axis)
         scale = self._new(owner, "scale", m.scale.reshape(shape), dtype)
         shift = self._new(owner, "shift", m.shift.reshape(shape), dtype)
         place = norm.sink.op.name

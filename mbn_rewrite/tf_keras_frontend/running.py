@@ -57,7 +57,14 @@ def inputs_of_batch(model: Any, inputs: Any, batch: int) -> Any:
     """Inputs with so many examples: made up, or of those that are given."""
     if inputs is None:
         return random_inputs(model, batch=batch)
-    return tf.nest.map_structure(lambda array: tf.constant(of_batch(array, batch)), inputs)
+    size = batch if shared.takes_any_batch(model) else None
+
+    def cut(array: Any) -> Any:
+        if isinstance(array, (tf.RaggedTensor, tf.SparseTensor)):
+            return array  # as it is given
+        return tf.constant(of_batch(array, size))
+
+    return tf.nest.map_structure(cut, inputs)
 
 
 @contextmanager
