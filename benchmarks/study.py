@@ -90,7 +90,7 @@ def run() -> None:
 
     import_tensorflow()
     from benchmarks.studying import data, running
-    from benchmarks.studying.results import Results
+    from benchmarks.studying.results import Results, locked
     from benchmarks.studying.training import Setting
 
     if not FLAGS.recipe:
@@ -108,19 +108,19 @@ def run() -> None:
         replicas=replicas,
     )
     directory = Path(FLAGS.results)
-    directory.mkdir(parents=True, exist_ok=True)
-    progress("reading images")
-    images = data.load(
-        recipe,
-        FLAGS.data_dir,
-        FLAGS.examples,
-        FLAGS.test_examples,
-        directory / "images.json",
-        progress,
-    )
-    name = FLAGS.data_name or f"{recipe.images} ({images.source})"
-    results = Results(directory, running.configuration(setting, images, running.device(gpus), name))
-    with results.locked():
+    with locked(directory):
+        progress("reading images")
+        images = data.load(
+            recipe,
+            FLAGS.data_dir,
+            FLAGS.examples,
+            FLAGS.test_examples,
+            directory / "images.json",
+            progress,
+        )
+        name = FLAGS.data_name or f"{recipe.images} ({images.source})"
+        configuration = running.configuration(setting, images, running.device(gpus), name)
+        results = Results(directory, configuration)
         results.begin()
         made = running.run_missing(setting, images, results, variants, FLAGS.runs, strategy)
     total = len(variants) * FLAGS.runs
@@ -149,7 +149,12 @@ def _devices(wanted: int | None) -> tuple[Any, int, int]:
 
 def report() -> None:
     """Writes the page and its charts."""
-    from benchmarks.studying import report as page
+    try:
+        from benchmarks.studying import report as page
+    except ImportError as error:
+        raise StudyError(
+            f"a report needs {error.name}: pip install '.[study]' brings it"
+        ) from error
     from benchmarks.studying.results import Results
 
     results = Results.open(Path(FLAGS.results))

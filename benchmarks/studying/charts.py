@@ -60,7 +60,8 @@ def differences(
         comparison = compared[variant]
         axes.plot(of_variant, [i] * len(of_variant), "|", color="0.6", markersize=12)
         if comparison.interval:
-            axes.plot(comparison.interval, [i, i], color="C0", linewidth=2)
+            axes.plot(comparison.interval, [i, i], color="C0", linewidth=1)
+            axes.plot(comparison.inner, [i, i], color="C0", linewidth=4, solid_capstyle="butt")
         axes.plot(comparison.mean, i, "o", color="C0")
     margin = next(iter(compared.values())).margin
     axes.axvspan(-margin, margin, color="C2", alpha=0.12, linewidth=0)
@@ -69,7 +70,7 @@ def differences(
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.set(
         xlabel=what,
-        title="Pairs (grey), mean and 95% interval (blue), margin (green)",
+        title="Pairs (grey); mean, 90% (thick) and 95% interval (blue); margin (green)",
     )
     return _save(figure, path)
 

@@ -3,7 +3,8 @@
 Of a folder, training images are in `train` and test images in `test`, `val` or `validation`;
 where it has class folders only, every sixth image of a class, by name, is for testing. Files that
 cannot be decoded are named, left out and counted. With fewer examples than there are, every class
-gives the same number, the first by name that can be decoded.
+gives the same number, the first by name that can be decoded; of tensorflow-datasets, the first of
+all are taken, whatever their classes.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def _from_folder(
 ) -> Data:
     listed = _listed(folder)
     classes = tuple(sorted(listed[0]))
-    reader = _Reader(recipe, folder, _known_corrupt(known, listed))
+    reader = _Reader(recipe, folder, *_known(known, listed))
     parts = [
         reader.part(files, classes, count, flag)
         for files, count, flag in zip(
@@ -124,7 +125,8 @@ def _from_folder(
     ]
     corrupt = tuple(sorted(reader.corrupt))
     if known is not None and not recipe.decoded:
-        known.write_text(json.dumps({"listing": _listing(listed), "corrupt": corrupt}) + "\n")
+        found = {"listing": _listing(listed), "corrupt": corrupt, "fine": sorted(reader.fine)}
+        known.write_text(json.dumps(found) + "\n")
     digest = hashlib.sha256("\n".join(reader.used).encode()).hexdigest()[:16]
     train, test = (sum(map(len, files.values())) for files in listed)
     return Data(*parts, classes, f"folder {folder.name}", corrupt, (train, test), digest)
@@ -157,13 +159,18 @@ def _listed(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]
             f"class, and in those files that end in {', '.join(SUFFIXES)}"
         )
     if listed[0].keys() != listed[1].keys():
-        differing = ", ".join(sorted(listed[0].keys() ^ listed[1].keys()))
-        raise StudyError(f"{folder}: the classes for training and testing differ: {differing}")
+        differing = sorted(listed[0].keys() ^ listed[1].keys())
+        named = ", ".join(differing[:_MOST_NAMED]) + (" ..." if differing[_MOST_NAMED:] else "")
+        raise StudyError(f"{folder}: the classes for training and testing differ: {named}")
+    if len(listed[0]) < 2:
+        raise StudyError(f"{folder} has the class {next(iter(listed[0]))} alone; two are needed")
     return listed
 
 
 def _first(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
+    """The first that is there and has classes: ImageNet's test images have none."""
+    there = [folder / name for name in names if (folder / name).is_dir()]
+    return next((each for each in there if _by_class(each)), there[0] if there else None)
 
 
 def _by_class(folder: Path) -> dict[str, list[Path]]:
@@ -178,12 +185,12 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
 class _Reader:
     """Reads images, and notes which are used and which are corrupt."""
 
-    def __init__(self, recipe: Recipe, folder: Path, known: set[str] | None) -> None:
-        self.corrupt: set[str] = set(known or ())
+    def __init__(self, recipe: Recipe, folder: Path, corrupt: set[str], fine: set[str]) -> None:
+        self.corrupt = corrupt
+        self.fine = fine
         self.used: list[str] = []
         self._recipe = recipe
         self._folder = folder
-        self._all_known = known is not None
 
     def part(
         self, files: dict[str, list[Path]], classes: Sequence[str], count: int | None, flag: str
@@ -195,6 +202,12 @@ class _Reader:
         with ThreadPoolExecutor() as pool:
             for label, name in enumerate(classes):
                 usable = self._usable(files[name], wanted, pool)
+                if not usable:
+                    raise StudyError(
+                        f"{self._folder}: of class {name} there are {len(files[name])} images for "
+                        f"--{flag}, and none that can be decoded. Every class needs some; where "
+                        f"there are class folders only, every {TESTED}th image is for testing"
+                    )
                 if wanted is not None and len(usable) < wanted:
                     raise StudyError(
                         f"--{flag}={count} asks for {wanted} images of each class; of {name} there "
@@ -202,8 +215,6 @@ class _Reader:
                     )
                 images += usable
                 labels += [label] * len(usable)
-        if not images:
-            raise StudyError(f"no image under {self._folder} can be decoded")
         stacked = np.stack(images) if self._recipe.decoded else np.array(images)
         return Part.of_arrays(stacked, np.array(labels))
 
@@ -230,14 +241,18 @@ class _Reader:
                 if image is None:
                     self.corrupt.add(name)
                 else:
+                    self.fine.add(name)
                     usable.append(image)
                     self.used.append(f"{name} {file.stat().st_size}")
         return usable
 
     def _read(self, file: Path) -> Any:
         """The decoded image, or the file's name; None where it is corrupt."""
-        if self._all_known:
-            return None if str(file.relative_to(self._folder)) in self.corrupt else str(file)
+        name = str(file.relative_to(self._folder))
+        if name in self.corrupt:
+            return None
+        if name in self.fine and not self._recipe.decoded:
+            return str(file)
         try:
             image = decoded(tf.io.read_file(str(file)))
         except tf.errors.OpError:
@@ -265,15 +280,17 @@ def _listing(listed: Iterable[dict[str, list[Path]]]) -> str:
     return text.hexdigest()
 
 
-def _known_corrupt(known: Path | None, listed: Iterable[dict[str, list[Path]]]) -> set[str] | None:
-    """The corrupt files, where the same files have been looked at before."""
-    if known is None or not known.exists():
-        return None
+def _known(
+    known: Path | None, listed: Iterable[dict[str, list[Path]]]
+) -> tuple[set[str], set[str]]:
+    """The corrupt and the fine ones of the same files, as far as they were looked at before."""
     try:
-        found = json.loads(known.read_text())
+        found = json.loads(known.read_text()) if known is not None and known.exists() else {}
     except ValueError:
-        return None
-    return set(found["corrupt"]) if found.get("listing") == _listing(listed) else None
+        found = {}
+    if found.get("listing") != _listing(listed):
+        return set(), set()
+    return set(found["corrupt"]), set(found["fine"])
 
 
 # --------------------------------------------------------------------- tensorflow-datasets
@@ -290,10 +307,19 @@ def _from_tfds(recipe: Recipe, examples: int | None, test_examples: int | None) 
     try:
         builder = tfds.builder(recipe.dataset)
         builder.download_and_prepare()
+        for flag, split, count in (
+            ("examples", "train", examples),
+            ("test_examples", recipe.test_split, test_examples),
+        ):
+            there = builder.info.splits[split].num_examples
+            if count is not None and count > there:
+                raise StudyError(f"--{flag}={count}, and {recipe.dataset} has {there} in {split}")
         parts = [
             _tfds_part(tfds, builder, split if count is None else f"{split}[:{count}]", recipe)
             for split, count in (("train", examples), (recipe.test_split, test_examples))
         ]
+    except StudyError:
+        raise
     except Exception as error:  # whatever a download or a missing archive ends in
         cause = str(error).strip().split("\n")[0][:200]
         raise StudyError(

@@ -10,6 +10,7 @@ Profiles are read by `benchmarks.profiles`; this is all that the study knows of 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from collections import Counter
@@ -100,27 +101,23 @@ class Profiler:
     def stop(self, steps: int) -> Steps:
         """What ran in so many steps."""
         assert self._directory is not None
-        tf.profiler.experimental.stop()
-        path = next(Path(self._directory.name).rglob("*.xplane.pb"), None)
-        if path is None:
-            raise StudyError(
-                "the profiler wrote nothing; is there room in the temporary directory?"
-            )
-        space = xplane_pb2.XSpace.FromString(path.read_bytes())
-        self.close()
+        directory, self._directory = self._directory, None
+        with directory:
+            tf.profiler.experimental.stop()
+            path = next(Path(directory.name).rglob("*.xplane.pb"), None)
+            if path is None:
+                raise StudyError(
+                    "the profiler wrote nothing; is there room in the temporary directory?"
+                )
+            space = xplane_pb2.XSpace.FromString(path.read_bytes())
         return Steps(tuple(attributed(profiles.read(space, steps), self._layers)))
-
-    def close(self) -> None:
-        """Whatever state it is in."""
-        if self._directory is not None:
-            self._directory.cleanup()
-            self._directory = None
 
     def abort(self) -> None:
         """Stops without a result, where it has been started."""
         if self._directory is not None:
-            tf.profiler.experimental.stop(save=False)
-            self.close()
+            directory, self._directory = self._directory, None
+            with directory, contextlib.suppress(tf.errors.UnavailableError):
+                tf.profiler.experimental.stop(save=False)
 
 
 def attributed(operations: Iterable[OpTime], layers: Mapping[str, bool]) -> Iterator[Executed]:

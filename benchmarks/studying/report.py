@@ -14,10 +14,18 @@ from benchmarks.studying.errors import StudyError
 from benchmarks.studying.proof import kinds
 from benchmarks.studying.recipes import RECIPES, RUNS, VARIANTS
 from benchmarks.studying.results import Results
-from benchmarks.studying.statistics import ALPHA, WANTED_POWER, Comparison, compare, needed, power
+from benchmarks.studying.statistics import (
+    ALPHA,
+    WANTED_POWER,
+    Comparison,
+    compare_all,
+    needed,
+    power,
+)
 
 ORIGINAL = "original"
 PAGE = "report.md"
+_CHANCE = 1.2  # times the accuracy of guessing: below it, nothing was learnt
 # All records, by variant and seed.
 Runs = dict[str, dict[int, dict[str, Any]]]
 
@@ -37,9 +45,11 @@ def write(results: Results, margin: float, time_margin: float) -> Path:
         raise StudyError(
             "a margin of 0 can never be shown; give --margin and --time_margin above 0"
         )
-    runs = paired(results.finished())
+    finished = results.finished()
+    runs = paired(finished)
     check(runs)
     page = Page(results.configuration, runs, margin, time_margin, results.directory)
+    page.alone = [f"{v}, seed {seed}" for v, seed in finished if seed not in runs.get(v, {})]
     path = results.directory / PAGE
     path.write_text(page.text())
     return path
@@ -128,9 +138,10 @@ class Page:
             ]
             for v in self.variants
         }
-        self.compared = {v: compare(d, margin) for v, d in self.accuracies.items()}
-        self.compared_times = {v: compare(d, time_margin) for v, d in self.times.items()}
+        self.compared = compare_all(self.accuracies, margin)
+        self.compared_times = compare_all(self.times, time_margin)
         self.margin, self.time_margin = margin, time_margin
+        self.alone: list[str] = []  # runs that are in no pair
 
     def text(self) -> str:
         """All of it; the charts are written."""
@@ -156,16 +167,47 @@ class Page:
             "",
             *(
                 f"- **{v}**: accuracy {_signed(a)} points, {a.verdict} (±{self.margin:g}); time "
-                f"{_signed(t)}%, {t.verdict} (±{self.time_margin:g}%); {a.count} pairs."
+                f"{self._time_verdict(t)}; {a.count} pairs."
                 for v in self.variants
                 for a, t in [(self.compared[v], self.compared_times[v])]
             ),
+            *(f"- **Warning**: {line}" for line in self._warnings()),
             "",
-            "Brackets have 95% confidence intervals; no p is corrected for how many tests there"
-            " are. "
-            "What was reduced, and what was not run, is at the end.",
+            "Brackets have 95% confidence intervals. A difference is called one by the paired t "
+            "test, corrected for the number of variants (Holm), and equivalence by two one-sided t "
+            "tests: the interval of 90% is within the margin. What was reduced, and what was not "
+            "run, is at the end.",
         ]
         return "\n".join(lines)
+
+    def _time_verdict(self, compared: Comparison) -> str:
+        if self.configuration["epochs"] == 1:
+            return "not compared, since the one epoch has tracing and profiling in it"
+        return f"{_signed(compared)}%, {compared.verdict} (±{self.time_margin:g}%)"
+
+    def _warnings(self) -> Iterable[str]:
+        """What takes from the worth of the results."""
+        diverged = [
+            f"{variant}, seed {seed}"
+            for variant, of_variant in self.runs.items()
+            for seed, record in of_variant.items()
+            if not all(np.isfinite(epoch["loss"]) for epoch in record["epochs"])
+        ]
+        if diverged:
+            yield f"diverged, the loss is not finite: {'; '.join(diverged)}. Accuracies are chance."
+        originals = [accuracy(record) for record in self.runs[ORIGINAL].values()]
+        chance = 100 / self.configuration["data"]["classes"]
+        if np.mean(originals) < _CHANCE * chance:
+            yield (
+                f"the original has learnt little: {np.mean(originals):.1f}%, where guessing gives "
+                f"{chance:.1f}%. What nobody has learnt cannot be lost."
+            )
+        if self.configuration["keras"] == "keras_3":
+            yield (
+                "the original is the BatchNormalization of Keras 3, which runs as arithmetic, and "
+                "the variants run fused operations: that alone changes times. strided1 has the "
+                "fused operations without strides."
+            )
 
     def _accuracy(self) -> str:
         pictures = [
@@ -202,7 +244,8 @@ class Page:
             [
                 "## Time per epoch",
                 "Training alone; the median of a run's epochs without the first, in which the step "
-                "is traced and profiled. Differences of pairs, in percent of the original.",
+                "is traced and profiled (with one epoch, there is only that: it says nothing). "
+                "Differences of pairs, in percent of the original.",
                 _spread_table("seconds", values, 3),
                 _comparison_table(self.compared_times, "%"),
                 *(_power_text(v, c, "%") for v, c in self.compared_times.items()),
@@ -364,6 +407,8 @@ class Page:
             if c["batch"] != recipe.batch:
                 yield f"The recipe's batch of {recipe.batch}: this one is {c['batch']}."
         yield from self._images_left_out()
+        if self.alone:
+            yield f"The other half of a pair; not reported: {'; '.join(self.alone)}."
         few = {v: len(of) for v, of in self.runs.items() if len(of) < RUNS}
         if few:
             counts = ", ".join(f"{count} of {v}" for v, count in few.items())
@@ -412,6 +457,7 @@ def _comparison_table(compared: Mapping[str, Comparison], unit: str) -> str:
             _signed(c),
             _number(c.deviation),
             _p(c.t_test),
+            _p(c.holm),
             _p(c.wilcoxon),
             f"±{c.margin:g}",
             _p(c.equivalence),
@@ -421,7 +467,14 @@ def _comparison_table(compared: Mapping[str, Comparison], unit: str) -> str:
     ]
     columns = [
         *("variant", "pairs", f"mean difference, {unit}", "standard deviation"),
-        *("paired t, p", "Wilcoxon, p", "margin", "equivalence (TOST), p", f"at {ALPHA:.0%}"),
+        *(
+            "paired t, p",
+            "Holm, p",
+            "Wilcoxon, p",
+            "margin",
+            "equivalence (TOST), p",
+            f"at {ALPHA:.0%}",
+        ),
     ]
     return _table(columns, rows)
 

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,11 +63,13 @@ class Results:
         Raises:
             StudyError: it is not.
         """
-        if (self.directory / _STUDY).exists():
+        runs = self.directory / _RUNS
+        # Where no run is finished, there is nothing that another configuration could spoil.
+        if any(runs.glob("*.json")):
             found = Results.open(self.directory)
             self._refuse(found.configuration, f"{self.directory} has results")
-        (self.directory / _RUNS).mkdir(parents=True, exist_ok=True)
-        for left in self.directory.glob("**/*.part"):
+        runs.mkdir(parents=True, exist_ok=True)
+        for left in (*self.directory.glob(f"{_STUDY}.part"), *runs.glob("*.json.part")):
             left.unlink()
         content = {"format": FORMAT, "configuration": self.configuration}
         _write(self.directory / _STUDY, content)
@@ -79,21 +82,6 @@ class Results:
                 + "\n".join(f"  {line}" for line in lines)
                 + "\nName another directory with --results, or give the flags that those runs had"
             )
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Sees that no other process adds to the results.
-
-        Raises:
-            StudyError: one does.
-        """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / _LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise StudyError(f"another process adds to {self.directory}") from error
-            yield
 
     @contextmanager
     def room(self) -> Iterator[None]:
@@ -113,10 +101,23 @@ class Results:
         return self.directory / _RUNS / f"{variant}-{seed:03d}.json"
 
     def save(self, variant: str, seed: int, record: Mapping[str, Any]) -> None:
-        """Keeps a finished run."""
+        """Keeps a finished run.
+
+        Raises:
+            StudyError: it cannot be written there, and is kept elsewhere.
+        """
         content = {"format": FORMAT, "digest": self.digest, "variant": variant, "seed": seed}
         (self.directory / _RESERVE).unlink(missing_ok=True)
-        _write(self.path(variant, seed), content | {"record": record})
+        path = self.path(variant, seed)
+        try:
+            _write(path, content | {"record": record})
+        except OSError as error:
+            aside = Path(tempfile.mkdtemp(prefix="study-")) / path.name
+            _write(aside, content | {"record": record})
+            raise StudyError(
+                f"{path} cannot be written: {error.strerror or error}. The run is kept as {aside}; "
+                "move it there before the study goes on"
+            ) from error
 
     def finished(self) -> dict[tuple[str, int], dict[str, Any]]:
         """The records of all finished runs, by variant and seed.
@@ -137,6 +138,22 @@ class Results:
                 raise StudyError(f"{path} is a copy of the run {key[0]}, seed {key[1]}. Delete it")
             runs[key] = found["record"]
         return runs
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Sees that no other process adds to the results in a directory, which it makes.
+
+    Raises:
+        StudyError: one does.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StudyError(f"another process adds to {directory}") from error
+        yield
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

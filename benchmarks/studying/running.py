@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import rich.progress
@@ -23,8 +24,10 @@ from benchmarks.studying.recipes import KERAS
 from benchmarks.studying.results import Results
 from benchmarks.studying.training import Setting
 from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.measuring import processor
 
 ORIGINAL = "original"
+_SILENCE = 60  # seconds
 
 
 def checked_variants(variants: Sequence[str]) -> tuple[str, ...]:
@@ -50,6 +53,7 @@ def configuration(setting: Setting, data: Data, device: str, images: str) -> dic
     return {
         "versions": {
             "mbn_rewrite": mbn_rewrite.__version__,
+            "program": _digest_of_program(),
             "tensorflow": tf.__version__,
             setting.keras: _keras_version(setting.keras),
         },
@@ -73,6 +77,23 @@ def configuration(setting: Setting, data: Data, device: str, images: str) -> dic
     }
 
 
+def _digest_of_program() -> str:
+    """Changes with the code of the layers and of training, of which a version may have many."""
+    here = Path(__file__).parent
+    names = ("models", "pipeline", "recipes", "training")
+    package = Path(mbn_rewrite.__file__).parent
+    files = [
+        *(here / f"{name}.py" for name in names),
+        *(package / f"{name}.py" for name in ("sampled_batch_norm", "strides")),
+        *package.glob("**/training_layers.py"),
+        Path(training_networks.__file__),
+    ]
+    text = hashlib.sha256()
+    for file in sorted(files):
+        text.update(file.read_bytes())
+    return text.hexdigest()[:16]
+
+
 def _keras_version(keras: str) -> str:
     return str(importlib.import_module(KERAS[keras]).__version__)
 
@@ -81,7 +102,7 @@ def device(gpus: int) -> str:
     """What all runs on, in words."""
     if gpus:
         return f"{gpus} x {devices.name_of('GPU')}"
-    return f"CPU, {os.cpu_count()} cores, {devices.name_of('CPU')}"
+    return f"CPU, {processor()}"
 
 
 def order(variants: Sequence[str], runs: int) -> Iterator[tuple[str, int]]:
@@ -155,12 +176,14 @@ def run_missing(
 class Progress:
     """Says which run it is and how much time is left, on standard error.
 
-    A line for each run that ends, and on a terminal a bar that grows with the epochs.
+    A line for each run that ends; on a terminal a bar that grows with the epochs, and elsewhere a
+    line for an epoch where a minute has passed since the last.
     """
 
     def __init__(self, runs: int, missing: int, epochs: int) -> None:
         self._number, self._runs = runs - missing, runs
-        self._label, self._started = "", 0.0
+        self._label, self._epochs = "", 0
+        self._started = self._said = 0.0
         console = Console(stderr=True, highlight=False)
         # Speed is taken over all epochs: variants differ, and take turns.
         self._bar = rich.progress.Progress(
@@ -183,20 +206,26 @@ class Progress:
         """A run starts."""
         self._number += 1
         self._label = f"run {self._number}/{self._runs}: {variant}, seed {seed}"
-        self._started = time.perf_counter()
+        self._started = self._said = time.perf_counter()
+        self._epochs = 0
         self._bar.update(self._task, description=self._label)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """An epoch has ended."""
         self._bar.advance(self._task)
+        self._epochs += 1
+        if not self._bar.console.is_terminal and time.perf_counter() - self._said > _SILENCE:
+            self._say(f"{self._label}: {self._epochs} epochs{self._rest()}")
+
+    def _say(self, line: str) -> None:
+        self._said = time.perf_counter()
+        self._bar.console.print(line, soft_wrap=True)
 
     def end(self, record: Mapping[str, Any]) -> None:
         """A run has ended."""
         accuracy = f"{100 * record['epochs'][-1]['test_accuracy']:.2f}%"
         seconds = time.perf_counter() - self._started
-        self._bar.console.print(
-            f"{self._label}: {accuracy} in {seconds:.0f} s{self._rest()}", soft_wrap=True
-        )
+        self._say(f"{self._label}: {accuracy} in {seconds:.0f} s{self._rest()}")
 
     def _rest(self) -> str:
         left = self._bar.tasks[0].time_remaining

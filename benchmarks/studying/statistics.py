@@ -7,6 +7,8 @@ With d the differences of n pairs, their mean m, their standard deviation s, and
     equivalence     two one-sided t tests (Schuirmann, 1987) of m <= -margin and of m >= margin; the
                     larger p. Below a, the difference is within the margin: the same as that the
                     interval of confidence 1 - 2a is
+    Holm            of several variants' p of the t test, sorted: the k-th times how many are left,
+                    and none below the one before it (Holm, 1979). That one counts
     power           the chance that the equivalence test shows a true difference of 0, if the
                     standard deviation is s. It is exact: over the distribution of the estimate s^
                     of s, the chance that |m| < margin - t(1 - a, n - 1) s^ / sqrt(n)
@@ -15,8 +17,8 @@ With d the differences of n pairs, their mean m, their standard deviation s, and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import integrate, stats
@@ -35,7 +37,9 @@ class Comparison:
         mean, deviation: of the differences; the deviation is None for one pair, and so is all that
             needs it.
         interval: of the mean, with confidence 95%.
+        inner: of the mean, with confidence 90%: the one that equivalence goes by.
         t_test, wilcoxon: p of no difference.
+        holm: that of the t test, for as many variants as were compared.
         margin: of the equivalence test.
         equivalence: p of a difference as large as the margin.
         power: chance of the equivalence test, where there is no difference.
@@ -47,7 +51,9 @@ class Comparison:
     margin: float
     deviation: float | None = None
     interval: tuple[float, float] | None = None
+    inner: tuple[float, float] | None = None
     t_test: float | None = None
+    holm: float | None = None
     wilcoxon: float | None = None
     equivalence: float | None = None
     power: float | None = None
@@ -56,9 +62,11 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """In words."""
-        if self.equivalence is None or self.t_test is None:
+        if self.equivalence is None or self.holm is None:
             return "one pair says nothing"
-        different = self.t_test < ALPHA
+        if not self.deviation and not self.mean:
+            return "all pairs are the same to the last digit, which says nothing"
+        different = self.holm < ALPHA
         if self.equivalence < ALPHA:
             return "different, within the margin" if different else "equivalent within the margin"
         return "different" if different else "undecided"
@@ -77,19 +85,33 @@ def compare(differences: Sequence[float], margin: float) -> Comparison:
         return Comparison(count, mean, margin)
     deviation = float(np.std(d, ddof=1))
     error = deviation / math.sqrt(count)
-    half = float(stats.t.ppf(1 - ALPHA / 2, count - 1)) * error
+    half, inner = (float(stats.t.ppf(1 - a, count - 1)) * error for a in (ALPHA / 2, ALPHA))
+    t_test = _t_test(mean, error, count)
     return Comparison(
         count=count,
         mean=mean,
         margin=margin,
         deviation=deviation,
         interval=(mean - half, mean + half),
-        t_test=_t_test(mean, error, count),
+        inner=(mean - inner, mean + inner),
+        t_test=t_test,
+        holm=t_test,
         wilcoxon=float(stats.wilcoxon(d).pvalue) if np.any(d) else 1.0,
         equivalence=equivalence(mean, error, count, margin),
         power=power(deviation, count, margin),
         needed=needed(deviation, margin),
     )
+
+
+def compare_all(differences: Mapping[str, Sequence[float]], margin: float) -> dict[str, Comparison]:
+    """`compare` for each of several variants, which are as many chances to find a difference."""
+    compared = {variant: compare(d, margin) for variant, d in differences.items()}
+    known = {variant: c.t_test for variant, c in compared.items() if c.t_test is not None}
+    least = 0.0
+    for k, variant in enumerate(sorted(known, key=lambda variant: known[variant])):
+        least = max(least, min(1.0, known[variant] * (len(known) - k)))
+        compared[variant] = replace(compared[variant], holm=least)
+    return compared
 
 
 def _t_test(mean: float, error: float, count: int) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import importlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from benchmarks.studying.errors import StudyError
 from benchmarks.studying.pipeline import Pipeline
 from benchmarks.studying.proof import Profiler, Steps
 from benchmarks.studying.recipes import KERAS, Recipe, learning_rate
+from benchmarks.training_networks import check_variant
+from mbn_rewrite.errors import cause_of, is_out_of_memory
 
 _WARM = 2  # steps before those that are profiled: the first traces
 _PROFILED = 10  # the profiler now and then misses an event, and times scatter
@@ -77,7 +81,8 @@ def run(
         What is recorded of the run, for JSON.
 
     Raises:
-        StudyError: the profiler saw no operation, or a batch has more images than there are.
+        StudyError: the profiler saw no operation, no layer has the stride, a batch has more images
+            than there are, or TensorFlow stops.
         Exception: what `check` and `after_epoch` raise.
     """
     keras = importlib.import_module(KERAS[setting.keras])
@@ -90,14 +95,36 @@ def run(
     keras.mixed_precision.set_global_policy(setting.dtype)
     try:
         with (strategy or tf.distribute.get_strategy()).scope():
-            model = _compiled(keras, setting, len(data.classes), variant, seed)
-        return _trained(model, setting, pipeline, data, seed, _watch(keras), check, after_epoch)
-    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
-        raise StudyError(f"{variant} is out of memory; --batch makes a step smaller") from error
+            made = [_compiled(keras, setting, len(data.classes), variant, seed)]
+        _check_strides(made[0], variant)
+        # Popped, so that nothing here keeps the model when it is trained.
+        return _trained(
+            made.pop(), setting, pipeline, data, seed, _watch(keras), check, after_epoch
+        )
+    except (MemoryError, tf.errors.OpError) as error:
+        if "No space left on device" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        if is_out_of_memory(error):
+            raise StudyError(f"{variant} is out of memory; --batch makes a step smaller") from error
+        raise StudyError(
+            f"{variant}, seed {seed}, stopped: {cause_of(error)} Finished runs are kept, and the "
+            "same command goes on from there"
+        ) from error
     finally:
         keras.mixed_precision.set_global_policy("float32")
         keras.backend.clear_session()
         gc.collect()
+
+
+def _check_strides(model: Any, variant: str) -> None:
+    """Raises StudyError where a stride was asked for and no layer has one."""
+    _, asked = check_variant(variant)
+    used = [s for s in map(models.strides, models.norms(model)) if s is not None]
+    if asked not in (None, 1) and used and all(max(strides) == 1 for strides in used):
+        raise StudyError(
+            f"{variant} is no result: every layer has lowered its stride to 1, since its input is "
+            "small. Larger images are needed"
+        )
 
 
 def _compiled(keras: Any, setting: Setting, classes: int, variant: str, seed: int) -> Any:
