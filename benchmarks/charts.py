@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 
+_DOWN, _ACROSS = 6, 4  # panels: one column of so many, then another, up to so many
+
+
 @dataclass(frozen=True)
 class Bar:
     """One bar: a value with its lower and upper quartile."""
@@ -30,14 +33,18 @@ def check_available(what: str) -> None:
 
 
 def speeds(panels: Mapping[str, Sequence[Bar]], axis: str, title: str, path: str | Path) -> None:
-    """Horizontal bars with their quartiles, one panel for each group; a line at 1."""
-    count = sum(map(len, panels.values()))
-    figure = figure_of(8, 1.2 + 0.5 * len(panels) + 0.28 * count)
-    heights = [len(bars) for bars in panels.values()]
-    axes = figure.subplots(
-        len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )[:, 0]
-    for one, (name, bars) in zip(axes, panels.items(), strict=True):
+    """Horizontal bars with their quartiles, one panel for each group; a line at 1.
+
+    Many panels stand beside each other.
+    """
+    across = min(_ACROSS, -(-len(panels) // _DOWN))
+    down = -(-len(panels) // across)
+    most = max(map(len, panels.values()))
+    figure = figure_of(3 + 5 * across, 1.2 + down * (0.5 + 0.28 * most))
+    axes = figure.subplots(down, across, sharex=True, squeeze=False)
+    for one in axes.flat[len(panels) :]:
+        one.set_visible(False)
+    for one, (name, bars) in zip(axes.flat, panels.items(), strict=False):
         values = [bar.value for bar in bars]
         spread = [
             [bar.value - bar.lower for bar in bars],
@@ -58,7 +65,7 @@ def speeds(panels: Mapping[str, Sequence[Bar]], axis: str, title: str, path: str
         one.invert_yaxis()
         one.margins(x=0.12)
         one.set_title(name, fontsize=10, loc="left")
-    axes[-1].set_xlabel(axis)
+    figure.supxlabel(axis, fontsize=10)
     figure.suptitle(title, fontsize=11)
     save(figure, path)
 

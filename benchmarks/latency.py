@@ -23,6 +23,8 @@ Columns:
     ms          median of the repeats, and quartiles; only to compare within a row
     x original  times as fast as the original: the ratio of the medians
     x floor     the floor's median by this one's: 1 is as fast as without BatchNormalization
+    paired      behind each of them: the median of the ratios of calls that were made in the same
+                turn, with its 95% interval. It scatters less where the machine is not quiet
     form        for auto, what was chosen for what does not fold
 
 Examples:
@@ -46,6 +48,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,7 +78,7 @@ from benchmarks.training_networks import without_batch_norm
 from mbn_rewrite.api import convert_with_plan
 from mbn_rewrite.comparison import compare_outputs, tolerance_for
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.measuring import DEFAULT_BUDGET, Way, quartiles
+from mbn_rewrite.measuring import DEFAULT_BUDGET, Way, quartiles, ratio
 from mbn_rewrite.report import table
 from mbn_rewrite.running import runner
 
@@ -293,6 +296,7 @@ def measured(calls: Calls, known: dict[str, Variant]) -> None:
         for base in ("original", "floor"):
             if base in seconds:
                 facts[f"x {base}"] = 1 / median_ratio(seconds, variant, base)
+                facts[f"paired {base}"] = asdict(ratio(seconds[base], times))
 
 
 def _repeats(calls: Calls) -> int:
@@ -354,10 +358,21 @@ def cells(row: dict[str, Any]) -> Iterator[list[str]]:
             "-" if error is None else f"{error:.0e}",
             f"{facts['ms']:.2f}" if timed else "-",
             f"{low:.2f}-{high:.2f}" if timed else "-",
-            f"{facts['x original']:.3f}" if "x original" in facts else "-",
-            f"{facts['x floor']:.3f}" if "x floor" in facts else "-",
+            *_compared(facts, "original"),
+            *_compared(facts, "floor"),
             facts.get("note", facts.get("form", "")),
         ]
+
+
+def _compared(facts: Variant, base: str) -> tuple[str, str]:
+    """By the medians, and paired."""
+    if f"x {base}" not in facts:
+        return "-", "-"
+    pairs = facts[f"paired {base}"]
+    return (
+        f"{facts[f'x {base}']:.2f}",
+        f"{pairs['median']:.2f} [{pairs['low']:.2f}, {pairs['high']:.2f}]",
+    )
 
 
 def draw(done: list[dict[str, Any]], title: str) -> None:
@@ -409,9 +424,9 @@ def main(argv: list[str]) -> int:
     title = f"Latency on {name}, {how}, TensorFlow {tf.__version__}"
     columns = [
         *("model", "of", "batch", "variant", "left", "error", "ms", "quartiles"),
-        *("x original", "x floor", "form"),
+        *("x original", "paired", "x floor", "paired", "form"),
     ]
-    print(table(columns, [line for row in done for line in cells(row)], title, width=140))
+    print(table(columns, [line for row in done for line in cells(row)], title, width=160))
     if FLAGS.chart:
         draw(done, title)
     failed = any("note" in f and v != "floor" for r in done for v, f in r["variants"].items())
