@@ -371,7 +371,7 @@ def _compared(facts: Variant, base: str) -> tuple[str, str]:
     pairs = facts[f"paired {base}"]
     return (
         f"{facts[f'x {base}']:.2f}",
-        f"{pairs['median']:.2f} [{pairs['low']:.2f}, {pairs['high']:.2f}]",
+        f"{pairs['median']:.2f} ({pairs['low']:.2f}-{pairs['high']:.2f})",
     )
 
 
@@ -426,7 +426,7 @@ def main(argv: list[str]) -> int:
         *("model", "of", "batch", "variant", "left", "error", "ms", "quartiles"),
         *("x original", "paired", "x floor", "paired", "form"),
     ]
-    print(table(columns, [line for row in done for line in cells(row)], title, width=160))
+    print(table(columns, [line for row in done for line in cells(row)], title, width=180))
     if FLAGS.chart:
         draw(done, title)
     failed = any("note" in f and v != "floor" for r in done for v, f in r["variants"].items())
