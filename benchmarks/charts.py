@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 _DOWN, _ACROSS = 6, 4  # panels: one column of so many, then another, up to so many
 
 
