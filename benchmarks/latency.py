@@ -453,7 +453,7 @@ def main(argv: list[str]) -> int:
         *("model", "of", "batch", "variant", "left", "error", "ms", "quartiles"),
         *("x original", "paired", "x floor", "paired", "form"),
     ]
-    print(table(columns, [line for row in done for line in cells(row)], title, width=180))
+    print(table(columns, [line for row in done for line in cells(row)], title, width=200))
     if FLAGS.chart:
         draw(done, title)
     failed = any("note" in f and v != "floor" for r in done for v, f in r["variants"].items())
