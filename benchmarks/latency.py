@@ -73,7 +73,7 @@ import tf_keras
 import mbn_rewrite as mbn
 from benchmarks import charts, devices, networks, results
 from benchmarks.failures import described
-from benchmarks.peer_tools import signature_of
+from benchmarks.peer_tools import made_up, signature_of
 from benchmarks.timing import interleaved, median_ratio
 from benchmarks.training_networks import without_batch_norm
 from mbn_rewrite.api import convert_with_plan
@@ -92,8 +92,6 @@ VARIANTS = ("original", *MODES, "floor")
 DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 _MOST_REPEATS = 200
 _ROUNDINGS = 3  # two of them, and some
-# For a model on disk whose input has no fixed size: pixels of an image, and positions.
-_OPEN_PIXELS, _OPEN_LENGTH = 224, 11_000
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", list(MODELS), "Networks of `applications`, or paths of models on disk.")
@@ -276,15 +274,8 @@ def _as_saved_model(path: str, place: str) -> None:
 
 def _made_up(serve: Any, batch: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    inputs = {}
-    for name, spec in serve.structured_input_signature[1].items():
-        if not spec.dtype.is_floating:
-            raise RewriteError(f"inputs of dtype {spec.dtype.name} are not made up here")
-        open_size = _OPEN_PIXELS if spec.shape.rank == 4 else _OPEN_LENGTH
-        first, *others = spec.shape
-        sizes = [batch if first is None else first, *(size or open_size for size in others)]
-        inputs[name] = tf.cast(rng.uniform(0, 1, sizes), spec.dtype)
-    return inputs
+    specs = serve.structured_input_signature[1]
+    return {name: tf.constant(made_up(spec, batch, rng)) for name, spec in specs.items()}
 
 
 # ------------------------------------------------------------------------------- the program

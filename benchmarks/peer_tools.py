@@ -38,6 +38,10 @@ class Declined(Exception):  # noqa: N818 - it is an answer, not an error
     """A tool does not take this model; the message says why."""
 
 
+# What stands for a size that a signature leaves open: pixels of an image, and positions.
+_OPEN_PIXELS, _OPEN_LENGTH = 224, 11_000
+
+
 @dataclass(frozen=True)
 class Work:
     """The files of one model.
@@ -211,6 +215,27 @@ def signature_of(model: Any) -> Any:
     if "serving_default" not in model.signatures:
         raise Declined(f"it has no signature serving_default, but {sorted(model.signatures)}")
     return model.signatures["serving_default"]
+
+
+def made_up(
+    spec: Any, batch: int, rng: np.random.Generator, low: float = 0.0, high: float = 1.0
+) -> np.ndarray:
+    """Uniform values for an input of a signature.
+
+    Args:
+        spec: its shape and dtype.
+        batch: how many examples, where that is left open.
+        rng: what to draw from.
+        low, high: the range.
+
+    Raises:
+        Declined: it takes no floating-point numbers.
+    """
+    if not spec.dtype.is_floating:
+        raise Declined(f"inputs of dtype {spec.dtype.name} are not made up here")
+    open_size = _OPEN_PIXELS if spec.shape.rank == 4 else _OPEN_LENGTH
+    shape = [spec.shape[0] or batch, *(size or open_size for size in spec.shape[1:])]
+    return rng.uniform(low, high, shape).astype(spec.dtype.as_numpy_dtype)
 
 
 def _matched(wanted: Iterable[str], offered: Sequence[set[str]]) -> list[int]:

@@ -138,7 +138,10 @@ def make(name: str, keras_name: str, directory: str) -> dict[str, Any]:
     serve = peer_tools.signature_of(owner)
     specs = serve.structured_input_signature[1]
     if inputs is None:
-        inputs = {key: _made_up(spec, name) for key, spec in specs.items()}
+        known = real_models.SAVED_MODELS.get(name)
+        low, high = (known.low, known.high) if known else (0.0, 1.0)
+        rng = np.random.default_rng(0)
+        inputs = {key: peer_tools.made_up(spec, 2, rng, low, high) for key, spec in specs.items()}
     elif not isinstance(inputs, dict):
         inputs = {key: np.asarray(inputs) for key in specs}
     outputs = serve(**{key: tf.constant(array) for key, array in inputs.items()})
@@ -196,19 +199,6 @@ def _write_original(name: str, keras_name: str, work: Work) -> Any:
 def _write_tf_keras(model: Any, work: Work) -> None:
     model.save(work.original, save_format="tf")
     model.save(work.keras_file, save_format="h5")
-
-
-def _made_up(spec: Any, name: str) -> Any:
-    """Two examples of random values; images are 224 x 224 and lengths 11,000 where left open."""
-    import numpy as np
-
-    if not spec.dtype.is_floating:
-        raise Declined(f"inputs of dtype {spec.dtype.name} are not made up here")
-    known = real_models.SAVED_MODELS.get(name)
-    low, high = (known.low, known.high) if known else (0.0, 1.0)
-    open_size = 224 if spec.shape.rank == 4 else 11_000
-    shape = [spec.shape[0] or 2, *(size or open_size for size in spec.shape[1:])]
-    return np.random.default_rng(0).uniform(low, high, shape).astype(spec.dtype.as_numpy_dtype)
 
 
 def convert(key: str, directory: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def convert(
     Args:
         model: a built model of tf_keras or Keras 3. It is not changed.
         mode: for inference, "fold" lets neighbouring layers absorb each BatchNormalization
-            wherever that is exact, and leaves the others; `print(plan(model))` says why.
+            wherever that is exact, and leaves the others; `print(plan(model, "fold"))` says why.
             "auto" folds, and measures what is best done with those others: leave them, put a
             fused operation, a depthwise convolution or a multiplication and an addition in
             their place, or have convolutions that pad with zeros absorb them and add a map for
