@@ -220,8 +220,10 @@ def plan_in_memory(
     The latter is None where it did not have to be made for the plan.
     """
     if mode != "auto":
-        return make_plan(reading.graph, mode, stride), None
-    return _choose_in_memory(front_end, model, reading, options or Options())
+        plan, new = make_plan(reading.graph, mode, stride), None
+    else:
+        plan, new = _choose_in_memory(front_end, model, reading, options or Options())
+    return replace(plan, notes=(*reading.notes, *plan.notes)), new
 
 
 def _choose_in_memory(

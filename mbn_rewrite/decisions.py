@@ -104,6 +104,7 @@ class Plan:
         replaced: BatchNormalizations whose map is done by another layer in their place.
         sampled: BatchNormalizations that training layers replace.
         measurement: in mode "auto" what was measured; None where there was nothing to choose.
+        notes: what else the user should know of the result, in sentences.
     """
 
     mode: str
@@ -114,6 +115,7 @@ class Plan:
     replaced: Mapping[str, Replacement] = field(default_factory=dict)
     sampled: Mapping[str, Sampled] = field(default_factory=dict)
     measurement: Measurement | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def touched(self) -> frozenset[str]:
@@ -164,6 +166,7 @@ class Plan:
             ],
             "measurement": self.measurement and self.measurement.to_dict(),
             "strides": {name: sampled.stride for name, sampled in self.sampled.items()},
+            "notes": list(self.notes),
         }
 
     def _border_of(self, name: str) -> dict[str, Any]:
@@ -174,7 +177,7 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        decided = report.decision_table(self)
+        decided = "\n".join([report.decision_table(self), *(f"note: {n}" for n in self.notes)])
         return f"{decided}\n\n{self.measurement}" if self.measurement else decided
 
 

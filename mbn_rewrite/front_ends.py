@@ -24,6 +24,10 @@ class Reading(Protocol):
     def graph(self) -> Graph:
         """What the planner sees of it."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of any copy of it, in sentences."""
+
 
 class FrontEnd(Protocol):
     """What every front end can do."""

@@ -32,12 +32,14 @@ class Reading:
         layers: the layer of each owner named in the graph.
         owners: id(layer) -> owner.
         masked: owners of layers that some call gives a mask.
+        notes: what the user should know of any copy of the model, in sentences.
     """
 
     graph: Graph
     layers: dict[str, Any]
     owners: dict[int, str]
     masked: frozenset[str]
+    notes: tuple[str, ...] = ()
 
 
 def read(model: Any, keras: Dialect) -> Reading:
