@@ -31,7 +31,8 @@ class Decision:
         into: the layers that absorbed it, or that stand in its place.
         reason: for "kept", and in mode "auto" for all that did not fold: what is in the way, in
             one sentence. For "strided" and "mbn": the stride, and why it was lowered. For
-            "folded" with border maps: which layers add them, and of what size.
+            "folded" where a layer of another class stands for one that absorbed it: why; with
+            border maps, of what size.
     """
 
     name: str
@@ -50,12 +51,19 @@ class Edit:
         after: a map of its output, or None.
         border: where the layer reads padding, if it has to add a border map; then in place
             of the bias.
+        outer_bias: whether a layer that stands for it has to add the bias.
     """
 
     op: Op
     before: ChannelMap | None = None
     after: ChannelMap | None = None
     border: Border | None = None
+    outer_bias: bool = False
+
+    @property
+    def has_shift(self) -> bool:
+        """Whether what is absorbed takes a bias."""
+        return any(m is not None and m.has_shift for m in (self.before, self.after))
 
 
 # What can stand in the place of a BatchNormalization and do its map: a depthwise 1x1 convolution

@@ -75,6 +75,9 @@ class Linear(Op):
         windows: of a convolution that can add a border map: how it reads each axis of
             positions. No part of what tells calls apart: the planner compares them where
             they matter.
+        bias_doubt: why a bias of its own might not be added per channel, as a phrase that
+            completes "<layer> ...", or "". A layer that stands for it then adds the bias. No part
+            of what tells calls apart either.
     """
 
     kernels: tuple[Kernel, ...]
@@ -84,6 +87,7 @@ class Linear(Op):
     pads: bool = False
     activation: str = "linear"
     windows: tuple[Window, ...] = field(default=(), compare=False)
+    bias_doubt: str = field(default="", compare=False)
 
     @property
     def chains(self) -> tuple[Chain, ...]:

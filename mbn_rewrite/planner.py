@@ -75,6 +75,7 @@ def _plan_depthwise(graph: Graph) -> Plan:
         (node.owner, node.op, node.dtype) for node in graph.nodes if isinstance(node.op, BatchNorm)
     ] + [(hidden.owner, hidden.op, hidden.dtype) for hidden in graph.hidden]
     unknown_rank = {hidden.owner for hidden in graph.hidden if hidden.rank is None}
+    unconvolvable = {owner for owner, op, _ in sites if not op.convolvable}
     for owner, op, dtype in sites:
         why = op.unfit or (op.map is not None and _out_of_range(op.map, dtype))
         if owner in unknown_rank:
@@ -83,7 +84,8 @@ def _plan_depthwise(graph: Graph) -> Plan:
             replaced.pop(owner, None)
             decisions[owner] = Decision(owner, "kept", reason=f"{_capitalised(str(why))}.")
         elif op.map is not None and owner not in decisions:
-            replaced[owner] = Replacement("depthwise", op.map)
+            form = "scale_and_shift" if owner in unconvolvable else "depthwise"
+            replaced[owner] = Replacement(form, op.map)
             decisions[owner] = Decision(owner, "depthwise", (owner,))
     return Plan("depthwise", tuple(decisions.values()), replaced=replaced)
 
@@ -242,8 +244,13 @@ def _replaceable(graph: Graph, fold: Plan) -> dict[str, tuple[ChannelMap, BatchN
             kept.discard(node.owner)
             found.pop(node.owner, None)
         else:
-            found[node.owner] = (m, op)
+            convolvable = op.convolvable and _convolvable_so_far(found, node.owner)
+            found[node.owner] = (m, replace(op, convolvable=convolvable))
     return found
+
+
+def _convolvable_so_far(found: Mapping[str, tuple[ChannelMap, BatchNorm]], owner: str) -> bool:
+    return owner not in found or found[owner][1].convolvable
 
 
 def _replacing(fold: Plan, replaced: Mapping[str, Replacement]) -> Plan:
@@ -279,6 +286,11 @@ class _Folding:
         self.maps: dict[str, ChannelMap] = {}
         self.sites: dict[str, list[Node]] = {}
         self._composed: set[str] = set()
+        self._bias_doubts = {  # at any call
+            node.owner: node.op.bias_doubt
+            for node in graph.nodes
+            if isinstance(node.op, Linear) and node.op.bias_doubt
+        }
         self._alias: dict[int, int] = {}  # output of a removed site -> its input
         self._outputs = set(graph.outputs)
         self._producer: dict[int, Node] = {}
@@ -308,7 +320,7 @@ class _Folding:
             if not isinstance(asks, Blocked):
                 self._carry_out(owner, asks)
                 into = tuple(dict.fromkeys(ask.owner for ask in asks))
-                return Decision(owner, "folded", into, self._borders_added(asks))
+                return Decision(owner, "folded", into, self._stand_ins(asks))
             reasons.append(f"{where} it, {asks.reason}")
         return Decision(owner, "kept", reason=f"{'; '.join(reasons)}.")
 
@@ -440,11 +452,16 @@ class _Folding:
             return outcome
         return Border(op.windows, tuple(size for size in sizes if size is not None))
 
-    def _borders_added(self, asks: list[_Ask]) -> str:
-        """Which layers add border maps, or ""."""
+    def _stand_ins(self, asks: list[_Ask]) -> str:
+        """Which layers others stand for that add border maps or biases, or ""."""
         sentences = []
         for ask in asks:
             op = self.nodes[ask.owner].op
+            if ask.owner in self.edits and self.edits[ask.owner].outer_bias:
+                sentences.append(
+                    f"{self.nodes[ask.owner].label} {self._bias_doubts[ask.owner]}: a layer "
+                    "that stands for it adds the bias."
+                )
             if ask.border is not None and isinstance(op, Linear):
                 sizes = (*ask.border.outputs, op.kernels[-1].out_channels)
                 sentences.append(
@@ -500,8 +517,11 @@ class _Folding:
         edit = self.edits.get(node.owner, Edit(node.op))
         if ask.side == "before":
             before = ask.map.then(edit.before) if edit.before else ask.map
-            return replace(edit, before=before, border=edit.border or ask.border)
-        return replace(edit, after=edit.after.then(ask.map) if edit.after else ask.map)
+            edit = replace(edit, before=before, border=edit.border or ask.border)
+        else:
+            edit = replace(edit, after=edit.after.then(ask.map) if edit.after else ask.map)
+        outer = edit.has_shift and edit.border is None and node.owner in self._bias_doubts
+        return replace(edit, outer_bias=outer)
 
     def _composed_with(self, ask: _Ask) -> ChannelMap:
         own = self.maps[ask.owner]

@@ -183,7 +183,7 @@ def test_model_of_a_part_of_another(mode, rng):
 
 def test_depthwise_uses_stock_layers_where_there_are_some():
     found = {}
-    for shape, axis in (((6,), -1), ((6, 4), -1), ((6, 6, 4), -1), ((4, 6, 6), 1)):
+    for shape, axis in (((6,), -1), ((6, 4), -1), ((6, 6, 4), -1), ((4, 6, 5), 1)):
         x = keras.Input(shape)
         new = mbn.convert(keras.Model(x, B(axis, name="bn")(x)), "depthwise")
         layer = new.get_layer("bn")

@@ -7,9 +7,11 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import keras
+import numpy as np
 from keras.dtype_policies import DTypePolicyMap
 from keras.src.activations.activations import ReLU
 from keras.src.models.functional import Functional
@@ -19,7 +21,11 @@ from keras.src.saving.serialization_lib import SafeModeScope
 
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
-from mbn_rewrite.keras_frontend.layers import BorderedConvolution, ScaleAndShift
+from mbn_rewrite.keras_frontend.layers import (
+    BiasedConvolution,
+    BorderedConvolution,
+    ScaleAndShift,
+)
 from mbn_rewrite.keras_frontend.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
@@ -47,6 +53,7 @@ class Keras3(Dialect):
     depthwise_kernel = "kernel"
     scale_and_shift = ScaleAndShift
     bordered_convolution = BorderedConvolution
+    biased_convolution = BiasedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
     # `_layers` lists what the other attributes hold.
     private = ("_self_", "_layers", "_functional", "_operations")
@@ -137,6 +144,15 @@ class Keras3(Dialect):
     def has_fused_operation(self) -> bool:
         return bool(keras.backend.backend() == "tensorflow")
 
+    def misplaces_bias(self, axis: int, shape: Shape) -> bool:
+        return self.may_misplace_bias(axis, shape) and _adds_along_the_last_axis()
+
+    def may_misplace_bias(self, axis: int, shape: Shape) -> bool:
+        # On TensorFlow, `keras.ops.add` takes what holds one axis of channels for a bias, and
+        # adds it along the last axis wherever that is as long.
+        *_, last = shape
+        return axis != len(shape) - 1 and shape[axis] != 1 and last in (None, shape[axis])
+
     # -- copies ----------------------------------------------------------------------------
 
     def config_of(self, layer: Any) -> dict[str, Any]:
@@ -197,6 +213,14 @@ class Keras3(Dialect):
 
     def traced(self, layer: Any) -> bool:
         return hasattr(type(layer).call, "get_concrete_function")
+
+
+@cache
+def _adds_along_the_last_axis() -> bool:
+    """Whether the installed Keras adds a bias of axis 1 along another axis of the same size."""
+    bias = np.array([[[0], [1]]], np.float32)
+    added = keras.ops.add(np.zeros((1, 2, 2), np.float32), bias)
+    return bool(keras.ops.convert_to_numpy(added)[0, 0, 1])
 
 
 def functional_of(model: Any) -> Any:

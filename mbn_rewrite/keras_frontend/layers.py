@@ -39,6 +39,7 @@ class ScaleAndShift(keras.layers.Layer):
         shape = [1] * len(inputs.shape)
         shape[self.axis] = -1
         scale, shift = (keras.ops.reshape(weight, shape) for weight in (self.scale, self.shift))
+        # The operators of tensors: `keras.ops.add` may take the shift for a bias.
         return inputs * scale + shift
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
@@ -48,8 +49,33 @@ class ScaleAndShift(keras.layers.Layer):
         return {**super().get_config(), "axis": self.axis}
 
 
+class _ConvolutionAndMore(keras.layers.Wrapper):
+    """y = activation(convolution(x) + what is added): what the layers below have in common."""
+
+    def __init__(self, layer: Any, activation: Any = None, **kwargs: Any) -> None:
+        super().__init__(layer, **kwargs)
+        self.activation = keras.activations.get(activation)
+        self.supports_masking = layer.supports_masking
+
+    def _added(self) -> Any:
+        """What is added, so that it broadcasts over the batch."""
+        raise NotImplementedError
+
+    def call(self, inputs: Any) -> Any:
+        convolved = self.layer(inputs)
+        # The operator of tensors: `keras.ops.add` may take what it adds for a bias.
+        return self.activation(convolved + keras.ops.cast(self._added(), convolved.dtype))
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return self.layer.compute_output_shape(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        activation = keras.activations.serialize(self.activation)
+        return {**super().get_config(), "activation": activation}
+
+
 @keras.saving.register_keras_serializable(package="mbn_rewrite")
-class BorderedConvolution(keras.layers.Wrapper):
+class BorderedConvolution(_ConvolutionAndMore):
     """y = activation(convolution(x) + border): a convolution that absorbed a shift before it.
 
     Where a convolution pads with zeros, a shift of its input adds less at the border than
@@ -62,11 +88,6 @@ class BorderedConvolution(keras.layers.Wrapper):
     Input: as the convolution's, of sizes that are all known but for the batch. Output: as the
     convolution's. Its weight `border` has the shape of the output without the batch.
     """
-
-    def __init__(self, layer: Any, activation: Any = None, **kwargs: Any) -> None:
-        super().__init__(layer, **kwargs)
-        self.activation = keras.activations.get(activation)
-        self.supports_masking = layer.supports_masking
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         sizes = tuple(input_shape)[1:]
@@ -81,13 +102,30 @@ class BorderedConvolution(keras.layers.Wrapper):
         # Of other sizes, an output of size 1 would be repeated without a word.
         self.input_spec = keras.InputSpec(shape=(None, *sizes))
 
-    def call(self, inputs: Any) -> Any:
-        convolved = self.layer(inputs)
-        return self.activation(convolved + keras.ops.cast(self.border, convolved.dtype))
+    def _added(self) -> Any:
+        return self.border
 
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        return self.layer.compute_output_shape(input_shape)
 
-    def get_config(self) -> dict[str, Any]:
-        activation = keras.activations.serialize(self.activation)
-        return {**super().get_config(), "activation": activation}
+@keras.saving.register_keras_serializable(package="mbn_rewrite")
+class BiasedConvolution(_ConvolutionAndMore):
+    """y = activation(convolution(x) + bias), for channels first and any number of channels.
+
+    Keras adds the bias of a convolution with `keras.ops.add`, which on TensorFlow adds it along
+    the last axis wherever that is as long as the channels are many.
+
+    Args:
+        layer: the convolution, channels first, which has neither a bias nor an activation of
+            its own.
+        activation: what comes last, as convolutions take it.
+
+    Input and output: as the convolution's. Its weight `bias` has the shape [channels].
+    """
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        super().build(input_shape)
+        channels = self.layer.compute_output_shape(tuple(input_shape))[1]
+        self.bias = self.add_weight(shape=(channels,), initializer="zeros", name="bias")
+        self._positions = len(input_shape) - 2
+
+    def _added(self) -> Any:
+        return keras.ops.reshape(self.bias, (-1, *[1] * self._positions))

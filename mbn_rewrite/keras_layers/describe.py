@@ -49,6 +49,7 @@ class Call:
         training: False at inference, True where its caller asked for training, None where
             that is decided at run time.
         arguments: what it was called with beside its data.
+        sizes_hold: whether inputs of other sizes are refused.
     """
 
     keras: Dialect
@@ -57,6 +58,12 @@ class Call:
     output: Shape
     training: bool | None = False
     arguments: tuple[Any, ...] = ()
+    sizes_hold: bool = True
+
+    @property
+    def sure_output(self) -> Shape:
+        """The shape of the output; the last size, which matters for biases, only if it is sure."""
+        return self.output if self.sizes_hold else (*self.output[:-1], None)
 
 
 Describer = Callable[[Call], Op]
@@ -65,7 +72,7 @@ Describer = Callable[[Call], Op]
 def describe(call: Call) -> Op:
     """What a call does; `Opaque` for all that is not known."""
     if is_batch_norm(call.layer, call.keras):
-        return batch_norm(call.layer, call.training, call.keras)
+        return batch_norm(call.layer, call.training, call.keras, call.sure_output)
     op = call.keras.describe(call)
     if op is not None:
         return op
@@ -85,8 +92,17 @@ def is_batch_norm(layer: Any, keras: Dialect) -> bool:
 # ------------------------------------------------------------------ BatchNormalization
 
 
-def batch_norm(layer: Any, training: bool | None, keras: Dialect) -> BatchNorm:
-    """A BatchNormalization, or why it must stay as it is."""
+def batch_norm(
+    layer: Any, training: bool | None, keras: Dialect, shape: Shape | None = None
+) -> BatchNorm:
+    """A BatchNormalization, or why it must stay as it is.
+
+    Args:
+        layer: the layer.
+        training: how it is called; see `Call`.
+        keras: its Keras.
+        shape: that of its output; None where its calls cannot be seen.
+    """
     special = _special(layer, keras)
     if special:
         return BatchNorm(None, special, special=special)
@@ -94,11 +110,11 @@ def batch_norm(layer: Any, training: bool | None, keras: Dialect) -> BatchNorm:
     in_training = _in_training(layer, training)
     if in_training:
         return BatchNorm(None, in_training, axis=axis)
-    shape = layer.moving_mean.shape
+    channels = layer.moving_mean.shape
     gamma, beta = affine_weights(layer, keras)
     parameters = (
-        weights.read(layer, gamma).reshape(-1) if gamma else np.ones(shape),
-        weights.read(layer, beta) if beta else np.zeros(shape),
+        weights.read(layer, gamma).reshape(-1) if gamma else np.ones(channels),
+        weights.read(layer, beta) if beta else np.zeros(channels),
         weights.read(layer, "moving_mean"),
         weights.read(layer, "moving_variance"),
     )
@@ -113,13 +129,15 @@ def batch_norm(layer: Any, training: bool | None, keras: Dialect) -> BatchNorm:
         channel_map,
         axis=axis,
         fusible=_fusible(layer, axis, keras),
-        convolvable=convolvable(axis, layer.input_spec.ndim),
+        convolvable=_convolvable(axis, shape or (None,) * layer.input_spec.ndim, keras),
     )
 
 
-def convolvable(axis: int, rank: int) -> bool:
+def _convolvable(axis: int, shape: Shape, keras: Dialect) -> bool:
     """Whether there is a depthwise convolution for inputs of a rank and layout."""
-    return (rank == 4 and axis in (1, 3)) or (rank == 3 and axis == 2)
+    if (len(shape), axis) not in ((4, 1), (4, 3), (3, 2)):
+        return False
+    return not keras.may_misplace_bias(axis, shape)
 
 
 def _fusible(layer: Any, axis: int, keras: Dialect) -> bool:
@@ -161,6 +179,12 @@ def _in_training(layer: Any, training: bool | None) -> str:
 # ------------------------------------------------------------------------ linear layers
 
 
+_MAY_MISPLACE = (
+    "may add a bias along its last axis, as Keras does on TensorFlow where that is as long as its "
+    "channels are many"
+)
+
+
 def _activation_kind(activation: Any, keras: Dialect) -> str:
     """ "linear", "homogeneous" or "other", as in `graph.Linear`."""
     if activation is None or activation is keras.linear:
@@ -186,9 +210,15 @@ def _linear(
     layer = call.layer
     if len(call.inputs) != 1:
         return Opaque("is called with several tensors")
-    bias = "bias" if layer.bias is not None else None
     kind = _activation_kind(layer.activation, call.keras)
-    return Linear(kernels, bias, in_axis, out_axis, pads, kind, windows)
+    if layer.bias is not None:
+        if call.keras.misplaces_bias(out_axis, call.output):
+            return Opaque(f"{_MAY_MISPLACE}, and it has one")
+        return Linear(kernels, "bias", in_axis, out_axis, pads, kind, windows)
+    doubt = _MAY_MISPLACE if call.keras.may_misplace_bias(out_axis, call.sure_output) else ""
+    if doubt and isinstance(layer.activation, call.keras.layers.Layer):
+        return Opaque(f"{doubt}, and its activation is a layer")
+    return Linear(kernels, None, in_axis, out_axis, pads, kind, windows, doubt)
 
 
 def _windows(call: Call) -> tuple[Window, ...]:

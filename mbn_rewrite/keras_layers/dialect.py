@@ -48,6 +48,7 @@ class Dialect(ABC):
         depthwise_kernel: what depthwise convolutions call their kernel.
         scale_and_shift: our layer class of that name.
         bordered_convolution: likewise.
+        biased_convolution: likewise; only where `may_misplace_bias`.
         private: attributes that begin like one of these hold no layer of the user's; `held`
             looks at all others.
         describers: the table of known layer classes; see `describe.layer_table`.
@@ -64,6 +65,7 @@ class Dialect(ABC):
     depthwise_kernel: str
     scale_and_shift: type
     bordered_convolution: type
+    biased_convolution: type
     private: tuple[str, ...]
     describers: dict[type, Describer]
 
@@ -156,6 +158,19 @@ class Dialect(ABC):
     def has_fused_operation(self) -> bool:
         """Whether there is one."""
         return True
+
+    def misplaces_bias(self, axis: int, shape: Shape) -> bool:
+        """Whether layers here may add the bias of their output along another axis than this.
+
+        Args:
+            axis: the axis of the channels.
+            shape: that of the output.
+        """
+        return False
+
+    def may_misplace_bias(self, axis: int, shape: Shape) -> bool:
+        """The same on any backend that a saved model may be loaded on."""
+        return False
 
     # -- copies ----------------------------------------------------------------------------
 

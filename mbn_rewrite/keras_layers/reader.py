@@ -88,16 +88,23 @@ class _Reader:
         seen: dict[int, int] = {}
         if inputs is not None:
             seen = {id(t): v for t, v in zip(model.inputs, inputs, strict=True)}
+        # Sequential models take inputs of other sizes than they declare.
+        sizes_hold = not isinstance(model, self.keras.sequential)
         for record in self.keras.calls_of(model):
             if all(id(t) in seen for t in record.outputs):
                 continue
             sources = [seen[id(t)] for t in record.inputs]
-            results = self._read_call(record, prefix, training, sources)
+            results = self._read_call(record, prefix, training, sources, sizes_hold)
             seen.update(zip(map(id, record.outputs), results, strict=True))
         return [seen[id(t)] for t in model.outputs]
 
     def _read_call(
-        self, record: Record, prefix: str, training: bool | None, sources: list[int]
+        self,
+        record: Record,
+        prefix: str,
+        training: bool | None,
+        sources: list[int],
+        sizes_hold: bool,
     ) -> list[int]:
         layer = record.layer
         training = self._training_of(record, training)
@@ -113,6 +120,7 @@ class _Reader:
                 self.values[results[0]].shape,
                 training,
                 self._other_arguments(record),
+                sizes_hold,
             )
         )
         if isinstance(op, BatchNorm) and not op.unfit:

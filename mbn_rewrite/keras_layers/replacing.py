@@ -16,7 +16,7 @@ from mbn_rewrite.algebra import ChannelMap
 from mbn_rewrite.decisions import Replacement, Sampled
 from mbn_rewrite.keras_layers import weights
 from mbn_rewrite.keras_layers.copying import config_of, from_config, take_over_initializers
-from mbn_rewrite.keras_layers.describe import affine_weights, convolvable
+from mbn_rewrite.keras_layers.describe import affine_weights
 from mbn_rewrite.keras_layers.dialect import Dialect
 
 
@@ -35,7 +35,7 @@ def replacement(
     m = planned.map
     if planned.form == "fused":
         return _fused(keras, old, m)
-    convolved = planned.form == "depthwise" and not masked and convolvable(m.axis, rank)
+    convolved = planned.form == "depthwise" and not masked
     common: dict[str, Any] = {
         "name": old.name,
         "dtype": old.dtype_policy,
@@ -76,15 +76,20 @@ def _fused(keras: Dialect, old: Any, m: ChannelMap) -> tuple[Any, Callable[[], N
     return new, finish
 
 
-def bordered(keras: Dialect, old: Any) -> Any:
-    """What takes the place of a convolution that has to add a border map in place of its bias.
+def standing_for(keras: Dialect, kind: type, old: Any) -> Any:
+    """What takes the place of a convolution and adds a border map, or its bias, for it.
 
-    The border map comes before the activation, which therefore moves out of the convolution.
+    What it adds comes before the activation, which therefore moves out of the convolution.
+
+    Args:
+        keras: its Keras.
+        kind: the class of what takes its place.
+        old: the convolution.
     """
     inner = from_config(old, config_of(old, keras) | {"use_bias": False}, keras)
     activation, inner.activation = inner.activation, keras.linear
     inner.activity_regularizer = None  # of what the convolution gives no longer
-    return keras.bordered_convolution(
+    return kind(
         inner, activation=activation, name=old.name, dtype=old.dtype_policy, trainable=old.trainable
     )
 

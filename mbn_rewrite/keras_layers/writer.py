@@ -33,10 +33,10 @@ from mbn_rewrite.keras_layers.dialect import Dialect, Record
 from mbn_rewrite.keras_layers.holders import Place, at, exchange, held
 from mbn_rewrite.keras_layers.reader import Reading
 from mbn_rewrite.keras_layers.replacing import (
-    bordered,
     build_like,
     replacement,
     set_map,
+    standing_for,
     training_layer,
 )
 from mbn_rewrite.layouts import einsum_channels
@@ -209,9 +209,9 @@ class Writer(ABC):
     def _edited(self, old: Any, edit: Edit) -> Any:
         """A layer that has absorbed maps."""
         self.done.add(self.owner(old))
-        if edit.border is not None:
-            return self._bordered(old, edit)
-        needs_bias = any(m is not None and m.has_shift for m in (edit.before, edit.after))
+        if edit.border is not None or edit.outer_bias:
+            return self._stood_for(old, edit)
+        needs_bias = edit.has_shift
         config = config_of(old, self.keras)
         for part in _configs_within(config):
             if needs_bias and "use_bias" in part:
@@ -227,11 +227,13 @@ class Writer(ABC):
         self._unfinished.append(lambda: self._set_folded(old, new, edit, needs_bias))
         return new
 
-    def _bordered(self, old: Any, edit: Edit) -> Any:
-        """What has absorbed maps that take a border map."""
-        new = bordered(self.keras, old)
+    def _stood_for(self, old: Any, edit: Edit) -> Any:
+        """What has absorbed maps and adds for a convolution what this cannot add itself."""
+        bordered = edit.border is not None
+        kind = self.keras.bordered_convolution if bordered else self.keras.biased_convolution
+        new = standing_for(self.keras, kind, old)
         _drop_what_was_meant_for_old_weights(new)
-        self._unfinished.append(lambda: self._set_bordered(old, new, edit))
+        self._unfinished.append(lambda: self._set_stood_for(old, new, edit))
         return new
 
     def _renewed(self, old: Any, m: ChannelMap) -> Any:
@@ -272,14 +274,15 @@ class Writer(ABC):
                 weights.write(new, path + "bias", new_bias)
                 _check_range(old, new_bias, weights.read(new, path + "bias"))
 
-    def _set_bordered(self, old: Any, new: Any, edit: Edit) -> None:
-        """Sets the kernels and the border map of what stands for a convolution."""
+    def _set_stood_for(self, old: Any, new: Any, edit: Edit) -> None:
+        """Sets the kernels of what stands for a convolution, and what it adds."""
         assert isinstance(edit.op, Linear)
-        border = _fold_kernels(old, new.layer, edit, edit.op.kernels, edit.op.bias)
-        if edit.op.out_axis == 1:  # channels first
-            border = np.moveaxis(border, -1, 0)
-        weights.write(new, "border", border)
-        _check_range(old, border, weights.read(new, "border"))
+        added = _fold_kernels(old, new.layer, edit, edit.op.kernels, edit.op.bias)
+        if edit.border is not None and edit.op.out_axis == 1:  # channels first
+            added = np.moveaxis(added, -1, 0)
+        name = "bias" if edit.border is None else "border"
+        weights.write(new, name, added)
+        _check_range(old, added, weights.read(new, name))
         new.layer.trainable = new.trainable = old.trainable
         take_over_initializers(old, new.layer, self.keras)
 

@@ -22,7 +22,7 @@ from mbn_rewrite.algebra import Array, ChannelMap, fold
 from mbn_rewrite.decisions import Edit, Plan, Replacement
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Linear
-from mbn_rewrite.saved_model_frontend.reader import LinearCall, NormCall, Reading, convolvable
+from mbn_rewrite.saved_model_frontend.reader import LinearCall, NormCall, Reading
 from mbn_rewrite.saved_model_frontend.views import WRITES, View, Writes, has_side_effect
 from mbn_rewrite.saved_model_frontend.weights import Stored
 
@@ -143,7 +143,7 @@ class _Writer:
         stored = _is_stored_in_variables(norm)
         if new.form == "fused":
             name = self._fused(owner, call, m, stored)
-        elif new.form == "depthwise" and convolvable(norm):
+        elif new.form == "depthwise":
             kernel = self._new(owner, "depthwise_kernel", m.scale.reshape(1, 1, -1, 1), dtype)
             bias = self._new(owner, "bias", m.shift, dtype)
             name = editor.add(
