@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mbn_rewrite.api import check_mode, measuring_options
-from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
+from mbn_rewrite.comparison import Comparison, judged, tolerance_for
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.keras_layers import files as keras_files
@@ -72,7 +73,9 @@ class Report:
     @property
     def comparison(self) -> Comparison | None:
         """The comparison of the signature that differs most; None where none was compared."""
-        return max(self.comparisons.values(), key=lambda c: c.max_rel_error, default=None)
+        return max(
+            self.comparisons.values(), key=lambda c: (not c.ok, c.max_rel_error), default=None
+        )
 
     @property
     def ok(self) -> bool:
@@ -211,8 +214,7 @@ def rewrite_saved_model(
         if _gives_nothing(exchange, inputs is None):
             unverified[name] = "it gives not one value to compare"
     give_back_memory()
-    if tolerance is None:
-        tolerance = tolerance_for(dtypes)
+    opened_again = model.opened_again
     with _written_whole(destination, overwrite) as temporary:
         say("writing")
         weights = model.write(temporary)
@@ -220,8 +222,9 @@ def rewrite_saved_model(
         give_back_memory()
         say("verifying what was written")
         comparisons, ops = _verified(
-            temporary, exchanges, tolerance, report.before.signature, inputs is None
-        )
+            temporary, exchanges, tolerance, dtypes, opened_again, report.before.signature,
+            inputs is None,
+        )  # fmt: skip
         after = Footprint(weights, bytes_on_disk(temporary), ops, report.before.signature)
         report = Report(
             str(source), str(destination), report.plan, report.before, after, comparisons,
@@ -349,7 +352,9 @@ def _give_default_permissions(directory: Path) -> None:
 def _verified(
     directory: Path,
     exchanges: Mapping[str, Exchange],
-    tolerance: float,
+    tolerance: float | None,
+    dtypes: set[str],
+    opened_again: Callable[[Path], Any],
     counted: str,
     made_up: bool,
 ) -> tuple[dict[str, Comparison], dict[str, int]]:
@@ -359,10 +364,21 @@ def _verified(
         A comparison for each signature, and the operations of one of them.
     """
     from mbn_rewrite.saved_model_frontend.running import Served
+    from mbn_rewrite.saved_model_frontend.stretches import look_closer_at_served
     from mbn_rewrite.saved_model_frontend.views import op_counts
 
     served = Served(directory)
     comparisons = {}
+
+    @cache
+    def original() -> Any:
+        return opened_again(directory.with_name("original"))
+
+    def closer_look(name: str, exchange: Exchange, plain: Comparison) -> Comparison | None:
+        return look_closer_at_served(
+            original(), served, name, exchange, plain, rounding=tolerance is None
+        )
+
     for name, exchange in exchanges.items():
         results = dict(served(name, exchange))
         expected = dict(exchange.outputs)
@@ -376,8 +392,12 @@ def _verified(
         names = sorted(expected)
         if _gives_nothing(exchange, made_up):
             continue  # that it runs was seen
-        comparisons[name] = compare_outputs(
-            [expected[key] for key in names], [results[key] for key in names], tolerance
+        comparisons[name] = judged(
+            [expected[key] for key in names],
+            [results[key] for key in names],
+            tolerance_for(dtypes) if tolerance is None else tolerance,
+            partial(closer_look, name, exchange),
+            [f"'{key}'" for key in names],
         )
     return comparisons, op_counts(served.signatures[counted]) if counted else {}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Graph
 from mbn_rewrite.measuring import Way
+
+if TYPE_CHECKING:  # which imports this module
+    from mbn_rewrite.comparison import Comparison
 
 
 class Reading(Protocol):
@@ -55,6 +58,15 @@ class FrontEnd(Protocol):
 
     def outputs_of(self, model: Any, inputs: Any, who: str) -> list[np.ndarray]:
         """All outputs at inference; the model stays as it is. `who` is for errors."""
+
+    def closer_look(
+        self, model: Any, new: Any, inputs: Any, plain: Comparison, rounding: bool
+    ) -> Comparison | None:
+        """Whether rounding explains how outputs differ; None where that cannot be seen.
+
+        `plain` says how they differ, and `rounding` whether a narrow dtype may explain more
+        than its tolerance.
+        """
 
     def compute_dtypes(self, model: Any) -> set[str]:
         """The names of the dtypes that the model computes in."""

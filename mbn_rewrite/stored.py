@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,6 +77,14 @@ class StoredModel(Protocol):
 
     def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:
         """What its signatures give, for these inputs or for made-up ones."""
+
+    @property
+    def opened_again(self) -> Callable[[Path], Any]:
+        """Loads the original again, as a `loading.Loaded`, to look at it more closely.
+
+        It is given a path at which there is nothing, to write to if it has to, and holds no
+        part of the opened model.
+        """
 
     def write(self, directory: Path) -> int:
         """Writes the model with the plan carried out; returns how many weights it has.

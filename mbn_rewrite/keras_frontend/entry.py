@@ -2,6 +2,7 @@
 
 from mbn_rewrite.keras_frontend.reader import read
 from mbn_rewrite.keras_frontend.running import (
+    closer_look,
     compute_dtypes,
     device,
     inputs_of_batch,
@@ -13,6 +14,7 @@ from mbn_rewrite.keras_frontend.running import (
 from mbn_rewrite.keras_frontend.writer import write
 
 __all__ = [
+    "closer_look",
     "compute_dtypes",
     "device",
     "inputs_of_batch",

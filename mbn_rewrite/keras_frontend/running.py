@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from mbn_rewrite.comparison import Comparison
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.keras_frontend.dialect import KERAS_3, functional_of
 from mbn_rewrite.keras_layers import running as shared
@@ -93,6 +94,18 @@ def running(model: Any, inputs: Any, way: Way) -> Iterator[Callable[[], object]]
             yield runner(lambda data: model(data, training=False), inputs, way)
         else:
             yield lambda: _called(lambda data: model(data, training=False), inputs, "it")
+
+
+def closer_look(
+    model: Any, new: Any, inputs: Any, plain: Comparison, rounding: bool
+) -> Comparison | None:
+    """See `front_ends.FrontEnd`. Only TensorFlow has graphs to look into."""
+    if not _on_tensorflow():
+        return None
+    from mbn_rewrite.saved_model_frontend.stretches import look_closer_at_calls
+
+    calls = [lambda data, each=each: each(data, training=False) for each in (model, new)]
+    return look_closer_at_calls(calls[0], calls[1], inputs, plain, rounding)
 
 
 @contextmanager

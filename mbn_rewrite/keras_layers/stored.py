@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class KerasFile(ABC):
 
     def __init__(self, source: Path, trusted: bool, keras: Any, front_end: FrontEnd) -> None:
         self._source = source
+        self._trusted = trusted
         self._front_end = front_end
         self.model = files.load(source, trusted, keras)
         self._reading = front_end.read(self.model)
@@ -85,6 +86,19 @@ class KerasFile(ABC):
         arrays = self._front_end.outputs_of(self.model, structure, "the original")
         outputs = dict(zip(self.output_names(len(arrays)), arrays, strict=True))
         return {SERVING: Exchange(self.by_name(structure), outputs)}
+
+    @property
+    def opened_again(self) -> Callable[[Path], Any]:
+        opened, source, trusted = type(self), self._source, self._trusted
+
+        def again(work: Path) -> Any:
+            from mbn_rewrite.saved_model_frontend.loading import load
+
+            file = opened(source, trusted)  # type: ignore[call-arg]
+            file.save(file.model, work)
+            return load(work)
+
+        return again
 
     def write(self, directory: Path) -> int:
         assert self._plan is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import tensorflow as tf
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.made_up import Made, is_open, of_batch
 from mbn_rewrite.running import as_specified, called, compiled, plain, random_tensor
-from mbn_rewrite.saved_model_frontend.loading import Entry, attribute_of
+from mbn_rewrite.saved_model_frontend.loading import Entry, Interface, attribute_of
 from mbn_rewrite.saved_model_frontend.views import View, source_of
 from mbn_rewrite.stored import Exchange
 
@@ -258,6 +259,30 @@ def _words(view: View) -> int:
     return min(rows)
 
 
+@dataclass(frozen=True)
+class Called:
+    """A concrete function, and tensors for its arguments in their order."""
+
+    function: Any
+    inputs: Sequence[Any]
+
+
+def signature_called(function: Any, exchange: Exchange) -> Called:
+    """A signature with the inputs of an exchange; a lone input may have another name."""
+    inputs = exchange.inputs
+    if len(inputs) == 1:
+        return Called(function, list(inputs.values()))
+    return Called(function, [inputs[name] for name in Interface.of(function).keywords])
+
+
+def method_called(root: Any, exchange: Exchange) -> Called:
+    """A method with the arguments of an exchange."""
+    args, kwargs = exchange.inputs
+    function = attribute_of(root, exchange.method).get_concrete_function(*args, **kwargs)
+    flat = tf.nest.flatten(exchange.inputs, expand_composites=True)
+    return Called(function, [value for value in flat if isinstance(value, tf.Tensor)])
+
+
 class Served:
     """A SavedModel as its users load it.
 
@@ -271,6 +296,12 @@ class Served:
             self.signatures = dict(self._owner.signatures)
         except Exception as error:
             raise RewriteError(f"{directory} cannot be served: {cause_of(error)}") from error
+
+    def called(self, name: str, exchange: Exchange) -> Called:
+        """What is called for an exchange."""
+        if exchange.method:
+            return method_called(self._owner, exchange)
+        return signature_called(self.signatures[name], exchange)
 
     def __call__(self, name: str, exchange: Exchange) -> Mapping[str, np.ndarray]:
         """What a signature or method gives for the inputs of an exchange.

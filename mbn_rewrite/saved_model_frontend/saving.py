@@ -60,7 +60,7 @@ def save(
 # -------------------------------------------------------------------------------- functions
 
 
-def _called(new: Rewritten, interface: Interface | None, tensors: list[Any]) -> Any:
+def imported(new: Rewritten, interface: Interface | None, tensors: list[Any]) -> Any:
     """Puts a graph into the function that is being traced; gives what the function gives."""
     graph = tf.compat.v1.get_default_graph()
     inputs = {
@@ -108,7 +108,7 @@ def signature_of(entry: Entry, new: Rewritten | None) -> Any:
     ]
 
     def signature(*tensors: Any) -> Any:
-        return _called(new, interface, list(tensors))
+        return imported(new, interface, list(tensors))
 
     if new.has_frames:
         # Control flow of TensorFlow 1 is known by the names of its nodes alone, which the
@@ -133,7 +133,7 @@ def _method(declared: inspect.Signature, concrete: list[tuple[Entry, Rewritten |
         tensors = [value for value in flat if isinstance(value, tf.Tensor)]
         if new is None:
             return entry.interface.packed(tf.nest.flatten(entry.function(*tensors)))
-        return _called(new, entry.interface, tensors)
+        return imported(new, entry.interface, tensors)
 
     method.__signature__ = declared  # type: ignore[attr-defined]
     compiled = any(new is not None and new.compiled for _, new in concrete)
@@ -229,7 +229,7 @@ class _Initializer(tf.saved_model.experimental.TrackableResource):
         return tf.constant(1.0)  # there is no resource to hold: the graph names its own
 
     def _initialize(self) -> Any:
-        return _called(self._rewritten, None, self._paths)[0]
+        return imported(self._rewritten, None, self._paths)[0]
 
     def _destroy_resource(self) -> None:
         pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -197,6 +197,11 @@ class SavedModelDirectory:
 
     def _loaded_again(self) -> Loaded:
         return load(self._source, *self._asked_for)
+
+    @property
+    def opened_again(self) -> Callable[[Path], Loaded]:
+        source, asked_for = self._source, self._asked_for
+        return lambda work: load(source, *asked_for)
 
     def write(self, directory: Path) -> int:
         assert self._plan is not None

@@ -3,6 +3,7 @@
 from mbn_rewrite.running import device, set_up
 from mbn_rewrite.tf_keras_frontend.reader import read
 from mbn_rewrite.tf_keras_frontend.running import (
+    closer_look,
     compute_dtypes,
     inputs_of_batch,
     outputs_of,
@@ -12,6 +13,7 @@ from mbn_rewrite.tf_keras_frontend.running import (
 from mbn_rewrite.tf_keras_frontend.writer import write
 
 __all__ = [
+    "closer_look",
     "compute_dtypes",
     "device",
     "inputs_of_batch",

@@ -10,11 +10,13 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from mbn_rewrite.comparison import Comparison
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.keras_layers import running as shared
 from mbn_rewrite.made_up import GIVE_REAL_ONES, of_batch
 from mbn_rewrite.measuring import Way
 from mbn_rewrite.running import called, random_tensor, runner
+from mbn_rewrite.saved_model_frontend.stretches import look_closer_at_calls
 
 
 def compute_dtypes(model: Any) -> set[str]:
@@ -72,6 +74,14 @@ def running(model: Any, inputs: Any, way: Way) -> Iterator[Callable[[], object]]
     """Gives a function that runs the model; the model stays as it is."""
     with _undisturbed(model):
         yield runner(lambda data: model(data, training=False), inputs, way)
+
+
+def closer_look(
+    model: Any, new: Any, inputs: Any, plain: Comparison, rounding: bool
+) -> Comparison | None:
+    """See `front_ends.FrontEnd`."""
+    calls = [lambda data, each=each: each(data, training=False) for each in (model, new)]
+    return look_closer_at_calls(calls[0], calls[1], inputs, plain, rounding)
 
 
 @contextmanager

@@ -1,0 +1,280 @@
+"""Outputs that jump: rounding that decides them is told from mistakes.
+
+The original's values lie on the very edge of a jump in some entries, so that a right model differs
+from it there. The two are functions of TensorFlow, so that nothing has to be saved.
+"""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from mbn_rewrite import comparison
+from mbn_rewrite.comparison import TOLERANCES, compare_outputs, judged
+from mbn_rewrite.saved_model_frontend.jumps import cuts_between
+from mbn_rewrite.saved_model_frontend.stretches import look_closer_at_calls
+from mbn_rewrite.saved_model_frontend.views import view_of
+
+_RNG = np.random.default_rng(0)
+IMAGES = tf.constant(_RNG.standard_normal((2, 8, 8, 2)), tf.float32)
+KERNEL = _RNG.standard_normal((3, 3, 2, 4)).astype(np.float32) / 3
+BIAS, SHIFT = _RNG.normal(0, 0.5, (2, 4)).astype(np.float32)
+SCALE = _RNG.uniform(0.3, 1.5, 4).astype(np.float32)
+STEP = 12 / 255  # of 8 bits from -6 to 6
+
+
+def convolved(x, kernel, bias):
+    return tf.nn.conv2d(x, kernel, 1, "VALID") + bias
+
+
+def original(x):
+    """A convolution, and a scale and a shift."""
+    return convolved(x, KERNEL, BIAS) * SCALE + SHIFT
+
+
+def folded(kernel=KERNEL * SCALE, bias=BIAS * SCALE + SHIFT):
+    return lambda x: convolved(x, kernel, bias)
+
+
+MODELS = {
+    "right": folded(),
+    "a bias of one channel": folded(bias=BIAS * SCALE + SHIFT + np.float32([0.02, 0, 0, 0])),
+    "a shift forgotten": folded(bias=BIAS * SCALE),
+    "scales swapped": folded(kernel=KERNEL * SCALE[[1, 0, 2, 3]]),
+}
+WRONG = [name for name in MODELS if name != "right"]
+
+
+@cache
+def edge(entries):
+    """What to subtract so that some entries become 0, but for rounding of both signs."""
+    y, new = original(IMAGES).numpy().ravel(), folded()(IMAGES).numpy().ravel()
+    above, below = np.flatnonzero(new > y), np.flatnonzero(new < y)
+    on_edge = [*above[: entries // 2], *below[: entries // 2]]
+    subtracted = np.zeros_like(y)
+    subtracted[on_edge] = y[on_edge]
+    return subtracted.reshape(2, 6, 6, 4)
+
+
+def with_post(body, post, entries=30):
+    return lambda x: tf.nest.flatten(post(body(x) - edge(entries)))
+
+
+def as_image(y):
+    return tf.cast(tf.clip_by_value(tf.round(y * 40 + 127.5), 0, 255), tf.uint8)
+
+
+def best_boxes(y):
+    corners = tf.reshape(tf.range(y.shape.num_elements(), dtype=tf.float32), [-1, 1])
+    boxes = tf.concat([corners, corners, corners + 1, corners + 1], 1)
+    scores = tf.reshape(y, [-1])
+    keep = tf.image.non_max_suppression(boxes, scores, 200, 0.5)
+    return tf.gather(boxes, keep), tf.gather(scores, keep)
+
+
+def in_a_loop(y):
+    return tf.map_fn(lambda image: tf.where(image > 0, 1, 0), y, tf.int32)
+
+
+def in_a_branch(y):
+    return tf.cond(tf.reduce_max(y) > 0, lambda: tf.cast(y > 0, tf.int32), lambda: tf.range(3))
+
+
+def layered(y):
+    """A jump behind a jump, and a value that passes both by."""
+    mask = tf.cast(y > 0, tf.float32)
+    mean = tf.reduce_mean(mask, -1)
+    return tf.cast(tf.round(mean * 3 + y[..., 0]), tf.int32), tf.reduce_sum(y, -1)
+
+
+JUMPS = {
+    "class map": lambda y: tf.argmax(tf.stack([y, 0 * y], -1), -1),
+    "masked class map": lambda y: tf.argmax(tf.stack([y, 0 * y, 0 * y - 1e9], -1), -1),
+    "truth values": lambda y: y > 0,
+    "truth values as floats": lambda y: tf.cast(y > 0, tf.float32) * 0.5,
+    "picture": as_image,
+    "fake quantised": lambda y: tf.quantization.fake_quant_with_min_max_args(
+        y * 8 + STEP / 2, -6, 6
+    ),
+    "sign": tf.sign,
+    "floor division": lambda y: y // 0.5,
+    "best": lambda y: tuple(tf.math.top_k(tf.reshape(y, [-1]), 250)),
+    "sorted": lambda y: tf.argsort(tf.reshape(y, [2, -1])),
+    "boxes": best_boxes,
+    "how many": lambda y: tf.where(y > 0),
+    "texts": lambda y: tf.strings.as_string(y > 0),
+    "loop": in_a_loop,
+    "branch": in_a_branch,
+    "layered": layered,
+}
+# Where a part of the outputs depends on almost nothing.
+STEEP = {
+    "log of a relu": lambda y: tf.math.log(tf.nn.relu(y)),
+    "square root": tf.sqrt,
+    "reciprocal": lambda y: tf.tanh(tf.math.reciprocal(y)),
+    "direction": lambda y: tf.atan2(y, -tf.ones_like(y)),
+    "scores where there are any": lambda y: tf.math.log(tf.where(y > 0, y, 0.0)),
+}
+
+
+def looked_at(first, second, inputs=IMAGES, tolerance=TOLERANCES["float32"]):
+    """How two functions compare as they are, and when looked at more closely."""
+    expected, actual = ([t.numpy() for t in f(inputs)] for f in (first, second))
+    plain = compare_outputs(expected, actual, tolerance)
+    return plain, judged(
+        expected,
+        actual,
+        tolerance,
+        lambda found: look_closer_at_calls(first, second, inputs, found, rounding=True),
+    )
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_a_jump_lets_a_right_model_pass(name):
+    post = JUMPS[name]
+    plain, found = looked_at(with_post(original, post), with_post(MODELS["right"], post))
+    assert not plain.ok  # or nothing is shown
+    assert found.ok, found
+    assert found.max_rel_error < 1e-5
+    assert "rounding decides" in found.note
+    assert found.differing == found.may_differ == plain.differing
+
+
+# A small mistake is the hardest to see, so it is tried on all; others on one of each kind.
+MISTAKEN = [(name, "a bias of one channel") for name in (*JUMPS, *STEEP)] + [
+    (name, model)
+    for name in ("class map", "truth values as floats", "picture", "boxes")
+    for model in MODELS
+    if model not in ("right", "a bias of one channel")
+]
+
+
+@pytest.mark.parametrize(("name", "model"), MISTAKEN)
+def test_nothing_that_jumps_lets_a_wrong_model_pass(name, model):
+    post, entries = (JUMPS[name], 30) if name in JUMPS else (STEEP[name], 2)
+    plain, found = looked_at(
+        with_post(original, post, entries), with_post(MODELS[model], post, entries)
+    )
+    assert not plain.ok
+    assert not found.ok, found
+
+
+@pytest.mark.parametrize("name", STEEP)
+def test_what_is_steep_lets_a_right_model_pass(name):
+    post = STEEP[name]
+    plain, found = looked_at(with_post(original, post, 2), with_post(MODELS["right"], post, 2))
+    assert not plain.ok
+    assert found.ok, found
+
+
+def test_what_is_steep_excuses_few_entries():
+    """A channel that is small everywhere hides behind others that are not, before a logarithm."""
+    small = np.float32([1e-6, 1, 1, 1])
+
+    def body(wrong):
+        return lambda x: [tf.math.log(tf.abs(original(x)) * small * wrong + 1e-9)]
+
+    plain, found = looked_at(body(np.float32(1)), body(np.float32([2, 1, 1, 1])))
+    assert not plain.ok
+    assert not found.ok
+
+
+BEHIND = {
+    "a threshold": (lambda y: tf.cast(y > 0, tf.float32), lambda y: tf.cast(y > 0.1, tf.float32)),
+    "levels": (tf.round, lambda y: tf.round(y) * 1.01),
+    "classes": (lambda y: tf.argmax(y, -1), lambda y: tf.argmax(y, -1) + 1),
+    "beside": (
+        lambda y: (y > 0, tf.nn.relu(y)),
+        lambda y: (y > 0, tf.nn.relu(y) * [1, 1, 1, 1.001]),
+    ),
+    "before the last of two": (
+        lambda y: tf.round(tf.cast(y > 0, tf.float32) * 0.4),
+        lambda y: tf.round(tf.cast(y > 0, tf.float32) * 0.6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_a_mistake_behind_or_beside_a_jump_is_seen(name):
+    right, wrong = BEHIND[name]
+    plain, found = looked_at(with_post(original, right), with_post(folded(), wrong))
+    assert not plain.ok
+    assert not found.ok, found
+
+
+def test_a_mistake_between_two_jumps_is_seen():
+    def body(factor):
+        def call(x):
+            levels = tf.round(original(x) - edge(30))
+            return [tf.cast(levels * factor + original(x) > 1.5, tf.int32)]
+
+        return call
+
+    plain, found = looked_at(body(1.0), body(0.5))
+    assert not plain.ok
+    assert not found.ok
+
+
+def test_operations_of_other_names_are_found_by_their_order():
+    def named(body, prefix):
+        def call(x):
+            y = body(x) - edge(30)
+            with tf.name_scope(prefix):
+                return [tf.cast(tf.round(y) + tf.sign(y), tf.int32)]
+
+        return call
+
+    plain, found = looked_at(named(original, "one"), named(folded(), "another/way"))
+    assert not plain.ok
+    assert found.ok, found
+
+
+def test_comparisons_of_integers_are_no_jumps():
+    def count(x):
+        return [tf.while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y * 2.0), (0, x))[1]]
+
+    view = view_of("it", tf.function(count).get_concrete_function(IMAGES), lambda name: None)
+    assert not cuts_between(view, view).cuts
+
+
+# ------------------------------------------------------------- where it cannot be looked inside
+
+
+@pytest.mark.parametrize(("entries", "ok"), [(9, True), (11, False)])
+def test_where_nothing_can_be_seen_one_in_a_thousand_may_differ(entries, ok):
+    classes = np.zeros(10_000, np.int64)
+    others = classes.copy()
+    others[:entries] = 3
+    found = judged([classes], [others], TOLERANCES["float32"], lambda plain: None)
+    assert found.ok == ok
+    assert f"{entries} of 10,000 entries of output 0 differ" in found.note
+
+
+def test_where_nothing_can_be_seen_real_numbers_may_not_differ():
+    classes, scores = np.zeros(10_000, np.int64), np.ones(10_000, np.float32)
+    others, worse = classes.copy(), scores.copy()
+    others[0], worse[0] = 1, 1.1
+    assert not judged([classes, scores], [others, worse], 2e-4, lambda plain: None).ok
+
+
+def test_a_function_of_python_is_not_looked_inside():
+    """Few flips are let pass, as where there is no graph; many are not."""
+
+    def mask(body):
+        def call(x):
+            y = body(x) - edge(2)
+            return [tf.reshape(tf.numpy_function(lambda a: a > 0, [y], tf.bool), y.shape)]
+
+        return call
+
+    plain, found = looked_at(mask(original), mask(folded()))
+    assert plain.differing == 1
+    assert not found.ok  # one in 288
+
+
+def test_a_tolerance_scales_what_may_differ():
+    classes, others = np.zeros(10, np.int64), np.ones(10, np.int64)
+    assert judged([classes], [others], 1.0, lambda plain: None).ok
+    assert comparison.FLIPS * 0.01 < 0.1
+    assert not judged([classes], [others], 0.01, lambda plain: None).ok
