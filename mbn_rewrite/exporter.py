@@ -162,7 +162,12 @@ def rewrite_saved_model(
         tags: which graph of a SavedModel with several; by default the one tagged "serve".
         signatures: which signatures of a SavedModel to carry over; by default all, and the
             methods that the loaded object has beside them.
-        trusted: whether code in a file of Keras (Lambda layers) may be run.
+        trusted: whether all that the model says may be done. By default only what is known to
+            compute is run: files of Keras that hold code, name functions of other kinds or read
+            files of this machine are refused, and so are SavedModels that act when they are
+            loaded, or have assets outside of their directory. Signatures and methods that act
+            when they run (write or read files, run Python code) are rewritten, but not run, so
+            that they are not verified; the report says so.
         dry_run: plan only; writes nothing.
         inputs: what to verify with, by input name, or by "signature/input" where signatures
             differ; random values by default. Mode "auto" measures with them too.
@@ -246,7 +251,7 @@ def _opened(
     if source.is_dir():
         from mbn_rewrite.saved_model_frontend.stored import SavedModelDirectory
 
-        return SavedModelDirectory(source, tags, signatures)
+        return SavedModelDirectory(source, tags, signatures, trusted)
     if keras_files.package_of(source) == "keras":
         from mbn_rewrite.keras_frontend.stored import Keras3File
 
@@ -265,8 +270,8 @@ def check_paths(
     """Finds what is wrong with the paths, without loading TensorFlow.
 
     Raises:
-        RewriteError: the source is missing, damaged, of another kind, or holds code and is
-            not trusted; or the destination cannot be written.
+        RewriteError: the source is missing, damaged, of another kind, or would do more than
+            compute and is not trusted; or the destination cannot be written.
     """
     if destination is not None:
         try:
@@ -274,7 +279,7 @@ def check_paths(
         except (OSError, RuntimeError) as error:  # names too long, links in a circle
             raise RewriteError(f"{destination} cannot be written: {cause_of(error)}") from error
     if source.is_dir():
-        saved_model_files.check(source)
+        saved_model_files.check(source, trusted)
     else:
         keras_files.check(source, trusted)
 

@@ -94,7 +94,13 @@ flags.DEFINE_list(
 flags.DEFINE_list(
     "tags", None, 'The tags of the graph in a SavedModel that has several. By default "serve".'
 )
-flags.DEFINE_bool("trusted", False, "Run code that a Keras file holds (Lambda layers).")
+flags.DEFINE_bool(
+    "trusted",
+    False,
+    "Do all that IN says: run code that a Keras file holds (Lambda layers), and operations that "
+    "write or read files or run Python. A model is a program; by default only what is known to "
+    "compute is run, and what is not run is not verified.",
+)
 flags.DEFINE_list(
     "import_modules", [], "Python modules that define the custom layers or operations of IN."
 )

@@ -17,6 +17,7 @@ from google.protobuf import text_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.saved_model_frontend import admission
 from mbn_rewrite.saved_model_frontend.files import GRAPH_FILES
 from mbn_rewrite.saved_model_frontend.slimming import Functions, SlimCopy, functions_of
 
@@ -151,12 +152,16 @@ class Loaded:
 
 
 def load(
-    source: Path, tags: Sequence[str] | None = None, signatures: Sequence[str] | None = None
+    source: Path,
+    tags: Sequence[str] | None = None,
+    signatures: Sequence[str] | None = None,
+    trusted: bool = False,
 ) -> Loaded:
     """Loads a SavedModel.
 
     Raises:
-        RewriteError: it cannot be loaded, or has no such tags or signatures.
+        RewriteError: it cannot be loaded, has no such tags or signatures, or would act when it
+            is loaded and is not trusted.
     """
     if isinstance(signatures, str):
         signatures = [signatures]
@@ -165,6 +170,8 @@ def load(
     meta_graph = _meta_graph(source, tags)
     stored = sorted(key for key in meta_graph.signature_def if not key.startswith("__"))
     _check_signatures(source, stored, signatures)
+    if not trusted:
+        admission.check_assets(source, meta_graph)
     asked_for = [key for key in stored if signatures is None or key in signatures]
     left_out = {f"signature {key}": "not asked for" for key in stored if key not in asked_for}
     methods: list[str] = []
@@ -176,11 +183,19 @@ def load(
             wanted = [functions.signatures[key] for key in asked_for]
             wanted += [name for method in methods for name in functions.methods[method]]
             copy = SlimCopy(source, meta_graph, wanted)
+            admission.check_size(source, meta_graph)
+            if not trusted:
+                admission.check_objects(source, meta_graph)
             # The checkpoint has values of variables that the copy leaves out.
             options = tf.saved_model.LoadOptions(allow_partial_checkpoint=copy.has_variables)
             root = tf.saved_model.load(str(copy.path), options=options)
         else:  # TensorFlow 1 has neither methods nor objects
+            admission.check_size(source, meta_graph)
+            if not trusted:
+                admission.check_graph(source, meta_graph)
             root = tf.saved_model.load(str(source), tags=list(meta_graph.meta_info_def.tags))
+    except RewriteError:
+        raise
     except Exception as error:
         cause = _cause(error)
         if copy is not None:

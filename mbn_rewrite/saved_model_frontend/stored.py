@@ -31,12 +31,16 @@ class SavedModelDirectory:
     """See `stored.StoredModel`."""
 
     def __init__(
-        self, source: Path, tags: Sequence[str] | None, signatures: Sequence[str] | None
+        self,
+        source: Path,
+        tags: Sequence[str] | None,
+        signatures: Sequence[str] | None,
+        trusted: bool = False,
     ) -> None:
         self._source = source
-        self._asked_for = (tags, signatures)
+        self._asked_for = (tags, signatures, trusted)
         self._initializer: View | None = None
-        self._loaded = load(source, tags, signatures)
+        self._loaded = load(source, tags, signatures, trusted)
         self.left_out: dict[str, str] = self._loaded.left_out
         self.as_it_was: dict[str, str] = {}
         self.unverifiable: dict[str, str] = {}
