@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.export.export_utils import get_input_signature
 
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.keras_frontend import entry
@@ -29,7 +30,14 @@ class Keras3File(KerasFile):
         super().__init__(source, trusted, keras, entry)
 
     def save(self, model: Any, directory: Path) -> None:
-        model.export(directory, verbose=False)
+        # As `model.export` does, which stores each variable twice: once as a variable of Keras's,
+        # and once as the variable of TensorFlow's that it wraps and that the graph reads.
+        archive = keras.export.ExportArchive()
+        archive.track_and_add_endpoint("serve", model, get_input_signature(model))
+        tracked = archive._tf_trackable
+        for name in ("variables", "trainable_variables", "non_trainable_variables"):
+            setattr(tracked, name, [variable.value for variable in getattr(tracked, name)])
+        archive.write_out(directory, verbose=False)
 
     def by_name(self, structure: Any) -> dict[str, Any]:
         tensors = keras.tree.flatten(structure)
