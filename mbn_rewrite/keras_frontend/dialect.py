@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras.dtype_policies import DTypePolicyMap
 from keras.src.activations.activations import ReLU
-from keras.src.models.functional import Functional
+from keras.src.models.functional import Functional, functional_like_constructor
 from keras.src.ops import nn, numpy
 from keras.src.ops.core import StopGradient
 from keras.src.saving.serialization_lib import SafeModeScope
@@ -40,6 +40,7 @@ class Keras3(Dialect):
 
     package = "keras"
     layers = keras.layers
+    model = keras.Model
     sequential = keras.Sequential
     batch_norms = (keras.layers.BatchNormalization,)
     batch_norm_base = keras.layers.BatchNormalization
@@ -57,6 +58,16 @@ class Keras3(Dialect):
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
     # `_layers` lists what the other attributes hold.
     private = ("_self_", "_layers", "_functional", "_operations")
+    model_attributes = frozenset(
+        {
+            *("_inputs", "_outputs", "_inputs_struct", "_outputs_struct"),
+            *("_compile_config", "_compiled_trainable_state", "optimizer"),
+            *("_eval_epoch_iterator", "history"),
+            *("stop_evaluating", "stop_predicting", "stop_training"),
+        }
+    )
+    metric = keras.Metric
+    how_to_export = "write a SavedModel (export)"
 
     def __init__(self) -> None:
         self.describers = {**layer_table(keras.layers), **_OPERATIONS}
@@ -87,8 +98,10 @@ class Keras3(Dialect):
             return is_complete and type(layer).call is keras.Sequential.call
         return isinstance(layer, Functional) and type(layer).call is Functional.call
 
-    def has_calls_on_record(self, layer: Any) -> bool:
-        return isinstance(layer, (Functional, keras.Sequential))
+    def is_made_alike(self, kind: type) -> bool:
+        if issubclass(kind, keras.Sequential):
+            return kind.__init__ is keras.Sequential.__init__  # type: ignore[misc]
+        return bool(functional_like_constructor(kind))
 
     def calls_of(self, model: Any) -> Iterator[Record]:
         graph = functional_of(model)
@@ -195,6 +208,23 @@ class Keras3(Dialect):
             tracker.replace_tracked_value("layers", old, new)  # so that their order stays
         yield
         tracker.locked = was_locked
+
+    def build_alike(self, old: Any, new: Any) -> None:
+        if not new.built:
+            new.build_from_config(old.get_build_config() or {})
+
+    def made_again(self, model: Any, classes: dict[str, type]) -> Any:
+        with self.scope(classes):
+            return keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(model))
+
+    def is_variable(self, value: Any) -> bool:
+        return isinstance(value, keras.Variable)
+
+    def copy_of_variable(self, variable: Any) -> Any:
+        value = keras.ops.convert_to_numpy(variable)
+        return keras.Variable(
+            value, dtype=variable.dtype, trainable=variable.trainable, name=variable.name
+        )
 
     def own_variables(self, layer: Any) -> list[Any]:
         return [*layer._trainable_variables, *layer._non_trainable_variables]

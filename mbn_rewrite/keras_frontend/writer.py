@@ -6,12 +6,13 @@ import warnings
 from typing import Any
 
 import keras
-from keras.src.models.functional import Functional, functional_like_constructor
+from keras.src.models.functional import Functional
 
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.keras_frontend.dialect import KERAS_3
 from mbn_rewrite.keras_layers.copying import label
+from mbn_rewrite.keras_layers.own_classes import made_without_constructor
 from mbn_rewrite.keras_layers.reader import Reading
 from mbn_rewrite.keras_layers.writer import Writer
 
@@ -41,7 +42,7 @@ class _Keras3Writer(Writer):
             self.done.add(self.owner(layer))
             if layer is old._layers[-1]:
                 layers.append(self.standing_in_for(layer))
-        new = self.sequential_class(old)(layers, name=old.name)
+        new = made_without_constructor(old, keras.Sequential, layers, name=old.name)
         self.finish()
         return new
 
@@ -49,8 +50,7 @@ class _Keras3Writer(Writer):
         inputs, outputs = keras.tree.map_structure(
             lambda t: tensors[id(t)], (old._inputs_struct, old._outputs_struct)
         )
-        made_alike = functional_like_constructor(type(old))
-        return (type(old) if made_alike else Functional)(inputs, outputs, name=old.name)
+        return made_without_constructor(old, Functional, inputs, outputs, name=old.name)
 
     def built_as(self, old: Any, new: Any) -> None:
         config = old.get_build_config()

@@ -58,17 +58,11 @@ def from_config(layer: Any, config: dict[str, Any], keras: Dialect, kind: Any = 
     Raises:
         RewriteError: it cannot be made, or would not be the same.
     """
-    own_call = vars(layer).get("call")  # saving leaves that of the class there
-    is_own = own_call is not None and getattr(own_call, "__func__", None) is not type(layer).call
-    if is_own and not keras.makes_its_call(layer):
-        raise RewriteError(
-            f"{label(layer)} cannot be copied: its call method was exchanged on the object. Make "
-            "a subclass of its class that has the method"
-        )
+    check_call(layer, keras)
     if is_stock(type(layer)):
         config = _without_objects(config)
     try:
-        with keras.scope(_own_classes(layer)):
+        with keras.scope(own_classes(layer)):
             new = (kind or type(layer)).from_config(config)
     except RewriteError:
         raise
@@ -85,6 +79,27 @@ def from_config(layer: Any, config: dict[str, Any], keras: Dialect, kind: Any = 
     for old_part, new_part in paired(layer, new, keras) if complete else [(layer, new)]:
         _take_over(old_part, new_part, keras)
     return new
+
+
+def check_copy(layer: Any, keras: Dialect) -> None:
+    """Raises RewriteError where a layer, or what else is called, cannot be copied."""
+    if not isinstance(layer, keras.layers.Layer):
+        keras.copy_of_operation(layer)
+    elif not is_stock(type(layer)):
+        from_config(layer, config_of(layer, keras), keras)
+    else:
+        check_call(layer, keras)
+
+
+def check_call(layer: Any, keras: Dialect) -> None:
+    """Raises RewriteError where what a layer does is not what its class does."""
+    own_call = vars(layer).get("call")  # saving leaves that of the class there
+    is_own = own_call is not None and getattr(own_call, "__func__", None) is not type(layer).call
+    if is_own and not keras.makes_its_call(layer):
+        raise RewriteError(
+            f"{label(layer)} cannot be copied: its call method was exchanged on the object. Make "
+            "a subclass of its class that has the method"
+        )
 
 
 def copy_weights(old: Any, new: Any, keras: Dialect) -> None:
@@ -169,7 +184,7 @@ def is_stock(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in _PACKAGES
 
 
-def _own_classes(layer: Any) -> dict[str, type]:
+def own_classes(layer: Any) -> dict[str, type]:
     """The classes that are not Keras's own among a layer and those that it holds."""
     classes: dict[str, type] = {}
     for part in parts(layer):

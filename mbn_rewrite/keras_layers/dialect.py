@@ -39,6 +39,7 @@ class Dialect(ABC):
     Attributes:
         package: the name of its package.
         layers: its module of layer classes.
+        model: its class of models.
         sequential: its class of Sequential models.
         batch_norms: the classes of BatchNormalization that are known.
         training_layers: our layer classes for training, the strided and the modified one.
@@ -49,13 +50,18 @@ class Dialect(ABC):
         scale_and_shift: our layer class of that name.
         bordered_convolution: likewise.
         biased_convolution: likewise; only where `may_misplace_bias`.
-        private: attributes that begin like one of these hold no layer of the user's; `held`
+        private: attributes that begin like one of these hold nothing of the user's; `held`
             looks at all others.
+        model_attributes: attributes that Keras gives a Functional or Sequential model when it
+            is compiled or run, and those in which it keeps its inputs and outputs.
+        metric: the base class of metrics.
+        how_to_export: what to do to write a SavedModel, in words.
         describers: the table of known layer classes; see `describe.layer_table`.
     """
 
     package: str
     layers: Any
+    model: type
     sequential: type
     batch_norms: tuple[type, ...]
     training_layers: tuple[type, type]
@@ -67,6 +73,9 @@ class Dialect(ABC):
     bordered_convolution: type
     biased_convolution: type
     private: tuple[str, ...]
+    model_attributes: frozenset[str]
+    metric: type
+    how_to_export: str
     describers: dict[type, Describer]
 
     # -- structures and tensors ------------------------------------------------------------
@@ -102,8 +111,8 @@ class Dialect(ABC):
         """Whether this is a model whose calls Keras has on record, and that does only these."""
 
     @abstractmethod
-    def has_calls_on_record(self, layer: Any) -> bool:
-        """Whether this is a Functional or Sequential model, perhaps with a `call` of its own."""
+    def is_made_alike(self, kind: type) -> bool:
+        """Whether a class of models is made as the Functional or Sequential models of Keras."""
 
     @abstractmethod
     def calls_of(self, model: Any) -> Iterator[Record]:
@@ -193,6 +202,31 @@ class Dialect(ABC):
     def copy_of_operation(self, operation: Any) -> Any:
         """A copy of something that is called in a model and is no layer."""
         raise NotImplementedError  # where all that is called is a layer
+
+    @abstractmethod
+    def build_alike(self, old: Any, new: Any) -> None:
+        """Builds the copy of a layer that was built."""
+
+    @abstractmethod
+    def made_again(self, model: Any, classes: dict[str, type]) -> Any:
+        """What loading makes of a model's configuration, before its weights are set.
+
+        Args:
+            model: the model.
+            classes: its classes that are not Keras's own, by name.
+        """
+
+    def network_config(self, model: Any) -> dict[str, Any] | None:
+        """The configuration of a model's network, where one is to be written without its class."""
+        return None
+
+    @abstractmethod
+    def is_variable(self, value: Any) -> bool:
+        """Whether something is a variable."""
+
+    @abstractmethod
+    def copy_of_variable(self, variable: Any) -> Any:
+        """A variable of the same name, value and flags."""
 
     @abstractmethod
     def own_variables(self, layer: Any) -> list[Any]:

@@ -29,10 +29,8 @@ class Place:
 
 def held(layer: Any, keras: Dialect) -> Iterator[tuple[Place, Any]]:
     """The layers that a layer holds in its attributes, with their places."""
-    # What a Functional model of a class of its own keeps of its calls is private.
-    private = ("_",) if keras.has_calls_on_record(layer) else keras.private
     for attribute, value in list(vars(layer).items()):
-        if not attribute.startswith(private):
+        if not attribute.startswith(keras.private):
             for keys, inner in _layers_in(value, (), keras.layers.Layer):
                 yield Place(attribute, keys), inner
 

@@ -17,10 +17,16 @@ import numpy as np
 
 from mbn_rewrite.graph import BatchNorm, Graph, HiddenBatchNorm, Input, Node, Value
 from mbn_rewrite.keras_layers import weights
-from mbn_rewrite.keras_layers.copying import label
+from mbn_rewrite.keras_layers.copying import check_call, check_copy, label
 from mbn_rewrite.keras_layers.describe import Call, batch_norm, describe, is_batch_norm
 from mbn_rewrite.keras_layers.dialect import Dialect, Record
 from mbn_rewrite.keras_layers.holders import held
+from mbn_rewrite.keras_layers.own_classes import (
+    attributes,
+    leaves,
+    needs_check,
+    note_on_files,
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,10 @@ def read(model: Any, keras: Dialect) -> Reading:
     """Reads a built model of a Keras."""
     reader = _Reader(keras)
     if keras.is_visible(model):
+        reader.owners[id(model)] = ""
         reader.outputs.update(reader.read_calls(model, "", training=False))
     else:
+        check_copy(model, keras)
         reader.read_held(model, "", label(model), training=False)
     reader.account_for_the_rest(model)
     reader.root_what_is_also_held()
@@ -59,7 +67,11 @@ def read(model: Any, keras: Dialect) -> Reading:
         tuple(reader.hidden),
         lambda owner, name: weights.read(layers[owner], name),
     )
-    return Reading(graph, layers, reader.owners, frozenset(reader.masked))
+    notes = tuple(note_on_files(each, keras) for each in reader.with_class.values())
+    any_norm = reader.hidden or any(isinstance(node.op, BatchNorm) for node in reader.nodes)
+    return Reading(
+        graph, layers, reader.owners, frozenset(reader.masked), notes if any_norm else ()
+    )
 
 
 @dataclass
@@ -74,9 +86,15 @@ class _Reader:
     masked: set[str] = field(default_factory=set)
     with_mask: set[int] = field(default_factory=set)  # values that may have one with them
     holders: dict[int, str] = field(default_factory=dict)  # id(held layer) -> who holds it
+    with_class: dict[int, Any] = field(default_factory=dict)  # models of classes to be checked
 
     def read_calls(
-        self, model: Any, prefix: str, training: bool | None, inputs: list[int] | None = None
+        self,
+        model: Any,
+        prefix: str,
+        training: bool | None,
+        inputs: list[int] | None = None,
+        seen: dict[int, int] | None = None,
     ) -> list[int]:
         """Reads a visible model; returns the values of its outputs.
 
@@ -84,8 +102,10 @@ class _Reader:
             prefix: what to put before the names of its layers.
             training: how it is called; see `describe.Call`.
             inputs: the values it is called with; None for one that is not called.
+            seen: id(a Keras tensor) -> its value, of a model that may have tensors in common.
         """
-        seen: dict[int, int] = {}
+        check_call(model, self.keras)
+        seen = {} if seen is None else seen
         if inputs is not None:
             seen = {id(t): v for t, v in zip(model.inputs, inputs, strict=True)}
         # Sequential models take inputs of other sizes than they declare.
@@ -96,7 +116,21 @@ class _Reader:
             sources = [seen[id(t)] for t in record.inputs]
             results = self._read_call(record, prefix, training, sources, sizes_hold)
             seen.update(zip(map(id, record.outputs), results, strict=True))
+        self._read_attributes(model, prefix, training, seen)
         return [seen[id(t)] for t in model.outputs]
+
+    def _read_attributes(
+        self, model: Any, prefix: str, training: bool | None, seen: dict[int, int]
+    ) -> None:
+        """Reads what a visible model holds beside its calls, for its methods to use.
+
+        What tensors it holds are to keep their values, as the outputs of models do.
+        """
+        for value in attributes(model, self.keras).values():
+            self.outputs |= {seen[id(leaf)] for leaf in leaves(value) if id(leaf) in seen}
+        self.read_held(model, prefix, label(model), training, seen)
+        if needs_check(model, self.keras) and id(model) not in self.with_class:
+            self.with_class[id(model)] = model
 
     def _read_call(
         self,
@@ -110,6 +144,8 @@ class _Reader:
         training = self._training_of(record, training)
         if self.keras.is_visible(layer) and self._fits(record, sources):
             return self.read_calls(layer, self._path(layer, prefix), training, sources)
+        if id(layer) not in self.owners:
+            check_copy(layer, self.keras)
         results = [self._add_value(t) for t in record.outputs]
         owner = self._owner(layer, prefix)
         op = describe(
@@ -145,7 +181,14 @@ class _Reader:
             self.read_held(layer, f"{owner}/", self.nodes[-1].label, worst)
         return results
 
-    def read_held(self, holder: Any, prefix: str, who: str, training: bool | None) -> None:
+    def read_held(
+        self,
+        holder: Any,
+        prefix: str,
+        who: str,
+        training: bool | None,
+        seen: dict[int, int] | None = None,
+    ) -> None:
         """Reads what a layer holds whose calls cannot be seen.
 
         Args:
@@ -153,9 +196,12 @@ class _Reader:
             prefix: what to put before the names of the layers that it holds.
             who: its label.
             training: how the holder itself is called; see `describe.Call`.
+            seen: of a holder that is visible itself; see `read_calls`.
         """
+        is_visible = self.keras.is_visible(holder)
         for _, layer in held(holder, self.keras):
-            self.holders.setdefault(id(layer), who)
+            if not is_visible:  # in whose copy the layer's copy takes its place
+                self.holders.setdefault(id(layer), who)
             if id(layer) in self.owners:
                 continue
             if is_batch_norm(layer, self.keras):
@@ -163,11 +209,11 @@ class _Reader:
             elif self.keras.is_visible(layer):
                 path = self._path(layer, prefix)
                 self.owners[id(layer)] = path
-                self.outputs.update(self.read_calls(layer, path, training))
+                self.outputs.update(self.read_calls(layer, path, training, seen=seen))
             else:
                 owner = self._owner(layer, prefix)
                 self.read_held(layer, f"{owner}/", label(layer), training)
-        if not self.keras.is_visible(holder):
+        if not is_visible:
             self._account_for(self.keras.everything_in(holder), who)
 
     def account_for_the_rest(self, model: Any) -> None:

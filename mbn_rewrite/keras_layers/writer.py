@@ -31,6 +31,12 @@ from mbn_rewrite.keras_layers.copying import (
 )
 from mbn_rewrite.keras_layers.dialect import Dialect, Record
 from mbn_rewrite.keras_layers.holders import Place, at, exchange, held
+from mbn_rewrite.keras_layers.own_classes import (
+    Belongings,
+    CheckedConfig,
+    attributes,
+    needs_check,
+)
 from mbn_rewrite.keras_layers.reader import Reading
 from mbn_rewrite.keras_layers.replacing import (
     build_like,
@@ -67,6 +73,8 @@ class Writer(ABC):
         self._unfinished: list[Callable[[], None]] = []  # what sets weights, once built
         self._holders: list[tuple[Any, Any]] = []  # layers that may hold layers, and copies
         self._copies: dict[int, Any] = {}
+        self._models: list[tuple[Any, Any]] = []  # whose attributes are still to be taken over
+        self._tensors: dict[int, Any] = {}  # id(a Keras tensor) -> that of the copy
 
     def write(self, model: Any) -> Any:
         """A rewritten copy of a model.
@@ -75,8 +83,12 @@ class Writer(ABC):
             RewriteError: a layer cannot be copied.
         """
         new = self.model(model) if self.keras.is_visible(model) else self._subclassed(model)
-        while self._holders:  # making what is put in their place may copy more holders
-            self._exchange_held(*self._holders.pop(0))
+        belongings = Belongings(self.keras, self._counterpart, self._tensors)
+        while self._models or self._holders:  # what is put in their place may bring more of them
+            if self._models:
+                self._take_over_attributes(*self._models.pop(0), belongings)
+            else:
+                self._exchange_held(*self._holders.pop(0))
         missed = self.plan.touched ^ self.done
         if missed:  # a defect of this library, never of the model
             raise RewriteError(
@@ -89,11 +101,6 @@ class Writer(ABC):
     @abstractmethod
     def sequential(self, old: Any) -> Any:
         """A copy of a Sequential model."""
-
-    def sequential_class(self, old: Any) -> Any:
-        """The model's class where it is made as Sequential models are, or else Sequential."""
-        made_alike = type(old).__init__ is self.keras.sequential.__init__  # type: ignore[misc]
-        return type(old) if made_alike else self.keras.sequential
 
     @abstractmethod
     def functional(self, old: Any, tensors: dict[int, Any]) -> Any:
@@ -118,9 +125,42 @@ class Writer(ABC):
             is_sequential = isinstance(old, self.keras.sequential)
             new = self.sequential(old) if is_sequential else self._called_again(old)
             self._copies[id(old)] = new
+            self._models.append((old, new))
             if new.trainable != old.trainable:
                 self.set_own_trainable(new, old.trainable)
         return self._copies[id(old)]
+
+    def _take_over_attributes(self, old: Any, new: Any, belongings: Belongings) -> None:
+        """Gives the copy of a model what the original has beside its network."""
+        made = set(vars(new))
+        for name, value in attributes(old, self.keras).items():
+            if name not in made:
+                setattr(new, name, belongings.exchanged(value))
+        self.finish()
+        if needs_check(old, self.keras) and self._is_planned(old):
+            vars(new)["get_config"] = CheckedConfig(new, self.keras)
+
+    def _counterpart(self, old: Any) -> Any:
+        """What a copy has in an attribute in which the original has this layer."""
+        if self.keras.is_visible(old):
+            return self.model(old)
+        if id(old) in self._copies:
+            return self._copies[id(old)]
+        owner = self.owner(old)
+        if owner in self.plan.removed:
+            new = self.standing_in_for(old)
+        elif owner in {*self.plan.replaced, *self.plan.sampled}:
+            return self._held_replacement(old)
+        elif isinstance(old, self.keras.model):
+            new = self._subclassed(old)
+        elif old.variables:
+            new = self.copied(old)
+            self.keras.build_alike(old, new)
+            self.finish()
+        else:
+            new = old  # which has nothing that could differ
+        self._copies[id(old)] = new
+        return new
 
     def _called_again(self, old: Any) -> Any:
         tensors: dict[int, Any] = {}
@@ -143,6 +183,7 @@ class Writer(ABC):
                 results = list(self.keras.all_calls_of(new)[0].outputs)
             self.finish()
             tensors.update(zip(map(id, record.outputs), results, strict=True))
+        self._tensors.update(tensors)
         return self.functional(old, tensors)
 
     def _subclassed(self, old: Any) -> Any:
@@ -299,15 +340,15 @@ class Writer(ABC):
             elif self.owner(inner) in {*self.plan.replaced, *self.plan.sampled}:
                 exchange(new, place, self._held_replacement(inner), self.keras)
             else:
-                self._exchange_held(inner, _counterpart(new, place))
+                self._exchange_held(inner, _held_at(new, place))
 
     def _put_back(self, holder: Any, place: Place, old: Any) -> None:
         """Copies training layers for which the code of their holder makes others."""
         if type(old) in self.keras.training_layers:
-            if type(_counterpart(holder, place)) is not type(old):
+            if type(_held_at(holder, place)) is not type(old):
                 exchange(holder, place, self._held_copy(old), self.keras)
         elif any(type(part) in self.keras.training_layers for part in parts(old)):
-            self._exchange_held(old, _counterpart(holder, place))
+            self._exchange_held(old, _held_at(holder, place))
 
     def _held_copy(self, old: Any) -> Any:
         if id(old) not in self._copies:
@@ -398,7 +439,7 @@ def _check_range(layer: Any, before: np.ndarray, after: np.ndarray) -> None:
         )
 
 
-def _counterpart(holder: Any, place: Place) -> Any:
+def _held_at(holder: Any, place: Place) -> Any:
     try:
         return at(holder, place)
     except (AttributeError, KeyError, IndexError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from tf_keras.src.engine.functional import Functional
+from tf_keras.src.engine.functional import Functional, has_functional_like_constructor
 from tf_keras.src.engine.sequential import Sequential
 from tf_keras.src.layers.core.tf_op_layer import (
     ClassMethod,
@@ -19,6 +19,7 @@ from tf_keras.src.layers.core.tf_op_layer import (
     TFOpLambda,
 )
 from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
+from tf_keras.src.saving.legacy.saved_model.utils import in_tf_saved_model_scope
 
 from mbn_rewrite.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
 from mbn_rewrite.keras_layers.describe import Call, layer_table
@@ -38,6 +39,7 @@ class TfKeras(Dialect):
 
     package = "tf_keras"
     layers = tf_keras.layers
+    model = tf_keras.Model
     sequential = tf_keras.Sequential
     batch_norms = (
         tf_keras.layers.BatchNormalization,
@@ -50,7 +52,22 @@ class TfKeras(Dialect):
     scale_and_shift = ScaleAndShift
     bordered_convolution = BorderedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
-    private = ("_self_", "_obj_reference_counts", "_inbound_nodes", "_outbound_nodes")
+    private = (
+        "_self_",
+        "_obj_reference_counts",
+        "_inbound_nodes",
+        "_outbound_nodes",
+        *("_input_layers", "_output_layers", "_input_coordinates", "_output_coordinates"),
+    )
+    model_attributes = frozenset(
+        {
+            *("inputs", "outputs", "_nested_inputs", "_nested_outputs", "_feed_inputs"),
+            *("_output_mask_cache", "_output_tensor_cache"),
+            *("_compile_config", "_pss_evaluation_shards", "loss"),
+        }
+    )
+    metric = tf_keras.metrics.Metric
+    how_to_export = 'write a SavedModel (save_format="tf"; tf.saved_model.load takes it)'
     describers = layer_table(tf_keras.layers)
 
     # -- structures and tensors ------------------------------------------------------------
@@ -77,8 +94,10 @@ class TfKeras(Dialect):
             and type(layer).call in (Functional.call, Sequential.call)
         )
 
-    def has_calls_on_record(self, layer: Any) -> bool:
-        return isinstance(layer, Functional)
+    def is_made_alike(self, kind: type) -> bool:
+        if issubclass(kind, Sequential):
+            return kind.__init__ is Sequential.__init__  # type: ignore[misc]
+        return bool(has_functional_like_constructor(kind))
 
     def calls_of(self, model: Any) -> Iterator[Record]:
         # Not all of them: the layers behind `add_loss` are among the model's nodes too.
@@ -149,6 +168,30 @@ class TfKeras(Dialect):
 
     def makes_its_call(self, layer: Any) -> bool:
         return isinstance(layer, _CALL_IS_MADE)
+
+    def build_alike(self, old: Any, new: Any) -> None:
+        if not new.built:
+            with tf.init_scope():
+                new.build_from_config(old.get_build_config() or {})
+
+    def made_again(self, model: Any, classes: dict[str, type]) -> Any:
+        with self.scope(classes):
+            config = tf_keras.saving.serialize_keras_object(model)
+            return tf_keras.saving.deserialize_keras_object(config, safe_mode=False)
+
+    def network_config(self, model: Any) -> dict[str, Any] | None:
+        if not in_tf_saved_model_scope():
+            return None
+        base = Sequential if isinstance(model, Sequential) else Functional
+        config: dict[str, Any] = base.get_config(model)
+        return config
+
+    def is_variable(self, value: Any) -> bool:
+        return isinstance(value, tf.Variable)
+
+    def copy_of_variable(self, variable: Any) -> Any:
+        name = variable.name.partition(":")[0]
+        return tf.Variable(variable, trainable=variable.trainable, name=name)
 
     def own_variables(self, layer: Any) -> list[Any]:
         return _variables([*layer._trainable_weights, *layer._non_trainable_weights])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import tensorflow as tf
 import tf_keras
+from tf_keras.src.engine.functional import Functional
 
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.keras_layers.copying import label, parts
+from mbn_rewrite.keras_layers.own_classes import made_without_constructor
 from mbn_rewrite.keras_layers.reader import Reading
 from mbn_rewrite.keras_layers.writer import Writer, called
 from mbn_rewrite.tf_keras_frontend.dialect import TF_KERAS
@@ -23,7 +24,7 @@ def write(model: Any, reading: Reading, plan: Plan) -> Any:
 
 class _TfKerasWriter(Writer):
     def sequential(self, old: Any) -> Any:
-        new = self.sequential_class(old)(name=old.name)
+        new = made_without_constructor(old, tf_keras.Sequential, name=old.name)
         records = {id(record.layer): record for record in self.keras.calls_of(old)}
         if old._has_explicit_input_shape:
             new.add(self.layer(records[id(old.inputs[0]._keras_history.layer)]))
@@ -46,7 +47,7 @@ class _TfKerasWriter(Writer):
         inputs, outputs = tf.nest.map_structure(
             lambda t: tensors[id(t)], (old._nested_inputs, old._nested_outputs)
         )
-        return _functional_class(old)(inputs, outputs, name=old.name)
+        return made_without_constructor(old, Functional, inputs, outputs, name=old.name)
 
     def built_as(self, old: Any, new: Any) -> None:
         spec = old.save_spec(dynamic_batch=False)
@@ -63,13 +64,6 @@ class _TfKerasWriter(Writer):
         model.trainable = trainable  # which changes those of its layers
         for layer, flag in flags:
             layer._trainable = flag
-
-
-def _functional_class(model: Any) -> type:
-    """The model's class where it is made as Functional models are, or else Functional."""
-    arguments = inspect.getfullargspec(type(model).__init__).args
-    made_alike = arguments == ["self", "inputs", "outputs", "name", "trainable"]
-    return type(model) if made_alike else tf_keras.Model
 
 
 def _zeros(spec: Any) -> Any:
