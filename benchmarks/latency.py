@@ -61,7 +61,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 from absl import app, flags
 
-from tools.quiet import import_tensorflow
+from mbn_rewrite.quiet import import_tensorflow
 
 import_tensorflow()
 

@@ -84,9 +84,9 @@ from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.made_up import is_open, of_batch
 from mbn_rewrite.measuring import cpu_name, quartiles
 from mbn_rewrite.planner import TRAINING_MODES
+from mbn_rewrite.quiet import import_tensorflow
 from mbn_rewrite.report import table
 from tools import real_models
-from tools.quiet import import_tensorflow
 
 NETWORKS = (
     *("MobileNetV2", "ResNet50", "EfficientNetB0", "InceptionV3", "DenseNet121", "ResNet50V2"),

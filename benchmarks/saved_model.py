@@ -45,9 +45,9 @@ from absl import app, flags
 
 from benchmarks.memory import forget_peak, resident
 from benchmarks.timing import interleaved, median_ratio
+from mbn_rewrite.quiet import import_tensorflow
 from mbn_rewrite.report import table
 from tools import real_models
-from tools.quiet import import_tensorflow
 
 NETWORKS = (
     *("MobileNetV2", "ResNet50", "EfficientNetB0", "InceptionV3", "DenseNet121", "ResNet50V2"),

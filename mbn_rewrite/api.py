@@ -11,16 +11,8 @@ from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.front_ends import front_end_of
 from mbn_rewrite.measuring import DEFAULT_BUDGET, Way
-from mbn_rewrite.planner import TRAINING_MODES
+from mbn_rewrite.modes import MODES, TRAINING_MODES
 from mbn_rewrite.training_layers import DEFAULT_STRIDE
-
-MODES = {
-    "auto": "fold, and do with what is left whatever measures fastest on this machine",
-    "fold": "every BatchNormalization is absorbed by its neighbours where that is exact",
-    "depthwise": "every BatchNormalization becomes a depthwise 1x1 convolution",
-    "strided": "for training: BatchNormalization with statistics of a sample",
-    "mbn": "for training: statistics of a sample, and a trainable depthwise 1x1 convolution",
-}
 
 
 def convert(

@@ -1,17 +1,14 @@
 """`rewrite_saved_model`: from a model on disk to a rewritten SavedModel on disk.
 
 The output is written beside its destination, loaded again, compared with the original and
-only then renamed, so that it appears whole or not at all.
+only then put in its place, so that it appears whole or not at all; see `output_dir`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from mbn_rewrite import output_dir
 from mbn_rewrite.api import check_mode, measuring_options
 from mbn_rewrite.comparison import Comparison, judged, tolerance_for
 from mbn_rewrite.decisions import Plan
-from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.keras_layers import files as keras_files
-from mbn_rewrite.planner import TRAINING_MODES
+from mbn_rewrite.modes import TRAINING_MODES
 from mbn_rewrite.report import table
 from mbn_rewrite.saved_model_frontend import files as saved_model_files
 from mbn_rewrite.stored import Exchange, Footprint, StoredModel, bytes_on_disk
@@ -197,6 +195,7 @@ def rewrite_saved_model(
     if tolerance is not None and not 0 <= tolerance < np.inf:
         raise RewriteError(f"the tolerance must be a number from 0 up, not {tolerance}")
     source, destination = Path(source), Path(destination)
+    output_dir.clean_up(*([] if dry_run else [destination.absolute().parent]))
     check_paths(source, None if dry_run else destination, overwrite, trusted)
     if not source.is_dir() and (tags is not None or signatures is not None):
         raise RewriteError(f"{source} is a file of Keras, which has no tags and signatures")
@@ -220,17 +219,17 @@ def rewrite_saved_model(
             unverified[name] = "it gives not one value to compare"
     give_back_memory()
     opened_again = model.opened_again
-    with _written_whole(destination, overwrite) as temporary:
+    with output_dir.working_folder(destination) as folder:
         say("writing")
-        weights = model.write(temporary)
+        weights = model.write(folder.new)
         del model  # so that the two are not in memory side by side
         give_back_memory()
         say("verifying what was written")
         comparisons, ops = _verified(
-            temporary, exchanges, tolerance, dtypes, opened_again, report.before.signature,
+            folder.new, exchanges, tolerance, dtypes, opened_again, report.before.signature,
             inputs is None,
         )  # fmt: skip
-        after = Footprint(weights, bytes_on_disk(temporary), ops, report.before.signature)
+        after = Footprint(weights, bytes_on_disk(folder.new), ops, report.before.signature)
         report = Report(
             str(source), str(destination), report.plan, report.before, after, comparisons,
             unverified, report.as_it_was, report.left_out,
@@ -242,6 +241,7 @@ def rewrite_saved_model(
                 f"{comparisons[worst]}); nothing was written to {destination}",
                 report,
             )
+        output_dir.put_in_place(folder, destination, overwrite)
     return report
 
 
@@ -274,81 +274,11 @@ def check_paths(
             compute and is not trusted; or the destination cannot be written.
     """
     if destination is not None:
-        try:
-            _check_destination(source, destination, overwrite)
-        except (OSError, RuntimeError) as error:  # names too long, links in a circle
-            raise RewriteError(f"{destination} cannot be written: {cause_of(error)}") from error
+        output_dir.check_destination(source, destination, overwrite)
     if source.is_dir():
         saved_model_files.check(source, trusted)
     else:
         keras_files.check(source, trusted)
-
-
-# What a SavedModel consists of; anything else in its directory is somebody's.
-_PARTS = {
-    "saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables", "assets", "assets.extra",
-}  # fmt: skip
-
-
-def _check_destination(source: Path, destination: Path, overwrite: bool) -> None:
-    if destination.exists() or destination.is_symlink():
-        if not overwrite:
-            raise RewriteError(
-                f"{destination} exists. Give another path, or pass --overwrite "
-                "(overwrite=True in Python) to replace it"
-            )
-        if not destination.is_dir() or not (destination / "saved_model.pb").exists():
-            raise RewriteError(
-                f"{destination} is no SavedModel, so it is not replaced. Give another path"
-            )
-        others = sorted(path.name for path in destination.iterdir() if path.name not in _PARTS)
-        if others:
-            raise RewriteError(
-                f"{destination} holds more than a SavedModel ({', '.join(others[:3])}), so it is "
-                "not replaced. Give another path"
-            )
-    inside = destination.resolve()
-    if source.resolve() in (inside, *inside.parents):
-        raise RewriteError(f"the output {destination} would lie in the input {source}")
-    if source.exists() and inside in source.resolve().parents:
-        raise RewriteError(f"the output {destination} would replace the input {source}")
-    parent = inside.parent
-    if not parent.is_dir():
-        raise RewriteError(f"there is no directory {parent} to write {destination.name} in")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise RewriteError(f"{parent} is not writable")
-
-
-@contextmanager
-def _written_whole(destination: Path, overwrite: bool) -> Iterator[Path]:
-    """Gives a directory to write to, which becomes the destination if all goes well."""
-    destination = destination.resolve()
-    try:
-        work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    except OSError as error:
-        raise RewriteError(f"{destination.parent} is not writable ({error.strerror})") from error
-    kept = work / "old"
-    try:
-        yield work / "new"
-        _give_default_permissions(work / "new")
-        if overwrite and destination.exists():
-            destination.rename(kept)
-        (work / "new").rename(destination)
-        shutil.rmtree(kept, ignore_errors=True)
-    except OSError as error:
-        raise RewriteError(f"{destination} cannot be written: {error.strerror or error}") from error
-    finally:
-        # Whatever came in between, Ctrl-C too: what was there comes back, or stays aside.
-        if kept.exists() and not destination.exists():
-            kept.rename(destination)
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _give_default_permissions(directory: Path) -> None:
-    """mkdtemp makes directories private; what is inside was made with the usual mask."""
-    mask = os.umask(0)
-    os.umask(mask)
-    directory.chmod(0o777 & ~mask)
 
 
 # -------------------------------------------------------------------------- verification

@@ -23,6 +23,7 @@ from mbn_rewrite.algebra import Array, Border, ChannelMap, fold
 from mbn_rewrite.decisions import Decision, Edit, Plan, Replacement, Sampled
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import BatchNorm, Graph, Linear, Node, Shape
+from mbn_rewrite.modes import TRAINING_MODES
 from mbn_rewrite.motion import RULES, Absorb, Blocked, Outcome, Shapes, Through
 
 # Merges within merges that one map is followed through: a bound on recursion, far above
@@ -266,7 +267,6 @@ def _replacing(fold: Plan, replaced: Mapping[str, Replacement]) -> Plan:
     )
 
 
-TRAINING_MODES = ("strided", "mbn")
 _PLANNERS: dict[str, Callable[[Graph], Plan]] = {
     "fold": _plan_fold,
     "depthwise": _plan_depthwise,

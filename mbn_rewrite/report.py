@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mbn_rewrite.decisions import Plan
+
+# How wide tables are where nobody says; None for as wide as the terminal.
+_WIDTH: ContextVar[int | None] = ContextVar("_WIDTH", default=None)
+WITHOUT_TERMINAL = 100
+
+
+@contextmanager
+def as_wide_as(width: int) -> Iterator[None]:
+    """In which tables have so many characters by default: those of a terminal elsewhere."""
+    token = _WIDTH.set(width)
+    try:
+        yield
+    finally:
+        _WIDTH.reset(token)
 
 
 def table(
@@ -35,9 +51,9 @@ def table(
         result.add_row(*map(Text, row))
     console = Console(color_system=None, highlight=False)
     if not console.is_terminal:
-        console = Console(color_system=None, highlight=False, width=100)
-    if width:
-        console.width = width
+        console = Console(color_system=None, highlight=False, width=WITHOUT_TERMINAL)
+    if wanted := width or _WIDTH.get():
+        console.width = wanted
     with console.capture() as capture:
         console.print(result)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))

@@ -20,7 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import app, flags
 
-from tools.quiet import import_tensorflow
+from mbn_rewrite.quiet import import_tensorflow
 
 FLAGS = flags.FLAGS
 flags.DEFINE_float("seconds", float("inf"), "How long to go on; by default until Ctrl-C.")

@@ -17,35 +17,64 @@ Examples:
     python tools/rewrite_savedmodel.py --verify_inputs=real_inputs.npz saved_model served
     python tools/rewrite_savedmodel.py --signatures=serving_default --tags=serve in out
 
+A SavedModel is a program, and so may be what a file of Keras holds. It is loaded and run in a
+process of its own: a model that crashes, uses up the memory or does not end (--timeout) is one
+line here, and leaves nothing behind.
+
 Exit codes:
     0    done
-    1    the input cannot be read or rewritten, the output cannot be written, or a flag is
-         wrong: one line says why
+    1    the input cannot be read or rewritten, crashes or takes too long, the output cannot be
+         written, or a flag is wrong: one line says why
     3    the rewritten model did not give the original's outputs: the numbers are printed,
          nothing is written
-    130  interrupted (Ctrl-C): nothing is written
+    129  SIGHUP, 130 SIGINT (Ctrl-C), 143 SIGTERM: interrupted; one line says whether anything
+         was written
 """
 
 from __future__ import annotations
 
-import importlib
 import os
+import signal
 import sys
-from pathlib import Path
-from typing import Any
+
+if __name__ == "__main__":  # first of all: importing the rest takes a while
+
+    def _end_at_once(number: int, _: object) -> None:
+        how = b"" if number == signal.SIGINT else b" by " + signal.Signals(number).name.encode()
+        os.write(2, b"interrupted%s: nothing was written\n" % how)
+        os._exit(128 + number)
+
+    for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(_signal) is not signal.SIG_IGN:
+            signal.signal(_signal, _end_at_once)
+    for _stream in (0, 1, 2):  # one that is closed must not become a file that is opened later
+        try:
+            os.fstat(_stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 # The repository's own package comes first, so that the tool runs without installation.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
 from absl import app, flags
 
-from mbn_rewrite.api import MODES
+from mbn_rewrite import output_dir
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.exporter import Report, VerificationError, check_paths, rewrite_saved_model
+from mbn_rewrite.interrupts import Interrupted, Interrupts
+from mbn_rewrite.job import DIFFERENT, DONE, Ending, Job
 from mbn_rewrite.measuring import DEFAULT_BUDGET, DTYPES
-from mbn_rewrite.planner import TRAINING_MODES
-from tools.quiet import import_tensorflow
+from mbn_rewrite.modes import MODES, TRAINING_MODES
+from mbn_rewrite.output_dir import OwnFolder
+from mbn_rewrite.report import WITHOUT_TERMINAL
+from mbn_rewrite.supervisor import Limits, supervised
 
 FLAGS = flags.FLAGS
 _SERVING = {mode: what for mode, what in MODES.items() if mode not in TRAINING_MODES}
@@ -104,59 +133,126 @@ flags.DEFINE_bool(
 flags.DEFINE_list(
     "import_modules", [], "Python modules that define the custom layers or operations of IN."
 )
+flags.DEFINE_float(
+    "timeout",
+    600.0,
+    "The most seconds that one step may take: opening, planning, running the original, writing or "
+    "verifying. Measuring may take the budget beside. 0 for no limit.",
+    lower_bound=0.0,
+)
 flags.DEFINE_bool("quiet", False, "Print errors only.")
 
-EXIT_ERROR, EXIT_DIFFERENT, EXIT_INTERRUPTED = 1, 3, 130
+EXIT_ERROR, EXIT_DIFFERENT = 1, 3
 
 
-def main(argv: list[str]) -> int:
+# What does a job in place of a process of its own; it is given a function to call when a step
+# begins.
+CarryOut = Callable[[Job, Callable[[str], None]], Ending]
+
+
+def main(argv: list[str], interrupts: Interrupts, carry_out: CarryOut | None = None) -> int:
+    """Rewrites a model as the flags say; returns the exit code."""
     try:
-        return _run(argv[1:])
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except VerificationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        print(error.report, file=sys.stderr)
-        _write_report(error.report)
-        return EXIT_DIFFERENT
+        return _run(argv[1:], interrupts, carry_out)
+    except Interrupted as interrupted:
+        _say(interrupted.said("nothing was written"))
+        return interrupted.exit_code
     except RewriteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        _say(f"error: {error}")
+    except Exception as error:  # a fault of this program, of which a user need not see the insides
+        _say(f"error: {type(error).__name__}: {cause_of(error)} Please report this line")
+    return EXIT_ERROR
 
 
-def _run(paths: list[str]) -> int:
+def _run(paths: list[str], interrupts: Interrupts, carry_out: CarryOut | None) -> int:
     wanted = "IN" if FLAGS.dry_run else "IN and OUT"
     if len(paths) not in ((1, 2) if FLAGS.dry_run else (2,)):
         raise RewriteError(f"give {wanted} (got {len(paths)} paths); --help has examples")
     source, destination = Path(paths[0]), None if FLAGS.dry_run else Path(paths[1])
-    # What is wrong with the paths is said at once: TensorFlow takes seconds to load.
-    check_paths(source, destination, FLAGS.overwrite, FLAGS.trusted)
     _check_report(source, destination)
-    inputs = _load_inputs(FLAGS.verify_inputs)
-    import_tensorflow(quiet_log=not FLAGS["verbosity"].present)
-    _import(FLAGS.import_modules)
-    report = rewrite_saved_model(
-        source,
-        destination or "",
-        FLAGS.mode,
-        FLAGS.overwrite,
-        tags=FLAGS.tags,
-        signatures=FLAGS.signatures,
-        trusted=FLAGS.trusted,
-        dry_run=FLAGS.dry_run,
-        inputs=inputs,
-        tolerance=FLAGS.tolerance,
-        batch_size=FLAGS.batch_size,
-        jit_compile=FLAGS.jit_compile,
-        dtype=FLAGS.dtype,
-        budget=FLAGS.budget,
-        progress=None if FLAGS.quiet else lambda line: print(f"{line} ...", file=sys.stderr),
+    places = [Path(path).absolute().parent for path in (destination, FLAGS.report) if path]
+    for restored in output_dir.clean_up(*places):
+        _say(f"put back {restored}, which a run that was killed had moved aside")
+    if destination:
+        output_dir.check_destination(source, destination, FLAGS.overwrite)
+    with ExitStack() as stack:
+        temporary = stack.enter_context(output_dir.temporary_folder())
+        folder = None
+        if destination:
+            folder = stack.enter_context(output_dir.working_folder(destination))
+        job = _job(source, destination, folder)
+        if carry_out is None:
+            ending = _supervised(job, interrupts, temporary, folder)
+        else:
+            ending = carry_out(job, _step)
+        interrupts.check()
+        if folder and destination and ending.how == DONE:
+            output_dir.put_in_place(folder, destination, FLAGS.overwrite)
+    return _ended(ending, destination, interrupts)
+
+
+def _job(source: Path, destination: Path | None, folder: OwnFolder | None) -> Job:
+    options = {
+        "mode": FLAGS.mode,
+        "tags": FLAGS.tags,
+        "signatures": FLAGS.signatures,
+        "trusted": FLAGS.trusted,
+        "tolerance": FLAGS.tolerance,
+        "batch_size": FLAGS.batch_size,
+        "jit_compile": FLAGS.jit_compile,
+        "dtype": FLAGS.dtype,
+        "budget": FLAGS.budget,
+    }
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Job(
+        str(source),
+        str(destination or ""),
+        str(folder.new) if folder else "",
+        options,
+        FLAGS.verify_inputs,
+        tuple(FLAGS.import_modules),
+        shutil.get_terminal_size().columns if on_terminal else WITHOUT_TERMINAL,
+        quiet_log=not FLAGS["verbosity"].present,
     )
+
+
+def _supervised(
+    job: Job, interrupts: Interrupts, temporary: OwnFolder, folder: OwnFolder | None
+) -> Ending:
+    seconds = FLAGS.timeout or math.inf
+    if FLAGS.mode == "auto":
+        seconds += DEFAULT_BUDGET if FLAGS.budget is None else FLAGS.budget
+    limits = Limits(
+        seconds,
+        {
+            "TMPDIR": str(temporary.path),
+            "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
+        },
+        keep_open=[own.fileno() for own in (temporary, folder) if own],
+    )
+    return supervised(job, _step, _pass_on, interrupts, limits)
+
+
+def _ended(ending: Ending, destination: Path | None, interrupts: Interrupts) -> int:
+    """Reports how a job ended; returns the exit code."""
+    written = destination is not None and ending.how == DONE
+    what = f"{destination} was written" if written else "nothing was written"
+    # What others read comes first: printing may take as long as its reader likes.
+    reported = not ending.report or _write_report(ending.report, what)
+    interrupts.end_at_once(what)
+    if interrupts.number is not None:
+        interrupted = Interrupted(interrupts.number)
+        _say(interrupted.said(what))
+        return interrupted.exit_code
+    if ending.how == DIFFERENT:
+        _say(f"error: {ending.message}\n{ending.text}")
+        return EXIT_DIFFERENT
+    if ending.how != DONE:
+        raise RewriteError(ending.message)
     if not FLAGS.quiet:
-        print(report)
-        print(f"wrote {report.destination}" if report.destination else "dry run: wrote nothing")
-    return 0 if _write_report(report) else EXIT_ERROR
+        last = f"wrote {destination}" if written else "dry run: wrote nothing"
+        reported = _print(f"{ending.text}\n{last}\n", what) and reported
+    return 0 if reported else EXIT_ERROR
 
 
 def _check_report(source: Path, destination: Path | None) -> None:
@@ -177,54 +273,82 @@ def _check_report(source: Path, destination: Path | None) -> None:
         raise RewriteError(f"the report cannot be written: {cause_of(error)}") from error
 
 
-def _write_report(report: Report) -> bool:
+def _write_report(report: Mapping[str, Any], what: str) -> bool:
     """Writes the report whole or not at all; says so where it cannot."""
     if not FLAGS.report:
         return True
     place = Path(FLAGS.report).resolve()
-    part = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        part.write_text(report.to_json() + "\n")
-        part.replace(place)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        what = f"{report.destination} was written" if report.destination else "done"
-        print(f"error: {what}, but the report cannot be: {cause_of(error)}", file=sys.stderr)
+        with output_dir.working_folder(place) as folder:
+            folder.new.write_text(json.dumps(report, indent=2) + "\n")
+            folder.new.replace(place)
+    except RewriteError as error:
+        _say(f"error: {what}, but the report cannot be: {error}")
         return False
     return True
 
 
-def _load_inputs(path: str | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    import numpy as np
+# ------------------------------------------------------------------------ what is printed
 
+
+def _step(line: str) -> None:
+    if not FLAGS.quiet:
+        _say(f"{line} ...")
+
+
+def _say(line: str) -> None:
+    """Prints a line for people; whether somebody reads it makes no difference to what is done."""
+    with suppress(OSError):
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _pass_on(printed: bytes) -> None:
+    """What the process that works has printed."""
+    with suppress(OSError):
+        if sys.stderr is not None:
+            sys.stderr.buffer.write(printed)
+            sys.stderr.flush()
+
+
+def _print(text: str, what: str) -> bool:
+    """Prints the result; says so where it cannot."""
     try:
-        with open(path, "rb") as file, np.load(file) as arrays:
-            return dict(arrays)
-    except Exception as error:  # zip files, pickles and headers fail in many ways
-        raise RewriteError(
-            f"--verify_inputs: {path} is no .npz file of plain arrays: {cause_of(error)}"
-        ) from error
-
-
-def _import(modules: list[str]) -> None:
-    if modules:
-        sys.path.append(os.getcwd())
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except (Exception, SystemExit) as error:
-            raise RewriteError(f"--import_modules: {module}: {cause_of(error)}") from error
+        if sys.stdout is not None:
+            print(text, end="", flush=True)
+    except BrokenPipeError:
+        pass  # who read it had read enough
+    except OSError as error:
+        _say(f"error: {what}, but what was done cannot be printed: {cause_of(error)}")
+        return False
+    return True
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return FLAGS(argv)
     except flags.Error as error:
-        print(f"error: {error}; --help lists the flags", file=sys.stderr)
+        _say(f"error: {error}; --help lists the flags")
         sys.exit(EXIT_ERROR)
 
 
+def _end(code: int) -> NoReturn:
+    """Ends the process, without what Python does at its end, where a signal would be lost."""
+    with suppress(OSError):
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    os._exit(code)
+
+
+def _as_process(argv: list[str]) -> NoReturn:
+    with Interrupts() as interrupts:
+        _end(main(argv, interrupts))
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        app.run(_as_process, flags_parser=_parse_flags)
+    except SystemExit as end:  # of --help, and wrong flags
+        _end(end.code if isinstance(end.code, int) else EXIT_ERROR)

@@ -9,9 +9,7 @@ but those that are not needed are empty, and functions that nobody wants are gon
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 from tensorflow.core.protobuf import saved_model_pb2
 
+from mbn_rewrite.output_dir import OwnFolder
 from mbn_rewrite.saved_model_frontend.inlining import called_by
 
 
@@ -43,8 +42,8 @@ class SlimCopy:
         _slim(meta_graph, set(wanted))
         kinds = {node.WhichOneof("kind") for node in meta_graph.object_graph_def.nodes}
         self.has_variables = "variable" in kinds
-        self.path = Path(tempfile.mkdtemp(prefix="mbn_rewrite."))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self._folder = OwnFolder(Path(tempfile.gettempdir()))
+        self.path = self._folder.path
         for part in ("variables", "assets"):
             if (source / part).exists():
                 os.symlink((source / part).resolve(), self.path / part)
