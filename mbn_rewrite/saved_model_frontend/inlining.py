@@ -12,6 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
+from tensorflow.core.framework.tensor_shape_pb2 import TensorShapeProto
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 from tensorflow.python.grappler import tf_optimizer
 from tensorflow.python.training.saver import export_meta_graph
@@ -96,13 +97,14 @@ def _optimized(graph_def: GraphDef, function: Any) -> GraphDef:
     TensorFlow has no public function for it; its own freezing of functions
     (`convert_variables_to_constants_v2`) goes the same way.
     """
+    shapes = _without_shapes_of_arguments(graph_def)
     meta_graph = export_meta_graph(graph_def=graph_def, graph=tf.Graph())
     fetches = meta_graph_pb2.CollectionDef()
     fetches.node_list.value.extend(t.name for t in function.graph.inputs + function.graph.outputs)
     # Side effects that nothing else waits for.
     fetches.node_list.value.extend(op.name for op in function.graph.control_outputs)
     if not fetches.node_list.value:
-        return graph_def  # it takes and gives nothing
+        return graph_def  # it takes and gives nothing, so that it has no shapes either
     meta_graph.collection_def["train_op"].CopyFrom(fetches)
     config = config_pb2.ConfigProto()
     options = config.graph_options.rewrite_options
@@ -112,7 +114,25 @@ def _optimized(graph_def: GraphDef, function: Any) -> GraphDef:
     for left in result.library.function:
         # A note of Grappler's to itself, which TensorFlow does not load again.
         left.attr.pop("_GrapplerSpecializedFunc", None)
+    for node in result.node:
+        if node.name in shapes:
+            node.attr["shape"].shape.CopyFrom(shapes[node.name])
     return result
+
+
+def _without_shapes_of_arguments(graph_def: GraphDef) -> dict[str, Any]:
+    """Takes the sizes out of the shapes of placeholders; returns the shapes by name.
+
+    Grappler makes up a tensor for each, as large as it says: one of many gigabytes crashes it.
+    """
+    shapes = {}
+    for node in graph_def.node:
+        if node.op == "Placeholder" and "shape" in node.attr:
+            shapes[node.name] = TensorShapeProto()
+            shapes[node.name].CopyFrom(node.attr["shape"].shape)
+            for dimension in node.attr["shape"].shape.dim:
+                dimension.size = -1
+    return shapes
 
 
 def _is_compiled_whole(graph_def: GraphDef) -> bool:
