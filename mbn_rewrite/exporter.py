@@ -112,6 +112,8 @@ class Report:
         ):
             lines += [f"{title}: {name} ({why})" for name, why in named.items()]
         lines += [f"verification of {name}: {c}" for name, c in self.comparisons.items()]
+        if self.after is not None and not self.comparisons:
+            lines.append("NOTHING WAS VERIFIED: no signature could be run or compared")
         return "\n".join(lines)
 
     def _sizes(self, after: Footprint) -> list[list[str]]:

@@ -30,7 +30,7 @@ def check(source: Path, trusted: bool = False) -> None:
         graphs = [source / name for name in GRAPH_FILES if (source / name).is_file()]
         if not graphs:
             raise RewriteError(other_formats.in_directory(source))
-        copied = [path for part in _COPIED for path in _files_in(source / part)]
+        copied = [path for part in _COPIED for path in _files_in(source, source / part, trusted)]
         for path in (*graphs, *(source / "variables").glob("*"), *copied):
             if not path.is_file():
                 raise RewriteError(f"{path} is no file, so {source} is no SavedModel")
@@ -43,9 +43,6 @@ def check(source: Path, trusted: bool = False) -> None:
             raise RewriteError(f"{graphs[0]} has {size:,} bytes; no graph has more than {most:,}")
         if graphs[0].suffix == ".pb":
             other_formats.check_saved_model(graphs[0])
-        for path in copied:
-            if not trusted:
-                check_inside(source, path)
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
         raise RewriteError(f"{source} cannot be read: {cause_of(error)}") from error
 
@@ -78,12 +75,14 @@ def _places(source: Path) -> Iterator[Path]:
             yield (parent.parent / "blobs").resolve()
 
 
-def _files_in(directory: Path) -> Iterator[Path]:
-    """All that lies in a directory, but for directories; those that are links are entered."""
+def _files_in(source: Path, directory: Path, trusted: bool) -> Iterator[Path]:
+    """All that lies in a directory, but for directories; links are followed if they may be."""
     entered: set[Path] = set()
-    pending = [directory] if directory.exists() else []
+    pending = [directory] if directory.exists() or directory.is_symlink() else []
     while pending:
         current = pending.pop()
+        if not trusted:
+            check_inside(source, current)
         if not current.is_dir():
             yield current
             continue

@@ -16,6 +16,7 @@ import tensorflow as tf
 from google.protobuf import text_format
 from tensorflow.core.protobuf import saved_model_pb2
 
+from mbn_rewrite import effects
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.saved_model_frontend import admission
 from mbn_rewrite.saved_model_frontend.files import GRAPH_FILES
@@ -148,7 +149,10 @@ class Loaded:
         reads = [reader for reader in op.outputs[0].consumers() if reader.type == "Identity"]
         if not reads:
             raise RewriteError(f"the variable '{name}' is never read as a value")
-        return self.root.prune([], reads[0].outputs[0])().numpy()
+        read = self.root.prune([], reads[0].outputs[0])
+        if acts := effects.in_graph(read.graph.as_graph_def()):
+            raise RewriteError(f"to read the variable '{name}' {effects.in_words(acts)}")
+        return read().numpy()
 
 
 def load(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mbn_rewrite import effects
 from mbn_rewrite.choosing import Options, Run, Runner, choose
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError, cause_of
@@ -45,15 +47,20 @@ class SavedModelDirectory:
         self.as_it_was: dict[str, str] = {}
         self.unverifiable: dict[str, str] = {}
         self._views: dict[str, View] = {}
+        self._acting: dict[str, str] = {}
         for entry in self._loaded.entries:
             try:
                 view = view_of(entry.name, entry.function, self._loaded.value_in_graph)
             except Exception as error:
                 self.as_it_was[entry.name] = cause_of(error)
+                if not trusted:
+                    self._note_acts(entry.name, entry.function.graph.as_graph_def())
                 continue
             self._views[entry.name] = view
             if view.draws_random_numbers:
                 self.unverifiable[entry.name] = "it draws random numbers"
+            if not trusted:
+                self._note_acts(entry.name, view.graph_def)
         if self._loaded.initializer is not None:
             self._initializer = view_of(
                 "initializer", self._loaded.initializer, self._loaded.value_in_graph
@@ -68,6 +75,16 @@ class SavedModelDirectory:
                     self._writes.by.setdefault(id(variable), entry.name)  # it may write to any
         self._reading = read(self._views.values(), self._writes, pinned)
         self._plan: Plan | None = None
+
+    def _note_acts(self, name: str, graph_def: Any) -> None:
+        """Notes what a function does beyond computing, so that it is not run."""
+        found = effects.in_graph(graph_def)
+        if found:
+            self._acting[name] = effects.in_words(found)
+            self.unverifiable[name] = (
+                f"it {self._acting[name]}, so it was not run; pass --trusted (trusted=True in "
+                "Python) to run it"
+            )
 
     def _leave_out_what_trains(self) -> None:
         """Leaves out methods that write to the weights of other functions."""
@@ -117,7 +134,15 @@ class SavedModelDirectory:
                 self._plan = choose(self._reading.graph, runner, device(), options)
         else:
             self._plan = make_plan(self._reading.graph, mode)
+        self._plan = replace(self._plan, notes=(*self._plan.notes, *self._notes()))
         return self._plan
+
+    def _notes(self) -> list[str]:
+        """What the user should know of functions that act, in sentences."""
+        return [
+            f"'{name}' {acts} when it runs: it is rewritten, but was not run to verify it."
+            for name, acts in self._acting.items()
+        ]
 
     def _runner(self, options: Options) -> Runner:
         """What runs one signature in each form; see `choosing.Runner`."""
@@ -135,6 +160,8 @@ class SavedModelDirectory:
         def runner(plan: Plan | None) -> AbstractContextManager[Run]:
             if entry is None or name not in self._views:
                 raise RewriteError("there is no signature to measure")
+            if name in self._acting:
+                raise RewriteError(f"it was not run, since it {self._acting[name]}")
             if any(view.changes_state for view in views):
                 raise RewriteError("running it changes its state, which is to be written as it is")
             function = entry.function
