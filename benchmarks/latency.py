@@ -77,7 +77,7 @@ from benchmarks.peer_tools import made_up, signature_of
 from benchmarks.timing import interleaved, median_ratio
 from benchmarks.training_networks import without_batch_norm
 from mbn_rewrite.api import convert_with_plan
-from mbn_rewrite.comparison import compare_outputs, tolerance_for
+from mbn_rewrite.comparison import compare_outputs, rounding_tolerance, tolerance_for
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.measuring import DEFAULT_BUDGET, Way, quartiles, ratio
 from mbn_rewrite.report import table
@@ -91,7 +91,6 @@ MODES = ("fold", "depthwise", "auto")
 VARIANTS = ("original", *MODES, "floor")
 DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 _MOST_REPEATS = 200
-_ROUNDINGS = 3  # two of them, and some
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", list(MODELS), "Networks of `applications`, or paths of models on disk.")
@@ -187,7 +186,7 @@ def _tolerance(wide: Any, images: Any, outputs: Any) -> float:
     if dtype == "float32":
         return tolerance
     exact = [wide(tf.cast(images, tf.float32), training=False).numpy()]
-    return max(tolerance, _ROUNDINGS * compare_outputs(exact, outputs, tolerance).max_rel_error)
+    return rounding_tolerance(exact, outputs, tolerance)
 
 
 def _as_timed(tolerance: float) -> float:

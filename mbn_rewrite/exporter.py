@@ -308,13 +308,11 @@ def _verified(
     comparisons = {}
 
     @cache
-    def original() -> Any:
-        return opened_again(directory.with_name("original"))
+    def both() -> tuple[Any, Any]:  # in the states in which they were saved
+        return opened_again(directory.with_name("original")), Served(directory)
 
     def closer_look(name: str, exchange: Exchange, plain: Comparison) -> Comparison | None:
-        return look_closer_at_served(
-            original(), served, name, exchange, plain, rounding=tolerance is None
-        )
+        return look_closer_at_served(*both(), name, exchange, plain, rounding=tolerance is None)
 
     for name, exchange in exchanges.items():
         results = dict(served(name, exchange))

@@ -326,10 +326,10 @@ def save_tf1(directory, norm, use_resource=True, tags=("serve",), method_name=No
         x = tf.nn.conv2d(image, variable("kernel", kernel(rng, 3, 3, 3, 4)), 1, "SAME")
         x = tf.nn.relu(norm(x, *map(variable, NORM, statistics(rng, 4))))
         scores = tf.matmul(tf.reduce_mean(x, [1, 2]), variable("weights", kernel(rng, 4, 2)))
-        _save_graph(directory, {"image": image}, {"scores": scores}, tags, method_name)
+        save_graph(directory, {"image": image}, {"scores": scores}, tags, method_name)
 
 
-def _save_graph(directory, inputs, outputs, tags=("serve",), method_name=None):
+def save_graph(directory, inputs, outputs, tags=("serve",), method_name=None):
     """Saves the graph that is being built, with its assets and tables."""
     signature = v1.saved_model.build_signature_def(
         {name: v1.saved_model.build_tensor_info(tensor) for name, tensor in inputs.items()},
@@ -388,7 +388,7 @@ def tf1_vocabulary(directory: Path) -> None:
             v1.get_variable(name, initializer=array)
             for name, array in zip(NORM, statistics(rng, 3), strict=True)
         ]
-        _save_graph(
+        save_graph(
             directory, {"text": text}, {"chances": _chances(numbers, embedding, weights, norm)}
         )
 

@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import mbn_rewrite as mbn
 from mbn_rewrite import comparison
+from mbn_rewrite.algebra import fold
 from mbn_rewrite.comparison import TOLERANCES, compare_outputs, judged
+from mbn_rewrite.exporter import VerificationError
 from mbn_rewrite.saved_model_frontend.jumps import cuts_between
 from mbn_rewrite.saved_model_frontend.stretches import look_closer_at_calls
 from mbn_rewrite.saved_model_frontend.views import view_of
+from tests import saved_models
+from tests.kerases import K, Model
 
 _RNG = np.random.default_rng(0)
 IMAGES = tf.constant(_RNG.standard_normal((2, 8, 8, 2)), tf.float32)
@@ -278,3 +283,162 @@ def test_a_tolerance_scales_what_may_differ():
     assert judged([classes], [others], 1.0, lambda plain: None).ok
     assert comparison.FLIPS * 0.01 < 0.1
     assert not judged([classes], [others], 0.01, lambda plain: None).ok
+
+
+# ---------------------------------------------------------------------------- narrow dtypes
+
+HIDDEN = tf.constant(_RNG.standard_normal((16, 8)), tf.float32)
+WEIGHTS = _RNG.standard_normal((8, 6)).astype(np.float32)
+WEIGHTS[:, 3:] = WEIGHTS[:, :3] + _RNG.normal(0, 0.01, (8, 3))  # so that little is left of much
+FACTORS, ONES = _RNG.uniform(0.5, 1.5, 6).astype(np.float32), np.ones(6, np.float32)
+
+
+def cancelling(dtype, kept, factors, weights, bias=0.0):
+    """Differences of values that are almost equal, which rounding moves by a lot."""
+    weights = tf.cast(weights, kept)
+
+    def call(x):
+        y = tf.matmul(tf.cast(x, dtype), tf.cast(weights, dtype)) * tf.cast(factors, dtype)
+        y = y + tf.cast(bias, dtype)
+        y = tf.nn.relu(y[:, :3] - y[:, 3:])
+        return [y, tf.argmax(y, -1)]
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kept", ["float32", "narrow"])
+def test_what_a_narrow_dtype_rounds_is_no_mistake(dtype, kept):
+    kept = dtype if kept == "narrow" else kept
+    first = cancelling(dtype, kept, FACTORS, WEIGHTS / FACTORS)
+    second = cancelling(dtype, kept, ONES, WEIGHTS)
+    plain, found = looked_at(first, second, HIDDEN, TOLERANCES[dtype])
+    assert not plain.ok
+    assert found.ok, found
+    assert "rounding explains" in found.note
+    bias = np.float32([0.02 if kept == "float32" else 1.0, 0, 0, 0, 0, 0])
+    wrong = cancelling(dtype, kept, ONES, WEIGHTS, bias)
+    assert not looked_at(first, wrong, HIDDEN, TOLERANCES[dtype])[1].ok
+
+
+def test_a_tolerance_that_is_given_is_not_exceeded():
+    first = cancelling("float16", "float32", FACTORS, WEIGHTS / FACTORS)
+    second = cancelling("float16", "float32", ONES, WEIGHTS)
+    expected, actual = ([t.numpy() for t in f(HIDDEN)] for f in (first, second))
+    plain = compare_outputs(expected, actual, 1e-2)
+    found = look_closer_at_calls(first, second, HIDDEN, plain, rounding=False)
+    assert found is None or not found.ok
+
+
+# ------------------------------------------------------------------- models, and files of them
+
+
+def jumping_model():
+    """A model whose classes depend on values that are on the edge of them, and its inputs."""
+    rng = np.random.default_rng(3)
+    x = K.Input((8, 8, 2), name="picture")
+    y = K.BatchNormalization()(K.Conv2D(4, 3)(x))
+    model = Model(x, y)
+    model.set_weights([rng.uniform(0.3, 1.3, w.shape) for w in model.get_weights()])
+    images = rng.standard_normal((2, 8, 8, 2)).astype(np.float32)
+    before = np.asarray(model(images)).ravel()
+    after = np.asarray(mbn.convert(model, "fold")(images)).ravel()
+    edges = np.sort(before[before != after][:20]).tolist()
+    return Model(x, [K.Discretization(edges, name="classes")(y), K.ReLU(name="scores")(y)]), images
+
+
+def spoiled(model):
+    """The same model, with a wrong bias of one channel."""
+    conv = next(layer for layer in model.layers if isinstance(layer, K.Conv2D))
+    kernel, bias = conv.get_weights()
+    conv.set_weights([kernel, bias + np.float32([0, 0, 0.01, 0])])
+    return model
+
+
+def test_models_in_memory(each_keras):
+    model, images = jumping_model()
+    new = mbn.convert(model, "fold")
+    found = mbn.verify(model, new, images)
+    assert found.differing > 0
+    assert found.ok, found
+    assert not mbn.verify(model, spoiled(new), images).ok
+
+
+def test_a_mistake_that_only_classes_show(each_keras):
+    model, images = jumping_model()
+    model = Model(model.inputs, model.outputs[0])
+    new = mbn.convert(model, "fold")
+    assert mbn.verify(model, new, images).ok
+    found = mbn.verify(model, spoiled(new), images)
+    assert not found.ok
+    assert "entries of output 0 differ" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("each_keras", "file"),
+    [("tf_keras", "model.h5"), ("tf_keras", "saved"), ("keras", "model.keras")],
+    indirect=["each_keras"],
+)
+@pytest.mark.parametrize("right", [True, False])
+def test_models_on_disk(each_keras, file, right, tmp_path, monkeypatch):
+    model, images = jumping_model()
+    options = {"save_format": "tf"} if file == "saved" else {}
+    model.save(tmp_path / file, **options)
+    if not right:
+        for module in ("keras_layers.writer", "saved_model_frontend.writer"):
+            monkeypatch.setattr(f"mbn_rewrite.{module}.fold", _fold_wrongly)
+    arguments = (tmp_path / file, tmp_path / "out", "fold")
+    if not right:
+        with pytest.raises(VerificationError, match=r"entries of '\w+' differ"):
+            mbn.rewrite_saved_model(*arguments, inputs={"picture": images})
+        return
+    report = mbn.rewrite_saved_model(*arguments, inputs={"picture": images})
+    assert report.comparison.differing > 0
+    assert "differ; what they are computed from agrees" in str(report)
+
+
+def _fold_wrongly(*args, **kwargs):
+    kernels, bias = fold(*args, **kwargs)
+    return kernels, bias + np.resize([0.01, 0, 0, 0], bias.shape)
+
+
+def in_a_graph(network, edges, directory):
+    """With reference variables of TensorFlow 1, which are nodes of the graph."""
+    values = {name: getattr(network, name).numpy() for name in ("kernel", *saved_models.NORM)}
+    v1 = tf.compat.v1
+    with tf.Graph().as_default():
+        image = v1.placeholder(tf.float32, [None, *saved_models.IMAGE], "image")
+        read = {
+            name: v1.get_variable(name, initializer=value, use_resource=False)
+            for name, value in values.items()
+        }
+        x = tf.nn.conv2d(image, read["kernel"], 1, "SAME")
+        x = saved_models.fused_norm(x, *(read[name] for name in saved_models.NORM))
+        classes = tf.raw_ops.Bucketize(input=x, boundaries=edges)
+        saved_models.save_graph(directory, {"image": image}, {"classes": classes})
+
+
+def counting_calls(network, edges, directory):
+    """Every call changes the state, which is an output."""
+    network.calls = tf.Variable(5)
+
+    def serve(image):
+        y = network.fused(network.convolved(image))
+        classes = tf.raw_ops.Bucketize(input=y, boundaries=edges)
+        return {"classes": classes, "calls": network.calls.assign_add(1)}
+
+    saved_models.save_with_one_signature(directory, network, serve)
+
+
+@pytest.mark.parametrize("save", [in_a_graph, counting_calls])
+def test_saved_models_with_states(save, tmp_path):
+    network = saved_models.Network()
+    images = _RNG.standard_normal((3, *saved_models.IMAGE)).astype(np.float32)
+    values = network.fused(network.convolved(images)).numpy().ravel()
+    save(network, np.sort(values[:40]).tolist(), tmp_path / "in")
+    report = mbn.rewrite_saved_model(
+        tmp_path / "in", tmp_path / "out", "fold", inputs={"image": images}
+    )
+    found = report.comparisons["serving_default"]
+    assert found.differing > 0
+    assert found.ok

@@ -87,7 +87,7 @@ def cuts_between(original: View, new: View, steep: bool = False) -> Cuts:
     theirs = {op.name: op for op in _cut_ops(original, steep)}
     pairs = _paired(ops, theirs)
     cuts = []
-    missed = [op.name for op in _upstream(new) if op.type in _OPAQUE]
+    missed = [op.name for op in _upstream(new) if _hides_jumps(new, op, steep)]
     for op in ops:
         twin = pairs.get(op.name)
         if twin is None or [t.dtype for t in twin.inputs] != [t.dtype for t in op.inputs]:
@@ -110,6 +110,12 @@ def _cut_ops(view: View, steep: bool) -> list[Any]:
     calls = [op for op in ops if _jumps_inside(view, op, steep)]
     names = {op.name for op in [*cut, *calls, *(filler for op in calls for filler in _fillers(op))]}
     return [op for op in ops if op.name in names and _real_inputs(op)]
+
+
+def _hides_jumps(view: View, op: Any, steep: bool) -> bool:
+    """Whether an operation may jump on what is computed inside of it alone."""
+    reads_variables = any(tensor.dtype == tf.resource for tensor in op.inputs)
+    return op.type in _OPAQUE or (reads_variables and _jumps_inside(view, op, steep))
 
 
 def _fillers(op: Any) -> Iterator[Any]:

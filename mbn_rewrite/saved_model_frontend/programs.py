@@ -74,7 +74,7 @@ class Program:
         if self.compiled:
             return run_by_xla(lambda data: imported(function, None, data), tensors, "its graph")
         traced = tf.function(lambda data: imported(function, None, data), autograph=False)
-        with self._undisturbed():
+        with self._undisturbed(), _as_it_is():
             return plain(traced, tensors, "its graph")
 
     @contextmanager
@@ -88,6 +88,22 @@ class Program:
         finally:
             for variable, value in before:
                 variable.assign(value)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    """In which TensorFlow runs graphs as they are.
+
+    For one run its optimiser is not worth its time; and it gives functions names under which it
+    does not find them where a copy of a graph runs beside the graph.
+    """
+    option = "disable_meta_optimizer"
+    before = tf.config.optimizer.get_experimental_options().get(option, False)
+    tf.config.optimizer.set_experimental_options({option: True})
+    try:
+        yield
+    finally:
+        tf.config.optimizer.set_experimental_options({option: before})
 
 
 def program_of(view: View, by_xla: bool = False) -> Program:

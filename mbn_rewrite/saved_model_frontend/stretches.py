@@ -12,8 +12,8 @@ by rounding, and by jumps for whose sides rounding decides. A mistake before a j
 beside it is in one of the stretches.
 
 In narrow dtypes each stretch may be as far from the original as that is from itself in float32,
-a few times; there both are computed in float32 too, where they have to agree as closely as the
-weights are kept.
+a few times; there both are computed in float32 too, where they have to agree as float32 does if
+their weights are kept in it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import tensorflow as tf
 
 from mbn_rewrite.comparison import (
     FLIPS,
+    NARROW,
     SINGULAR,
     Comparison,
     Pair,
@@ -247,21 +248,22 @@ class _Look:
         original, new = map(widened, self._programs)
         places = [(cut.original_node, cut.index) for cut in cuts]
         exact = original.run(inputs[0], self._fetched[0], dict(zip(places, wide, strict=True)))
-        kept = tolerance_for({"float32"}.union(*map(weight_dtypes, self._programs)))
         run = _Run(exact, self._rewritten(new, inputs[1], wide))
-        exact_pairs = self._compared(run, [kept] * len(exact))
-        rounded = self._run.original
-        if exact_pairs is None or [a.shape for a in exact] != [a.shape for a in rounded]:
+        arrays = list(zip(exact, self._run.original, strict=True))
+        if any(a.shape != b.shape for a, b in arrays):
             return self._plain
-        tolerances = [
-            rounding_tolerance([a], [b], self._plain.tolerance)
-            for a, b in zip(exact, rounded, strict=True)
-        ]
-        if not self._hold(exact_pairs, [kept] * len(exact)) or not self._hold(pairs, tolerances):
+        allowed = [rounding_tolerance([a], [b], self._plain.tolerance) for a, b in arrays]
+        kept = set().union(*map(weight_dtypes, self._programs))
+        # Weights that are kept in a narrow dtype are rounded as often as values are.
+        in_float32 = allowed if kept & set(NARROW) else [tolerance_for({"float32"})] * len(allowed)
+        exact_pairs = self._compared(run, in_float32)
+        if exact_pairs is None or not self._hold(exact_pairs, in_float32):
+            return self._plain
+        if not self._hold(pairs, allowed):
             return self._plain
         error = max((pair.rel_error for pair in exact_pairs if not pair.discrete), default=0.0)
         why = f"the original's own rounding explains it: in float32 max rel error {error:.3g}"
-        return self._explained(pairs, tolerances, why)
+        return self._explained(pairs, allowed, why)
 
     def _hold(self, pairs: list[Pair], tolerances: Sequence[float]) -> bool:
         """Whether all is within the tolerances, but for flips behind jumps that were not cut."""
