@@ -58,6 +58,45 @@ def in_directory(source: Path) -> str:
     return start
 
 
+def check_output_name(source: Path, destination: Path) -> None:
+    """Finds out whether an output is named like a file of another format.
+
+    Raises:
+        RewriteError: it is; what is written is the directory of a SavedModel.
+    """
+    kind, written = destination.suffix.lower(), str(destination)
+    stem = str(destination.with_suffix("")) if destination.name else ""
+    if kind in (".keras", ".h5", ".hdf5"):
+        if source.suffix.lower() in (".keras", ".h5", ".hdf5"):
+            how = (
+                "To have a file of Keras, in Python: import keras, mbn_rewrite (tf_keras for files "
+                f"of Keras 2); mbn_rewrite.convert(keras.models.load_model({str(source)!r}))"
+                f".save({written!r})"
+            )
+        else:
+            how = "A SavedModel cannot become a file of Keras"
+    elif kind == ".tflite":
+        how = (
+            f"Then, in Python: import tensorflow as tf; open({written!r}, 'wb').write("
+            f"tf.lite.TFLiteConverter.from_saved_model({stem!r}).convert())"
+        )
+    elif kind == ".pb":
+        how = (
+            "Then, in Python: import tensorflow as tf; from tensorflow.python.framework."
+            "convert_to_constants import convert_variables_to_constants_v2 as frozen; "
+            f"tf.io.write_graph(frozen(tf.saved_model.load({stem!r}).signatures["
+            f"'serving_default']).graph, '.', {written!r}, as_text=False)"
+        )
+    elif kind == ".onnx":
+        how = f"Then: python -m tf2onnx.convert --saved-model {stem} --output {written}"
+    else:
+        return
+    raise RewriteError(
+        f"{destination} is the name of a file, and what is written is the directory of a "
+        f"SavedModel. Give a name without {destination.suffix}, such as {stem}. {how}"
+    )
+
+
 def check_saved_model(file: Path) -> None:
     """Finds out whether a saved_model.pb holds something else.
 
@@ -170,7 +209,7 @@ def _is_saved_model(data: mmap.mmap) -> bool:
 
 
 def _frozen(source: Path, graph: _Graph) -> str:
-    load = f"graph = v1.GraphDef.FromString(open({str(source)!r}, 'rb').read())"
+    load = f"graph = v1.GraphDef.FromString(tf.io.read_file({str(source)!r}).numpy())"
     named = "" if source.name != "saved_model.pb" else ", though its name is that of a SavedModel's"
     lines = _lines(source, graph, load, "tf.import_graph_def(graph, name='')")
     return (

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mbn_rewrite import other_formats
 from mbn_rewrite.errors import RewriteError, cause_of
 
 try:
@@ -249,6 +250,7 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
         _check_apart(source, destination)
     except (OSError, RuntimeError) as error:  # names too long, links in a circle
         raise RewriteError(f"{destination} cannot be written: {cause_of(error)}") from error
+    other_formats.check_output_name(source, destination)
 
 
 def _check_replaced(destination: Path, overwrite: bool) -> None:

@@ -68,9 +68,11 @@ _UNREADABLE = (
 
 
 def _of_archive(source: Path) -> tuple[Any, str]:
-    if source.suffix != ".keras":
-        raise RewriteError(f"{source} is a .keras file by another name. Rename it to .keras")
     with zipfile.ZipFile(source) as archive:
+        if source.suffix != ".keras":
+            if "config.json" not in archive.namelist():
+                raise RewriteError(other_formats.what_else(source))
+            raise RewriteError(f"{source} is a .keras file by another name. Rename it to .keras")
         _check_members(source, archive)
         metadata = _parsed(source, archive, "metadata.json", limits.METADATA_BYTES)
         config = _parsed(source, archive, "config.json", limits.CONFIG_BYTES)
