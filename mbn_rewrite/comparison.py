@@ -298,7 +298,7 @@ def compare_pair(name: str, a: np.ndarray, b: np.ndarray, tolerance: float) -> P
     discrete = kinds <= set("OSUbiu")
     unequal = int(np.count_nonzero(a != b)) if discrete else 0
     note = _count(unequal, a.size, name) if unequal else ""
-    if kinds & set("OSU"):
+    if kinds & set("OSU") or (discrete and not unequal):
         return Pair(name, a.size, 0, True, unequal, 0.0, 0.0, 0.0, 1.0, note)
     wide = np.complex128 if "c" in kinds else np.float64
     a, b = a.astype(wide), b.astype(wide)
@@ -306,11 +306,7 @@ def compare_pair(name: str, a: np.ndarray, b: np.ndarray, tolerance: float) -> P
     both = fine_a & fine_b
     whole = bool(both.all())
     x, y = (a, b) if whole else (a[both], b[both])
-    errors, sizes = np.abs(x - y), _sizes(np.abs(x))
-    worst = float(errors.max(initial=0.0))
-    apart = int(np.count_nonzero(errors > tolerance * sizes))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = float(np.where(errors > 0, errors / sizes, 0.0).max(initial=0.0))
+    worst, relative, apart = _errors(x, y, tolerance)
     odd, alike = 0, 0
     if apart and not discrete:
         note = _count(apart, a.size, name)
@@ -336,6 +332,22 @@ def compare_pair(name: str, a: np.ndarray, b: np.ndarray, tolerance: float) -> P
         agreement,
         note,
     )
+
+
+def _errors(x: np.ndarray, y: np.ndarray, tolerance: float) -> tuple[float, float, int]:
+    """The largest absolute and relative error, and how many are larger than the tolerance."""
+    errors, sizes = np.abs(x - y), _sizes(np.abs(x))
+    worst = float(errors.max(initial=0.0))
+    if not worst:
+        return 0.0, 0.0, 0
+    if np.ndim(sizes):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = float(np.where(errors > 0, errors / sizes, 0.0).max())
+    else:
+        relative = worst / float(sizes) if sizes else np.inf
+    if relative <= tolerance:
+        return worst, relative, 0
+    return worst, relative, int(np.count_nonzero(errors > tolerance * sizes))
 
 
 def _count(differing: int, size: int, name: str) -> str:
