@@ -32,8 +32,9 @@ from mbn_rewrite.graph import (
     Shape,
     ZeroPadding,
 )
-from mbn_rewrite.saved_model_frontend.views import ALIASES, View, source_of
+from mbn_rewrite.saved_model_frontend.views import View, source_of
 from mbn_rewrite.saved_model_frontend.weights import Constants, Weight
+from mbn_rewrite.saved_model_frontend.writes import ALIASES
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,9 @@ def _linear(
     """A linear operation with the bias that is added to what it gives."""
     weight = site.constants.weight(site.op.inputs[kernel])
     if weight is None:
+        written = site.constants.written(site.op.inputs[kernel])
+        if written is not None:
+            return Opaque(f"has weights that {written[1]}")
         return Opaque("has a kernel that is computed while the model runs")
     laid_out = weight.laid_out(layout(weight.shape))
     if laid_out is None:

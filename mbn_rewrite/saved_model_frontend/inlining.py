@@ -7,6 +7,7 @@ device (GRU and LSTM).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _BRANCHES = {"If", "StatelessIf"}
 # What a function may hold beside a call that XLA compiles, to be compiled with it.
 _EMPTY = {"Placeholder", "Identity", "NoOp", "Const", "ReadVariableOp"}
+# What inlining puts before the names of nodes.
+_CALL = re.compile(r"^(Func/)?((Stateful)?PartitionedCall(_\d+)?)/")
 
 
 def inlined(function: Any) -> tuple[GraphDef, bool]:
@@ -82,6 +85,13 @@ def called_by(node: Any) -> Iterator[str]:
         if attribute.HasField("func"):
             yield attribute.func.name
         yield from (function.name for function in attribute.list.func)
+
+
+def display_name(name: str) -> str:
+    """A node's name without the calls that it was inlined from."""
+    while _CALL.match(name):
+        name = _CALL.sub("", name, count=1)
+    return name
 
 
 def _bodies(graph_def: GraphDef) -> Iterator[tuple[Iterable[Any], Any]]:

@@ -108,6 +108,8 @@ class Loaded:
         resources: tables and the like, and assets.
         asset_paths: the assets of TensorFlow 1, which are arguments of its initializer.
         copy: what it was loaded from, if not from the SavedModel itself.
+        in_graph: what stands in the place of variables that TensorFlow 1 keeps as nodes of its
+            graph, by name.
     """
 
     root: Any
@@ -120,6 +122,7 @@ class Loaded:
     resources: list[Any] = field(default_factory=list)
     asset_paths: list[Any] = field(default_factory=list)
     copy: SlimCopy | None = None
+    in_graph: dict[str, Any] = field(default_factory=dict)
 
     @property
     def signatures(self) -> dict[str, Any]:
@@ -143,16 +146,21 @@ class Loaded:
         """
         return getattr(getattr(self.root, "initializer", None), "_init_fn", None)
 
-    def value_in_graph(self, name: str) -> Any:
-        """The value of a variable that TensorFlow 1 keeps as a node of its graph."""
-        op = self.root.graph.get_operation_by_name(name)
-        reads = [reader for reader in op.outputs[0].consumers() if reader.type == "Identity"]
-        if not reads:
-            raise RewriteError(f"the variable '{name}' is never read as a value")
-        read = self.root.prune([], reads[0].outputs[0])
-        if acts := effects.in_graph(read.graph.as_graph_def()):
-            raise RewriteError(f"to read the variable '{name}' {effects.in_words(acts)}")
-        return read().numpy()
+    def variable_in_graph(self, name: str) -> Any:
+        """A tf.Variable in the place of one that TensorFlow 1 keeps as a node of its graph.
+
+        Raises:
+            RewriteError: to read its value does more than that.
+        """
+        if name not in self.in_graph:
+            reference = self.root.graph.get_operation_by_name(name).outputs[0]
+            with self.root.graph.as_default(), tf.control_dependencies(None):
+                value = tf.identity(reference)
+            read = self.root.prune([], value)
+            if acts := effects.in_graph(read.graph.as_graph_def()):
+                raise RewriteError(f"to read the variable '{name}' {effects.in_words(acts)}")
+            self.in_graph[name] = tf.Variable(read(), name=name, trainable=False)
+        return self.in_graph[name]
 
 
 def load(

@@ -79,16 +79,16 @@ def fused_norm(constants: Constants, op: Any) -> Norm | None:
         return Norm((op,), source, op.outputs[0], rank, None, None, keys, why)
 
     if training:
-        if any(p is None and not _is_written(constants, t) for p, t in
+        if any(p is None and not constants.written(t) for p, t in
                zip(parameters, (gamma, beta), strict=True)):  # fmt: skip
             return None  # LayerNormalization makes its scale of ones as it runs
         if source_of(source).op.type == "Reshape" and all(key[0] == "constant" for key in keys):
             return None  # or beforehand, where the batch size is fixed
         return unfit("it is in training mode, so it normalises by the batch it is given")
     for tensor in (gamma, beta, mean, variance):
-        writer = _writer(constants, tensor)
-        if writer:
-            return unfit(f"'{writer}' writes to its parameters or statistics")
+        written = constants.written(tensor)
+        if written is not None:
+            return unfit(f"{written[1]} its parameters or statistics")
     parameters += [constants.value(tensor) for tensor in (mean, variance)]
     arrays = [array for array in parameters if array is not None]
     if len(arrays) < len(parameters):
@@ -125,15 +125,6 @@ def _is_read(view: View, tensor: Any) -> bool:
 
 def _keys(constants: Constants, tensor: Any) -> tuple[Any, ...]:
     return tuple(stored.key for stored in constants.stored_in(tensor))
-
-
-def _writer(constants: Constants, tensor: Any) -> str | None:
-    op = source_of(tensor).op
-    return constants.writer_of(op.outputs[0]) if op.type == "ReadVariableOp" else None
-
-
-def _is_written(constants: Constants, tensor: Any) -> bool:
-    return _writer(constants, tensor) is not None
 
 
 # ---------------------------------------------------------------------------- arithmetic

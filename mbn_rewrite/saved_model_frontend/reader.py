@@ -25,10 +25,11 @@ from mbn_rewrite.graph import (
     fused_operation_takes,
 )
 from mbn_rewrite.saved_model_frontend.describe import Described, Site, describe, shape_of
-from mbn_rewrite.saved_model_frontend.inlining import bodies_called
+from mbn_rewrite.saved_model_frontend.inlining import bodies_called, display_name
 from mbn_rewrite.saved_model_frontend.norms import FUSED, Norm, arithmetic_norms, fused_norm
-from mbn_rewrite.saved_model_frontend.views import ALIASES, SHAPE_ONLY, View, Writes, source_of
+from mbn_rewrite.saved_model_frontend.views import SHAPE_ONLY, View, Writes, source_of
 from mbn_rewrite.saved_model_frontend.weights import Constants, Stored, Weight
+from mbn_rewrite.saved_model_frontend.writes import ALIASES
 
 
 @dataclass(frozen=True)
@@ -245,17 +246,12 @@ class _Reader:
             return
         added = source_of(op.inputs[0]).op
         for tensor in added.inputs if added.type in ("Add", "AddV2") else ():
-            read = source_of(tensor).op
-            while read.type in ("Reshape", "Cast", "ExpandDims", "BroadcastTo"):
-                read = source_of(read.inputs[0]).op
-            writer = constants.writer_of(read.outputs[0]) if read.type == "ReadVariableOp" else None
-            key = ("written", id(view.variable(read.inputs[0]))) if writer else None
-            if writer is not None and key not in self.owners:
-                scope = _common_scope([self._shown(op.name)])
-                why = f"'{writer}' writes to its parameters or statistics"
-                owner = self._owner(key, scope)
-                norm = BatchNorm(None, why)
-                self.hidden.append(HiddenBatchNorm(owner, view.name, norm, None, "float32"))
+            written = constants.written(tensor)
+            if written is None or ("written", id(written[0])) in self.owners:
+                continue
+            owner = self._owner(("written", id(written[0])), _common_scope([self._shown(op.name)]))
+            norm = BatchNorm(None, f"{written[1]} its parameters or statistics")
+            self.hidden.append(HiddenBatchNorm(owner, view.name, norm, None, "float32"))
 
     def _add_hidden(self, view: View, op: Any) -> None:
         """Lists the BatchNormalizations in what an operation calls."""
@@ -314,7 +310,7 @@ class _Reader:
             if key in self.pinned:
                 return f"shares '{array.name}' with a function that is carried over as it was"
             if id(array.place) in self.writes.by:
-                return f"has weights that '{self.writes.by[id(array.place)]}' writes to"
+                return f"has weights that {self.writes.by[id(array.place)]}"
             others = [
                 label for op, label in self.uses.get(key, {}).items() if op not in expected[key]
             ]
@@ -338,15 +334,6 @@ def _fusible(norm: Norm) -> bool:
 
 
 # ----------------------------------------------------------------------------------- names
-
-_CALL = re.compile(r"^(Func/)?((Stateful)?PartitionedCall(_\d+)?)/")
-
-
-def display_name(name: str) -> str:
-    """A node's name without the calls that it was inlined from."""
-    while _CALL.match(name):
-        name = _CALL.sub("", name, count=1)
-    return name
 
 
 def _is_norm(node: Any, body: Any) -> bool:

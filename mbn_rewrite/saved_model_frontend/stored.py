@@ -50,7 +50,9 @@ class SavedModelDirectory:
         self._acting: dict[str, str] = {}
         for entry in self._loaded.entries:
             try:
-                view = view_of(entry.name, entry.function, self._loaded.value_in_graph)
+                view = view_of(entry.name, entry.function, self._loaded.variable_in_graph)
+            except RewriteError:
+                raise
             except Exception as error:
                 self.as_it_was[entry.name] = cause_of(error)
                 if not trusted:
@@ -63,16 +65,15 @@ class SavedModelDirectory:
                 self._note_acts(entry.name, view.graph_def)
         if self._loaded.initializer is not None:
             self._initializer = view_of(
-                "initializer", self._loaded.initializer, self._loaded.value_in_graph
+                "initializer", self._loaded.initializer, self._loaded.variable_in_graph
             )
         self._leave_out_what_trains()
         self._writes = Writes.of(*self._views.values(), *filter(None, [self._initializer]))
         pinned = []
         for entry in self._loaded.entries:
             if entry.name in self.as_it_was:
-                for variable in entry.function.graph.variables:
-                    pinned.append(variable)
-                    self._writes.by.setdefault(id(variable), entry.name)  # it may write to any
+                pinned += entry.function.graph.variables
+                self._writes.suspect(entry.function.graph.variables, entry.name)
         self._reading = read(self._views.values(), self._writes, pinned)
         self._plan: Plan | None = None
 
@@ -107,12 +108,7 @@ class SavedModelDirectory:
             id(variable): size_of(variable)
             for entry in self._loaded.entries
             for variable in entry.function.graph.variables
-        } | {
-            op.name: op.outputs[0].shape.num_elements() or 0
-            for view in self._views.values()
-            for op in view.operations
-            if op.type in ("VariableV2", "Variable")
-        }
+        } | {id(variable): size_of(variable) for variable in self._loaded.in_graph.values()}
         name = next(iter(sorted(self._loaded.signatures, key=lambda key: key != "serving_default")))
         ops = self._views[name].op_counts if name in self._views else {}
         return Footprint(sum(variables.values()), bytes_on_disk(self._source), ops, name)

@@ -12,12 +12,12 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from mbn_rewrite.saved_model_frontend.inlining import inlined
+from mbn_rewrite.saved_model_frontend.references import variables_in, without_references
+from mbn_rewrite.saved_model_frontend.writes import ALIASES, READS, writes_in
 
-WRITES = ("Assign", "ScatterUpdate", "ResourceScatter", "ResourceApply", "ResourceSparseApply")
 # Stateful operations that change nothing, so that they are needed only where they are read.
-_READS = {
-    *("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VarHandleOp", "Variable"),
-    *("VariableV2", "Placeholder", "NoOp", "HashTableV2", "HashTable"),
+_HARMLESS = READS | {
+    *("VarHandleOp", "Placeholder", "HashTableV2", "HashTable"),
     *("LookupTableFindV2", "LookupTableFind", "LookupTableSizeV2", "LookupTableExportV2"),
     *("RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal"),
 }
@@ -27,8 +27,6 @@ _ONLY_SPEAK = {"Assert", "Print", "PrintV2", "CheckNumerics", "CheckNumericsV2"}
 _FREE = {"Placeholder", "Const", "Identity", "IdentityN", "NoOp", "ReadVariableOp", "VariableV2"}
 # Operations whose results do not depend on the values that they read, only on shapes.
 SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
-# Operations that give their input as it is.
-ALIASES = {"Identity", "Snapshot", "StopGradient", "PreventGradient", "PlaceholderWithDefault"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class View:
         results: the names of the tensors that it gives, in order.
         captures: Placeholder name -> the tensor outside that it stands for.
         variables: Placeholder name -> the tf.Variable whose handle it stands for.
-        value_in_graph: gives the value of a variable of TensorFlow 1, which is a node of the
-            graph.
+        written: of those variables, the ones that it writes to: Placeholder name -> the
+            operation that does, in words.
     """
 
     name: str
@@ -56,7 +54,7 @@ class View:
     results: tuple[str, ...]
     captures: dict[str, Any]
     variables: dict[str, Any]
-    value_in_graph: Callable[[str], Any]
+    written: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def outputs(self) -> list[Any]:
@@ -139,41 +137,35 @@ def op_counts(function: Any) -> dict[str, int]:
 
 @dataclass
 class Writes:
-    """The variables that functions write to, or hand to functions that may."""
+    """The variables that functions write to, or may.
 
-    by: dict[int, str] = field(default_factory=dict)  # id(variable) -> name of the function
+    Attributes:
+        by: id(variable) -> who does, as the beginning of a sentence that goes on with the
+            variable.
+    """
+
+    by: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, *views: View) -> Writes:
         """Those of some functions."""
         writes = cls()
         for view in views:
-            writes.note(view)
+            for name, operation in view.written.items():
+                who = f"{operation} of '{view.name}' writes to"
+                writes.by.setdefault(id(view.variables[name]), who)
         return writes
 
-    def note(self, view: View) -> None:
-        """Adds those of a function."""
-        for op in view.operations:
-            writes = op.type.startswith(WRITES) or _may_write(view, op)
-            if writes:
-                for tensor in op.inputs:
-                    variable = view.variable(tensor)
-                    if variable is not None:
-                        self.by.setdefault(id(variable), view.name)
-
-
-def _may_write(view: View, op: Any) -> bool:
-    from mbn_rewrite.saved_model_frontend.inlining import bodies_called
-
-    if not any(t.dtype == tf.resource for t in op.inputs):
-        return False
-    bodies = bodies_called(view.graph_def, op.node_def)
-    return any(node.op.startswith(WRITES) for body in bodies for node in body.node_def)
+    def suspect(self, variables: Iterable[Any], name: str) -> None:
+        """Notes that a function that could not be read may write to variables."""
+        for variable in variables:
+            who = f"'{name}', which is carried over as it was, may write to"
+            self.by.setdefault(id(variable), who)
 
 
 def has_side_effect(op: Any) -> bool:
     """Whether an operation runs for more than its outputs."""
-    return bool(op.op_def.is_stateful) and op.type not in _READS
+    return bool(op.op_def.is_stateful) and op.type not in _HARMLESS
 
 
 def source_of(tensor: Any) -> Any:
@@ -183,14 +175,31 @@ def source_of(tensor: Any) -> Any:
     return tensor
 
 
-def view_of(name: str, function: Any, value_in_graph: Callable[[str], Any]) -> View:
-    """Reads a concrete function; see `View` for the arguments."""
+def view_of(name: str, function: Any, variable_in_graph: Callable[[str], Any]) -> View:
+    """Reads a concrete function.
+
+    Args:
+        name: what its user calls it.
+        function: it.
+        variable_in_graph: gives a tf.Variable in the place of a variable of TensorFlow 1, which
+            is a node of the graph.
+
+    Raises:
+        RewriteError: it uses such a variable in a way that there is none in the place of.
+    """
     graph_def, compiled = inlined(function)
     externals = function.captured_inputs
     placeholders = function.inputs[len(function.inputs) - len(externals) :]
     captures = {p.op.name: e for p, e in zip(placeholders, externals, strict=True)}
     handles = {id(variable.handle): variable for variable in function.graph.variables}
     variables = {name: handles[id(e)] for name, e in captures.items() if id(e) in handles}
+    runs = [op.name for op in function.graph.control_outputs]
+    results = [tensor.name for tensor in function.graph.outputs]
+    in_graph = variables_in(graph_def)
+    graph_def, results = without_references(graph_def, results, runs)
+    kept = {node.name for node in graph_def.node}
+    variables |= {name: variable_in_graph(name) for name in sorted(in_graph & kept)}
+    written = _written(graph_def, variables)
     _state_shapes(graph_def, variables)
     graph = tf.Graph()
     with graph.as_default():
@@ -202,11 +211,32 @@ def view_of(name: str, function: Any, value_in_graph: Callable[[str], Any]) -> V
         graph,
         compiled,
         tuple(t.op.name for t in arguments),
-        tuple(t.name for t in function.graph.outputs),
+        tuple(results),
         captures,
         variables,
-        value_in_graph,
+        written,
     )
+
+
+def _written(graph_def: GraphDef, variables: dict[str, Any]) -> dict[str, str]:
+    """What a function writes to, as `View.written`; takes out writes of what was there.
+
+    FusedBatchNorm gives the statistics that it was given, and some models assign them to the
+    variables that they come from. That is a write only beside another one.
+    """
+    writes = writes_in(graph_def, variables)
+    written: dict[str, str] = {}
+    for write in writes:
+        if not write.puts_back:
+            written.setdefault(write.handle, write.operation)
+    changed = {id(variables[handle]) for handle in written}
+    idle = {w.node for w in writes if w.puts_back and id(variables[w.handle]) not in changed}
+    for node in graph_def.node:
+        if node.name in idle:
+            node.op = "NoOp"
+            node.attr.clear()
+            node.input[:] = [source for source in node.input if source.startswith("^")]
+    return written
 
 
 def _state_shapes(graph_def: GraphDef, variables: dict[str, Any]) -> None:
@@ -219,4 +249,5 @@ def _state_shapes(graph_def: GraphDef, variables: dict[str, Any]) -> None:
                 source = nodes[source.input[0].partition(":")[0]]
             if source.name in variables:
                 shape = variables[source.name].shape.as_proto()
+                del node.attr["_output_shapes"].list.shape[:]
                 node.attr["_output_shapes"].list.shape.add().CopyFrom(shape)

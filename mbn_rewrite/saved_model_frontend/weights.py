@@ -16,7 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from mbn_rewrite.algebra import Array, Kernel
-from mbn_rewrite.saved_model_frontend.views import ALIASES, View, Writes
+from mbn_rewrite.saved_model_frontend.views import View, Writes
+from mbn_rewrite.saved_model_frontend.writes import ALIASES
 
 # Larger results are no per-channel parameters.
 _MOST_ELEMENTS = 1 << 20
@@ -32,8 +33,7 @@ class Stored:
         shape: its shape.
         dtype: the name of its dtype.
         read: gives its value.
-        place: the tf.Variable, or the (view, name of the node) of a constant or of a
-            variable that lives in the graph of TensorFlow 1.
+        place: the tf.Variable, or the (view, name of the node) of a constant.
     """
 
     key: Any
@@ -103,7 +103,7 @@ class Constants:
 
     def _weight(self, tensor: Any) -> Weight | None:
         op = tensor.op
-        if op.type in ("ReadVariableOp", "VariableV2", "Variable", "Const"):
+        if op.type in ("ReadVariableOp", "Const"):
             stored = self._stored(op)
             if stored is None:
                 return None
@@ -134,32 +134,32 @@ class Constants:
                 ("constant", id(self.view), op.name), op.name, tuple(tensor.shape),
                 tensor.dtype.name, lambda: _array(op), (self.view, op.name),
             )  # fmt: skip
-        if op.type == "ReadVariableOp":
-            variable = self.view.variable(op.inputs[0])
-            if variable is None or self.writer_of(op.outputs[0]) is not None:
-                return None
-            if not variable.shape.is_fully_defined() or variable.dtype != op.outputs[0].dtype:
-                return None
-            return Stored(
-                ("variable", id(variable)), variable.name.partition(":")[0],
-                tuple(variable.shape), variable.dtype.name, variable.numpy, variable,
-            )  # fmt: skip
-        return self._in_graph(op)
-
-    def _in_graph(self, op: Any) -> Stored | None:
-        """A variable of TensorFlow 1, which lives in the graph itself."""
-        tensor = op.outputs[0]
-        if not tensor.shape.is_fully_defined():
+        variable = self.view.variable(op.inputs[0])
+        if variable is None or id(variable) in self._writes.by:
+            return None
+        if not variable.shape.is_fully_defined() or variable.dtype != op.outputs[0].dtype:
             return None
         return Stored(
-            ("in graph", op.name), op.name, tuple(tensor.shape), tensor.dtype.base_dtype.name,
-            lambda: self.view.value_in_graph(op.name), (self.view, op.name),
+            ("variable", id(variable)), variable.name.partition(":")[0],
+            tuple(variable.shape), variable.dtype.name, variable.numpy, variable,
         )  # fmt: skip
 
-    def writer_of(self, read: Any) -> str | None:
-        """The name of a function that writes to the variable that a tensor is read from."""
-        variable = self.view.variable(read.op.inputs[0])
-        return self._writes.by.get(id(variable))
+    def written(self, tensor: Any) -> tuple[Any, str] | None:
+        """A variable in the expression of a parameter that something writes to, and who does."""
+        pending, seen = [tensor.op], set()
+        while pending:
+            op = pending.pop()
+            if op.name in seen:
+                continue
+            seen.add(op.name)
+            if op.type == "ReadVariableOp":
+                variable = self.view.variable(op.inputs[0])
+                who = self._writes.by.get(id(variable))
+                if who is not None:
+                    return variable, who
+            elif op.type in _COMPUTE or op.type in ("BroadcastTo", "Transpose") or _reshapes(op):
+                pending += [source.op for source in reversed(op.inputs)]
+        return None
 
     # -- computed values -----------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class Constants:
         if size is None or size > _MOST_ELEMENTS or tensor.dtype.base_dtype == tf.string:
             return None
         op = tensor.op
-        if op.type in ("Const", "ReadVariableOp", "VariableV2", "Variable"):
+        if op.type in ("Const", "ReadVariableOp"):
             weight = self.weight(tensor)
             return None if weight is None else _wide(weight.stored.read())
         if op.type == "BroadcastTo" or _reshapes(op):

@@ -23,7 +23,7 @@ from mbn_rewrite.decisions import Edit, Plan, Replacement
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Linear
 from mbn_rewrite.saved_model_frontend.reader import LinearCall, NormCall, Reading
-from mbn_rewrite.saved_model_frontend.views import WRITES, View, Writes, has_side_effect
+from mbn_rewrite.saved_model_frontend.views import View, Writes, has_side_effect
 from mbn_rewrite.saved_model_frontend.weights import Stored
 
 _EPSILON = 1e-3  # of fused operations that are put in, whose variance is 1 less this
@@ -106,10 +106,9 @@ class _Writer:
         self.plan = plan
         self.editors = {id(view): _Editor(view, writes) for view in views}
         self.done: set[str] = set()
-        self._variables: dict[Any, Any] = {}  # what new variables replace, or are for
+        self._variables: dict[Any, Any] = {}  # new ones, by what they are for
 
     def carry_out(self) -> None:
-        self._take_out_of_graphs()
         for owner, calls in self.reading.norms.items():
             if owner in self.plan.removed:
                 self._each(owner, calls, self._remove)
@@ -271,8 +270,6 @@ class _Writer:
             if key not in self.copies:
                 self.copies[key] = tf.Variable(array, trainable=False)
             self.in_place_of[id(stored.place)] = self.copies[key]
-        elif stored.is_variable:
-            self._variables[stored.key].assign(array)
         else:
             view, name = stored.place
             self._editor(view).set_constant(name, array)
@@ -316,27 +313,6 @@ class _Writer:
         name = editor.add(f"{call.op.name}/bias", op, inputs, **attributes)
         editor.redirect(result.name, name)
         editor.set_input(name, 0, result.name)
-
-    # -- variables that live in graphs -----------------------------------------------------
-
-    def _take_out_of_graphs(self) -> None:
-        """Makes variables of those that TensorFlow 1 keeps as nodes of its graph."""
-        for editor in self.editors.values():
-            for op in editor.view.operations:
-                if op.type not in ("VariableV2", "Variable"):
-                    continue
-                for reader, _ in editor.view.readers.get(op.outputs[0].name, []):
-                    if reader.op_def.input_arg and reader.type.startswith(WRITES):
-                        raise RewriteError(
-                            f"'{editor.view.name}' writes to '{op.name}', a reference variable of "
-                            "TensorFlow 1, which cannot be carried over. Leave it out by naming "
-                            "the other signatures (--signatures)"
-                        )
-                key = ("in graph", op.name)
-                if key not in self._variables:
-                    value = editor.view.value_in_graph(op.name)
-                    self._variables[key] = tf.Variable(value, name=op.name, trainable=False)
-                editor.redirect(op.outputs[0].name, editor.read(self._variables[key], True))
 
 
 def _parameters(m: ChannelMap, epsilon: float) -> list[tuple[str, Array]]:
