@@ -146,7 +146,13 @@ class Plan:
     def summary(self) -> str:
         """One line, such as "mode fold: 53 BatchNormalization: 53 folded"."""
         if not self.decisions:
-            return f"mode {self.mode}: nothing to do: the model has no BatchNormalization"
+            # A note may be on what cannot be seen into.
+            none = (
+                "no BatchNormalization can be seen"
+                if self.notes
+                else ("the model has no BatchNormalization")
+            )
+            return f"mode {self.mode}: nothing to do: {none}"
         counts = ", ".join(f"{count} {action}" for action, count in sorted(self.counts.items()))
         return f"mode {self.mode}: {len(self.decisions)} BatchNormalization: {counts}"
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -133,6 +135,19 @@ class Report:
         return rows
 
 
+@contextmanager
+def _outside_strategies() -> Iterator[None]:
+    """In which no distribution strategy is in scope, as what is written belongs to none."""
+    if "tensorflow" not in sys.modules:
+        yield
+        return
+    from mbn_rewrite.running import outside_strategies
+
+    with outside_strategies():
+        yield
+
+
+@_outside_strategies()
 def rewrite_saved_model(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

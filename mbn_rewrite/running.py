@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager.context import eager_mode
 
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.made_up import GIVE_REAL_ONES, Made, random_array, uncallable
@@ -148,6 +149,21 @@ def set_up(way: Way) -> Iterator[None]:
         yield
     finally:
         tf.config.optimizer.set_experimental_options({option: before})
+
+
+@contextmanager
+def outside_strategies() -> Iterator[None]:
+    """In which no distribution strategy is in scope, whatever scope the caller is in.
+
+    Within one, variables that are made or loaded are copies on several devices, which functions
+    cannot be saved with.
+    """
+    if not tf.distribute.has_strategy():
+        yield
+        return
+    # The scope belongs to the default graph, even where nothing is built in that.
+    with tf.Graph().as_default(), eager_mode(), tf.device(None):
+        yield
 
 
 def device() -> str:

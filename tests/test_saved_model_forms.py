@@ -408,7 +408,7 @@ def test_batch_norm_with_global_normalization_is_read(scaled):
     graph_def, scale, shift = old_graph(scaled)
     with tf.Graph().as_default() as graph:
         tf.import_graph_def(graph_def, name="")
-    view = View("old", graph_def, graph, False, ("x",), ("y:0",), {}, {}, lambda name: None)
+    view = View("old", graph_def, graph, False, ("x",), ("y:0",), {}, {})
     norm = fused_norm(Constants(view, Writes()), graph.get_operation_by_name("norm"))
     assert norm.unfit == ""
     assert (norm.axis, norm.rank) == (3, 4)

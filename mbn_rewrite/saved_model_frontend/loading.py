@@ -220,8 +220,10 @@ def load(
         function = root.signatures[key]
         loaded.entries.append(Entry(key, "", Interface.of(function), function))
     for name in methods:
-        function = attribute_of(root, name)
-        if getattr(function, "concrete_functions", None):
+        function = _restored(root, name)
+        if function is None:
+            left_out[name] = "the loaded model does not have it under this name"
+        else:
             _add_method(loaded, name, function)
     _note_holdings(loaded)
     return loaded
@@ -230,9 +232,24 @@ def load(
 def _methods_of(functions: Functions, left_out: dict[str, str]) -> list[str]:
     """The methods to carry over; notes those that are not."""
     if functions.inner:
-        left_out[f"{functions.inner} functions of inner objects"] = "of layers, or in lists"
-    left_out |= {name: why for name in functions.methods if (why := _why_not(name))}
-    return [name for name in functions.methods if not _why_not(name)]
+        left_out[f"{functions.inner} functions of inner objects"] = "of layers and the like"
+    for name, number in functions.contained.items():
+        left_out[f"{number} functions in {name}"] = "it is a list, tuple or dict"
+    reasons = {name: _why_not(name, traces) for name, traces in functions.methods.items()}
+    left_out |= {name: why for name, why in reasons.items() if why}
+    return [name for name, why in reasons.items() if not why]
+
+
+def _restored(root: Any, path: str) -> Any:
+    """A method with its functions, or None.
+
+    Classes that are registered load as they like, and a name may hold a dot.
+    """
+    try:
+        function = attribute_of(root, path)
+    except AttributeError:
+        return None
+    return function if getattr(function, "concrete_functions", None) else None
 
 
 def _note_holdings(loaded: Loaded) -> None:
@@ -240,7 +257,7 @@ def _note_holdings(loaded: Loaded) -> None:
     for name, value in vars(loaded.root).items():
         if isinstance(value, tf.Variable):
             loaded.attributes[name] = value
-        elif name in _VARIABLE_LISTS:
+        elif name in _VARIABLE_LISTS and isinstance(value, Sequence):
             loaded.lists[name] = list(value)
     loaded.asset_paths = list(getattr(loaded.root, "asset_paths", ()))
     loaded.resources = [
@@ -251,12 +268,21 @@ def _note_holdings(loaded: Loaded) -> None:
     ]
 
 
-def _why_not(method: str) -> str:
-    """Why a method is not carried over, as far as its name tells, or ""."""
-    name = method.rpartition(".")[2]
+def _why_not(path: str, traces: Sequence[str]) -> str:
+    """Why a method is not carried over, as far as is known before loading, or "".
+
+    Args:
+        path: the method.
+        traces: the names of its concrete functions.
+    """
+    name = path.rpartition(".")[2]
     if name in _OF_KERAS:
         return "Keras trains by it"
-    return "it is private" if name.startswith("_") and name != "__call__" else ""
+    if name.startswith("_") and name != "__call__":
+        return "it is private"
+    if not name:
+        return "it has no name to be called by"
+    return "" if traces else "it was never called, so that there is no graph of it"
 
 
 def attribute_of(root: Any, path: str) -> Any:

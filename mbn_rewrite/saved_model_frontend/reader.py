@@ -27,6 +27,7 @@ from mbn_rewrite.graph import (
 from mbn_rewrite.saved_model_frontend.describe import Described, Site, describe, shape_of
 from mbn_rewrite.saved_model_frontend.inlining import bodies_called, display_name
 from mbn_rewrite.saved_model_frontend.norms import FUSED, Norm, arithmetic_norms, fused_norm
+from mbn_rewrite.saved_model_frontend.unseen import notes_on
 from mbn_rewrite.saved_model_frontend.views import SHAPE_ONLY, View, Writes, source_of
 from mbn_rewrite.saved_model_frontend.weights import Constants, Stored, Weight
 from mbn_rewrite.saved_model_frontend.writes import ALIASES
@@ -58,12 +59,14 @@ class Reading:
         linears: owner -> its calls.
         norms: owner -> its calls.
         dtypes: the names of the dtypes in which weights are used.
+        notes: what the user should know of any copy of the model, in sentences.
     """
 
     graph: Graph
     linears: dict[str, list[LinearCall]]
     norms: dict[str, list[NormCall]]
     dtypes: frozenset[str]
+    notes: tuple[str, ...] = ()
 
     @property
     def variables(self) -> set[int]:
@@ -86,10 +89,11 @@ def read(views: Iterable[View], writes: Writes, pinned: Iterable[Any] = ()) -> R
         writes: variables that they, and functions carried over unread, write to.
         pinned: variables that functions carried over unread use.
     """
+    views = list(views)
     reader = _Reader(writes, {("variable", id(variable)) for variable in pinned})
     for view in views:
         reader.read(view)
-    return reader.finish()
+    return replace(reader.finish(), notes=notes_on(views))
 
 
 @dataclass

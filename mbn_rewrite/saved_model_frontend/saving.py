@@ -73,7 +73,7 @@ def imported(new: Rewritten, interface: Interface | None, tensors: list[Any]) ->
             inputs[f"{name}:0"] = graph.capture(handle)
     body = type(new.graph_def)(versions=new.graph_def.versions, library=new.graph_def.library)
     body.node.extend(node for node in new.graph_def.node if f"{node.name}:0" not in inputs)
-    read = {source for node in body.node for source in _tensors(node)} | set(new.outputs)
+    read = {source for node in body.node for source in _tensors(node)}
     results = tf.graph_util.import_graph_def(
         body,
         input_map={name: tensor for name, tensor in inputs.items() if name in read},

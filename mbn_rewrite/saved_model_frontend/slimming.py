@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +59,28 @@ class Functions:
     Attributes:
         signatures: key -> the function.
         methods: "method" of the root object, or "attribute.method" of an object in it -> its
-            functions.
-        inner: how many functions belong to objects that Keras made or that are in lists.
+            functions; none for one that was never called.
+        contained: the attribute of a list, tuple or dict -> how many functions are in there.
+        inner: how many functions belong to other objects, such as those that Keras made.
     """
 
-    signatures: dict[str, str]
-    methods: dict[str, list[str]]
-    inner: int
+    signatures: dict[str, str] = field(default_factory=dict)
+    methods: dict[str, list[str]] = field(default_factory=dict)
+    contained: dict[str, int] = field(default_factory=dict)
+    inner: int = 0
+
+
+_CONTAINERS = {"trackable_list_wrapper", "trackable_dict_wrapper", "trackable_tuple_wrapper"}
 
 
 def functions_of(meta_graph: Any) -> Functions:
     """The functions of a TensorFlow 2 SavedModel."""
     nodes = meta_graph.object_graph_def.nodes
-    found = Functions({}, {}, 0)
+    found = Functions()
     seen: set[int] = set()
+    counted: set[str] = set()  # concrete functions
     pending: list[tuple[str, int]] = [("", 0)]
+    containers: list[tuple[str, int]] = []
     while pending:
         path, i = pending.pop(0)
         seen.add(i)
@@ -82,26 +89,61 @@ def functions_of(meta_graph: Any) -> Functions:
             kind = node.WhichOneof("kind")
             if kind == "function":
                 found.methods[name] = list(node.function.concrete_functions)
+                counted.update(found.methods[name])
+                seen.add(child.node_id)
             elif i == 0 and name == "signatures":
                 for signature in node.children:
                     inner = nodes[signature.node_id].bare_concrete_function
                     found.signatures[signature.local_name] = inner.concrete_function_name
+            elif kind != "user_object" or child.node_id in seen:
+                continue
+            elif node.user_object.identifier in _CONTAINERS:
+                containers.append((name, child.node_id))
             elif (
-                kind == "user_object"
-                and node.user_object.identifier == "_generic_user_object"
-                and child.node_id not in seen
+                node.user_object.identifier == "_generic_user_object"
                 and child.local_name.isidentifier()
                 and child.local_name != "keras_api"  # the same again, for Keras's own loading
             ):
                 pending.append((f"{name}.", child.node_id))
-    taken = {function for functions in found.methods.values() for function in functions}
+    for name, i in containers:  # last: what is in there may be an attribute too
+        functions = _contained(nodes, i, seen)
+        if functions:
+            found.contained[name] = len(functions)
+        for function in functions:
+            counted.update(function.concrete_functions)
+    resources = {
+        child.node_id
+        for node in nodes
+        if node.WhichOneof("kind") == "resource"  # carried over with what makes it
+        for child in node.children
+    }
     found.inner = sum(
         node.WhichOneof("kind") == "function"
-        and not taken.intersection(node.function.concrete_functions)
+        and i not in resources
+        and not counted.intersection(node.function.concrete_functions)
         and bool(node.function.concrete_functions)
-        for node in nodes
+        for i, node in enumerate(nodes)
     )
     return found
+
+
+def _contained(nodes: Any, container: int, seen: set[int]) -> list[Any]:
+    """The functions in a list, tuple or dict, and of the objects in there."""
+    functions = []
+    pending = [container]
+    while pending:
+        i = pending.pop()
+        if i in seen:
+            continue
+        seen.add(i)
+        kind = nodes[i].WhichOneof("kind")
+        if kind == "function":
+            functions.append(nodes[i].function)
+        elif kind == "user_object" and (
+            nodes[i].user_object.identifier in {*_CONTAINERS, "_generic_user_object"}
+        ):
+            pending += [child.node_id for child in nodes[i].children]
+    return functions
 
 
 def _slim(meta_graph: Any, wanted: set[str]) -> None:

@@ -127,10 +127,11 @@ class SavedModelDirectory:
             self._check_names(options.inputs)  # before measuring, which takes a while
             with set_up(options.way):
                 runner = self._runner(options)
-                self._plan = choose(self._reading.graph, runner, device(), options)
+                plan = choose(self._reading.graph, runner, device(), options)
         else:
-            self._plan = make_plan(self._reading.graph, mode)
-        self._plan = replace(self._plan, notes=(*self._plan.notes, *self._notes()))
+            plan = make_plan(self._reading.graph, mode)
+        notes = (*self._reading.notes, *plan.notes, *self._notes())
+        self._plan = replace(plan, notes=notes)
         return self._plan
 
     def _notes(self) -> list[str]:
