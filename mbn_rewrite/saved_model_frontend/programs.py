@@ -21,6 +21,7 @@ from mbn_rewrite.running import plain
 from mbn_rewrite.saved_model_frontend.saving import imported
 from mbn_rewrite.saved_model_frontend.views import View
 from mbn_rewrite.saved_model_frontend.writer import Rewritten
+from mbn_rewrite.saved_model_frontend.writes import writes_in
 
 _WIDE = tf.float32
 _NARROW = frozenset(tf.as_dtype(name).as_datatype_enum for name in NARROW)
@@ -80,9 +81,9 @@ class Program:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """In which variables may be written to without lasting effect."""
-        variables = [x for x in self.captures.values() if isinstance(x, tf.Variable)]
-        writes = any("Assign" in node.op or "Apply" in node.op for node in self.graph_def.node)
-        before = [(v, tf.identity(v)) for v in variables] if writes else []
+        variables = {n: x for n, x in self.captures.items() if isinstance(x, tf.Variable)}
+        written = {write.handle for write in writes_in(self.graph_def, variables)}
+        before = [(variables[name], tf.identity(variables[name])) for name in sorted(written)]
         try:
             yield
         finally:
@@ -112,8 +113,6 @@ def program_of(view: View, by_xla: bool = False) -> Program:
     graph_def.CopyFrom(view.graph_def)
     for node in graph_def.node:
         node.attr.pop("_class", None)  # wants to be placed with nodes that may be gone
-        if node.op in ("VariableV2", "Variable"):
-            _become_constant(node, view.value_in_graph(node.name))
     captures = {**view.captures, **view.variables}
     return Program(graph_def, view.arguments, captures, view.compiled or by_xla)
 
@@ -178,10 +177,3 @@ def _placeholder(name: str, dtype: Any) -> Any:
     node = node_def_pb2.NodeDef(name=name, op="Placeholder")
     node.attr["dtype"].type = dtype.as_datatype_enum
     return node
-
-
-def _become_constant(node: Any, value: Any) -> None:
-    node.op = "Const"
-    node.attr.clear()
-    node.attr["dtype"].type = tf.as_dtype(value.dtype).as_datatype_enum
-    node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))

@@ -168,7 +168,7 @@ def look_closer_at_served(
     sides = []
     for each in (called, served.called(name, exchange)):
         try:
-            view = view_of(name, each.function, original.value_in_graph)
+            view = view_of(name, each.function, original.variable_in_graph)
         except Exception:  # of a graph that cannot be read, which was carried over as it was
             return None
         sides.append(Side(view, each.inputs))
