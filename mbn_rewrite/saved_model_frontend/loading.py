@@ -233,6 +233,8 @@ def _methods_of(functions: Functions, left_out: dict[str, str]) -> list[str]:
     """The methods to carry over; notes those that are not."""
     if functions.inner:
         left_out[f"{functions.inner} functions of inner objects"] = "of layers and the like"
+    for name in functions.bare:
+        left_out[name] = "it is a single concrete function, which is no method"
     for name, number in functions.contained.items():
         left_out[f"{number} functions in {name}"] = "it is a list, tuple or dict"
     reasons = {name: _why_not(name, traces) for name, traces in functions.methods.items()}
@@ -282,7 +284,9 @@ def _why_not(path: str, traces: Sequence[str]) -> str:
         return "it is private"
     if not name:
         return "it has no name to be called by"
-    return "" if traces else "it was never called, so that there is no graph of it"
+    if not traces:
+        return "no graph of it is stored: it was never called, or with what cannot be stored"
+    return ""
 
 
 def attribute_of(root: Any, path: str) -> Any:

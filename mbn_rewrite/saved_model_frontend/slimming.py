@@ -60,12 +60,14 @@ class Functions:
         signatures: key -> the function.
         methods: "method" of the root object, or "attribute.method" of an object in it -> its
             functions; none for one that was never called.
+        bare: "attribute" of the root object, or of an object in it, that is one concrete function.
         contained: the attribute of a list, tuple or dict -> how many functions are in there.
         inner: how many functions belong to other objects, such as those that Keras made.
     """
 
     signatures: dict[str, str] = field(default_factory=dict)
     methods: dict[str, list[str]] = field(default_factory=dict)
+    bare: list[str] = field(default_factory=list)
     contained: dict[str, int] = field(default_factory=dict)
     inner: int = 0
 
@@ -91,6 +93,8 @@ def functions_of(meta_graph: Any) -> Functions:
                 found.methods[name] = list(node.function.concrete_functions)
                 counted.update(found.methods[name])
                 seen.add(child.node_id)
+            elif kind == "bare_concrete_function":
+                found.bare.append(name)
             elif i == 0 and name == "signatures":
                 for signature in node.children:
                     inner = nodes[signature.node_id].bare_concrete_function
