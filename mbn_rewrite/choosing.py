@@ -22,6 +22,7 @@ from mbn_rewrite.measuring import (
     CONFIDENCE,
     DEFAULT_BUDGET,
     LEAST_ROUNDS,
+    MEASURING,
     Measurement,
     Ratio,
     Timing,
@@ -80,7 +81,7 @@ def choose(graph: Graph, runner: Runner, device: str, options: Options) -> Plan:
         runs = _built(stack, plans, runner, options, start, notes)
         seconds: dict[str, list[float]] = {}
         while set(_NEEDED) <= set(runs) and not seconds:
-            options.progress(f"measuring {len(runs)} forms: {options.way}")
+            options.progress(f"{MEASURING} {len(runs)} forms: {options.way}")
             try:
                 seconds = race(runs, start + options.budget, stays=_NEEDED)
             except _Failed as failed:  # memory, or a device, may be gone half-way

@@ -68,9 +68,22 @@ class Ending:
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
-def step_to_json(line: str) -> str:
-    """A step that begins, as a message."""
-    return json.dumps({"step": line})
+@dataclass(frozen=True)
+class Step:
+    """A step of a job, which begins.
+
+    Attributes:
+        line: what is done.
+        planned: how many seconds it means to take; 0.0 where it ends by itself.
+    """
+
+    line: str
+    planned: float = 0.0
+
+
+def step_to_json(step: Step) -> str:
+    """A step, as a message."""
+    return json.dumps({"step": asdict(step)})
 
 
 def ending_to_json(ending: Ending) -> str:
@@ -78,10 +91,10 @@ def ending_to_json(ending: Ending) -> str:
     return json.dumps({"ending": asdict(ending)})
 
 
-def read_message(text: str | bytes) -> str | Ending:
+def read_message(text: str | bytes) -> Step | Ending:
     """A step or an ending; ValueError where it is neither."""
     read = json.loads(text)
     try:
-        return str(read["step"]) if "step" in read else Ending(**read["ending"])
+        return Step(**read["step"]) if "step" in read else Ending(**read["ending"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"no message: {text!r}") from error

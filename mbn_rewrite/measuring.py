@@ -25,6 +25,7 @@ from mbn_rewrite.report import table
 
 DEFAULT_BUDGET = 60.0  # seconds
 DTYPES = ("float16", "bfloat16")
+MEASURING = "measuring"  # how the step begins that takes the budget
 
 # Fewer values have no interval that holds their median with 95%: it is outside all six with a
 # chance of 2 / 2^6.

@@ -24,7 +24,7 @@ from typing import IO
 
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.interrupts import Interrupts
-from mbn_rewrite.job import UNEXPECTED, Ending, Job, read_message
+from mbn_rewrite.job import UNEXPECTED, Ending, Job, Step, read_message
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 # Neither the folder of a script nor the one that the user is in may hide modules.
@@ -44,7 +44,7 @@ class Limits:
     """How a job is watched over.
 
     Attributes:
-        seconds: what one step may take.
+        seconds: what one step may take, beside what it means to take.
         environment: variables of the process, beside those of this one.
         keep_open: files that the process has open for as long as it lives.
     """
@@ -122,7 +122,7 @@ class _Child:
             os.set_blocking(file, False)
         self._unread = b""
 
-    def messages(self) -> Iterator[str | Ending]:
+    def messages(self) -> Iterator[Step | Ending]:
         """The messages that have come, as far as they are whole."""
         self._unread += _read(self._channel, self.open)
         *lines, self._unread = self._unread.split(b"\n")
@@ -175,7 +175,8 @@ def _watched(
     seconds: float,
 ) -> Ending:
     doing, last = f"opening {job.source}", b""
-    deadline = time.monotonic() + seconds
+    limit = seconds
+    deadline = time.monotonic() + limit
     while True:
         _wait([interrupts, *child.open], min(_TICK, max(0.0, deadline - time.monotonic())))
         interrupts.awake()
@@ -188,16 +189,17 @@ def _watched(
             for message in child.messages():
                 if isinstance(message, Ending):
                     return _explained(message, doing)
-                step(message)
-                doing, deadline = message, time.monotonic() + seconds
+                step(message.line)
+                doing, limit = message.line, seconds + message.planned
+                deadline = time.monotonic() + limit
         except ValueError:
             code = 0  # it is no worker any more
         if code is not None:
             raise RewriteError(f"{_how(code, last)} while {doing}; nothing was written")
         if time.monotonic() > deadline:
             raise RewriteError(
-                f"{doing} took more than {seconds:g} seconds; nothing was written. If it needs "
-                "more, pass --timeout; it may also go on for ever"
+                f"{doing} took more than {limit:g} seconds; nothing was written. If it needs "
+                "more, pass --timeout=SECONDS; it may also go on for ever"
             )
 
 

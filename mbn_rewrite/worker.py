@@ -28,9 +28,11 @@ from mbn_rewrite.job import (
     UNEXPECTED,
     Ending,
     Job,
+    Step,
     ending_to_json,
     step_to_json,
 )
+from mbn_rewrite.measuring import DEFAULT_BUDGET, MEASURING
 from mbn_rewrite.report import as_wide_as
 
 
@@ -44,10 +46,18 @@ def main() -> None:
     def say(message: str) -> None:
         channel.sendall(f"{message}\n".encode())
 
-    ending = carry_out(job, lambda line: say(step_to_json(line)))
+    ending = carry_out(job, lambda line: say(step_to_json(Step(line, _planned(job, line)))))
     with suppress(Exception):  # whatever a model has made of it
         sys.stdout.flush()
     say(ending_to_json(ending))
+
+
+def _planned(job: Job, line: str) -> float:
+    """How long a step means to take: what measures takes the budget, whatever the model."""
+    if not line.startswith(MEASURING):
+        return 0.0
+    budget = job.options.get("budget")
+    return DEFAULT_BUDGET if budget is None else float(budget)
 
 
 def _end_with(channel: socket.socket) -> None:

@@ -41,8 +41,10 @@ if __name__ == "__main__":  # first of all: importing the rest takes a while
 
     def _end_at_once(number: int, _: object) -> None:
         how = b"" if number == signal.SIGINT else b" by " + signal.Signals(number).name.encode()
-        os.write(2, b"interrupted%s: nothing was written\n" % how)
-        os._exit(128 + number)
+        try:
+            os.write(2, b"interrupted%s: nothing was written\n" % how)
+        finally:
+            os._exit(128 + number)
 
     for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(_signal) is not signal.SIG_IGN:
@@ -52,6 +54,8 @@ if __name__ == "__main__":  # first of all: importing the rest takes a while
             os.fstat(_stream)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
 
 # The repository's own package comes first, so that the tool runs without installation.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -203,7 +207,6 @@ def _job(source: Path, destination: Path | None, folder: OwnFolder | None) -> Jo
         "dtype": FLAGS.dtype,
         "budget": FLAGS.budget,
     }
-    on_terminal = sys.stdout is not None and sys.stdout.isatty()
     return Job(
         str(source),
         str(destination or ""),
@@ -211,7 +214,7 @@ def _job(source: Path, destination: Path | None, folder: OwnFolder | None) -> Jo
         options,
         FLAGS.verify_inputs,
         tuple(FLAGS.import_modules),
-        shutil.get_terminal_size().columns if on_terminal else WITHOUT_TERMINAL,
+        shutil.get_terminal_size().columns if sys.stdout.isatty() else WITHOUT_TERMINAL,
         quiet_log=not FLAGS["verbosity"].present,
     )
 
@@ -219,11 +222,8 @@ def _job(source: Path, destination: Path | None, folder: OwnFolder | None) -> Jo
 def _supervised(
     job: Job, interrupts: Interrupts, temporary: OwnFolder, folder: OwnFolder | None
 ) -> Ending:
-    seconds = FLAGS.timeout or math.inf
-    if FLAGS.mode == "auto":
-        seconds += DEFAULT_BUDGET if FLAGS.budget is None else FLAGS.budget
     limits = Limits(
-        seconds,
+        FLAGS.timeout or math.inf,
         {
             "TMPDIR": str(temporary.path),
             "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
@@ -299,23 +299,20 @@ def _step(line: str) -> None:
 def _say(line: str) -> None:
     """Prints a line for people; whether somebody reads it makes no difference to what is done."""
     with suppress(OSError):
-        if sys.stderr is not None:
-            print(line, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 def _pass_on(printed: bytes) -> None:
     """What the process that works has printed."""
     with suppress(OSError):
-        if sys.stderr is not None:
-            sys.stderr.buffer.write(printed)
-            sys.stderr.flush()
+        sys.stderr.buffer.write(printed)
+        sys.stderr.flush()
 
 
 def _print(text: str, what: str) -> bool:
     """Prints the result; says so where it cannot."""
     try:
-        if sys.stdout is not None:
-            print(text, end="", flush=True)
+        print(text, end="", flush=True)
     except BrokenPipeError:
         pass  # who read it had read enough
     except OSError as error:
@@ -335,8 +332,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _end(code: int) -> NoReturn:
     """Ends the process, without what Python does at its end, where a signal would be lost."""
     with suppress(OSError):
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     os._exit(code)
 
 
@@ -346,9 +342,13 @@ def _as_process(argv: list[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app.run(_as_process, flags_parser=_parse_flags)
     except SystemExit as end:  # of --help, and wrong flags
         _end(end.code if isinstance(end.code, int) else EXIT_ERROR)
+    except BrokenPipeError:  # who read the help had read enough
+        _end(EXIT_ERROR)
+    except OSError as error:
+        _say(f"error: nothing can be printed: {cause_of(error)}")
+        _end(EXIT_ERROR)
