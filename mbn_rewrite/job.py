@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # How a job can end: as it should; refused for a reason, as RewriteError; verified and found wrong;
-# or by an error that nobody has thought of.
-DONE, REFUSED, DIFFERENT, UNEXPECTED = "done", "refused", "different", "unexpected"
+# for want of memory; or by an error that nobody has thought of.
+DONE, REFUSED, DIFFERENT = "done", "refused", "different"
+NO_MEMORY, UNEXPECTED = "no memory", "unexpected"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Ending:
     """How a job ended.
 
     Attributes:
-        how: DONE, REFUSED, DIFFERENT or UNEXPECTED.
+        how: DONE, REFUSED, DIFFERENT, NO_MEMORY or UNEXPECTED.
         message: what went wrong, in a sentence, or "".
         text: the report for people, or "" where there is none.
         report: the report in types that JSON knows, or {}.
@@ -74,11 +75,13 @@ class Step:
 
     Attributes:
         line: what is done.
-        planned: how many seconds it means to take; 0.0 where it ends by itself.
+        planned: how many seconds it may take whatever the model is.
+        shown: whether people are told.
     """
 
     line: str
     planned: float = 0.0
+    shown: bool = True
 
 
 def step_to_json(step: Step) -> str:

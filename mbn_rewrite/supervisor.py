@@ -24,7 +24,7 @@ from typing import IO
 
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.interrupts import Interrupts
-from mbn_rewrite.job import UNEXPECTED, Ending, Job, Step, read_message
+from mbn_rewrite.job import NO_MEMORY, UNEXPECTED, Ending, Job, Step, read_message
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 # Neither the folder of a script nor the one that the user is in may hide modules.
@@ -66,7 +66,7 @@ def supervised(
 
     Args:
         job: what to do.
-        step: called with a line when a step begins.
+        step: called with a line when a step begins that is shown.
         printed: called with whatever the process prints.
         interrupts: noted signals.
         limits: how long it may take, and what the process is given.
@@ -189,13 +189,15 @@ def _watched(
             for message in child.messages():
                 if isinstance(message, Ending):
                     return _explained(message, doing)
-                step(message.line)
+                if message.shown:
+                    step(message.line)
                 doing, limit = message.line, seconds + message.planned
                 deadline = time.monotonic() + limit
         except ValueError:
             code = 0  # it is no worker any more
         if code is not None:
-            raise RewriteError(f"{_how(code, last)} while {doing}; nothing was written")
+            advice = _NEEDS_MEMORY if code == -signal.SIGKILL else _MAY_BE_REPORTED
+            raise RewriteError(f"{_how(code, last)} while {doing}; nothing was written{advice}")
         if time.monotonic() > deadline:
             raise RewriteError(
                 f"{doing} took more than {limit:g} seconds; nothing was written. If it needs "
@@ -212,14 +214,27 @@ def _wait(files: Sequence[Interrupts | int], seconds: float) -> None:
 
 
 def _explained(ending: Ending, doing: str) -> Ending:
-    if ending.how != UNEXPECTED:
+    """An ending, with the step in which it came where that says more than the rest."""
+    if ending.how == NO_MEMORY:
+        message = f"there was not enough memory while {doing}; nothing was written{_NEEDS_MEMORY}"
+    elif ending.how == UNEXPECTED:
+        message = (
+            f"an unexpected error while {doing}: {ending.message}; nothing was written. Please "
+            "report this line, with the model if you can"
+        )
+    else:
         return ending
-    return Ending(
-        UNEXPECTED,
-        f"an unexpected error while {doing}: {ending.message}; nothing was written. Please report "
-        "this line, with the model if you can",
-    )
+    return Ending(ending.how, message)
 
+
+_MAY_BE_REPORTED = (
+    ". The file may be damaged, or ask for more memory than there is; otherwise please report this "
+    "line, with the model if you can"
+)
+_NEEDS_MEMORY = (
+    ". Try again on a machine with more, or give smaller examples (--verify_inputs) if the model "
+    "takes them"
+)
 
 # What ends processes most often.
 _SIGNALS: Mapping[int, str] = {

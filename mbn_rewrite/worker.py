@@ -24,6 +24,7 @@ from mbn_rewrite.errors import RewriteError, cause_of, is_out_of_memory
 from mbn_rewrite.job import (
     DIFFERENT,
     DONE,
+    NO_MEMORY,
     REFUSED,
     UNEXPECTED,
     Ending,
@@ -34,6 +35,9 @@ from mbn_rewrite.job import (
 )
 from mbn_rewrite.measuring import DEFAULT_BUDGET, MEASURING
 from mbn_rewrite.report import as_wide_as
+
+# It takes seconds, and on busy machines a minute, which says nothing of the model.
+_STARTING = Step("starting TensorFlow", planned=300.0, shown=False)
 
 
 def main() -> None:
@@ -46,18 +50,10 @@ def main() -> None:
     def say(message: str) -> None:
         channel.sendall(f"{message}\n".encode())
 
-    ending = carry_out(job, lambda line: say(step_to_json(Step(line, _planned(job, line)))))
+    ending = carry_out(job, lambda step: say(step_to_json(step)))
     with suppress(Exception):  # whatever a model has made of it
         sys.stdout.flush()
     say(ending_to_json(ending))
-
-
-def _planned(job: Job, line: str) -> float:
-    """How long a step means to take: what measures takes the budget, whatever the model."""
-    if not line.startswith(MEASURING):
-        return 0.0
-    budget = job.options.get("budget")
-    return DEFAULT_BUDGET if budget is None else float(budget)
 
 
 def _end_with(channel: socket.socket) -> None:
@@ -73,43 +69,52 @@ def _end_with(channel: socket.socket) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def carry_out(job: Job, say: Callable[[str], None]) -> Ending:
+def carry_out(job: Job, begin: Callable[[Step], None]) -> Ending:
     """Does a job.
 
     Args:
         job: what to do.
-        say: called with a line when a step begins.
+        begin: called when a step begins.
     """
     try:
         with as_wide_as(job.width):
-            return _carried_out(job, say)
+            return _carried_out(job, begin)
     except RewriteError as error:
         return Ending(REFUSED, _for_the_user(job, error))
     except BaseException as error:  # what a model raises, or what it calls to end the process
         if is_out_of_memory(error):
-            return Ending(REFUSED, "there is not enough memory")
+            return Ending(NO_MEMORY)
         return Ending(UNEXPECTED, _for_the_user(job, f"{type(error).__name__}: {_told(error)}"))
 
 
-def _carried_out(job: Job, say: Callable[[str], None]) -> Ending:
+def _carried_out(job: Job, begin: Callable[[Step], None]) -> Ending:
     from mbn_rewrite.exporter import VerificationError, check_paths, rewrite_saved_model
     from mbn_rewrite.quiet import import_tensorflow
 
     # What is wrong with files is said at once: TensorFlow takes seconds to load.
     check_paths(Path(job.source), None, trusted=job.options.get("trusted", False))
     inputs = _load_inputs(job.verify_inputs)
+    begin(_STARTING)
     import_tensorflow(job.quiet_log)
     _import(job.import_modules)
     how, message = DONE, ""
     try:
         report = rewrite_saved_model(
             job.source, job.folder, **job.options, inputs=inputs, dry_run=not job.folder,
-            progress=say,
+            progress=lambda line: begin(Step(line, _planned(job, line))),
         )  # fmt: skip
     except VerificationError as error:
         how, message, report = DIFFERENT, _for_the_user(job, error), error.report
     report = replace(report, destination=job.destination)
     return Ending(how, message, str(report), report.to_dict())
+
+
+def _planned(job: Job, line: str) -> float:
+    """How long a step takes whatever the model is: what measures takes the budget."""
+    if not line.startswith(MEASURING):
+        return 0.0
+    budget = job.options.get("budget")
+    return DEFAULT_BUDGET if budget is None else float(budget)
 
 
 def _for_the_user(job: Job, said: object) -> str:

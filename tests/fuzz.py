@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """Rewrites random models until stopped, and checks each against the original.
 
-    python tests/fuzz.py [--seconds=600] [--seed=1] [--keras=keras]
+    python tests/fuzz.py [--seconds=600] [--seed=1] [--keras=keras] [--target=kills]
 
 Prints the seed that it starts from. A failure prints the seed of its model and how to
 repeat it, and is counted; the fuzzer goes on. Exit code 1 if anything failed.
+
+Targets: "models" rewrites random models; "kills" ends the command-line tool by signals at
+random moments, and checks what it says and what it leaves.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+from collections.abc import Callable
+
 from absl import app, flags
 
 from mbn_rewrite.quiet import import_tensorflow
@@ -26,15 +31,36 @@ FLAGS = flags.FLAGS
 flags.DEFINE_float("seconds", float("inf"), "How long to go on; by default until Ctrl-C.")
 flags.DEFINE_integer("seed", None, "The seed of the first model; by default from the clock.")
 flags.DEFINE_enum("keras", "tf_keras", ["tf_keras", "keras"], "The Keras of the models.")
-flags.DEFINE_integer("models", 0, "Stop after this many models; 0 for no limit.")
+flags.DEFINE_integer("models", 0, "Stop after this many models, or kills; 0 for no limit.")
+flags.DEFINE_enum("target", "models", ["models", "kills"], "What to try.")
 
 
-def main(_: list[str]) -> int:
-    import_tensorflow()
+def _of_models() -> Callable[[int], None]:
     from tests import kerases
     from tests.checks import check_rewrite
     from tests.random_models import random_model
 
+    def check(seed: int) -> None:
+        try:
+            kerases.use(FLAGS.keras)
+            case = random_model(seed)
+            for mode in ("fold", "depthwise"):
+                check_rewrite(case.model, case.inputs, mode, compiled=case.needs_xla)
+        finally:
+            kerases.clear()
+
+    return check
+
+
+def _of_kills() -> Callable[[int], None]:
+    from tests.kills import Kills
+
+    return Kills().check
+
+
+def main(_: list[str]) -> int:
+    import_tensorflow()
+    check = {"models": _of_models, "kills": _of_kills}[FLAGS.target]()
     start = time.monotonic()
     first = FLAGS.seed if FLAGS.seed is not None else int(time.time())
     seed, failed = first, []
@@ -44,27 +70,25 @@ def main(_: list[str]) -> int:
             if FLAGS.models and seed - first >= FLAGS.models:
                 break
             try:
-                kerases.use(FLAGS.keras)
-                case = random_model(seed)
-                for mode in ("fold", "depthwise"):
-                    check_rewrite(case.model, case.inputs, mode, compiled=case.needs_xla)
+                check(seed)
             except Exception:
                 failed.append(seed)
                 traceback.print_exc()
                 print(
-                    f"FAILED: repeat with --seed={seed} --models=1 --keras={FLAGS.keras}",
+                    f"FAILED: repeat with --target={FLAGS.target} --seed={seed} --models=1 "
+                    f"--keras={FLAGS.keras}",
                     flush=True,
                 )
-            kerases.clear()
             seed += 1
             if (seed - first) % 50 == 0:
                 rate = (seed - first) / (time.monotonic() - start)
                 print(
-                    f"{seed - first} models, {rate:.1f} a second, {len(failed)} failed", flush=True
+                    f"{seed - first} {FLAGS.target}, {rate:.1f} a second, {len(failed)} failed",
+                    flush=True,
                 )
     except KeyboardInterrupt:
         print("stopped")
-    print(f"{seed - first} models from seed {first}, {len(failed)} failed: {failed}")
+    print(f"{seed - first} {FLAGS.target} from seed {first}, {len(failed)} failed: {failed}")
     return 1 if failed else 0
 
 

@@ -16,6 +16,7 @@ from mbn_rewrite.interrupts import Interrupted, Interrupts
 from mbn_rewrite.job import (
     DIFFERENT,
     DONE,
+    NO_MEMORY,
     UNEXPECTED,
     Ending,
     Job,
@@ -68,7 +69,7 @@ ENDED = saying(ending_to_json(Ending(DONE, text="all is well", report={"ok": Tru
 
 def test_steps_and_the_ending_arrive_and_what_is_printed_is_passed_on():
     watched = Watched(
-        saying(begins("loading"), begins("writing"))
+        saying(begins("loading"), step_to_json(Step("quietly", shown=False)), begins("writing"))
         + "print('printed', flush=True); print('told', file=sys.stderr)\n"
         + ENDED
     )
@@ -110,6 +111,12 @@ def test_an_unexpected_error_says_in_which_step_and_what_to_report():
     assert "nothing was written" in message
     assert "report this line" in message
     assert "\n" not in message
+
+
+def test_want_of_memory_says_in_which_step_and_what_to_do():
+    watched = Watched(saying(begins("planning"), ending_to_json(Ending(NO_MEMORY))))
+    assert "not enough memory while planning; nothing was written" in watched.run().message
+    assert "a machine with more" in watched.run().message
 
 
 CRASHES = {

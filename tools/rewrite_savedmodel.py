@@ -73,7 +73,7 @@ from absl import app, flags
 from mbn_rewrite import output_dir
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.interrupts import Interrupted, Interrupts
-from mbn_rewrite.job import DIFFERENT, DONE, Ending, Job
+from mbn_rewrite.job import DIFFERENT, DONE, Ending, Job, Step
 from mbn_rewrite.measuring import DEFAULT_BUDGET, DTYPES
 from mbn_rewrite.modes import MODES, TRAINING_MODES
 from mbn_rewrite.output_dir import OwnFolder
@@ -149,9 +149,8 @@ flags.DEFINE_bool("quiet", False, "Print errors only.")
 EXIT_ERROR, EXIT_DIFFERENT = 1, 3
 
 
-# What does a job in place of a process of its own; it is given a function to call when a step
-# begins.
-CarryOut = Callable[[Job, Callable[[str], None]], Ending]
+# What does a job in place of a process of its own; see `worker.carry_out`.
+CarryOut = Callable[[Job, Callable[[Step], None]], Ending]
 
 
 def main(argv: list[str], interrupts: Interrupts, carry_out: CarryOut | None = None) -> int:
@@ -180,6 +179,8 @@ def _run(paths: list[str], interrupts: Interrupts, carry_out: CarryOut | None) -
     if destination:
         output_dir.check_destination(source, destination, FLAGS.overwrite)
     with ExitStack() as stack:
+        # What a run that was killed just now had in use when this one began.
+        stack.callback(output_dir.clean_up, *places)
         temporary = stack.enter_context(output_dir.temporary_folder())
         folder = None
         if destination:
@@ -188,7 +189,7 @@ def _run(paths: list[str], interrupts: Interrupts, carry_out: CarryOut | None) -
         if carry_out is None:
             ending = _supervised(job, interrupts, temporary, folder)
         else:
-            ending = carry_out(job, _step)
+            ending = carry_out(job, lambda step: _begin(step.line) if step.shown else None)
         interrupts.check()
         if folder and destination and ending.how == DONE:
             output_dir.put_in_place(folder, destination, FLAGS.overwrite)
@@ -230,7 +231,7 @@ def _supervised(
         },
         keep_open=[own.fileno() for own in (temporary, folder) if own],
     )
-    return supervised(job, _step, _pass_on, interrupts, limits)
+    return supervised(job, _begin, _pass_on, interrupts, limits)
 
 
 def _ended(ending: Ending, destination: Path | None, interrupts: Interrupts) -> int:
@@ -291,7 +292,7 @@ def _write_report(report: Mapping[str, Any], what: str) -> bool:
 # ------------------------------------------------------------------------ what is printed
 
 
-def _step(line: str) -> None:
+def _begin(line: str) -> None:
     if not FLAGS.quiet:
         _say(f"{line} ...")
 
