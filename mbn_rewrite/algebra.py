@@ -239,6 +239,12 @@ class Window:
         read = read + np.arange(self.size) * self.dilation
         return ((read >= 0) & (read < positions)).astype(np.float64)
 
+    def pads(self, positions: int | None) -> bool:
+        """Whether padding is read beside so many positions; None where they are not known."""
+        if self.padding == (0, 0) or (self.padding == "same" and self.size == 1):
+            return False
+        return positions is None or not self.reads(positions).all()
+
 
 @dataclass(frozen=True)
 class Border:

@@ -59,6 +59,9 @@ class Opaque(Op):
     why: str = "is no operation that a per-channel scale and shift can move through"
 
 
+SPREADS = "adds up another number of inputs for one output than for the next"
+
+
 @dataclass(frozen=True)
 class Linear(Op):
     """A convolution or matrix product, perhaps with a bias and a fused activation.
@@ -69,8 +72,8 @@ class Linear(Op):
         in_axis: the axis of the input that holds the input channels, or None where they
             lie on several.
         out_axis: the axis of the output that holds the output channels.
-        pads: whether zeros are read around the input, so that a constant input does not
-            give a constant output.
+        pads: whether a constant input does not give a constant output, most often because
+            zeros are read around it.
         activation: "linear", "homogeneous" (see `PositivelyHomogeneous`) or "other".
         windows: of a convolution that can add a border map: how it reads each axis of
             positions. No part of what tells calls apart: the planner compares them where
@@ -78,6 +81,7 @@ class Linear(Op):
         bias_doubt: why a bias of its own might not be added per channel, as a phrase that
             completes "<layer> ...", or "". A layer that stands for it then adds the bias. No part
             of what tells calls apart either.
+        uneven: why a constant input does not, where `pads`, as such a phrase.
     """
 
     kernels: tuple[Kernel, ...]
@@ -88,6 +92,7 @@ class Linear(Op):
     activation: str = "linear"
     windows: tuple[Window, ...] = field(default=(), compare=False)
     bias_doubt: str = field(default="", compare=False)
+    uneven: str = field(default="pads its input with zeros", compare=False)
 
     @property
     def chains(self) -> tuple[Chain, ...]:

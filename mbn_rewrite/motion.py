@@ -115,7 +115,7 @@ def _into_inputs(op: Linear, m: ChannelMap, shapes: Shapes, position: int) -> Ou
     """
     if m.axis != op.in_axis:
         return Blocked(f"does not have its input channels on axis {m.axis} alone")
-    blocked = _unless(m, "pads its input with zeros", no_shift=True) if op.pads else None
+    blocked = _unless(m, op.uneven, no_shift=True) if op.pads else None
     return replace(blocked, border=bool(op.windows)) if blocked else Absorb()
 
 

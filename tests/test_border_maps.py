@@ -192,7 +192,7 @@ def _explicit_padding():
 
 KEPT = {
     "open_sizes": (_open_sizes, "pads its input with zeros and its sizes are open"),
-    "transposed": (_transposed, "pads its input with zeros, which a shift cannot pass"),
+    "transposed": (_transposed, "another number of inputs for one output than for the next"),
     "shared_on_two_sizes": (_shared_on_two_sizes, "inputs of different sizes"),
     "output": (_output, "is an output of the model"),
     "other_consumer": (_other_consumer, "is a tanh activation"),

@@ -98,6 +98,9 @@ class Keras3(Dialect):
             return is_complete and type(layer).call is keras.Sequential.call
         return isinstance(layer, Functional) and type(layer).call is Functional.call
 
+    def has_calls_on_record(self, layer: Any) -> bool:
+        return isinstance(layer, (Functional, keras.Sequential))
+
     def is_made_alike(self, kind: type) -> bool:
         if issubclass(kind, keras.Sequential):
             return kind.__init__ is keras.Sequential.__init__  # type: ignore[misc]

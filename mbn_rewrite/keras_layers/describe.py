@@ -7,7 +7,7 @@ anything, so it is opaque. Each describer takes a `Call` and says what that call
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from mbn_rewrite import layouts
 from mbn_rewrite.algebra import ChannelMap, Kernel, Window
 from mbn_rewrite.graph import (
+    SPREADS,
     Affine,
     BatchNorm,
     Chain,
@@ -221,11 +222,19 @@ def _linear(
     return Linear(kernels, None, in_axis, out_axis, pads, kind, windows, doubt)
 
 
-def _windows(call: Call) -> tuple[Window, ...]:
-    """How a convolution reads each axis of positions; () where no border map can be added."""
-    layer = call.layer
-    if isinstance(layer.activation, call.keras.layers.Layer):
-        return ()  # it is part of the convolution, and what is added has to come before it
+def _convolution(call: Call, kernels: tuple[Kernel, ...]) -> Op:
+    """A convolution of these kernels, the first of which reads more than one position."""
+    layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
+    windows = _windows(layer)
+    sizes = [size for i, size in enumerate(call.inputs[0]) if i != axis][-len(windows) :]
+    pads = any(window.pads(size) for window, size in zip(windows, sizes, strict=True))
+    # A layer as activation is part of the convolution, and a border map has to come before it.
+    bordered = not isinstance(layer.activation, call.keras.layers.Layer)
+    return _linear(call, kernels, axis, axis, pads, windows if bordered else ())
+
+
+def _windows(layer: Any) -> tuple[Window, ...]:
+    """How a convolution reads each axis of positions."""
     return tuple(
         Window(int(size), int(stride), int(dilation), _padding(layer.padding, size, dilation))
         for size, stride, dilation in zip(
@@ -238,17 +247,8 @@ def _padding(padding: str, size: int, dilation: int) -> tuple[int, int] | str:
     return "same" if padding == "same" else ((size - 1) * dilation * (padding == "causal"), 0)
 
 
-def _reads_padding(layer: Any) -> bool:
-    reach = [
-        (size - 1) * step for size, step in zip(layer.kernel_size, layer.dilation_rate, strict=True)
-    ]
-    return layer.padding != "valid" and any(reach)
-
-
 def _conv(call: Call) -> Op:
-    layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
-    kernel = layouts.conv("kernel", layer.kernel.shape, layer.groups)
-    return _linear(call, (kernel,), axis, axis, _reads_padding(layer), _windows(call))
+    return _convolution(call, (layouts.conv("kernel", call.layer.kernel.shape, call.layer.groups),))
 
 
 def _conv_transpose(call: Call) -> Op:
@@ -257,23 +257,22 @@ def _conv_transpose(call: Call) -> Op:
     # A constant input gives a constant output only if each output reads one input by the
     # same weights.
     uneven = any(size != 1 for size in (*layer.kernel_size, *layer.strides))
-    return _linear(call, (kernel,), axis, axis, uneven)
+    op = _linear(call, (kernel,), axis, axis, uneven)
+    return replace(op, uneven=SPREADS) if isinstance(op, Linear) else op
 
 
 def _depthwise_conv(call: Call) -> Op:
-    layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
     name = call.keras.depthwise_kernel
-    kernel = layouts.depthwise(name, getattr(layer, name).shape)
-    return _linear(call, (kernel,), axis, axis, _reads_padding(layer), _windows(call))
+    return _convolution(call, (layouts.depthwise(name, getattr(call.layer, name).shape),))
 
 
 def _separable_conv(call: Call) -> Op:
-    layer, axis = call.layer, _channel_axis(call.layer, len(call.inputs[0]))
+    layer = call.layer
     kernels = (
         layouts.depthwise("depthwise_kernel", layer.depthwise_kernel.shape),
         layouts.conv("pointwise_kernel", layer.pointwise_kernel.shape),
     )
-    return _linear(call, kernels, axis, axis, _reads_padding(layer), _windows(call))
+    return _convolution(call, kernels)
 
 
 def _dense(call: Call) -> Op:

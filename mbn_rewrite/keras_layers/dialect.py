@@ -111,6 +111,10 @@ class Dialect(ABC):
         """Whether this is a model whose calls Keras has on record, and that does only these."""
 
     @abstractmethod
+    def has_calls_on_record(self, layer: Any) -> bool:
+        """Whether this is a Functional or Sequential model, perhaps with a `call` of its own."""
+
+    @abstractmethod
     def is_made_alike(self, kind: type) -> bool:
         """Whether a class of models is made as the Functional or Sequential models of Keras."""
 

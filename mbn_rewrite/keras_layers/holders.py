@@ -29,8 +29,11 @@ class Place:
 
 def held(layer: Any, keras: Dialect) -> Iterator[tuple[Place, Any]]:
     """The layers that a layer holds in its attributes, with their places."""
+    # What a Functional model with a `call` of its own keeps of the calls on record is private.
+    calls_itself = keras.has_calls_on_record(layer) and not keras.is_visible(layer)
+    private = ("_",) if calls_itself else keras.private
     for attribute, value in list(vars(layer).items()):
-        if not attribute.startswith(keras.private):
+        if not attribute.startswith(private):
             for keys, inner in _layers_in(value, (), keras.layers.Layer):
                 yield Place(attribute, keys), inner
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from mbn_rewrite.graph import BatchNorm, Graph, HiddenBatchNorm, Input, Node, Value
 from mbn_rewrite.keras_layers import weights
-from mbn_rewrite.keras_layers.copying import check_call, check_copy, label
+from mbn_rewrite.keras_layers.copying import check_call, check_copy, label, parts
 from mbn_rewrite.keras_layers.describe import Call, batch_norm, describe, is_batch_norm
 from mbn_rewrite.keras_layers.dialect import Dialect, Record
 from mbn_rewrite.keras_layers.holders import held
@@ -218,12 +218,17 @@ class _Reader:
 
     def account_for_the_rest(self, model: Any) -> None:
         """Lists the BatchNormalizations that are nowhere to be found, so that none is lost."""
-        self._account_for(model._flatten_layers(include_self=False, recursive=True), "")
+        for part in parts(model):
+            direct = part._flatten_layers(include_self=False, recursive=False)
+            self._account_for(direct, label(part))
 
     def _account_for(self, modules: Iterable[Any], who: str) -> None:
         for layer in modules:
             if is_batch_norm(layer, self.keras) and id(layer) not in self.owners:
-                why = "it is held where it cannot be exchanged"
+                why = (
+                    f"{who} holds it where it cannot be exchanged; held in an attribute of its "
+                    "own, or in a list, tuple or dictionary in one, and called from there, it could"
+                )
                 op = BatchNorm(None, why, special=why)
                 self._add_hidden(layer, "", who, op)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import tensorflow as tf
 from mbn_rewrite import layouts
 from mbn_rewrite.algebra import Kernel, Window
 from mbn_rewrite.graph import (
+    SPREADS,
     Affine,
     ChannelPreserving,
     Concat,
@@ -199,13 +200,11 @@ def _bias_after(
     return op.outputs[0], weight, (*between, op), place
 
 
-def _reads_padding(site: Site, window: tuple[int, ...]) -> bool:
-    padding = site.attribute("padding")
-    if padding == b"EXPLICIT":
-        return any(site.attribute("explicit_paddings"))
-    steps = _along_positions(site, "dilations", len(window))
-    reach = [(size - 1) * step for size, step in zip(window, steps, strict=True)]
-    return bool(padding != b"VALID" and any(reach))
+def _pads(site: Site, windows: tuple[Window, ...]) -> bool:
+    """Whether a convolution reads padding of what it is given."""
+    first = 2 if site.channels_first else 1
+    sizes = (site.shape(0) or [None] * (len(windows) + 2))[first : first + len(windows)]
+    return any(window.pads(size) for window, size in zip(windows, sizes, strict=True))
 
 
 def _along_positions(site: Site, name: str, axes: int) -> list[int]:
@@ -237,7 +236,8 @@ def _conv(site: Site) -> Answer:
     if not shape or inputs is None:
         return Opaque("has a kernel of unknown shape")
     groups = inputs // shape[-2]
-    pads, windows = _reads_padding(site, shape[:-2]), _windows(site, shape[:-2])
+    windows = _windows(site, shape[:-2])
+    pads = _pads(site, windows)
     return _linear(
         site, 0, 1, lambda s: layouts.conv("kernel", s, groups), axis, axis, pads, windows
     )  # fmt: skip
@@ -247,7 +247,8 @@ def _depthwise_conv(site: Site) -> Answer:
     shape, axis = site.kernel_shape, site.channel_axis
     if not shape:
         return Opaque("has a kernel of unknown shape")
-    pads, windows = _reads_padding(site, shape[:-2]), _windows(site, shape[:-2])
+    windows = _windows(site, shape[:-2])
+    pads = _pads(site, windows)
     return _linear(
         site, 0, 1, lambda s: layouts.depthwise("kernel", s), axis, axis, pads, windows
     )  # fmt: skip
@@ -262,7 +263,12 @@ def _conv_transpose(site: Site) -> Answer:
     # A constant input gives a constant output only if each output reads one input by the
     # same weights.
     uneven = any(size != 1 for size in (*shape[:-2], *site.attribute("strides")))
-    return _linear(site, 2, 1, lambda s: layouts.conv_transpose("kernel", s), axis, axis, uneven)
+    answer = _linear(
+        site, 2, 1, lambda s: layouts.conv_transpose("kernel", s), axis, axis, uneven
+    )  # fmt: skip
+    if isinstance(answer, Described) and isinstance(answer.op, Linear):
+        return replace(answer, op=replace(answer.op, uneven=SPREADS))
+    return answer
 
 
 def _matmul(site: Site) -> Answer:

@@ -94,6 +94,9 @@ class TfKeras(Dialect):
             and type(layer).call in (Functional.call, Sequential.call)
         )
 
+    def has_calls_on_record(self, layer: Any) -> bool:
+        return isinstance(layer, Functional)
+
     def is_made_alike(self, kind: type) -> bool:
         if issubclass(kind, Sequential):
             return kind.__init__ is Sequential.__init__  # type: ignore[misc]
