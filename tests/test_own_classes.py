@@ -308,6 +308,25 @@ def test_an_exchanged_call_is_refused(each_keras):
             function(model, "fold")
 
 
+def test_what_convert_refuses_plan_refuses(each_keras):
+    class Unmade(K.Layer):
+        def __init__(self, units, **kwargs):
+            super().__init__(**kwargs)
+            self.units = units
+
+        def get_config(self):
+            return {"name": self.name}
+
+        def call(self, x):
+            return x * self.units
+
+    x = K.Input((8,))
+    model = Model(x, K.Dense(2)(K.BatchNormalization()(Unmade(3)(x))))
+    for function in (mbn.plan, mbn.convert):
+        with pytest.raises(RewriteError, match="missing 1 required positional argument: 'units'"):
+            function(model, "fold")
+
+
 # --------------------------------------------------------------------------------- files
 
 
@@ -340,7 +359,7 @@ def test_what_its_configuration_cannot_make_is_not_saved(nested, suffix, own, ea
         x = K.Input((8, 8, 3))
         model = Model(x, K.Dense(2)(model(x)))
     (note,) = mbn.plan(model, "fold").notes
-    assert "saving it as .keras or .h5 raises an error" in note
+    assert "so that saving it as .keras or .h5 raises an error" in note
     new = mbn.convert(model, "fold")
     with pytest.raises(RewriteError, match=r"'detector' has no configuration.*save_weights"):
         new.save(tmp_path / f"new{suffix}")

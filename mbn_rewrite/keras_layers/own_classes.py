@@ -299,4 +299,4 @@ def _dicts(value: Any) -> Iterator[dict[Any, Any]]:
 def _is_configuration(value: dict[Any, Any]) -> bool:
     """Whether a dictionary is how Keras writes down a layer or model."""
     inner = value.get("config")
-    return "class_name" in value and isinstance(inner, dict) and "name" in inner
+    return "class_name" in value and isinstance(inner, dict) and "trainable" in inner
