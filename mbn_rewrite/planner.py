@@ -104,12 +104,17 @@ def _plan_training(graph: Graph, mode: str, stride: Any) -> Plan:
     ] + [(hidden.owner, hidden.op, None) for hidden in graph.hidden]
     _check_names(stride, [owner for owner, _, _ in sites])
     holders = {hidden.owner: hidden.holder for hidden in graph.hidden}
+    unsampled: dict[str, str] = {}  # at any call
+    for owner, op, shape in sites:
+        why = op.special or _unsampled_axis(op.axis, shape)
+        if why:
+            unsampled.setdefault(owner, why)
     for owner, op, shape in sites:
         if owner in decisions:
             continue
         wanted = strides.for_layer(stride, owner)
-        why = op.special or _unsampled_axis(op.axis, shape)
-        if why:
+        if owner in unsampled:
+            why = unsampled[owner]
             decisions[owner] = Decision(owner, "kept", reason=f"{_capitalised(why)}.")
             continue
         sampled[owner] = Sampled(wanted, depthwise=mode == "mbn")

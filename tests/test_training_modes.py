@@ -353,7 +353,56 @@ def test_kept_with_a_reason():
     assert reasons["special"][0] == reasons["middle"][0] == "kept"
     assert "class of its own" in reasons["special"][1]
     assert "neither 1 nor the last" in reasons["middle"][1]
-    assert reasons["training"][0] == "strided"
+    assert reasons["training"][0] == "kept"
+    assert "called with training=True" in reasons["training"][1]
+
+
+def _by_the_batch(x):
+    return K.BatchNormalization(name="bn")(x, training=True)
+
+
+def _frozen(x):
+    return K.BatchNormalization(name="bn", trainable=False)(x, training=True)
+
+
+def _once_by_the_batch(x):
+    norm = K.BatchNormalization(name="bn")
+    return norm(K.ReLU()(norm(x)), training=True)
+
+
+def _in_a_model(x):
+    inner = K.Input(x.shape[1:])
+    model = Model(inner, K.BatchNormalization(name="bn")(inner), name="inner")
+    return model(x, training=True)
+
+
+def _held(x):
+    return K.TimeDistributed(K.BatchNormalization(name="bn"), name="held")(x, training=True)
+
+
+@pytest.mark.parametrize("mode", ["strided", "mbn"])
+@pytest.mark.parametrize(
+    ("build", "action"),
+    [
+        (_by_the_batch, "kept"),
+        (_once_by_the_batch, "kept"),
+        (_in_a_model, "kept"),
+        (_held, "kept"),
+        (_frozen, ""),
+    ],
+)
+def test_what_normalises_by_the_batch_at_inference_goes_on_to(build, action, mode, rng):
+    x = K.Input((16, 16, 3))
+    model = Model(x, build(x))
+    randomise(model, rng)
+    new, plan = mbn.convert_with_plan(model, mode, stride=2)
+    (decision,) = plan.decisions
+    assert decision.action == (action or mode)
+    if action == "kept":
+        assert "statistics of a sample would give other outputs" in decision.reason
+    data = images(rng)
+    expected = np.asarray(model(data))
+    np.testing.assert_allclose(expected, np.asarray(new(data)), rtol=1e-5, atol=1e-5)
 
 
 def test_plan_is_data(model):

@@ -108,9 +108,10 @@ def batch_norm(
     if special:
         return BatchNorm(None, special, special=special)
     axis = keras.axis_of(layer)
-    in_training = _in_training(layer, training)
-    if in_training:
-        return BatchNorm(None, in_training, axis=axis)
+    if training and layer.trainable:
+        return BatchNorm(None, _BY_THE_BATCH, special=_BY_THE_BATCH_NOT_A_SAMPLE, axis=axis)
+    if training is None and layer.trainable:
+        return BatchNorm(None, "whether it trains is decided when the model is called", axis=axis)
     channels = layer.moving_mean.shape
     gamma, beta = affine_weights(layer, keras)
     parameters = (
@@ -167,14 +168,11 @@ def _special(layer: Any, keras: Dialect) -> str:
     return keras.unfit(layer)
 
 
-def _in_training(layer: Any, training: bool | None) -> str:
-    """Why a call does not normalise by the moving statistics, or ""."""
-    # A frozen layer uses its moving statistics even when called with training=True.
-    if training and layer.trainable:
-        return "it is called with training=True, so it normalises by the batch it is given"
-    if training is None and layer.trainable:
-        return "whether it trains is decided when the model is called"
-    return ""
+# Of layers that are not frozen: a frozen one uses its moving statistics all the same.
+_BY_THE_BATCH = "it is called with training=True, so it normalises by the batch it is given"
+_BY_THE_BATCH_NOT_A_SAMPLE = (
+    f"{_BY_THE_BATCH}, at inference too, where statistics of a sample would give other outputs"
+)
 
 
 # ------------------------------------------------------------------------ linear layers
