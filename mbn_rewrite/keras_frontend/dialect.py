@@ -182,9 +182,15 @@ class Keras3(Dialect):
             return _without_what_init_does_not_take(type(layer), config)
         return config
 
-    def scope(self, classes: dict[str, type]) -> AbstractContextManager[Any]:
+    def without_functions(self, config: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(config.get("function"), dict):
+            return config
+        left = {key: config[key] for key in config if key not in ("output_shape", "mask")}
+        return {**left, "function": keras.saving.serialize_keras_object(self.linear)}
+
+    def scope(self, objects: dict[str, Any]) -> AbstractContextManager[Any]:
         scope = ExitStack()
-        scope.enter_context(keras.saving.CustomObjectScope(classes))
+        scope.enter_context(keras.saving.CustomObjectScope(objects))
         # Whatever code the model holds is running already.
         scope.enter_context(SafeModeScope(safe_mode=False))
         return scope

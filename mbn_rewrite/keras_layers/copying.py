@@ -2,7 +2,8 @@
 
 A configuration names functions and classes, and a name can stand for something else where
 it is looked up. So functions, initializers, regularizers and constraints are taken over from
-the original layer itself, and classes are looked up among those that the layer holds.
+the original layer itself, and classes are looked up among those that the layer holds. What a
+layer keeps for its configuration alone is made to agree with what it does.
 Weights are matched layer by layer inside a layer: the order of `layer.weights` depends on
 what is frozen.
 """
@@ -23,6 +24,15 @@ _FUNCTIONS = ("activation", "recurrent_activation")
 _LEFT_OUT = ("bin_boundaries", "use_cudnn")
 _OBJECTS = ("_regularizer", "_constraint")
 _INITIALIZER = "_initializer"
+_OF_LAMBDA = (
+    "function",
+    "mask",
+    "_output_shape",
+    "_fn_expects_training_arg",
+    "_fn_expects_mask_arg",
+)
+# Under which keys configurations hold those of other layers.
+_HELD = ("layer", "backward_layer", "cell", "cells")
 _PACKAGES = ("tf_keras", "keras")
 
 
@@ -60,9 +70,9 @@ def from_config(layer: Any, config: dict[str, Any], keras: Dialect, kind: Any = 
     """
     check_call(layer, keras)
     if is_stock(type(layer)):
-        config = _without_objects(config)
+        config = _without_objects(config, keras)
     try:
-        with keras.scope(own_classes(layer)):
+        with keras.scope({**_own_functions(layer), **own_classes(layer)}):
             new = (kind or type(layer)).from_config(config)
     except RewriteError:
         raise
@@ -142,6 +152,7 @@ def copy_weights(old: Any, new: Any, keras: Dialect) -> None:
     for source, target in [*pairs, *_zipped(old, *rest)]:
         keras.assign(target, source)
     for part in parts(new):
+        keras.settle(part)
         if isinstance(part, keras.layers.Normalization):
             part.finalize_state()  # its mean and variance are computed from its weights
 
@@ -197,7 +208,22 @@ def own_classes(layer: Any) -> dict[str, type]:
     return classes
 
 
-def _without_objects(config: dict[str, Any]) -> dict[str, Any]:
+def _own_functions(layer: Any) -> dict[str, Any]:
+    """The functions, and the classes of objects, that configurations of a layer name.
+
+    Of two of one name it is the last; `_take_over` brings the right one in the end.
+    """
+    found: dict[str, Any] = {}
+    for part in parts(layer):
+        for name, value in vars(part).items():
+            is_one = name in (*_FUNCTIONS, *_OF_LAMBDA) or name.endswith((*_OBJECTS, _INITIALIZER))
+            named = value if hasattr(value, "__name__") else type(value)
+            if is_one and callable(value) and not is_stock(named):
+                found[named.__name__] = named
+    return found
+
+
+def _without_objects(config: dict[str, Any], keras: Dialect) -> dict[str, Any]:
     """A stock layer's configuration with placeholders for what `_take_over` brings."""
     result = dict(config)
     for key, value in config.items():
@@ -208,13 +234,23 @@ def _without_objects(config: dict[str, Any]) -> dict[str, Any]:
             result[key] = None
         elif key.endswith(_INITIALIZER) and value is not None:
             result[key] = "zeros"  # all weights are set anyway
-        elif key in ("layer", "backward_layer") and isinstance(value, dict):
-            module = str(value.get("module", "")).partition(".")[0]
-            if module in _PACKAGES and isinstance(value.get("config"), dict):
-                result[key] = {**value, "config": _without_objects(value["config"])}
-                # Not to be built before it has its own regularizers and constraints.
-                result[key].pop("build_config", None)
-    return result
+        elif key in _HELD:
+            result[key] = _held_without_objects(value, keras)
+    return keras.without_functions(result)
+
+
+def _held_without_objects(value: Any, keras: Dialect) -> Any:
+    """The same for what configurations hold: those of other layers, and lists of them."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_held_without_objects(item, keras) for item in value)
+    config = value.get("config") if isinstance(value, dict) else None
+    if not isinstance(config, dict) or "layers" in config:
+        return value  # a model calls its layers as soon as it is made, so they must be complete
+    if str(value.get("module", "")).partition(".")[0] not in _PACKAGES:
+        return value
+    # Not to be built before it has its own regularizers and constraints.
+    kept = {key: item for key, item in value.items() if key != "build_config"}
+    return {**kept, "config": _without_objects(config, keras)}
 
 
 def _describes_a_layer(value: Any) -> bool:
@@ -227,10 +263,17 @@ def _take_over(old: Any, new: Any, keras: Dialect) -> None:
     """Gives a copy the very functions and objects of the original."""
     names = [name for name in vars(old) if name in _FUNCTIONS or name.endswith(_OBJECTS)]
     if isinstance(old, keras.layers.Lambda):
-        names.append("function")
+        names += _OF_LAMBDA
     names += [name for name in _LEFT_OUT if name in vars(old)]
     _take_over_attributes(old, new, names, keras)
     new._supports_masking = old._supports_masking
+
+
+def agree(kept: Any, layer: Any, keras: Dialect) -> None:
+    """Gives a layer that is kept for its configuration alone the objects of what works by it."""
+    for part, other in zip(parts(kept), parts(layer), strict=True):
+        _take_over(other, part, keras)
+        take_over_initializers(other, part, keras)
 
 
 def take_over_initializers(old: Any, new: Any, keras: Dialect) -> None:

@@ -192,8 +192,8 @@ class Dialect(ABC):
         return layer.get_config()
 
     @abstractmethod
-    def scope(self, classes: dict[str, type]) -> AbstractContextManager[Any]:
-        """In which layers are made from configurations that name these classes."""
+    def scope(self, objects: dict[str, Any]) -> AbstractContextManager[Any]:
+        """In which layers are made from configurations that name these classes and functions."""
 
     @abstractmethod
     def rename(self, layer: Any, name: str) -> None:
@@ -206,6 +206,13 @@ class Dialect(ABC):
     def copy_of_operation(self, operation: Any) -> Any:
         """A copy of something that is called in a model and is no layer."""
         raise NotImplementedError  # where all that is called is a layer
+
+    def without_functions(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A stock layer's configuration without functions that only this Keras has in it."""
+        return config
+
+    def settle(self, layer: Any) -> None:  # noqa: B027  (where nothing is kept so)
+        """Has what a copy keeps for its configuration alone agree with what it does."""
 
     @abstractmethod
     def build_alike(self, old: Any, new: Any) -> None:

@@ -307,6 +307,8 @@ class Writer(ABC):
         """Sets a new layer's weights to those of the old with the edit folded in."""
         copy_weights(old, new, self.keras)
         _drop_what_was_meant_for_old_weights(new)
+        for part in parts(new):
+            self.keras.settle(part)
         for kernels, bias in edit.op.chains:
             prefix = kernels[0].name.rpartition(".")[0]
             path = f"{prefix}." if prefix else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -20,8 +20,10 @@ from tf_keras.src.layers.core.tf_op_layer import (
 )
 from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
 from tf_keras.src.saving.legacy.saved_model.utils import in_tf_saved_model_scope
+from tf_keras.src.saving.serialization_lib import SafeModeScope
 
 from mbn_rewrite.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
+from mbn_rewrite.keras_layers.copying import agree
 from mbn_rewrite.keras_layers.describe import Call, layer_table
 from mbn_rewrite.keras_layers.dialect import Dialect, Record
 from mbn_rewrite.tf_keras_frontend.layers import BorderedConvolution, ScaleAndShift
@@ -163,8 +165,12 @@ class TfKeras(Dialect):
             config["axis"] = [axis - 1 for axis in layer.axis]
         return config
 
-    def scope(self, classes: dict[str, type]) -> AbstractContextManager[Any]:
-        return tf_keras.utils.custom_object_scope(classes)
+    def scope(self, objects: dict[str, Any]) -> AbstractContextManager[Any]:
+        scope = ExitStack()
+        scope.enter_context(tf_keras.utils.custom_object_scope(objects))
+        # Whatever code the model holds is running already.
+        scope.enter_context(SafeModeScope(safe_mode=False))
+        return scope
 
     def rename(self, layer: Any, name: str) -> None:
         layer._name = name
@@ -195,6 +201,15 @@ class TfKeras(Dialect):
     def copy_of_variable(self, variable: Any) -> Any:
         name = variable.name.partition(":")[0]
         return tf.Variable(variable, trainable=variable.trainable, name=name)
+
+    def settle(self, layer: Any) -> None:
+        if not isinstance(layer, tf_keras.layers.Bidirectional):
+            return
+        agree(layer.layer, layer.forward_layer, self)
+        kept = getattr(layer, "_backward_layer_config", None)
+        if kept is not None:
+            config = {**self.config_of(layer.backward_layer), "name": kept["config"]["name"]}
+            layer._backward_layer_config = {**kept, "config": config}
 
     def own_variables(self, layer: Any) -> list[Any]:
         return _variables([*layer._trainable_weights, *layer._non_trainable_weights])
