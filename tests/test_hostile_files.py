@@ -325,6 +325,47 @@ def test_how_the_whole_model_was_compiled_is_not_loaded(originals, tmp_path):
         assert opened(edited(originals[package, "keras"], edit, tmp_path), package).built
 
 
+# --------------------------------------------------------------------------- wiring
+
+
+def lost_call(config):
+    config["config"]["layers"][1]["inbound_nodes"] = []
+
+
+def circle(config):
+    text = json.dumps(config["config"]["layers"][2]["inbound_nodes"])
+    nodes = json.loads(text.replace('"dense"', '"bn"'))
+    config["config"]["layers"][2]["inbound_nodes"] = nodes
+
+
+@pytest.mark.parametrize("kind", ["keras", "h5"])
+@pytest.mark.parametrize("package", KERASES)
+@pytest.mark.parametrize("edit", [lost_call, circle])
+def test_layers_that_wait_for_ever_are_told(edit, package, kind, originals, tmp_path):
+    path = edited(originals[package, kind], edit, tmp_path)
+    with pytest.raises(RewriteError, match="what layer 'bn' is called with is missing"):
+        files.check(path, trusted=True)
+
+
+@pytest.mark.parametrize("package", KERASES)
+def test_any_order_of_layers_is_taken(package, originals, tmp_path):
+    path = edited(
+        originals[package, "keras"], lambda config: config["config"]["layers"].reverse(), tmp_path
+    )
+    assert opened(path, package).built
+
+
+@pytest.mark.parametrize("package", KERASES)
+def test_shared_layers_and_models_are_wired(package, tmp_path):
+    layers, model = KERASES[package].layers, KERASES[package].Model
+    x = layers.Input((4,))
+    dense, other, inner = layers.Dense(4), layers.Dense(4), layers.Input((4,))
+    block = model(inner, layers.Add()([dense(inner), dense(dense(inner))]))
+    y = layers.Concatenate()([block(other(x)), block(block(x))])
+    model(x, [y, other(other(x))]).save(tmp_path / "m.keras")
+    assert opened(tmp_path / "m.keras", package).count_params() == 40
+
+
 # ---------------------------------------------------------------------------- bombs
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from mbn_rewrite import limits, other_formats
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.keras_layers import trust
+from mbn_rewrite.keras_layers import trust, wiring
 
 
 def check(source: Path, trusted: bool) -> None:
@@ -38,6 +38,11 @@ def check(source: Path, trusted: bool) -> None:
     config, _ = _config_of(source)
     if not trusted:
         trust.check(source, [config])
+    if lost := wiring.never_called(config):
+        raise RewriteError(
+            f"{source} is damaged: what layer '{lost[0]}' is called with is missing, or depends on "
+            "the layer itself"
+        )
 
 
 def package_of(source: Path) -> str:
