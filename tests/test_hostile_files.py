@@ -282,6 +282,13 @@ def test_data_is_not_taken_for_code(build, package, kind, tmp_path):
     assert opened(path, package).count_params() >= 0
 
 
+@pytest.mark.parametrize("kind", ["keras", "h5"])
+@pytest.mark.parametrize("package", KERASES)
+def test_initializers_may_be_named_as_old_files_do(package, kind, originals, tmp_path):
+    edit = of_dense(bias_initializer={"class_name": "Constant", "config": {"value": 0.5}})
+    assert opened(edited(originals[package, kind], edit, tmp_path), package).built
+
+
 def test_functions_of_tensorflow_that_compute_are_called(tmp_path):
     x = tf_keras.layers.Input((4, 4))
     y = tf.nn.relu(tf.concat([x, tf.abs(x)], -1))[:, 1:]

@@ -432,10 +432,15 @@ def _kinds(keras: Any) -> tuple[type, ...]:
 
 
 def _is_a_value(cls: type) -> bool:
-    """Whether a class is one of those that describe tensors and features, and only hold values."""
+    """Whether a class describes tensors, features or first values, and only holds numbers.
+
+    Old files name initializers without a module, which may be those of TensorFlow.
+    """
     if cls.__module__.endswith(".feature_space"):
         return True
-    return any(base.__name__ in ("TypeSpec", "FeatureColumn") for base in cls.__mro__)
+    of_tensorflow = cls.__module__.startswith("tensorflow.")
+    names = ("TypeSpec", "FeatureColumn", *(("Initializer",) if of_tensorflow else ()))
+    return any(base.__name__ in names for base in cls.__mro__)
 
 
 def _computes(function: types.FunctionType) -> bool:
