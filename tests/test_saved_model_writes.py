@@ -123,14 +123,9 @@ def over_a_data_set(v, new):
 WAYS = {
     "whole": (lambda v, new: v.assign(new), "AssignVariableOp"),
     "slices": (lambda v, new: v[1:3].assign(new[1:3]), "ResourceStridedSliceAssign"),
-    "steps": (lambda v, new: v[::2].assign(new[:2]), "ResourceStridedSliceAssign"),
     "indices": (
         lambda v, new: v.scatter_update(tf.IndexedSlices(new[:2], [2, 0])),
         "ResourceScatterUpdate",
-    ),
-    "minimum": (
-        lambda v, new: v.scatter_min(tf.IndexedSlices(new[:2] * 0.1, [0, 3])),
-        "ResourceScatterMin",
     ),
     "points": (
         lambda v, new: v.scatter_nd_add([[0], [2]], new[:2]),
@@ -426,9 +421,7 @@ V1_WAYS = {
     "assign": v1.assign,
     "assign_sub": lambda v, new: v1.assign_sub(v, 0.03 * new),
     "scatter_add": lambda v, new: v1.scatter_add(v, [0, 2], new[:2]),
-    "scatter_update": lambda v, new: v1.scatter_update(v, [3, 1], new[:2]),
     "scatter_nd_update": lambda v, new: v1.scatter_nd_update(v, [[0], [3]], new[:2]),
-    "scatter_div": lambda v, new: v1.scatter_div(v, [0], new[:1]),
     "slices": lambda v, new: v[1:3].assign(new[1:3]),
     "optimiser": applied("ApplyGradientDescent", alpha=-0.5),
     "after_a_write": after_a_write,
