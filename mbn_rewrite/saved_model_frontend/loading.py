@@ -234,7 +234,8 @@ def _methods_of(functions: Functions, left_out: dict[str, str]) -> list[str]:
     if functions.inner:
         left_out[f"{functions.inner} functions of inner objects"] = "of layers and the like"
     for name in functions.bare:
-        left_out[name] = "it is a single concrete function, which is no method"
+        why = _why_not(name, [name])
+        left_out[name] = why or "it is a single concrete function, which is no method"
     for name, number in functions.contained.items():
         left_out[f"{number} functions in {name}"] = "it is a list, tuple or dict"
     reasons = {name: _why_not(name, traces) for name, traces in functions.methods.items()}
