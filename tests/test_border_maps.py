@@ -75,7 +75,7 @@ CONVOLUTIONS = {
     "conv2d": (IMAGE, lambda **k: K.Conv2D(5, 3, padding="same", **k)),
     "conv2d_even": (IMAGE, lambda **k: K.Conv2D(5, (2, 4), padding="same", **k)),
     "conv2d_strided": (IMAGE, lambda **k: K.Conv2D(5, 3, 2, padding="same", **k)),
-    "conv2d_steps_over": (IMAGE, lambda **k: K.Conv2D(5, (3, 1), 4, padding="same", **k)),
+    "conv2d_steps_over": (IMAGE, lambda **k: K.Conv2D(5, (3, 1), 3, padding="same", **k)),
     "conv2d_one_output": (IMAGE, lambda **k: K.Conv2D(5, 9, 8, padding="same", **k)),
     "conv2d_dilated": (IMAGE, lambda **k: K.Conv2D(5, 3, padding="same", dilation_rate=2, **k)),
     "conv2d_groups": (IMAGE, lambda **k: K.Conv2D(6, 3, groups=2, padding="same", **k)),
