@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -26,7 +27,10 @@ SIGNALS = (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.S
 
 
 class Kills:
-    """A small SavedModel to rewrite, over and over, and how long that takes undisturbed."""
+    """A small SavedModel to rewrite, over and over.
+
+    Most of the time goes by before the first step, so that moments are drawn step by step.
+    """
 
     def __init__(self) -> None:
         self._work = tempfile.TemporaryDirectory()
@@ -40,9 +44,7 @@ class Kills:
         model = tf_keras.Model(x, K.ReLU()(K.BatchNormalization()(K.Conv2D(4, 3)(x))))
         randomise(model, np.random.default_rng(0))
         model.save(self._source, save_format="tf")
-        start = time.monotonic()
-        self._started().communicate()
-        self._seconds = time.monotonic() - start
+        self._seconds = self._undisturbed()
         assert content_of(self._out), "the tool fails undisturbed"
 
     def check(self, seed: int) -> None:
@@ -56,14 +58,33 @@ class Kills:
         process = self._started(f"--overwrite={overwrite}")
         # Before that it is the interpreter that starts, and no program of ours.
         wait_for(lambda: process.poll() is not None or heeds(process.pid, signal.SIGTERM))
-        moment = rng.uniform(0, 1.05 * self._seconds)
+        step = rng.randrange(len(self._seconds))
+        seen = [process.stderr.readline() for _ in range(step)]
+        moment = rng.uniform(0, 1.1 * self._seconds[step])
         time.sleep(moment)
         process.send_signal(number)
-        out, err = process.communicate()
-        what = f"{number.name} after {moment:.2f} s: exit {process.returncode}, {out!r}, {err!r}"
-        print(f"seed {seed}: {what[:60]} ... {err[-40:]!r}", flush=True)
+        out, rest = process.communicate()
+        err = "".join([*seen, rest])
+        when = f"{moment:.2f} s after line {step}"
+        what = f"{number.name} {when}: exit {process.returncode}, {out!r}, {err!r}"
+        last = err.rstrip().split("\n")[-1]
+        print(
+            f"seed {seed}: {number.name} {when}, overwrite={overwrite}: exit {process.returncode}, "
+            f"{last}",
+            flush=True,
+        )
         self._check_said(process.returncode, number, err, before, what)
         self._check_left(number, before, what)
+
+    def _undisturbed(self) -> list[float]:
+        """How many seconds go by before each line that is printed, and before the end."""
+        times = [time.monotonic()]
+        process = self._started()
+        while process.stderr.readline():
+            times.append(time.monotonic())
+        process.communicate()
+        times.append(time.monotonic())
+        return [after - before for before, after in itertools.pairwise(times)]
 
     def _started(self, *flags: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
