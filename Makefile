@@ -15,7 +15,8 @@ help:
 	@echo "make test       the whole test suite"
 	@echo "make lint       linter, formatter check and type checker"
 	@echo "make format     format the code"
-	@echo "make fuzz       random models until stopped; SECONDS=600 SEED=1 to bound and repeat"
+	@echo "make fuzz       random models until stopped; SECONDS=600 SEED=1 to bound and repeat;"
+	@echo "                TARGET=kills ends the command-line tool at random moments"
 	@echo "make coverage   BatchNormalization left in well-known networks, as a table"
 	@echo "make benchmark  cost of planning and converting, SavedModels, and training layers"
 	@echo "make clean      remove the environment and all that was fetched or built"
@@ -44,7 +45,8 @@ format: $(READY)
 	$(BIN)/ruff format
 
 fuzz: $(READY)
-	$(BIN)/python tests/fuzz.py $(if $(SECONDS),--seconds=$(SECONDS)) $(if $(SEED),--seed=$(SEED))
+	$(BIN)/python tests/fuzz.py $(if $(SECONDS),--seconds=$(SECONDS)) $(if $(SEED),--seed=$(SEED)) \
+	  $(if $(TARGET),--target=$(TARGET))
 
 coverage: $(READY)
 	$(BIN)/python benchmarks/coverage.py

@@ -168,6 +168,9 @@ def rewrite_saved_model(
 ) -> Report:
     """Rewrites a model on disk and writes it as SavedModel, verified.
 
+    All of it happens in this process, so that a model that does not end, or crashes, takes it
+    along. The command-line tool has it done by a process of its own, with a time limit.
+
     Args:
         source: any SavedModel, or a .h5, .hdf5 or .keras file of tf_keras
             or Keras 3.
