@@ -167,8 +167,10 @@ def sent(process, number, after="writing ...\n"):
     return process.returncode, *said
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("number", "overwrite"),
+    [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, False)],
+)
 def test_a_signal_while_it_works(number, overwrite, place):
     if overwrite:
         (place / "out").mkdir()
@@ -180,7 +182,7 @@ def test_a_signal_while_it_works(number, overwrite, place):
     assert not overwrite or content_of(place / "out") == "old"
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_output_is_in_its_place(number, place):
     """Nobody reads what is printed, so that it waits; what was written is said all the same."""
     process = started(place, "write(); end(text='x' * 1_000_000)", "--report=r.json", "in", "out")
@@ -197,7 +199,7 @@ def test_a_signal_after_the_output_is_in_its_place(number, place):
     assert left(place) == ["out", "r.json"]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_first_moments(number, place):
     """While modules are imported, of which one is made to wait."""
     package = place / "modules" / "absl"
@@ -237,8 +239,7 @@ def children_of(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes are listed on Linux")
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_the_run_after_one_that_was_killed_leaves_nothing(overwrite, place):
+def test_the_run_after_one_that_was_killed_leaves_nothing(place):
     process = started(place, "import tempfile; tempfile.mkdtemp(); write(); time.sleep(600)")
     assert process.stderr.readline() == "writing ...\n"
     (worker,) = children_of(process)
@@ -249,7 +250,7 @@ def test_the_run_after_one_that_was_killed_leaves_nothing(overwrite, place):
     assert len(left(place)) == 3
     os.kill(worker, signal.SIGKILL)
     process.communicate()
-    assert run(place, WORKS, f"--overwrite={overwrite}", "in", "out")[0] == 0
+    assert run(place, WORKS)[0] == 0
     assert left(place) == ["meanwhile", "out"]
 
 
@@ -328,9 +329,8 @@ LARGE = "write(); end(text='line\\n' * 100_000)"
         ("2>&1 | true; exit ${PIPESTATUS[0]}", 0, ""),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("work", ["few", "many"])
-def test_streams_that_nobody_reads(redirections, code, said, work, place):
-    work = {"few": WORKS, "many": LARGE}[work]
+def test_streams_that_nobody_reads(redirections, code, said, place):
+    work = LARGE if "|" in redirections else WORKS  # more than a pipe holds
     got, _, err = shell(place, redirections, work)
     assert (got, err) == (code, said)
     assert content_of(place / "out") == "new"
@@ -338,9 +338,7 @@ def test_streams_that_nobody_reads(redirections, code, said, work, place):
     assert left(place) == ["out", "r.json"]
 
 
-@pytest.mark.parametrize(
-    "redirections", [">&-", "2>&-", "2>/dev/full", "2>&1 | true; exit ${PIPESTATUS[0]}"]
-)
+@pytest.mark.parametrize("redirections", ["2>&-", "2>/dev/full"])
 def test_errors_that_nobody_reads(redirections, place):
     assert shell(place, redirections, "write(); end('different')")[0] == 3
     assert shell(place, redirections, "os.abort()")[0] == 1
@@ -350,7 +348,7 @@ def test_errors_that_nobody_reads(redirections, place):
 
 def test_help_that_nobody_reads(place):
     assert "Exit codes" in shell(place, "", flags="--help")[1]
-    for redirections in ("| head -1", "| true", ">&-", ">/dev/full"):
+    for redirections in ("| true", ">/dev/full"):
         assert "Exit codes" not in "".join(shell(place, redirections, flags="--help")[1:])
 
 
