@@ -75,14 +75,11 @@ SHAPES = {1: (3, 6), 2: (3, 5, 6), 3: (3, 2, 4, 6)}
 LAYERS = {
     "Conv1D": lambda: (1, K.Conv1D(6, 3, **FREE)),
     "Conv2D": lambda: (2, K.Conv2D(6, 3, **FREE)),
-    "relu": lambda: (2, K.Conv2D(6, 1, **FREE)),
     "strided": lambda: (2, K.Conv2D(3, 3, 2, **FREE)),
     "Conv3D": lambda: (3, K.Conv3D(6, 3, **FREE)),
     "DepthwiseConv1D": lambda: (1, K.DepthwiseConv1D(3, depth_multiplier=2, **FREE)),
     "DepthwiseConv2D": lambda: (2, K.DepthwiseConv2D(3, depth_multiplier=2, **FREE)),
-    "SeparableConv1D": lambda: (1, K.SeparableConv1D(6, 3, **FREE)),
     "SeparableConv2D": lambda: (2, K.SeparableConv2D(6, 3, **FREE)),
-    "Conv1DTranspose": lambda: (1, K.Conv1DTranspose(12, 3, 2, **FREE)),
     "Conv2DTranspose": lambda: (2, K.Conv2DTranspose(6, 3, **FREE)),
     "Conv3DTranspose": lambda: (3, K.Conv3DTranspose(6, 3, **FREE)),
 }
@@ -204,7 +201,6 @@ def test_flags_and_a_second_conversion(rng):
 
 BIASED = {
     "Conv1D": ((3, 6), K.Conv1D),
-    "Conv2D": ((3, 5, 6), K.Conv2D),
     "transpose": ((3, 5, 6), K.Conv2DTranspose),
     "separable": ((3, 5, 6), K.SeparableConv2D),
     "open": ((3, None, None), K.Conv2D),
