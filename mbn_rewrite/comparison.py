@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.front_ends import front_end_of
+from mbn_rewrite.front_ends import FrontEnd, front_end_of
+from mbn_rewrite.made_up import Made, tried
 
 # The largest error, relative to the output's largest magnitude, that rounding explains.
 # About 2000 units in the last place for the wide types; 10 and 6 for the narrow ones, whose
@@ -117,7 +118,9 @@ def verify(
         new: the rewritten one, with the same inputs and outputs.
         inputs: what to call both with. By default random values for inputs of the shapes
             and dtypes of the model's: normally distributed floats (pixels from 0 to 255
-            where the model rescales them), integers that its embeddings have rows for.
+            where the model rescales them), integers that its embeddings have rows for, with
+            zeros, ends of ranges and, where the model masks steps, sequences of several
+            lengths among them. Where the original gives NaN for those, they are milder.
         tolerance: the largest relative error to accept; by default the one of `TOLERANCES`
             for the narrowest dtype that the model computes in, or what rounding explains
             where that is more.
@@ -131,10 +134,46 @@ def verify(
             called with them.
     """
     front_end = front_end_of(model)
-    if inputs is None:
-        inputs = front_end.random_inputs(model, seed)
+    inputs, expected = outputs_of_original(front_end, model, inputs, seed)
+    return compared_with(front_end, model, new, inputs, expected, tolerance)
+
+
+def outputs_of_original(
+    front_end: FrontEnd, model: Any, inputs: Any = None, seed: int = 0, pictures: int = 2
+) -> tuple[Any, list[np.ndarray]]:
+    """What a model is called with, made up where nothing is given, and all that it gives.
+
+    Made-up inputs hold what is rare, unless the model gives NaN for that; see `made_up.MANNERS`.
+
+    Args:
+        front_end, model, inputs, seed: as for `verify`.
+        pictures: how many examples are made up where one is as large as a picture.
+
+    Raises:
+        RewriteError: inputs cannot be made up, or the model cannot be called with them.
+    """
+    if inputs is not None:
+        return inputs, front_end.outputs_of(model, inputs, "the original")
+
+    def call(made: Made) -> tuple[Any, list[np.ndarray]]:
+        inputs = front_end.random_inputs(model, seed, made)
+        return inputs, front_end.outputs_of(model, inputs, "the original")
+
+    way = replace(front_end.made_for(model), pictures=pictures)
+    return tried([way], call, lambda found: found[1])
+
+
+def compared_with(
+    front_end: FrontEnd,
+    model: Any,
+    new: Any,
+    inputs: Any,
+    expected: Sequence[np.ndarray],
+    tolerance: float | None = None,
+) -> Comparison:
+    """Compares a rewritten model with what the original gives for some inputs; see `verify`."""
     return judged(
-        front_end.outputs_of(model, inputs, "the original"),
+        expected,
         front_end_of(new).outputs_of(new, inputs, "the rewritten model"),
         tolerance_for(front_end.compute_dtypes(model)) if tolerance is None else tolerance,
         lambda plain: front_end.closer_look(model, new, inputs, plain, tolerance is None),

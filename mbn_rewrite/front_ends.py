@@ -14,6 +14,7 @@ import numpy as np
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.graph import Graph
+from mbn_rewrite.made_up import Made
 from mbn_rewrite.measuring import Way
 
 if TYPE_CHECKING:  # which imports this module
@@ -41,8 +42,14 @@ class FrontEnd(Protocol):
     def write(self, model: Any, reading: Any, plan: Plan) -> Any:
         """A copy of the model with the plan carried out."""
 
-    def random_inputs(self, model: Any, seed: int, batch: int | None = None) -> Any:
-        """Inputs of the model's shapes and dtypes, in the structure that it takes."""
+    def made_for(self, model: Any, batch: int | None = None) -> Made:
+        """How inputs that suit the model are made up."""
+
+    def random_inputs(self, model: Any, seed: int = 0, made: Made | None = None) -> Any:
+        """Inputs of the model's shapes and dtypes, in the structure that it takes.
+
+        RewriteError: they cannot be made up.
+        """
 
     def inputs_of_batch(self, model: Any, inputs: Any, batch: int) -> Any:
         """Inputs with so many examples: made up, or of those that are given."""

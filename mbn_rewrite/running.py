@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, cast
 
@@ -53,15 +54,26 @@ def called(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.nda
     try:
         with _full_products():
             return _run(function, inputs)
-    except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
-        if tf.config.get_visible_devices("GPU"):
-            raise uncallable(who, error) from error
-        try:
-            return compiled(function, inputs, who)
-        except RewriteError:
-            raise uncallable(who, error) from error
     except Exception as error:
-        raise uncallable(who, error) from error
+        failed = uncallable(who, error)
+        failed.__cause__ = error
+        if xla_may_run(failed):
+            with suppress(RewriteError):
+                return compiled(function, inputs, who)
+        raise failed from error
+
+
+def xla_may_run(error: RewriteError) -> bool:
+    """Whether XLA might run what could not be called otherwise: no kernel takes its layout.
+
+    Not where inputs are refused: XLA would not look at them.
+    """
+    cause = error.__cause__
+    lacking = isinstance(cause, tf.errors.UnimplementedError) or (
+        isinstance(cause, tf.errors.InvalidArgumentError)
+        and re.search(r"support|implement|N[CDHW]{3,4}\b", str(cause))
+    )
+    return bool(lacking) and not tf.config.get_visible_devices("GPU")
 
 
 def compiled(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:

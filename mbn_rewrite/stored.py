@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,8 +65,12 @@ class StoredModel(Protocol):
         """The functions that are carried over as they were, and why."""
 
     @property
-    def unverifiable(self) -> Mapping[str, str]:
-        """The signatures whose outputs cannot be compared, and why."""
+    def names(self) -> Sequence[str]:
+        """The signatures and methods that are carried over."""
+
+    @property
+    def unverifiable(self) -> dict[str, str]:
+        """The signatures and methods that are not to be run and compared, and why."""
 
     @property
     def dtypes(self) -> set[str]:

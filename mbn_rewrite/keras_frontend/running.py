@@ -14,7 +14,14 @@ from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.keras_frontend.dialect import KERAS_3, functional_of
 from mbn_rewrite.keras_layers import running as shared
 from mbn_rewrite.keras_layers.copying import parts
-from mbn_rewrite.made_up import GIVE_REAL_ONES, of_batch, random_array, uncallable
+from mbn_rewrite.made_up import (
+    GIVE_REAL_ONES,
+    Made,
+    of_batch,
+    random_array,
+    uncallable,
+    with_batch,
+)
 from mbn_rewrite.measuring import Way, processor
 
 
@@ -23,22 +30,30 @@ def compute_dtypes(model: Any) -> set[str]:
     return shared.compute_dtypes(model, keras)
 
 
-def random_inputs(model: Any, seed: int = 0, batch: int | None = None) -> Any:
+def made_for(model: Any, batch: int | None = None) -> Made:
+    """How inputs for a model are made up."""
+    return shared.made_for(model, keras, batch)
+
+
+def random_inputs(model: Any, seed: int = 0, made: Made | None = None) -> Any:
     """Random inputs in the structure in which the model takes them.
 
     Raises:
         RewriteError: the model takes text, or it is not known what it takes.
     """
     rng = np.random.default_rng(seed)
-    made = shared.made_for(model, keras, batch)
+    taken = _taken_by(model)
+    way = with_batch(
+        made or made_for(model), [tuple(s.shape) for s in keras.tree.flatten(taken) if s.shape]
+    )
 
     def made_up(spec: Any) -> Any:
         if getattr(spec, "sparse", False):
             raise RewriteError(f"cannot make up inputs that are not dense. {GIVE_REAL_ONES}")
-        array = random_array(tuple(spec.shape), str(spec.dtype), rng, made)
+        array = random_array(tuple(spec.shape), str(spec.dtype), rng, way)
         return keras.ops.convert_to_tensor(array, spec.dtype)
 
-    return keras.tree.map_structure(made_up, _taken_by(model))
+    return keras.tree.map_structure(made_up, taken)
 
 
 def _taken_by(model: Any) -> Any:
@@ -74,7 +89,7 @@ def outputs_of(model: Any, inputs: Any, who: str = "the model") -> list[np.ndarr
 def inputs_of_batch(model: Any, inputs: Any, batch: int) -> Any:
     """Inputs with so many examples: made up, or of those that are given."""
     if inputs is None:
-        return random_inputs(model, batch=batch)
+        return random_inputs(model, made=made_for(model, batch))
     size = batch if shared.takes_any_batch(model) else None
     return keras.tree.map_structure(
         lambda array: keras.ops.convert_to_tensor(

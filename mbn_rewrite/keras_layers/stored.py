@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.choosing import Options, plan_in_memory
+from mbn_rewrite.comparison import outputs_of_original
 from mbn_rewrite.decisions import Plan
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.front_ends import FrontEnd
@@ -40,7 +41,8 @@ class KerasFile(ABC):
         self._new: Any = None  # the model with the plan carried out, if that was made already
         self.left_out: Mapping[str, str] = {}
         self.as_it_was: Mapping[str, str] = {}
-        self.unverifiable: Mapping[str, str] = {}
+        self.unverifiable: dict[str, str] = {}
+        self.names = [SERVING]
 
     @abstractmethod
     def save(self, model: Any, directory: Path) -> None:
@@ -79,11 +81,10 @@ class KerasFile(ABC):
         return self._plan
 
     def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:
-        if inputs is None:
-            structure = self._front_end.random_inputs(self.model, 0)
-        else:
-            structure = self.structured(inputs)
-        arrays = self._front_end.outputs_of(self.model, structure, "the original")
+        if SERVING in self.unverifiable:
+            return {}
+        given = None if inputs is None else self.structured(inputs)
+        structure, arrays = outputs_of_original(self._front_end, self.model, given)
         outputs = dict(zip(self.output_names(len(arrays)), arrays, strict=True))
         return {SERVING: Exchange(self.by_name(structure), outputs)}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,26 @@ import numpy as np
 import tensorflow as tf
 
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.made_up import Made, is_open, of_batch
-from mbn_rewrite.running import as_specified, called, compiled, plain, random_tensor
-from mbn_rewrite.saved_model_frontend.loading import Entry, Interface, attribute_of
+from mbn_rewrite.made_up import (
+    PLAIN,
+    WITH_EDGES,
+    Made,
+    is_open,
+    nans,
+    of_batch,
+    tried,
+    with_batch,
+)
+from mbn_rewrite.running import (
+    as_specified,
+    called,
+    compiled,
+    plain,
+    random_tensor,
+    xla_may_run,
+)
+from mbn_rewrite.saved_model_frontend.loading import Entry, Interface, Loaded, attribute_of
+from mbn_rewrite.saved_model_frontend.texts import Text, texts_for
 from mbn_rewrite.saved_model_frontend.views import View, source_of
 from mbn_rewrite.stored import Exchange
 
@@ -67,7 +86,34 @@ def exchange(
             }
         inputs = {key: as_specified(key, given[key], spec) for key, spec in specs.items()}
         return exchanged(function, inputs, who)
-    return _first_that_fits(specs, view, lambda inputs: exchanged(function, inputs, who), batch)
+
+    def call(inputs: dict[str, Any], by_xla: bool) -> Exchange:
+        return exchanged(function, inputs, who, by_xla)
+
+    try:
+        found = _first_that_fits(specs, view, call, batch)
+    except RewriteError as error:
+        raise RewriteError(f"{error}. {_how_to_give(name, specs)}") from error
+    if any(array.size and nans([array]) == array.size for array in _outputs(found)):
+        raise RewriteError(
+            f"{who} gives NaN for made-up inputs, so nothing could be compared. "
+            f"{_how_to_give(name, specs)}"
+        )
+    return found
+
+
+def _how_to_give(name: str, specs: Mapping[str, Any]) -> str:
+    """How to give inputs for a signature, or do without."""
+    takes = ", ".join(
+        f"'{name}/{key}' ({spec.dtype.name}, shape {spec.shape})" for key, spec in specs.items()
+    )
+    key = f"{name}/{next(iter(specs), 'x')}"
+    return (
+        f"Signature '{name}' takes {takes}: save real ones with "
+        f"numpy.savez('inputs.npz', **{{'{key}': ...}}) and pass --verify_inputs=inputs.npz "
+        f"(inputs={{'{key}': ...}} in Python), or carry it over unverified with "
+        f"--unverified={name} (unverified=['{name}'])"
+    )
 
 
 def method_exchange(
@@ -90,10 +136,10 @@ def method_exchange(
         raise RewriteError("it takes sparse or ragged tensors, which cannot be made up")
     specs = {f"{i:04}": x for i, x in enumerate(flat) if isinstance(x, tf.TensorSpec)}
 
-    def call(inputs: Mapping[str, Any]) -> Exchange:
+    def call(inputs: Mapping[str, Any], by_xla: bool | None = None) -> Exchange:
         filled = [inputs.get(f"{i:04}", x) for i, x in enumerate(flat)]
         packed = tf.nest.pack_sequence_as(arguments, filled, expand_composites=True)
-        return called_method(root, entry.method, packed, f"method '{entry.name}'")
+        return called_method(root, entry.method, packed, f"method '{entry.name}'", by_xla)
 
     inputs = next((x for e in known if (x := _suitable(e.inputs, specs)) is not None), None)
     found = _first_that_fits(specs, view, call) if inputs is None else call(inputs)
@@ -128,19 +174,33 @@ def called_method(
 def _first_that_fits(
     specs: Mapping[str, Any],
     view: View | None,
-    call: Callable[[dict[str, Any]], Exchange],
+    call: Callable[[dict[str, Any], bool], Exchange],
     batch: int | None = None,
 ) -> Exchange:
-    """Makes up inputs in one way after the other until they can be used."""
-    first: RewriteError | None = None
-    for made in _ways(specs, view, batch):
+    """Makes up inputs in one way after the other until they can be used.
+
+    `call` is told whether XLA is to run the function: only where nothing else can in any way,
+    since it does not check what others do, and compiles for long.
+    """
+
+    def made_up(made: Made) -> dict[str, Any]:
         rng = np.random.default_rng(0)
-        try:
-            return call({key: random_tensor(specs[key], rng, made) for key in sorted(specs)})
-        except RewriteError as error:
-            first = first or error
-    assert first is not None
-    raise first
+        return {key: random_tensor(specs[key], rng, made) for key in sorted(specs)}
+
+    ways = _ways(specs, view, batch)
+    try:
+        return tried(ways, lambda made: call(made_up(made), False), _outputs)
+    except RewriteError as error:
+        if not xla_may_run(error) or any(spec.dtype == tf.string for spec in specs.values()):
+            raise
+        with suppress(RewriteError):
+            by_xla = (WITH_EDGES, PLAIN)
+            return tried(ways, lambda made: call(made_up(made), True), _outputs, by_xla)
+        raise
+
+
+def _outputs(found: Exchange) -> Iterable[np.ndarray]:
+    return found.outputs.values()
 
 
 def exchanged(
@@ -206,29 +266,56 @@ def given_for(
     return found
 
 
-def _ways(specs: Mapping[str, Any], view: View | None, batch: int | None) -> Iterator[Made]:
+def _ways(specs: Mapping[str, Any], view: View | None, batch: int | None) -> list[Made]:
     """Ways to make up inputs, the likeliest first."""
-    top = 255.0 if view is not None and _scales_down(view) else None
-    words = _words(view) if view is not None else 2
-    texts: tuple[Callable[[np.random.Generator], bytes] | None, ...] = (None,)
+    made = Made(batch=batch) if view is None else _made_for(view, batch)
+    texts: list[Text | None] = [None]
     if any(spec.dtype == tf.string for spec in specs.values()):
-        texts = (_word, _png, _jpeg)
-    is_open = any(spec.shape.rank and None in spec.shape[1:] for spec in specs.values())
-    for size in _OPEN_SIZES if is_open else _OPEN_SIZES[:1]:
-        for text in texts:
-            yield Made(size, top, words, text, batch)
+        texts = [*texts_for(view)]
+    shapes = [tuple(spec.shape) for spec in specs.values() if spec.shape.rank]
+    is_open = any(None in shape[1:] for shape in shapes)
+    return [
+        with_batch(replace(made, open_size=size, text=text), shapes)
+        for size in (_OPEN_SIZES if is_open else _OPEN_SIZES[:1])
+        for text in texts
+    ]
 
 
-def _word(rng: np.random.Generator) -> bytes:
-    return bytes(rng.integers(ord("a"), ord("z") + 1, rng.integers(1, 6)).astype(np.uint8))
+def _made_for(view: View, batch: int | None) -> Made:
+    """How inputs that suit a graph are made up."""
+    compared = list(_compared_with_constants(view))
+    padding = [value for tensor, value in compared if tensor.dtype.is_floating]
+    ids = [value for tensor, value in compared if tensor.dtype.is_integer]
+    shapes = [tensor.shape for op in view.operations for tensor in op.outputs]
+    known = [[size or 1 for size in shape.as_list()] for shape in shapes if shape.rank is not None]
+    return Made(
+        top=255.0 if _scales_down(view) else None,
+        words=_words(view),
+        batch=batch,
+        padding=float(padding[0]) if padding else None,
+        pad_id=int(ids[0]) if ids else None,
+        largest=max(map(math.prod, known), default=0),
+    )
 
 
-def _png(rng: np.random.Generator) -> bytes:
-    return bytes(tf.io.encode_png(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).numpy())
+def _compared_with_constants(view: View) -> Iterator[tuple[Any, Any]]:
+    """Arguments that are compared with one number, as masks are made; and that number."""
+    arguments = {view.graph.get_tensor_by_name(f"{name}:0").name for name in view.arguments}
+    for op in view.operations:
+        if op.type not in ("NotEqual", "Equal", "Greater"):
+            continue
+        for tensor, other in (op.inputs, reversed(op.inputs)):
+            value = tf.get_static_value(other)
+            if _cast_from(tensor).name in arguments and np.size(value) == 1 and value is not None:
+                yield _cast_from(tensor), np.ravel(value)[0]
 
 
-def _jpeg(rng: np.random.Generator) -> bytes:
-    return bytes(tf.io.encode_jpeg(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).numpy())
+def _cast_from(tensor: Any) -> Any:
+    """A tensor before its dtype was changed."""
+    tensor = source_of(tensor)
+    while tensor.op.type == "Cast":
+        tensor = source_of(tensor.op.inputs[0])
+    return tensor
 
 
 def _scales_down(view: View) -> bool:
@@ -283,6 +370,23 @@ def method_called(root: Any, exchange: Exchange) -> Called:
     return Called(function, [value for value in flat if isinstance(value, tf.Tensor)])
 
 
+def _for_signature(signature: Any, exchange: Exchange) -> Mapping[str, Any]:
+    """The inputs of an exchange by the names that a signature has; a lone one by its name."""
+    specs, inputs = specs_of(signature), exchange.inputs
+    if len(specs) == len(inputs) == 1:
+        return dict(zip(specs, inputs.values(), strict=True))
+    return dict(inputs)
+
+
+def repeated(loaded: Loaded, name: str, exchange: Exchange) -> Exchange:
+    """What a signature or method of the original gives for the same inputs another time."""
+    by_xla = exchange.compiled
+    if exchange.method:
+        return called_method(loaded.root, exchange.method, exchange.inputs, name, by_xla)
+    function = loaded.signatures[name]
+    return exchanged(function, _for_signature(function, exchange), name, by_xla)
+
+
 class Served:
     """A SavedModel as its users load it.
 
@@ -314,9 +418,7 @@ class Served:
                 self._owner, exchange.method, exchange.inputs, who, exchange.compiled
             ).outputs
         signature = self.signatures[name]
-        specs, inputs = specs_of(signature), exchange.inputs
-        if len(specs) == len(inputs) == 1:
-            inputs = dict(zip(specs, inputs.values(), strict=True))
+        specs, inputs = specs_of(signature), _for_signature(signature, exchange)
         if set(inputs) != set(specs):
             raise RewriteError(
                 f"signature '{name}' of the rewritten model names its inputs {sorted(specs)}, "

@@ -187,6 +187,10 @@ class SavedModelDirectory:
             )
             raise RewriteError(f"the inputs are named {sorted(inputs or ())}; {listed}")
 
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self._loaded.entries]
+
     def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, Exchange]:
         self._check_names(inputs)
         if not any(view.has_side_effects for view in self._views.values()):

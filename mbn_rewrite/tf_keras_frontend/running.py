@@ -13,7 +13,7 @@ import tf_keras
 from mbn_rewrite.comparison import Comparison
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.keras_layers import running as shared
-from mbn_rewrite.made_up import GIVE_REAL_ONES, of_batch
+from mbn_rewrite.made_up import GIVE_REAL_ONES, Made, of_batch, with_batch
 from mbn_rewrite.measuring import Way
 from mbn_rewrite.running import called, random_tensor, runner
 from mbn_rewrite.saved_model_frontend.stretches import look_closer_at_calls
@@ -24,7 +24,12 @@ def compute_dtypes(model: Any) -> set[str]:
     return shared.compute_dtypes(model, tf_keras)
 
 
-def random_inputs(model: Any, seed: int = 0, batch: int | None = None) -> Any:
+def made_for(model: Any, batch: int | None = None) -> Made:
+    """How inputs for a model are made up."""
+    return shared.made_for(model, tf_keras, batch)
+
+
+def random_inputs(model: Any, seed: int = 0, made: Made | None = None) -> Any:
     """Random inputs in the structure in which the model takes them.
 
     Raises:
@@ -41,7 +46,8 @@ def random_inputs(model: Any, seed: int = 0, batch: int | None = None) -> Any:
             )
         specs = spec[0][0]
     rng = np.random.default_rng(seed)
-    made = shared.made_for(model, tf_keras, batch)
+    shapes = [tuple(s.shape) for s in tf.nest.flatten(specs) if s.shape.rank]
+    made = with_batch(made or made_for(model), shapes)
     return tf.nest.map_structure(lambda spec: random_tensor(spec, rng, made), specs)
 
 
@@ -58,7 +64,7 @@ def outputs_of(model: Any, inputs: Any, who: str = "the model") -> list[np.ndarr
 def inputs_of_batch(model: Any, inputs: Any, batch: int) -> Any:
     """Inputs with so many examples: made up, or of those that are given."""
     if inputs is None:
-        return random_inputs(model, batch=batch)
+        return random_inputs(model, made=made_for(model, batch))
     size = batch if shared.takes_any_batch(model) else None
 
     def cut(array: Any) -> Any:
