@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mbn_rewrite.api import convert, convert_with_plan, plan
     from mbn_rewrite.comparison import verify
-    from mbn_rewrite.errors import RewriteError
+    from mbn_rewrite.errors import RewriteError, VerificationError
     from mbn_rewrite.exporter import rewrite_saved_model
     from mbn_rewrite.training_layers import (
         ModifiedBatchNormalization,
@@ -31,6 +31,7 @@ _PUBLIC = {
     "ModifiedBatchNormalization": "training_layers",
     "RewriteError": "errors",
     "StridedBatchNormalization": "training_layers",
+    "VerificationError": "errors",
     "convert": "api",
     "convert_with_plan": "api",
     "plan": "api",
@@ -42,6 +43,7 @@ __all__ = [
     "ModifiedBatchNormalization",
     "RewriteError",
     "StridedBatchNormalization",
+    "VerificationError",
     "convert",
     "convert_with_plan",
     "plan",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from mbn_rewrite import strides
+from mbn_rewrite.checking import checked
 from mbn_rewrite.choosing import Options, plan_in_memory
 from mbn_rewrite.decisions import Plan
-from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.errors import RewriteError, UnverifiedWarning
 from mbn_rewrite.front_ends import front_end_of
 from mbn_rewrite.measuring import DEFAULT_BUDGET, Way
 from mbn_rewrite.modes import MODES, TRAINING_MODES
@@ -26,8 +28,13 @@ def convert(
     inputs: Any = None,
     budget: float | None = None,
     progress: Callable[[str], None] | None = None,
+    check: bool = True,
 ) -> Any:
     """Rewrites the BatchNormalization layers of a model, for inference or for training.
+
+    What it gives was compared with the original: both were called once, on a few made-up
+    examples, at inference. Where that cannot be done (no inputs can be made up, the original
+    draws random numbers) there is a warning, an `errors.UnverifiedWarning`.
 
     Args:
         model: a built model of tf_keras or Keras 3. It is not changed.
@@ -44,14 +51,16 @@ def convert(
         stride: for training modes: a positive int, a pair (rows, columns), or a mapping (1 for
             layers that it does not name) or function from layer names, as the plan shows
             them, to either. 4 by default.
-        batch_size: for "auto", as are all that follow: how many examples a call will have. 1 by
-            default.
+        batch_size: for "auto", as are all that follow up to `progress`: how many examples a call
+            will have. 1 by default.
         jit_compile: whether XLA will compile the model. By default not.
         dtype: "float16" (GPU) or "bfloat16" (CPU) if TensorFlow's automatic mixed precision will
             be used. By default the model computes in the dtypes that it says.
-        inputs: what to call the model with; made up by default.
+        inputs: what to call the model with, in any mode: all of it to compare, and in "auto" so
+            many examples of it to measure; made up by default.
         budget: the most seconds to take for measuring, about. 60 by default.
         progress: called with a line when a step begins.
+        check: whether to compare. `convert_with_plan` gives the comparison, too.
 
     Returns:
         A new model of the same kind with the same inputs, outputs, names and, but for
@@ -63,21 +72,24 @@ def convert(
         `add_loss` and `add_metric` are left out.
 
     Raises:
+        VerificationError: the new model does not give the original's outputs.
         RewriteError: the model is of a kind that cannot be rewritten, or holds a layer
             that cannot be copied; the mode is unknown or does not take what was given; or what
             was given is no stride, batch size, dtype or budget.
     """
-    new, _ = convert_with_plan(
+    new, made = _converted(
         model,
         mode,
         stride,
+        check,
+        inputs,
         batch_size=batch_size,
         jit_compile=jit_compile,
         dtype=dtype,
-        inputs=inputs,
         budget=budget,
         progress=progress,
     )
+    _tell(made)
     return new
 
 
@@ -103,7 +115,7 @@ def plan(
     Returns:
         A Plan. It prints as a table; `plan.decisions` has an entry for every
         BatchNormalization; `plan.measurement` is what "auto" measured; `plan.to_json()` is for
-        programs.
+        programs. Nothing was compared: `plan.verification` is None.
 
     Raises:
         RewriteError: as for `convert`.
@@ -116,7 +128,13 @@ def plan(
 
 
 def convert_with_plan(
-    model: Any, mode: str = "auto", stride: Any = None, **measuring: Any
+    model: Any,
+    mode: str = "auto",
+    stride: Any = None,
+    *,
+    inputs: Any = None,
+    check: bool = True,
+    **measuring: Any,
 ) -> tuple[Any, Plan]:
     """`convert` and `plan` in one: reads the model once, and measures once.
 
@@ -124,17 +142,40 @@ def convert_with_plan(
         model, mode, stride, ...: as for `convert`.
 
     Returns:
-        What `convert` returns, and the Plan that was carried out.
+        What `convert` returns, and the Plan that was carried out. `plan.verification` is the
+        comparison of the two models, or None; then `plan.unverified` says why, unless `check`
+        is False.
 
     Raises:
-        RewriteError: as for `convert`.
+        VerificationError, RewriteError: as for `convert`.
     """
+    new, made = _converted(model, mode, stride, check, inputs, **measuring)
+    _tell(made)
+    return new, made
+
+
+def _converted(
+    model: Any, mode: str, stride: Any, check: bool, inputs: Any, **measuring: Any
+) -> tuple[Any, Plan]:
     stride = check_mode(mode, stride)
-    options = measuring_options(mode, **measuring)
+    # Modes that measure nothing have a use for inputs all the same: to compare.
+    to_measure = None if check and mode != "auto" else inputs
+    options = measuring_options(mode, inputs=to_measure, **measuring)
     front_end = front_end_of(model)
     reading = front_end.read(model)
     made, new = plan_in_memory(front_end, model, reading, mode, stride, options)
-    return front_end.write(model, reading, made) if new is None else new, made
+    new = front_end.write(model, reading, made) if new is None else new
+    if check:
+        options.progress("comparing with the original")
+        made = checked(front_end, model, new, made, inputs)
+    return new, made
+
+
+def _tell(made: Plan) -> None:
+    """Warns the caller of `convert` of what was not compared."""
+    if made.unverified:
+        said = f"the rewritten model was not verified: {made.unverified}"
+        warnings.warn(said, UnverifiedWarning, stacklevel=3)
 
 
 def measuring_options(

@@ -11,13 +11,16 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mbn_rewrite import report
 from mbn_rewrite.algebra import Border, ChannelMap
 from mbn_rewrite.graph import Op
 from mbn_rewrite.measuring import Measurement
 from mbn_rewrite.strides import Stride
+
+if TYPE_CHECKING:  # which imports this module
+    from mbn_rewrite.comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Plan:
         sampled: BatchNormalizations that training layers replace.
         measurement: in mode "auto" what was measured; None where there was nothing to choose.
         notes: what else the user should know of the result, in sentences.
+        verification: what `convert` gave beside the original; None where they were not compared.
+        unverified: why they could not be compared, in a sentence, or "".
     """
 
     mode: str
@@ -124,6 +129,8 @@ class Plan:
     sampled: Mapping[str, Sampled] = field(default_factory=dict)
     measurement: Measurement | None = None
     notes: tuple[str, ...] = ()
+    verification: Comparison | None = None
+    unverified: str = ""
 
     @property
     def touched(self) -> frozenset[str]:
@@ -181,6 +188,8 @@ class Plan:
             "measurement": self.measurement and self.measurement.to_dict(),
             "strides": {name: sampled.stride for name, sampled in self.sampled.items()},
             "notes": list(self.notes),
+            "verification": self.verification and self.verification.to_dict(),
+            "unverified": self.unverified,
         }
 
     def _border_of(self, name: str) -> dict[str, Any]:
@@ -191,7 +200,12 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        decided = "\n".join([report.decision_table(self), *(f"note: {n}" for n in self.notes)])
+        lines = [report.decision_table(self), *(f"note: {n}" for n in self.notes)]
+        if self.verification:
+            lines.append(f"verification: {self.verification}")
+        if self.unverified:
+            lines.append(f"not verified: {self.unverified}")
+        decided = "\n".join(lines)
         return f"{decided}\n\n{self.measurement}" if self.measurement else decided
 
 

@@ -1,7 +1,15 @@
 """The one family of errors that this library raises on purpose."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # which import this module
+    from mbn_rewrite.comparison import Comparison
+    from mbn_rewrite.decisions import Plan
+    from mbn_rewrite.exporter import Report
 
 _ESCAPE_CODE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # Where in a graph something was, which tells a user nothing.
@@ -36,6 +44,30 @@ class RewriteError(Exception):
 
     The message says what was found, what was expected, and how to get on.
     """
+
+
+class VerificationError(RewriteError):
+    """The rewritten model does not give the original's outputs.
+
+    It was not returned, or not written.
+
+    Attributes:
+        plan: what was planned.
+        comparison: the two models' outputs compared; None where the rewritten one gave none.
+        report: of a model on disk, all that is known of it; None for a model in memory.
+    """
+
+    def __init__(
+        self, message: str, plan: Plan, comparison: Comparison | None, report: Report | None = None
+    ) -> None:
+        super().__init__(message)
+        self.plan = plan
+        self.comparison = comparison
+        self.report = report
+
+
+class UnverifiedWarning(UserWarning):
+    """A rewritten model could not be compared with the original; the message says why."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -30,7 +30,7 @@ def check_rewrite(model, inputs, mode, compiled=False) -> Comparison:
     config = model.get_config()
 
     plan = mbn.plan(model, mode)
-    new = mbn.convert(model, mode)
+    new = mbn.convert(model, mode, check=False)  # what follows is a stricter check
 
     assert len(plan.decisions) == len(norms(model)), "a BatchNormalization without decision"
     assert len({d.name for d in plan.decisions}) == len(plan.decisions)

@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras import ops
 
 import mbn_rewrite as mbn
+from mbn_rewrite.errors import UnverifiedWarning
 from mbn_rewrite.keras_frontend.layers import ScaleAndShift
 from tests import kerases
 from tests.checks import check_rewrite, outputs
@@ -395,7 +396,7 @@ def test_statistics_that_are_not_finite_keep_the_norm(value, mode):
     model = small_model()
     norms(model)[0].moving_mean.assign([1.0, value, 1.0, 1.0])
     assert "hold NaN or infinity" in reason(model, mode)
-    assert len(norms(mbn.convert(model, mode))) == 1
+    assert len(norms(mbn.convert(model, mode, check=False))) == 1
 
 
 # ------------------------------------------------------------- layers that cannot be seen into
@@ -526,7 +527,8 @@ def test_subclassed_model_of_two_arguments(rng):
     model, inputs = BuiltOfTwo(), (data(rng, 4), data(rng, 4))
     model(*inputs)
     randomised(model, rng)
-    new = mbn.convert(model, "depthwise")
+    with pytest.warns(UnverifiedWarning, match="no inputs can be made up"):
+        new = mbn.convert(model, "depthwise")
     assert norms(new) == []
     np.testing.assert_allclose(new(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
     with pytest.raises(mbn.RewriteError, match="no inputs can be made up"):

@@ -14,6 +14,7 @@ PUBLIC = [
     "ModifiedBatchNormalization",
     "RewriteError",
     "StridedBatchNormalization",
+    "VerificationError",
     "convert",
     "convert_with_plan",
     "plan",

@@ -412,7 +412,7 @@ def test_weights_that_are_not_finite_keep_the_norm(weight, value, mode):
     (norm,) = norms(model)
     getattr(norm, weight).assign([1.0, value, 1.0, 1.0])
     assert "hold NaN or infinity" in reason(model, mode)
-    assert len(norms(mbn.convert(model, mode))) == 1
+    assert len(norms(mbn.convert(model, mode, check=False))) == 1
 
 
 def test_variance_that_gives_no_finite_scale_keeps_the_norm():
