@@ -20,9 +20,9 @@ import numpy as np
 
 from mbn_rewrite import output_dir
 from mbn_rewrite.api import check_mode, measuring_options
-from mbn_rewrite.comparison import Comparison, judged, tolerance_for
+from mbn_rewrite.comparison import Comparison, compare_outputs, judged, tolerance_for
 from mbn_rewrite.decisions import Plan
-from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.errors import RewriteError, VerificationError, cause_of
 from mbn_rewrite.keras_layers import files as keras_files
 from mbn_rewrite.modes import TRAINING_MODES
 from mbn_rewrite.report import table
@@ -30,18 +30,6 @@ from mbn_rewrite.saved_model_frontend import files as saved_model_files
 from mbn_rewrite.stored import Exchange, Footprint, StoredModel, bytes_on_disk
 
 Progress = Callable[[str], None]
-
-
-class VerificationError(RewriteError):
-    """The rewritten model does not give the original's outputs; nothing was written.
-
-    Attributes:
-        report: what was planned, and the comparison that failed.
-    """
-
-    def __init__(self, message: str, report: Report) -> None:
-        super().__init__(message)
-        self.report = report
 
 
 @dataclass(frozen=True)
@@ -55,7 +43,9 @@ class Report:
         before: how large the original is.
         after: how large the rewritten model is; None for a dry run.
         comparisons: for each signature the written SavedModel beside the original.
-        unverified: signatures whose outputs cannot be compared, and why.
+        unverified: signatures whose outputs were not compared, and why.
+        by_xla: signatures that only XLA could run on this machine, of those compared. It leaves
+            assertions out, and takes the nearest index for one that is out of bounds.
         as_it_was: functions that were carried over as they were, and why.
         left_out: functions that were not carried over, and why.
     """
@@ -69,6 +59,7 @@ class Report:
     unverified: Mapping[str, str] = field(default_factory=dict)
     as_it_was: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    by_xla: tuple[str, ...] = ()
 
     @property
     def comparison(self) -> Comparison | None:
@@ -93,6 +84,7 @@ class Report:
                 "ok": self.ok and bool(self.comparisons),
                 "signatures": {name: c.to_dict() for name, c in self.comparisons.items()},
                 "unverified": dict(self.unverified),
+                "by_xla": list(self.by_xla),
             },
             "carried_over_as_it_was": dict(self.as_it_was),
             "left_out": dict(self.left_out),
@@ -116,6 +108,11 @@ class Report:
         lines += [f"verification of {name}: {c}" for name, c in self.comparisons.items()]
         if self.after is not None and not self.comparisons:
             lines.append("NOTHING WAS VERIFIED: no signature could be run or compared")
+        lines += [
+            f"{name} was run by XLA, which leaves out assertions and takes the nearest index for "
+            "one that is out of bounds"
+            for name in self.by_xla
+        ]
         return "\n".join(lines)
 
     def _sizes(self, after: Footprint) -> list[list[str]]:
@@ -158,7 +155,8 @@ def rewrite_saved_model(
     signatures: Sequence[str] | None = None,
     trusted: bool = False,
     dry_run: bool = False,
-    inputs: Mapping[str, np.ndarray] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    unverified: Sequence[str] = (),
     tolerance: float | None = None,
     batch_size: int | None = None,
     jit_compile: bool | None = None,
@@ -168,8 +166,9 @@ def rewrite_saved_model(
 ) -> Report:
     """Rewrites a model on disk and writes it as SavedModel, verified.
 
-    All of it happens in this process, so that a model that does not end, or crashes, takes it
-    along. The command-line tool has it done by a process of its own, with a time limit.
+    To verify it is to run it, and a SavedModel is a program. All of that happens in this process,
+    so that a model that does not end, or crashes, takes it along. The command-line tool has it
+    done by a process of its own, with a time limit.
 
     Args:
         source: any SavedModel, or a .h5, .hdf5 or .keras file of tf_keras
@@ -187,8 +186,10 @@ def rewrite_saved_model(
             when they run (write or read files, run Python code) are rewritten, but not run, so
             that they are not verified; the report says so.
         dry_run: plan only; writes nothing.
-        inputs: what to verify with, by input name, or by "signature/input" where signatures
-            differ; random values by default. Mode "auto" measures with them too.
+        inputs: what to verify with: arrays, or numbers or texts in lists, by input name; by
+            "signature/input", or in a mapping for each signature, where those differ. Made up
+            by default. Mode "auto" measures with them too.
+        unverified: signatures and methods to carry over without comparing what they give.
         tolerance: as for `verify`.
         batch_size, jit_compile, dtype, budget: as for `convert`. Of a SavedModel one signature is
             measured: "serving_default", or else the first by name.
@@ -206,6 +207,7 @@ def rewrite_saved_model(
     say = progress or (lambda line: None)
     check_mode(mode)
     options = measuring_options(mode, batch_size, jit_compile, dtype, None, budget, progress)
+    inputs = None if inputs is None else as_arrays(inputs)
     options = replace(options, inputs=inputs)
     if mode in TRAINING_MODES:
         raise RewriteError(
@@ -221,6 +223,13 @@ def rewrite_saved_model(
         raise RewriteError(f"{source} is a file of Keras, which has no tags and signatures")
     say(f"loading {source}")
     model = _opened(source, trusted, tags, signatures)
+    unknown = sorted(set(unverified) - set(model.names))
+    if unknown:
+        raise RewriteError(
+            f"unverified names {', '.join(unknown)}, which {source} does not have. It has "
+            f"{', '.join(sorted(model.names))}"
+        )
+    model.unverifiable.update(dict.fromkeys(unverified, "as it was asked for"))
     say(f"planning, mode {mode}")
     report = Report(
         str(source), "", model.plan(mode, options), model.footprint,
@@ -233,10 +242,11 @@ def rewrite_saved_model(
     say("running the original")
     give_back_memory()
     exchanges, dtypes = model.exchanges(inputs), model.dtypes
-    unverified = dict(model.unverifiable)
+    not_compared = dict(model.unverifiable)
     for name, exchange in exchanges.items():
         if _gives_nothing(exchange, inputs is None):
-            unverified[name] = "it gives not one value to compare"
+            not_compared[name] = "it gives not one value to compare"
+    by_xla = tuple(name for name, exchange in exchanges.items() if exchange.compiled)
     give_back_memory()
     opened_again = model.opened_again
     with output_dir.working_folder(destination) as folder:
@@ -252,17 +262,45 @@ def rewrite_saved_model(
         after = Footprint(weights, bytes_on_disk(folder.new), ops, report.before.signature)
         report = Report(
             str(source), str(destination), report.plan, report.before, after, comparisons,
-            unverified, report.as_it_was, report.left_out,
+            not_compared, report.as_it_was, report.left_out, by_xla,
         )  # fmt: skip
         if not report.ok:
             worst = next(name for name, c in comparisons.items() if not c.ok)
             raise VerificationError(
                 f"the rewritten model does not give the original's outputs ({worst}: "
                 f"{comparisons[worst]}); nothing was written to {destination}",
+                report.plan,
+                comparisons[worst],
                 report,
             )
         output_dir.put_in_place(folder, destination, overwrite)
     return report
+
+
+def as_arrays(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What a caller gives for inputs, as arrays by input name or "signature/input".
+
+    Texts and bytes stay what they are: numpy's own arrays of bytes lose zeros at the end.
+
+    Raises:
+        RewriteError: something is no array.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Mapping):
+            arrays |= {f"{name}/{key}": array for key, array in as_arrays(value).items()}
+            continue
+        try:
+            arrays[name] = np.asarray(value, object if _holds_text(value) else None)
+        except ValueError as error:
+            raise RewriteError(f"input '{name}' is no array: {cause_of(error)}") from error
+    return arrays
+
+
+def _holds_text(value: Any) -> bool:
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return isinstance(value, (str, bytes))
 
 
 def _opened(
@@ -345,14 +383,46 @@ def _verified(
         names = sorted(expected)
         if _gives_nothing(exchange, made_up):
             continue  # that it runs was seen
+        allowed = tolerance_for(dtypes) if tolerance is None else tolerance
         comparisons[name] = judged(
             [expected[key] for key in names],
             [results[key] for key in names],
-            tolerance_for(dtypes) if tolerance is None else tolerance,
+            allowed,
             partial(closer_look, name, exchange),
             [f"'{key}'" for key in names],
         )
+        if not comparisons[name].ok:
+            loaded = opened_again(directory.with_name("original_again"))
+            _check_that_it_can_be_verified(name, exchange, comparisons[name], loaded, allowed)
     return comparisons, op_counts(served.signatures[counted]) if counted else {}
+
+
+def _check_that_it_can_be_verified(
+    name: str, exchange: Exchange, comparison: Comparison, loaded: Any, tolerance: float
+) -> None:
+    """Raises RewriteError where outputs differ, but not by a mistake of ours.
+
+    Args:
+        name: of the signature or method.
+        exchange: what the original gave.
+        comparison: of that and what the rewritten model gave.
+        loaded: the original, loaded again.
+        tolerance: that was allowed.
+    """
+    from mbn_rewrite.saved_model_frontend.running import repeated
+
+    again = repeated(loaded, name, exchange)
+    first, second = list(exchange.outputs.values()), list(again.outputs.values())
+    if not comparison.compared:
+        why = f"{comparison.note} (give inputs for which the original gives numbers)"
+    elif not compare_outputs(first, second, tolerance).ok:
+        why = "the original gives other outputs each time that it is called with the same inputs"
+    else:
+        return
+    raise RewriteError(
+        f"'{name}' cannot be verified: {why}. To carry it over unverified, pass "
+        f"--unverified={name} (unverified=['{name}'] in Python)"
+    )
 
 
 def _gives_nothing(exchange: Exchange, made_up: bool) -> bool:

@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from mbn_rewrite.errors import RewriteError, cause_of, is_out_of_memory
+from mbn_rewrite.errors import RewriteError, VerificationError, cause_of, is_out_of_memory
 from mbn_rewrite.job import (
     DIFFERENT,
     DONE,
@@ -35,6 +35,9 @@ from mbn_rewrite.job import (
 )
 from mbn_rewrite.measuring import DEFAULT_BUDGET, MEASURING
 from mbn_rewrite.report import as_wide_as
+
+if TYPE_CHECKING:
+    from mbn_rewrite.exporter import Report
 
 # It takes seconds, and on busy machines a minute, which says nothing of the model.
 _STARTING = Step("starting TensorFlow", planned=300.0, shown=False)
@@ -88,7 +91,7 @@ def carry_out(job: Job, begin: Callable[[Step], None]) -> Ending:
 
 
 def _carried_out(job: Job, begin: Callable[[Step], None]) -> Ending:
-    from mbn_rewrite.exporter import VerificationError, check_paths, rewrite_saved_model
+    from mbn_rewrite.exporter import check_paths, rewrite_saved_model
     from mbn_rewrite.quiet import import_tensorflow
 
     # What is wrong with files is said at once: TensorFlow takes seconds to load.
@@ -104,7 +107,7 @@ def _carried_out(job: Job, begin: Callable[[Step], None]) -> Ending:
             progress=lambda line: begin(Step(line, _planned(job, line))),
         )  # fmt: skip
     except VerificationError as error:
-        how, message, report = DIFFERENT, _for_the_user(job, error), error.report
+        how, message, report = DIFFERENT, _for_the_user(job, error), cast("Report", error.report)
     report = replace(report, destination=job.destination)
     return Ending(how, message, str(report), report.to_dict())
 

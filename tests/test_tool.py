@@ -198,6 +198,19 @@ def test_quiet_says_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_was_not_verified_is_warned_of(tmp_path, capfd):
+    source, report = saved(small_model(), tmp_path, "h5"), tmp_path / "report.json"
+    arguments = "--quiet", "--unverified=serving_default", f"--report={report}"
+    assert run(*arguments, source, tmp_path / "out") == 0
+    printed = capfd.readouterr().err
+    assert printed == "warning: 'serving_default' was not verified: as it was asked for\n"
+    verification = json.loads(report.read_text())["verification"]
+    assert verification["ok"] is False
+    assert list(verification["unverified"]) == ["serving_default"]
+    assert run("--unverified=serve", source, tmp_path / "other") == 1
+    assert "unverified names serve" in capfd.readouterr().err
+
+
 def test_failed_verification_leaves_nothing(tmp_path, capsys):
     source, report = saved(small_model(), tmp_path, "h5"), tmp_path / "report.json"
     assert run("--tolerance=0", f"--report={report}", source, tmp_path / "out") == 3

@@ -15,11 +15,13 @@ Examples:
     python tools/rewrite_savedmodel.py --mode=depthwise model.keras served
     python tools/rewrite_savedmodel.py --report=report.json --overwrite model.h5 served
     python tools/rewrite_savedmodel.py --verify_inputs=real_inputs.npz saved_model served
+    python tools/rewrite_savedmodel.py --unverified=from_text,sample saved_model served
     python tools/rewrite_savedmodel.py --signatures=serving_default --tags=serve in out
 
-A SavedModel is a program, and so may be what a file of Keras holds. It is loaded and run in a
-process of its own: a model that crashes, uses up the memory or does not end (--timeout) is one
-line here, and leaves nothing behind.
+A SavedModel is a program, and so may be what a file of Keras holds; to verify it is to run it,
+and so is to measure it (mode auto). It is loaded and run in a process of its own: a model that
+crashes, uses up the memory or does not end (--timeout) is one line here, and leaves nothing
+behind.
 
 Exit codes:
     0    done
@@ -109,7 +111,13 @@ flags.DEFINE_string(
     "verify_inputs",
     None,
     "Verify with these inputs: an .npz file with an array for each input, by its name, or by "
-    "SIGNATURE/NAME where signatures differ. By default inputs are random.",
+    "SIGNATURE/NAME where signatures differ. By default inputs are made up.",
+)
+flags.DEFINE_list(
+    "unverified",
+    [],
+    "Carry over these signatures and methods without comparing what they give: where no inputs can "
+    "be made up and none are at hand, or outputs differ from call to call.",
 )
 flags.DEFINE_float(
     "tolerance",
@@ -144,7 +152,7 @@ flags.DEFINE_float(
     "verifying. Measuring may take the budget beside. 0 for no limit.",
     lower_bound=0.0,
 )
-flags.DEFINE_bool("quiet", False, "Print errors only.")
+flags.DEFINE_bool("quiet", False, "Print errors only, and what was not verified.")
 
 EXIT_ERROR, EXIT_DIFFERENT = 1, 3
 
@@ -202,6 +210,7 @@ def _job(source: Path, destination: Path | None, folder: OwnFolder | None) -> Jo
         "tags": FLAGS.tags,
         "signatures": FLAGS.signatures,
         "trusted": FLAGS.trusted,
+        "unverified": FLAGS.unverified,
         "tolerance": FLAGS.tolerance,
         "batch_size": FLAGS.batch_size,
         "jit_compile": FLAGS.jit_compile,
@@ -250,10 +259,17 @@ def _ended(ending: Ending, destination: Path | None, interrupts: Interrupts) -> 
         return EXIT_DIFFERENT
     if ending.how != DONE:
         raise RewriteError(ending.message)
+    if written:
+        _warn_of_what_was_not_verified(ending.report)
     if not FLAGS.quiet:
         last = f"wrote {destination}" if written else "dry run: wrote nothing"
         reported = _print(f"{ending.text}\n{last}\n", what) and reported
     return 0 if reported else EXIT_ERROR
+
+
+def _warn_of_what_was_not_verified(report: Mapping[str, Any]) -> None:
+    for name, why in report["verification"]["unverified"].items():
+        _say(f"warning: '{name}' was not verified: {why}")
 
 
 def _check_report(source: Path, destination: Path | None) -> None:
