@@ -29,8 +29,8 @@ def check_rewrite(model, inputs, mode, compiled=False) -> Comparison:
     before = model.get_weights()
     config = model.get_config()
 
-    plan = mbn.plan(model, mode)
-    new = mbn.convert(model, mode, check=False)  # what follows is a stricter check
+    # What follows is a stricter check than convert's own.
+    new, plan = mbn.convert_with_plan(model, mode, check=False)
 
     assert len(plan.decisions) == len(norms(model)), "a BatchNormalization without decision"
     assert len({d.name for d in plan.decisions}) == len(plan.decisions)
@@ -77,10 +77,10 @@ def save_with_signature(model, inputs, directory) -> dict[str, np.ndarray]:
     return {name: np.asarray(tensor) for name, tensor in given.items()}
 
 
-def check_saved_rewrite(model, inputs, directory, mode) -> Plan | None:
-    """Rewrites a model through a SavedModel and asserts everything that must hold.
+def check_saved_rewrites(model, inputs, directory, modes) -> dict[str, Plan]:
+    """Rewrites a model through a SavedModel in each mode and asserts everything that must hold.
 
-    Returns the plan, or None where the original gives NaN or infinity on these inputs.
+    Returns the plans by mode; none where the original gives NaN or infinity on these inputs.
     """
     given = save_with_signature(model, inputs, directory / "in")
     owner = tf.saved_model.load(str(directory / "in"))  # holds the variables
@@ -89,8 +89,13 @@ def check_saved_rewrite(model, inputs, directory, mode) -> Plan | None:
     names = sorted(original.structured_outputs)
     expected = called(lambda data: [original(**data)[name] for name in names], tensors, "it")
     if not all(np.all(np.isfinite(array)) for array in expected):
-        return None
-    report = mbn.rewrite_saved_model(directory / "in", directory / "out", mode, inputs=given)
+        return {}
+    return {mode: _check_saved_rewrite(directory, original, given, mode) for mode in modes}
+
+
+def _check_saved_rewrite(directory, original, given, mode) -> Plan:
+    destination = directory / mode
+    report = mbn.rewrite_saved_model(directory / "in", destination, mode, inputs=given)
     assert report.ok
     plan = report.plan
     for decision in plan.decisions:
@@ -98,7 +103,7 @@ def check_saved_rewrite(model, inputs, directory, mode) -> Plan | None:
         unexplained = decision.action == "folded" or (mode != "auto" and decision.action != "kept")
         assert bool(decision.reason) != unexplained, decision
         assert bool(decision.into) == (decision.action != "kept"), decision
-    written = tf.saved_model.load(str(directory / "out")).signatures["serving_default"]
+    written = tf.saved_model.load(str(destination)).signatures["serving_default"]
     assert written.structured_input_signature == original.structured_input_signature
     assert written.structured_outputs == original.structured_outputs
     return plan

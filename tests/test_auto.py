@@ -17,7 +17,7 @@ from mbn_rewrite.graph import BatchNorm, Opaque
 from mbn_rewrite.measuring import Way
 from mbn_rewrite.planner import FOLDED, candidates
 from mbn_rewrite.saved_model_frontend.views import op_counts
-from tests.checks import check_saved_rewrite
+from tests.checks import check_saved_rewrites
 from tests.kerases import K, Model, norms
 from tests.test_planner import Wiring, norm_op
 
@@ -305,10 +305,10 @@ def test_saved_models_are_written_in_the_form_that_was_chosen(
     monkeypatch.setattr(choosing, "race", race)
     original = model()
     inputs = tf.constant(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), tf.float32)
-    plan = check_saved_rewrite(original, inputs, tmp_path, "auto")
+    plan = check_saved_rewrites(original, inputs, tmp_path, ["auto"])["auto"]
     assert plan.measurement.chosen == taken
     assert all(timing.seconds for timing in plan.measurement.timings)
-    written = tf.saved_model.load(str(tmp_path / "out"))  # holds the variables
+    written = tf.saved_model.load(str(tmp_path / "auto"))  # holds the variables
     ops = op_counts(written.signatures["serving_default"])
     kind = {"fused": "FusedBatchNormV3", "depthwise": "DepthwiseConv2dNative"}.get(taken)
     if kind:
