@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import mbn_rewrite as mbn
 from mbn_rewrite.algebra import Window
-from tests.checks import check_rewrite, check_saved_rewrite
+from tests.checks import check_rewrite, check_saved_rewrites
 from tests.kerases import K, Model, assign, norms
 from tests.random_models import randomise
 
@@ -52,7 +52,7 @@ def test_same_padding_of_a_known_size(name, kind, each_keras):
 def test_same_padding_in_a_saved_model(name, tmp_path):
     arguments, pads = SAME[name]
     model = network(K.Conv2D(3, padding="same", **arguments))
-    plan = check_saved_rewrite(model, given(), tmp_path, "fold")
+    plan = check_saved_rewrites(model, given(), tmp_path, ["fold"])["fold"]
     assert plan.left == pads
 
 

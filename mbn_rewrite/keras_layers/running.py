@@ -11,11 +11,14 @@ from mbn_rewrite.made_up import Made, is_open
 
 def compute_dtypes(model: Any, keras: Any) -> set[str]:
     """The names of the dtypes that the model's layers compute in; `keras` is its package."""
-    return {
-        layer.compute_dtype
+    layers = [
+        layer
         for layer in parts(model)
         if not isinstance(layer, (keras.Model, keras.layers.InputLayer))
-    }
+    ]
+    # TensorFlow resizes pictures in float32, whatever it is given, unless it takes the nearest.
+    resizes = any(getattr(layer, "interpolation", "nearest") != "nearest" for layer in layers)
+    return {layer.compute_dtype for layer in layers} | ({"float32"} if resizes else set())
 
 
 def takes_any_batch(model: Any) -> bool:

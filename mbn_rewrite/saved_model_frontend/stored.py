@@ -120,7 +120,13 @@ class SavedModelDirectory:
             for function in self._loaded.signatures.values()
             for tensor in function.outputs
         }
-        return set(self._reading.dtypes) | results
+        resized = {
+            op.outputs[0].dtype.name  # float32, whatever is given to it
+            for view in self._views.values()
+            for op in view.operations
+            if op.type.startswith("Resize")
+        }
+        return set(self._reading.dtypes) | results | resized
 
     def plan(self, mode: str, options: Options) -> Plan:
         if mode == "auto":
