@@ -175,6 +175,34 @@ def test_clones_are_right_in_every_mode(package, mode, cases, tmp_path):
     assert_gives(through("clone", new, tmp_path), data, expected)
 
 
+def holders():
+    """Layers of ours in a wrapper and in a model in a model."""
+    inner = kerases.package().Sequential(
+        [K.Input((4, 3)), K.Dense(3, activation="tanh"), K.BatchNormalization(name="in")]
+    )
+    x = K.Input((4, 3))
+    return Model(x, inner(K.TimeDistributed(K.BatchNormalization(name="held"))(x)))
+
+
+@pytest.mark.parametrize("how", ["clone", "keras", "h5"])
+@pytest.mark.parametrize("mode", ["depthwise", "strided"])
+@pytest.mark.parametrize("package", ["tf_keras", "keras"])
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_what_takes_a_place_within_comes_back(package, mode, how, cases, tmp_path):
+    data, expected, new = cases(package, holders, mode)
+    assert_gives(through(how, new, tmp_path), data, expected)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_sequential_model_in_another_behind_a_layer(given, each_keras, rng):
+    inner = each_keras.Sequential([K.Input((3,)), K.BatchNormalization(), K.Dense(2)])
+    model = each_keras.Sequential([*([K.Input((3,))] if given else []), K.Dense(3), inner])
+    data = rng.standard_normal((2, 3)).astype("float32")
+    model(data)
+    randomise(model, rng)
+    assert_gives(mbn.convert(model, "fold"), data, np.asarray(model(data)))
+
+
 @pytest.mark.parametrize("package", ["tf_keras", "keras"])
 def test_what_a_fold_changes_is_in_every_configuration(package, cases):
     _, _, new = cases(package, sequences, "fold")

@@ -116,7 +116,7 @@ ACTING_IN_TF_KERAS = {
     "in a model": in_a_model("TFOpLambda", function="io.gfile.makedirs"),
     "in an argument": of_dense(bias_constraint={"a": [layer("TFOpLambda", function="print")]}),
     "class method": adding("ClassMethod", cls_symbol="io.gfile.GFile", method_name="write"),
-    "method": adding("InstanceMethod", method_name="__reduce__"),
+    "method": adding("InstanceMethod", attr_name="__reduce__"),
     "byte code": of_dense(activation={"class_name": "__lambda__", "config": {"value": ["4wA="]}}),
     "cell": adding("RNN", cell=layer("ResidualWrapper", residual_fn=["4wA=", None, None],
                                      residual_fn_type="lambda")),
@@ -296,6 +296,7 @@ def test_functions_of_tensorflow_that_compute_are_called(tmp_path):
     y = tf_keras.layers.Activation(tf.nn.silu)(
         tf.image.per_image_standardization(y[:, None, :, None])
     )
+    y = tf.RaggedTensor.from_tensor(y).to_tensor()
     for kind in ("keras", "h5"):
         tf_keras.Model(x, y).save(tmp_path / f"m.{kind}")
         assert opened(tmp_path / f"m.{kind}", "tf_keras").count_params() == 0

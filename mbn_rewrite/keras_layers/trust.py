@@ -111,7 +111,7 @@ class Found:
 _HOLDS_CODE = "holds code, which runs when it is loaded"
 # Layers that call a function of TensorFlow by its name, which is under this key.
 _CALLERS = {"TFOpLambda": "function", "SlicingOpLambda": "function", "ClassMethod": "cls_symbol"}
-_METHODS = {"ClassMethod": "method_name", "InstanceMethod": "method_name",
+_METHODS = {"ClassMethod": "method_name", "InstanceMethod": "attr_name",
             "InstanceProperty": "attr_name"}  # fmt: skip
 # Layers that read a file of the host, named under this key.
 _READERS = {

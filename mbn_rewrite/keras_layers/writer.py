@@ -123,6 +123,11 @@ class Writer(ABC):
         """A copy of a Functional or Sequential model."""
         if id(old) not in self._copies:
             is_sequential = isinstance(old, self.keras.sequential)
+            if is_sequential:
+                # First, since they set weights of all copies so far, and those of layers of a
+                # Sequential model are not built one by one.
+                for inner in filter(self.keras.is_visible, old.layers):
+                    self.model(inner)
             new = self.sequential(old) if is_sequential else self._called_again(old)
             self._copies[id(old)] = new
             self._models.append((old, new))
@@ -215,7 +220,9 @@ class Writer(ABC):
 
     def standing_in_for(self, layer: Any) -> Any:
         """Keeps the name of an output whose BatchNormalization is gone; computes nothing."""
-        return self.keras.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
+        return self.keras.layers.Activation(
+            "linear", name=layer.name, dtype=layer.dtype_policy, trainable=layer.trainable
+        )
 
     def layer(self, record: Record) -> Any:
         """The new layer for a call, the same for all calls of one layer."""

@@ -8,7 +8,16 @@ import tensorflow as tf
 import tf_keras
 
 
-@tf_keras.utils.register_keras_serializable(package="mbn_rewrite")
+def registered(cls: type) -> Any:
+    """Has tf_keras load a class of ours from any file that it writes.
+
+    What wrappers, and models in models in HDF5 files, hold is looked up without its package.
+    """
+    tf_keras.utils.get_custom_objects()[cls.__name__] = cls
+    return tf_keras.utils.register_keras_serializable(package="mbn_rewrite")(cls)
+
+
+@registered
 class ScaleAndShift(tf_keras.layers.Layer):
     """y = scale * x + shift, per channel: what is left of a BatchNormalization.
 
@@ -51,7 +60,7 @@ class ScaleAndShift(tf_keras.layers.Layer):
         return {**super().get_config(), "axis": self.axis}
 
 
-@tf_keras.utils.register_keras_serializable(package="mbn_rewrite")
+@registered
 class BorderedConvolution(tf_keras.layers.Wrapper):
     """y = activation(convolution(x) + border): a convolution that absorbed a shift before it.
 

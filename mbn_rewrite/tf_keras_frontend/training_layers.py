@@ -8,6 +8,7 @@ import tensorflow as tf
 import tf_keras
 
 from mbn_rewrite import training_layers
+from mbn_rewrite.tf_keras_frontend.layers import registered
 
 
 class _TfKerasLayer(tf_keras.layers.BatchNormalization):
@@ -37,11 +38,11 @@ class _TfKerasLayer(tf_keras.layers.BatchNormalization):
         return outputs
 
 
-@tf_keras.utils.register_keras_serializable(package="mbn_rewrite")
+@registered
 class StridedBatchNormalization(training_layers.StridedBatchNormalization, _TfKerasLayer):
     """See `mbn_rewrite.training_layers.StridedBatchNormalization`."""
 
 
-@tf_keras.utils.register_keras_serializable(package="mbn_rewrite")
+@registered
 class ModifiedBatchNormalization(training_layers.ModifiedBatchNormalization, _TfKerasLayer):
     """See `mbn_rewrite.training_layers.ModifiedBatchNormalization`."""
