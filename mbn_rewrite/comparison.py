@@ -40,6 +40,8 @@ FLIPS = 5.0
 SINGULAR = 1e-2
 # Values at least so large, all alike, and so many times as large as all others, are marks.
 _MARK = 1e3
+# The kinds of dtypes of texts, truth values and integers.
+_DISCRETE = "OSUbiu"
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class Comparison:
         )
 
 
-# What finds out whether outputs that differ are explained by rounding all the same, from how
-# they compare; None where that cannot be found out.
+# What finds out whether outputs that differ are explained by rounding all the same, and whether
+# those that agree do so by chance, from how they compare; None where that cannot be found out.
 CloserLook = Callable[[Comparison], Comparison | None]
 
 
@@ -212,12 +214,16 @@ def judged(
 
     Args:
         expected, actual, tolerance, names: as for `compare_outputs`.
-        closer_look: asked only where the outputs differ. Where it cannot say, a few integers,
-            truth values and texts may differ.
+        closer_look: asked where the outputs differ, and where integers, truth values and texts
+            agree, as those of wrong models often do. Where it cannot say, those that agree are
+            taken to be right, and a few may differ.
     """
     plain = compare_outputs(expected, actual, tolerance, names)
-    if plain.ok or not plain.compared:
+    if not plain.compared:
         return plain
+    if plain.ok:
+        discrete = any(array.dtype.kind in _DISCRETE for array in expected)
+        return (closer_look(plain) if discrete else None) or plain
     return closer_look(plain) or _but_for_a_few(expected, actual, plain, names)
 
 
@@ -334,7 +340,7 @@ def _pairs(
 def compare_pair(name: str, a: np.ndarray, b: np.ndarray, tolerance: float) -> Pair:
     """Compares one output of the original with the same of the rewritten model, of one shape."""
     kinds = {a.dtype.kind, b.dtype.kind}
-    discrete = kinds <= set("OSUbiu")
+    discrete = kinds <= set(_DISCRETE)
     unequal = int(np.count_nonzero(a != b)) if discrete else 0
     note = _count(unequal, a.size, name) if unequal else ""
     if kinds & set("OSU") or (discrete and not unequal):

@@ -221,6 +221,39 @@ def test_a_mistake_between_two_jumps_is_seen():
     assert not found.ok
 
 
+# Far from every jump, so that right and wrong models give the same.
+AGREEING = {
+    "class map": lambda y: tf.argmax(tf.stack([y, y + 50], -1), -1),
+    "truth values": lambda y: y > 50,
+    "whole numbers": lambda y: tf.cast(tf.round(y * 1e-3), tf.int32),
+    "texts": lambda y: tf.strings.as_string(y > 50),
+    "loop": lambda y: in_a_loop(y - 50),
+    "beside what is right": lambda y: (tf.zeros(3), y > 50),
+}
+
+
+@pytest.mark.parametrize("name", AGREEING)
+def test_outputs_that_agree_by_chance_let_no_wrong_model_pass(name):
+    post = AGREEING[name]
+    plain, found = looked_at(with_post(original, post), with_post(MODELS["right"], post))
+    assert plain.ok
+    assert found.ok, found
+    assert found.max_rel_error < 1e-5
+    for model in WRONG:
+        plain, found = looked_at(with_post(original, post), with_post(MODELS[model], post))
+        assert plain.ok
+        assert not found.ok, found
+        assert "agree, but by chance" in found.note
+
+
+def test_whole_numbers_that_depend_on_no_real_ones_are_compared_as_they_are():
+    def sizes(body):
+        return lambda x: [tf.shape(body(x))]
+
+    plain, found = looked_at(sizes(original), sizes(MODELS[WRONG[0]]))
+    assert found == plain
+
+
 def test_operations_of_other_names_are_found_by_their_order():
     def named(body, prefix):
         def call(x):

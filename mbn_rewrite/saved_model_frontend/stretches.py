@@ -81,7 +81,7 @@ def look_closer(
     rounding: bool,
     by_xla: bool = False,
 ) -> Comparison | None:
-    """Whether rounding explains how the outputs of two graphs differ.
+    """Whether rounding explains how the outputs of two graphs differ, or chance that they agree.
 
     Args:
         original: the model as it was.
@@ -92,8 +92,9 @@ def look_closer(
         by_xla: whether nothing but XLA can run them.
 
     Returns:
-        What holds between the jumps; the plain comparison where that is no better; None where
-        the graphs cannot be cut, or not be run in part.
+        What holds between the jumps; the plain comparison where that is no better; where the
+        outputs agree by chance, what differs before a jump; None where the graphs cannot be cut,
+        or not be run in part.
     """
     if not can_be_cut(original.view) or not can_be_cut(new.view):
         return None
@@ -110,15 +111,15 @@ def _looked(
     narrow = rounding and is_narrow(programs[0])
     jumps = cuts_between(original.view, new.view)
     looked = _Look(original, new, programs, jumps, names, plain)
-    found = looked.result(narrow)
-    if found.ok:
-        return found
+    at_jumps = looked.result(narrow)
+    if at_jumps.ok:
+        return at_jumps
     deeper = cuts_between(original.view, new.view, steep=True)
     if len(deeper.cuts) > len(jumps.cuts) and looked.differs_in_few_places:
         found = _Look(original, new, programs, deeper, names, plain).result(narrow)
         if found.ok:
             return found
-    return None if jumps.missed else plain
+    return None if jumps.missed else at_jumps
 
 
 def look_closer_at_calls(
@@ -228,7 +229,7 @@ class _Look:
         return pairs is not None and all(p.differing <= SINGULAR * p.size for p in pairs)
 
     def result(self, narrow: bool) -> Comparison:
-        """What holds, or else the plain comparison."""
+        """What holds, or else how they differ."""
         pairs = self._pairs
         if pairs is None:
             return self._plain
@@ -236,10 +237,12 @@ class _Look:
             with suppress(RewriteError):  # what cannot be computed in float32
                 return self._by_rounding(pairs)
         tolerances = [self._plain.tolerance] * len(pairs)
-        if not self._cuts.cuts or not self._hold(pairs, tolerances):
+        if not self._cuts.cuts:
             return self._plain
-        why = "what they are computed from agrees, so that rounding decides"
-        return self._explained(pairs, tolerances, why)
+        if not self._hold(pairs, tolerances):
+            return self._unexplained(pairs, tolerances)
+        decides = "" if self._plain.ok else ", so that rounding decides"
+        return self._explained(pairs, tolerances, f"what they are computed from agrees{decides}")
 
     def _by_rounding(self, pairs: list[Pair]) -> Comparison:
         """What holds where the original may be far from itself in float32."""
@@ -257,10 +260,11 @@ class _Look:
         # Weights that are kept in a narrow dtype are rounded as often as values are.
         in_float32 = allowed if kept & set(NARROW) else [tolerance_for({"float32"})] * len(allowed)
         exact_pairs = self._compared(run, in_float32)
-        if exact_pairs is None or not self._hold(exact_pairs, in_float32):
+        if exact_pairs is None:
             return self._plain
-        if not self._hold(pairs, allowed):
-            return self._plain
+        for each, tolerances in ((exact_pairs, in_float32), (pairs, allowed)):
+            if not self._hold(each, tolerances):
+                return self._unexplained(each, tolerances)
         error = max((pair.rel_error for pair in exact_pairs if not pair.discrete), default=0.0)
         why = f"the original's own rounding explains it: in float32 max rel error {error:.3g}"
         return self._explained(pairs, allowed, why)
@@ -271,6 +275,24 @@ class _Look:
         return all(
             pair.differing <= flips * pair.size if pair.discrete else pair.rel_error <= tolerance
             for pair, tolerance in zip(pairs, tolerances, strict=True)
+        )
+
+    def _unexplained(self, pairs: list[Pair], tolerances: Sequence[float]) -> Comparison:
+        """The plain comparison; where outputs agree by chance, what differs before them."""
+        compared = [
+            (pair, tolerance)
+            for pair, tolerance in zip(pairs, tolerances, strict=True)
+            if not pair.discrete and not pair.rel_error <= tolerance
+        ]
+        if not self._plain.ok or self._cuts.missed or not compared:
+            return self._plain
+        worst, tolerance = max(compared, key=lambda each: each[0].rel_error)
+        return replace(
+            self._plain,
+            max_abs_error=worst.abs_error,
+            max_rel_error=worst.rel_error,
+            tolerance=tolerance,
+            note=f"the outputs agree, but by chance: {worst.note}",
         )
 
     def _explained(self, pairs: list[Pair], tolerances: Sequence[float], why: str) -> Comparison:
