@@ -58,6 +58,7 @@ _ACTING = {
     *("PyFuncStateless", "ReadFile", "MatchingFiles", "XlaCustomCall", "XlaCustomCallV2"),
     *("SnapshotDataset", "SnapshotDatasetV2", "SnapshotDatasetReader", "SnapshotChunkDataset"),
     *("SnapshotNestedDatasetReader", "RegisterDataset", "RegisterDatasetV2"),
+    *("GenerateVocabRemapping", "DatasetFromGraph", "MlirPassthroughOp"),  # graphs in strings
 }
 # Those that act by what they are given: an attribute, and the values of it that are harmless.
 _BY_ATTRIBUTE = {
@@ -75,7 +76,8 @@ _WORDS = (
     (r"Cache.*|Snapshot.*|PrintV2|.*DatasetToTFRecord|.*Summary.*", "writes files"),
     (r".*(Read|Restore|Load|Matching|TextFile|TFRecord|TextLine|RecordDataset|CSV|LMDB|Sql).*",
      "reads files"),
-    (r"FixedUnigramCandidateSampler|.*Proto.*", "reads files"),
+    (r"FixedUnigramCandidateSampler|GenerateVocabRemapping|.*Proto.*", "reads files"),
+    (r"DatasetFromGraph|MlirPassthroughOp", "runs a program that a text holds"),
     (r".*(Send|Recv|Rpc|RemoteCall|DataService|RegisterDataset|Collective).*",
      "talks to other processes"),
 )  # fmt: skip

@@ -109,6 +109,36 @@ def test_only_what_computes_is_run_and_the_others_are_named(many, tmp_path):
     assert set(tf.saved_model.load(str(tmp_path / "out")).signatures) == {*told, "harmless"}
 
 
+def test_methods_are_not_called_where_one_of_their_functions_acts(tmp_path):
+    network, file = Network(), tmp_path / "written"
+
+    @tf.function
+    def score(image):
+        if image.shape[0] == 4:  # as many as are made up
+            tf.io.write_file(str(file), "x")
+        return network.scores(image)
+
+    for batch in (4, None):
+        score.get_concrete_function(tf.TensorSpec([batch, 6, 6, 3]))
+    network.score = score
+    serve = tf.function(network.scores).get_concrete_function(image_spec())
+    tf.saved_model.save(network, str(tmp_path / "in"), {"serve": serve})
+    report = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", "fold")
+    assert not file.exists()
+    assert set(report.comparisons) == {"serve"}
+    assert len(report.unverified) == 2
+    assert all("--trusted" in why for why in report.unverified.values())
+
+
+@pytest.mark.parametrize("op", ["DatasetFromGraph", "MlirPassthroughOp", "GenerateVocabRemapping"])
+def test_operations_act_that_tensorflow_calls_stateless(op):
+    assert effects.acts(op)
+    graph = v1.GraphDef()
+    graph.node.add(name="it", op=op)
+    assert [effect.node for effect in effects.in_graph(graph)] == ["it"]
+    assert "than compute" not in effects.in_words(effects.in_graph(graph))
+
+
 def test_auto_measures_nothing_that_acts_and_says_so(many, tmp_path):
     model = SavedModelDirectory(many / "in", None, ["writes"])
     runner = model._runner(mbn.choosing.Options())

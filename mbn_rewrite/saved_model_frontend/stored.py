@@ -63,6 +63,7 @@ class SavedModelDirectory:
                 self.unverifiable[entry.name] = "it draws random numbers"
             if not trusted:
                 self._note_acts(entry.name, view.graph_def)
+        self._note_siblings_of_what_acts()
         if self._loaded.initializer is not None:
             self._initializer = view_of(
                 "initializer", self._loaded.initializer, self._loaded.variable_in_graph
@@ -86,6 +87,17 @@ class SavedModelDirectory:
                 f"it {self._acting[name]}, so it was not run; pass --trusted (trusted=True in "
                 "Python) to run it"
             )
+
+    def _note_siblings_of_what_acts(self) -> None:
+        """Notes functions of one method with what acts: which of them a call runs, it decides."""
+        methods = {e.method: e.name for e in self._loaded.entries if e.name in self._acting}
+        for entry in self._loaded.entries:
+            if entry.method and entry.method in methods and entry.name not in self._acting:
+                sibling = methods[entry.method]
+                self.unverifiable[entry.name] = (
+                    f"calling it might run '{sibling}' of the same method, which "
+                    f"{self._acting[sibling]}; pass --trusted (trusted=True in Python) to run it"
+                )
 
     def _leave_out_what_trains(self) -> None:
         """Leaves out methods that write to the weights of other functions."""
