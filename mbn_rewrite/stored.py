@@ -22,14 +22,14 @@ class Exchange:
         outputs: arrays by name; of what consists of several, each by name and number.
         compiled: whether only XLA could run it on this machine.
         method: the path of the method, or "" for a signature.
-        interface: the dtypes and shapes that a signature declares, by name; {} if not known.
+        interface: what a signature declares, by name, as tf.TensorSpec; {} if not known.
     """
 
     inputs: Any
     outputs: Mapping[str, np.ndarray]
     compiled: bool = False
     method: str = ""
-    interface: Mapping[str, str] = field(default_factory=dict)
+    interface: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

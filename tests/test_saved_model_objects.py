@@ -12,8 +12,10 @@ from tensorflow.python.saved_model import registration
 
 import mbn_rewrite as mbn
 from mbn_rewrite.decisions import Plan
+from mbn_rewrite.saved_model_frontend import running
 from mbn_rewrite.saved_model_frontend.unseen import notes_on
 from mbn_rewrite.saved_model_frontend.views import View
+from tests import saved_models
 from tests.test_saved_model_hard_cases import (
     INPUTS,
     ROWS,
@@ -266,3 +268,31 @@ def test_kinds_of_what_cannot_be_seen_into(kind):
 def test_plan_with_notes_does_not_say_that_there_is_none():
     assert "the model has no BatchNormalization" in Plan("fold", ()).summary
     assert "no BatchNormalization can be seen" in Plan("fold", (), notes=("A note.",)).summary
+
+
+def test_shapes_of_outputs_may_become_known(tmp_path):
+    network = saved_models.Network()
+    network.table = tf.lookup.experimental.MutableHashTable(tf.int64, tf.float32, 0.0)
+
+    @tf.function(input_signature=[saved_models.image_spec()])
+    def serve(image):
+        return {"found": network.table.lookup(tf.argmax(network.scores(image), -1))}
+
+    assert serve.get_concrete_function().structured_outputs["found"].shape.rank is None
+    tf.saved_model.save(network, str(tmp_path / "in"), {"serve": serve})
+    assert mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", "fold").ok
+
+
+@pytest.mark.parametrize(
+    ("name", "original", "new", "kept"),
+    [
+        ("output y", spec(None, 3), spec(2, 3), True),
+        ("output y", spec(2, 3), spec(None, 3), False),
+        ("output y", spec(None, 3), spec(None, 4), False),
+        ("output y", spec(None, 3), spec(None, 3, dtype=tf.float16), False),
+        ("input x", spec(None, 3), spec(2, 3), False),
+        ("input x", spec(None, 3), spec(None, 3), True),
+    ],
+)
+def test_interfaces_stay_as_they_are_for_who_is_served(name, original, new, kept):
+    assert running._keeps({name: original}, {name: new}) == kept

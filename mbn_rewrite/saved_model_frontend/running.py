@@ -45,17 +45,28 @@ def specs_of(function: Any) -> dict[str, Any]:
     return dict(function.structured_input_signature[1])
 
 
-def _interface_of(function: Any) -> dict[str, str]:
-    """The inputs and outputs that a signature declares, in words."""
+def _interface_of(function: Any) -> dict[str, Any]:
+    """The inputs and outputs that a signature declares: a tf.TensorSpec for each."""
     given = {
         name: x if isinstance(x, tf.TypeSpec) else tf.type_spec_from_value(x)
         for name, x in function.structured_outputs.items()
     }
     return {
-        f"{what} {name}": f"{spec.dtype.name} {spec.shape}"
+        f"{what} {name}": tf.TensorSpec(spec.shape, spec.dtype)
         for what, specs in (("input", specs_of(function)), ("output", given))
         for name, spec in sorted(specs.items())
     }
+
+
+def _keeps(original: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether who is served what one interface declares is served by another.
+
+    More may be known of the shapes of outputs, never less, and inputs have to be the same.
+    """
+    return original.keys() == new.keys() and all(
+        new[name].is_subtype_of(spec) if name.startswith("output ") else new[name] == spec
+        for name, spec in original.items()
+    )
 
 
 def exchange(
@@ -425,7 +436,7 @@ class Served:
                 f"the original {sorted(inputs)}"
             )
         result = exchanged(signature, inputs, who, exchange.compiled)
-        if exchange.interface and result.interface != exchange.interface:
+        if exchange.interface and not _keeps(exchange.interface, result.interface):
             raise RewriteError(
                 f"signature '{name}' would declare {dict(result.interface)}, the original "
                 f"declares {dict(exchange.interface)}; please report this"
