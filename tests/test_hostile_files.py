@@ -162,7 +162,11 @@ def test_names_of_what_no_model_consists_of_are_refused(name, package, originals
 IN_TF_KERAS = {
     "module of Keras": of_dense(activation=function("tf_keras.src.utils.data_utils", "get_file")),
     "raw operation": adding("TFOpLambda", function="raw_ops.WriteFile"),
-    "operation": adding("TensorFlowOpLayer", node_def='{"name": "w", "op": "WriteFile"}'),
+    "operation": adding("TensorFlowOpLayer", node_def={"name": "w", "op": "WriteFile"}),
+    "operation as text": adding("TensorFlowOpLayer", node_def='{"name": "w", "op": "Relu"}'),
+    "operation behind another": adding(
+        "TensorFlowOpLayer", node_def={"name": '"op": "Relu"', "op": "WriteFile"}
+    ),
     "lambda by name": adding("Lambda", function=function("os", "system"),
                              function_type="function", module="os"),
 }  # fmt: skip
@@ -280,6 +284,14 @@ def test_data_is_not_taken_for_code(build, package, kind, tmp_path):
     path = tmp_path / f"m.{kind}"
     KERASES[package].Model(x, build(layers, x)).save(path)
     assert opened(path, package).count_params() >= 0
+
+
+@pytest.mark.parametrize("kind", ["keras", "h5"])
+def test_operations_that_compute_are_taken(kind, originals, tmp_path):
+    node = {"name": "relu", "op": "Relu", "input": ["dense"], "attr": {"T": {"type": "DT_FLOAT"}}}
+    edit = adding("TensorFlowOpLayer", node_def=node)
+    path = edited(originals["tf_keras", kind], edit, tmp_path)
+    trust.check_objects(path, [files._config_of(path)[0]], tf_keras)
 
 
 @pytest.mark.parametrize("kind", ["keras", "h5"])

@@ -352,8 +352,9 @@ def _acting_operation(config: Any, names: Iterable[str], where: str) -> Found | 
         return None
     op = None
     if "TensorFlowOpLayer" in names:
-        found = re.search(r'"op":\s*"([^"]*)"', str(config.get("node_def")))
-        op = found[1] if found else "?"
+        node = config.get("node_def")
+        # As a text it would be bytes, which Keras takes but does not write.
+        op = str(node.get("op")) if isinstance(node, dict) else "?"
     elif "TFOpLambda" in names and _is_raw(str(config.get("function"))):
         op = str(config["function"]).removeprefix("raw_ops.")
     if op is None or (op != "?" and not effects.acts(op)):
