@@ -87,6 +87,6 @@ def assert_exact(model, rng, compiled=False, **how) -> Plan:
     randomise(model, rng, **how)
     data = inputs_for(model, rng)
     for mode in ("fold", "depthwise"):
-        assert_equal_bits(model, mbn.convert(model, mode), data, compiled)
+        assert_equal_bits(model, mbn.convert(model, mode, check=False), data, compiled)
     assert mbn.plan(model, "depthwise").left == 0
     return mbn.plan(model, "fold")
