@@ -1,5 +1,6 @@
 """What all tests share: a quiet, small TensorFlow and reproducible random numbers."""
 
+import gc
 import os
 import sys
 
@@ -16,6 +17,12 @@ import pytest
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_finish():
+    """What was imported stays, so no collection of garbage need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
