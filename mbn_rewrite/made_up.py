@@ -266,8 +266,7 @@ def check_size(what: str, numbers: int, width: int) -> None:
         raise RewriteError(
             f"{what} would take {numbers * width / 2**30:,.1f} GiB, and made-up inputs take no "
             f"more than {_most_numbers(width) * width / 2**30:,.1f} GiB on this machine. "
-            f"{GIVE_REAL_ONES}, or do not have it verified (check=False in Python, --unverified "
-            "on the command line)"
+            f"{GIVE_REAL_ONES}"
         )
 
 

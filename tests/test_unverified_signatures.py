@@ -111,6 +111,7 @@ def test_what_cannot_be_made_up_is_asked_for(with_a_grammar, tmp_path):
     assert "numpy.savez('inputs.npz', **{'sizes/x': ...})" in said
     assert "--verify_inputs=inputs.npz" in said
     assert "--unverified=sizes" in said
+    assert said.count("--verify_inputs") == 1
     assert "\n" not in said
     assert not (tmp_path / "out").exists()
 

@@ -104,7 +104,8 @@ def exchange(
     try:
         found = _first_that_fits(specs, view, call, batch)
     except RewriteError as error:
-        raise RewriteError(f"{error}. {_how_to_give(name, specs)}") from error
+        said = str(error).partition(" Give ")[0]  # what follows names the inputs
+        raise RewriteError(f"{said} {_how_to_give(name, specs)}") from error
     if any(array.size and nans([array]) == array.size for array in _outputs(found)):
         raise RewriteError(
             f"{who} gives NaN for made-up inputs, so nothing could be compared. "
