@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # which import this module
     from mbn_rewrite.decisions import Plan
     from mbn_rewrite.exporter import Report
 
+# What `cause_of` makes of every error about a full disk.
+NO_SPACE = "No space left on device."
 _ESCAPE_CODE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # Where in a graph something was, which tells a user nothing.
 _NODES = re.compile(
@@ -89,8 +91,8 @@ def cause_of(error: BaseException) -> str:
     Configurations and lists that are very long lose their middle.
     """
     text = _ESCAPE_CODE.sub("", str(error))
-    if "No space left on device" in text:  # TensorFlow says it behind its own names
-        return "No space left on device."
+    if NO_SPACE.rstrip(".") in text:  # TensorFlow says it behind its own names
+        return NO_SPACE
     for marker in _INTRODUCING:
         text = text.rpartition(marker)[2] or text
     told = " ".join(_telling_lines(text)) or " ".join(text.split()) or type(error).__name__

@@ -17,7 +17,7 @@ from google.protobuf import text_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 from mbn_rewrite import effects
-from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.errors import NO_SPACE, RewriteError, cause_of
 from mbn_rewrite.saved_model_frontend import admission
 from mbn_rewrite.saved_model_frontend.files import GRAPH_FILES
 from mbn_rewrite.saved_model_frontend.slimming import Functions, SlimCopy, functions_of
@@ -343,7 +343,8 @@ def _cause(error: Exception) -> str:
             f"{text.partition(' in binary')[0]}. Import the library that defines it first "
             "(--import_modules)"
         )
-    return f"{cause_of(error)} It may be damaged or cut short"
+    cause = cause_of(error)
+    return cause if cause == NO_SPACE else f"{cause} It may be damaged or cut short"
 
 
 def _add_method(loaded: Loaded, name: str, function: Any) -> None:

@@ -30,7 +30,7 @@ from mbn_rewrite.saved_model_frontend.norms import FUSED, Norm, arithmetic_norms
 from mbn_rewrite.saved_model_frontend.unseen import notes_on
 from mbn_rewrite.saved_model_frontend.views import SHAPE_ONLY, View, Writes, source_of
 from mbn_rewrite.saved_model_frontend.weights import Constants, Stored, Weight
-from mbn_rewrite.saved_model_frontend.writes import ALIASES
+from mbn_rewrite.saved_model_frontend.writes import ALIASES, is_at_inference
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def _is_norm(node: Any, body: Any) -> bool:
     read, or handed to the function.
     """
     if node.op in FUSED:
-        return not ("is_training" in node.attr and node.attr["is_training"].b)
+        return is_at_inference(node)
     if node.op not in ("Rsqrt", "Sqrt"):
         return False
     nodes = {inner.name: inner for inner in body.node_def}

@@ -181,7 +181,7 @@ class _Body:
                 return None
             if node.op in ALIASES:
                 source = node.input[0]
-            elif node.op in _FUSED_NORMS and _is_at_inference(node):
+            elif node.op in _FUSED_NORMS and is_at_inference(node):
                 through = _HANDED_THROUGH.get(output.partition(":")[0])
                 if through is None:
                     return None
@@ -238,7 +238,8 @@ def _gives_handle(node: Any, output: str) -> bool:
     return number < len(types) and types[number] == types_pb2.DT_RESOURCE
 
 
-def _is_at_inference(node: Any) -> bool:
+def is_at_inference(node: Any) -> bool:
+    """Whether a FusedBatchNorm normalises by statistics that are given (not so by default)."""
     # Reading an entry that is not there would make an empty one.
     return "is_training" in node.attr and not node.attr["is_training"].b
 
