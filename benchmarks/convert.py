@@ -45,7 +45,7 @@ import tf_keras
 from absl import app, flags
 
 import mbn_rewrite as mbn
-from mbn_rewrite.report import table
+from mbn_rewrite.tables import table
 
 PLAN_SECONDS = 0.3  # for ResNet50
 CONVERT_PER_CLONE = 2.0  # times clone and copy

@@ -61,7 +61,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 from absl import app, flags
 
-from mbn_rewrite.quiet import import_tensorflow
+from mbn_rewrite.cli.quiet import import_tensorflow
 
 import_tensorflow()
 
@@ -77,11 +77,11 @@ from benchmarks.peer_tools import made_up, signature_of
 from benchmarks.timing import interleaved, median_ratio
 from benchmarks.training_networks import without_batch_norm
 from mbn_rewrite.api import convert_with_plan
-from mbn_rewrite.comparison import compare_outputs, rounding_tolerance, tolerance_for
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.measuring import DEFAULT_BUDGET, Way, quartiles, ratio
-from mbn_rewrite.report import table
-from mbn_rewrite.running import runner
+from mbn_rewrite.frontends.execution import runner
+from mbn_rewrite.tables import table
+from mbn_rewrite.tuning.timing import DEFAULT_BUDGET, RunConfig, quartiles, ratio
+from mbn_rewrite.verification import compare_outputs, rounding_tolerance, tolerance_for
 
 MODELS = (
     *("ResNet50", "MobileNetV2", "EfficientNetB0", "InceptionV3", "DenseNet121", "ResNet50V2"),
@@ -151,16 +151,16 @@ def of_network(model: Any, wide: Any, batch: int) -> tuple[Calls, dict[str, Vari
     """
     images = networks.random_images(wide, np.random.default_rng(1), batch)
     images = tf.cast(images, tf.as_dtype(model.inputs[0].dtype))
-    way = Way(batch, FLAGS.xla)
+    run_config = RunConfig(batch, FLAGS.xla)
     calls: Calls = {}
     known: dict[str, Variant] = {}
     expected: Any = None
     tolerance = 0.0
     for variant in FLAGS.variants:
         with _failures(known, variant):
-            new, facts = _varied(model, variant, way)
+            new, facts = _varied(model, variant, run_config)
             known[variant] = facts
-            call = runner(lambda data, new=new: new(data, training=False), images, way)
+            call = runner(lambda data, new=new: new(data, training=False), images, run_config)
             outputs = call()
             if variant in MODES:
                 comparison = mbn.verify(model, new, inputs=images, tolerance=tolerance)
@@ -195,22 +195,22 @@ def _as_timed(tolerance: float) -> float:
     return max(tolerance, tolerance_for({"float16"})) if rounded else tolerance
 
 
-def _varied(model: Any, variant: str, way: Way) -> tuple[Any, Variant]:
+def _varied(model: Any, variant: str, run_config: RunConfig) -> tuple[Any, Variant]:
     if variant == "original":
         return model, {"left": len(mbn.plan(model, "fold").decisions)}
     if variant == "floor":
         return without_batch_norm(model), {"left": 0}
-    new, plan = convert_with_plan(model, variant, **_measuring(variant, way))
+    new, plan = convert_with_plan(model, variant, **_measuring(variant, run_config))
     return new, _planned(plan)
 
 
-def _measuring(variant: str, way: Way) -> dict[str, Any]:
+def _measuring(variant: str, run_config: RunConfig) -> dict[str, Any]:
     """What a mode is told of how the model is run."""
     if variant != "auto":
         return {}
     return {
-        "batch_size": way.batch_size,
-        "jit_compile": way.jit_compile,
+        "batch_size": run_config.batch_size,
+        "jit_compile": run_config.jit_compile,
         "budget": FLAGS.budget,
     }
 
@@ -227,7 +227,7 @@ def _planned(plan: Any) -> Variant:
 
 def on_disk(path: str, batch: int, work: str) -> tuple[Calls, dict[str, Variant]]:
     """As `of_network`, for the served signature of a model on disk."""
-    way = Way(batch, FLAGS.xla)
+    run_config = RunConfig(batch, FLAGS.xla)
     calls: Calls = {}
     known: dict[str, Variant] = {}
     inputs: dict[str, Any] = {}
@@ -236,7 +236,7 @@ def on_disk(path: str, batch: int, work: str) -> tuple[Calls, dict[str, Variant]
             known[variant] = {"note": "no floor of a model on disk"}
             continue
         with _failures(known, variant):
-            place, known[variant] = _written(path, variant, f"{work}/{variant}-{batch}", way)
+            place, known[variant] = _written(path, variant, f"{work}/{variant}-{batch}", run_config)
             owner = tf.saved_model.load(place)
             serve = signature_of(owner)
             inputs = inputs or _made_up(serve, batch)
@@ -244,26 +244,26 @@ def on_disk(path: str, batch: int, work: str) -> tuple[Calls, dict[str, Variant]
             def call(data: Any, owner: Any = owner, serve: Any = serve) -> Any:
                 return serve(**data)  # the owner is kept with it: it holds the variables
 
-            run = runner(call, inputs, way)
+            run = runner(call, inputs, run_config)
             run()
             calls[variant] = run
     return calls, known
 
 
-def _written(path: str, variant: str, place: str, way: Way) -> tuple[str, Variant]:
+def _written(path: str, variant: str, place: str, run_config: RunConfig) -> tuple[str, Variant]:
     """Where the SavedModel of a variant is, and what is known of it."""
     if variant == "original":
         if Path(path).is_dir():
             return path, {}
         _as_saved_model(path, place)  # a file of Keras, so that all run alike
         return place, {}
-    report = mbn.rewrite_saved_model(path, place, variant, **_measuring(variant, way))
+    report = mbn.rewrite_saved_model(path, place, variant, **_measuring(variant, run_config))
     errors = (comparison.max_rel_error for comparison in report.comparisons.values())
     return place, _planned(report.plan) | {"error": max(errors, default=None)}
 
 
 def _as_saved_model(path: str, place: str) -> None:
-    from mbn_rewrite.keras_layers.files import package_of
+    from mbn_rewrite.frontends.keras_common.files import package_of
 
     if package_of(Path(path)) == "keras":
         keras.models.load_model(path, compile=False).export(place, verbose=False)

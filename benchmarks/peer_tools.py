@@ -197,7 +197,7 @@ class OpenVino:
 
 def nodes_of(function: Any) -> list[Node]:
     """The graph of a concrete function as it was written, with its calls inlined."""
-    from mbn_rewrite.saved_model_frontend.inlining import inlined
+    from mbn_rewrite.frontends.saved_model.inlining import inlined
 
     graph_def, _ = inlined(function)
     shapes = {id(variable.handle): variable.shape for variable in function.graph.variables}

@@ -80,12 +80,12 @@ from benchmarks.bn_count import Left, one_channel
 from benchmarks.peer_tools import Declined, Tool, Work
 from benchmarks.timing import interleaved
 from mbn_rewrite.api import MODES
+from mbn_rewrite.cli.quiet import import_tensorflow
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.made_up import is_open, of_batch
-from mbn_rewrite.measuring import cpu_name, quartiles
-from mbn_rewrite.planner import TRAINING_MODES
-from mbn_rewrite.quiet import import_tensorflow
-from mbn_rewrite.report import table
+from mbn_rewrite.frontends.sample_inputs import is_open, of_batch
+from mbn_rewrite.passes.planner import TRAINING_MODES
+from mbn_rewrite.tables import table
+from mbn_rewrite.tuning.timing import cpu_name, quartiles
 from tools import real_models
 
 NETWORKS = (
@@ -211,7 +211,7 @@ def examined(tool: Tool, work: Work, threads: int) -> dict[str, Any]:
     """Has a tool convert the original, and compares what it gives with the original's outputs."""
     import numpy as np
 
-    from mbn_rewrite.comparison import compare_outputs, tolerance_for
+    from mbn_rewrite.verification import compare_outputs, tolerance_for
 
     inputs, expected = (dict(np.load(path)) for path in (work.inputs, work.outputs))
     path = tool.convert(work)
@@ -585,7 +585,7 @@ def _written_by(name: str) -> str:
         return "tf_keras"
     if name in real_models.SAVED_MODELS or Path(name).is_dir():
         return "SavedModel"
-    from mbn_rewrite.keras_layers.files import package_of
+    from mbn_rewrite.frontends.keras_common.files import package_of
 
     return "keras_3" if package_of(Path(name)) == "keras" else "tf_keras"
 

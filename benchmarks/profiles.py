@@ -463,7 +463,7 @@ def _op_as_dict(op: OpTime) -> dict[str, Any]:
 
 def layer_table(variants: Mapping[str, ByLayer], title: str) -> str:
     """Milliseconds of each layer, forward + backward, for each variant of one model."""
-    from mbn_rewrite.report import table
+    from mbn_rewrite.tables import table
 
     names = dict.fromkeys(itertools.chain.from_iterable(one.layers for one in variants.values()))
     rows = [[name, *(_cell(one.layers.get(name)) for one in variants.values())] for name in names]

@@ -45,8 +45,8 @@ from absl import app, flags
 
 from benchmarks.memory import forget_peak, resident
 from benchmarks.timing import interleaved, median_ratio
-from mbn_rewrite.quiet import import_tensorflow
-from mbn_rewrite.report import table
+from mbn_rewrite.cli.quiet import import_tensorflow
+from mbn_rewrite.tables import table
 from tools import real_models
 
 NETWORKS = (
@@ -124,7 +124,7 @@ def rewrite(source: str, destination: str) -> dict[str, Any]:
     """Rewrites a model; its time and its peak memory above the import."""
     import_tensorflow()
     import mbn_rewrite as mbn
-    from mbn_rewrite.running import give_back_memory
+    from mbn_rewrite.frontends.execution import give_back_memory
 
     inputs = _images_for(source)
     give_back_memory()

@@ -86,7 +86,7 @@ flags.DEFINE_float("time_margin", 5.0, "report: time that does not matter, in pe
 
 def run() -> None:
     """Makes the runs that are missing."""
-    from mbn_rewrite.quiet import import_tensorflow
+    from mbn_rewrite.cli.quiet import import_tensorflow
 
     import_tensorflow()
     from benchmarks.studying import data, running

@@ -70,7 +70,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 from absl import app, flags
 
-from mbn_rewrite.quiet import import_tensorflow
+from mbn_rewrite.cli.quiet import import_tensorflow
 
 import_tensorflow()
 
@@ -83,8 +83,8 @@ from benchmarks.failures import described
 from benchmarks.training_networks import KERAS, NETWORKS, check_variant
 from benchmarks.training_rows import CLASSES, DTYPES, SIZES, Row, Settings, progress
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.measuring import quartiles
-from mbn_rewrite.report import table
+from mbn_rewrite.tables import table
+from mbn_rewrite.tuning.timing import quartiles
 
 VARIANTS = ("original", "strided1", "strided2", "strided4", "strided8", "mbn4", "none")
 WAYS = ("forward", "backward")

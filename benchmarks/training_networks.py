@@ -107,9 +107,9 @@ def without_batch_norm(model: Any) -> Any:
 
     It computes something else: it shows what a network costs in which BatchNormalization is free.
     """
-    from mbn_rewrite.decisions import Decision, Plan
-    from mbn_rewrite.front_ends import front_end_of
-    from mbn_rewrite.graph import BatchNorm
+    from mbn_rewrite.frontends.registry import front_end_of
+    from mbn_rewrite.ir.graph import BatchNorm
+    from mbn_rewrite.plans import Decision, Plan
 
     front_end = front_end_of(model)
     reading = front_end.read(model)

@@ -34,8 +34,8 @@ from benchmarks.memory import forget_peak, resident
 from benchmarks.timing import interleaved, synchronize
 from benchmarks.training_networks import KERAS, NETWORKS, check_variant
 from benchmarks.training_steps import Batch, Trainer, trainer
-from mbn_rewrite.measuring import quartiles
-from mbn_rewrite.running import give_back_memory
+from mbn_rewrite.frontends.execution import give_back_memory
+from mbn_rewrite.tuning.timing import quartiles
 
 PACKAGES = {"tf_keras": tf_keras, "keras_3": keras}
 DTYPES = ("float32", "mixed_float16", "mixed_bfloat16")

@@ -16,27 +16,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mbn_rewrite.api import convert, convert_with_plan, plan
-    from mbn_rewrite.comparison import verify
     from mbn_rewrite.errors import RewriteError, VerificationError
-    from mbn_rewrite.exporter import rewrite_saved_model
-    from mbn_rewrite.training_layers import (
+    from mbn_rewrite.rewrite import rewrite_saved_model
+    from mbn_rewrite.training.layers import (
         ModifiedBatchNormalization,
         StridedBatchNormalization,
     )
+    from mbn_rewrite.verification import verify
 
 __version__ = "0.1.0"
 
 # The whole public surface: each name and the module that defines it.
 _PUBLIC = {
-    "ModifiedBatchNormalization": "training_layers",
+    "ModifiedBatchNormalization": "training.layers",
     "RewriteError": "errors",
-    "StridedBatchNormalization": "training_layers",
+    "StridedBatchNormalization": "training.layers",
     "VerificationError": "errors",
     "convert": "api",
     "convert_with_plan": "api",
     "plan": "api",
-    "rewrite_saved_model": "exporter",
-    "verify": "comparison",
+    "rewrite_saved_model": "rewrite",
+    "verify": "verification",
 }
 
 __all__ = [

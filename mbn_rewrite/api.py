@@ -6,15 +6,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mbn_rewrite import strides
-from mbn_rewrite.checking import checked
-from mbn_rewrite.choosing import Options, plan_in_memory
-from mbn_rewrite.decisions import Plan
+from mbn_rewrite.conversion_check import checked
 from mbn_rewrite.errors import RewriteError, UnverifiedWarning
-from mbn_rewrite.front_ends import front_end_of
-from mbn_rewrite.measuring import DEFAULT_BUDGET, Way
-from mbn_rewrite.modes import MODES, TRAINING_MODES
-from mbn_rewrite.training_layers import DEFAULT_STRIDE
+from mbn_rewrite.frontends.registry import front_end_of
+from mbn_rewrite.options import MODES, TRAINING_MODES
+from mbn_rewrite.plans import Plan
+from mbn_rewrite.training import strides
+from mbn_rewrite.training.layers import DEFAULT_STRIDE
+from mbn_rewrite.tuning.auto import Options, plan_in_memory
+from mbn_rewrite.tuning.timing import DEFAULT_BUDGET, RunConfig
 
 
 def convert(
@@ -206,9 +206,12 @@ def measuring_options(
             f'mode "{mode}" measures nothing, so it takes no {" and no ".join(named)}. Leave that '
             'out, or use mode="auto"'
         )
-    way = Way(1 if batch_size is None else batch_size, bool(jit_compile), dtype)
+    run_config = RunConfig(1 if batch_size is None else batch_size, bool(jit_compile), dtype)
     return Options(
-        way, inputs, DEFAULT_BUDGET if budget is None else budget, progress or (lambda line: None)
+        run_config,
+        inputs,
+        DEFAULT_BUDGET if budget is None else budget,
+        progress or (lambda line: None),
     )
 
 

@@ -25,8 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mbn_rewrite import other_formats
 from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.frontends import file_formats
 
 try:
     import fcntl
@@ -250,7 +250,7 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
         _check_apart(source, destination)
     except (OSError, RuntimeError) as error:  # names too long, links in a circle
         raise RewriteError(f"{destination} cannot be written: {cause_of(error)}") from error
-    other_formats.check_output_name(source, destination)
+    file_formats.check_output_name(source, destination)
 
 
 def _check_replaced(destination: Path, overwrite: bool) -> None:

@@ -27,7 +27,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from mbn_rewrite.quiet import import_tensorflow
+from mbn_rewrite.cli.quiet import import_tensorflow
 
 FLAGS = flags.FLAGS
 flags.DEFINE_float("seconds", float("inf"), "How long to go on; by default until Ctrl-C.")

@@ -14,12 +14,12 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from mbn_rewrite.keras_frontend.dialect import KERAS_3
-from mbn_rewrite.keras_layers.copying import parts
-from mbn_rewrite.keras_layers.describe import is_batch_norm
-from mbn_rewrite.keras_layers.dialect import Dialect
-from mbn_rewrite.keras_layers.weights import numpy_dtype
-from mbn_rewrite.tf_keras_frontend.dialect import TF_KERAS
+from mbn_rewrite.frontends.keras3.adapter import KERAS_3
+from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.frontends.keras_common.cloning import parts
+from mbn_rewrite.frontends.keras_common.op_table import is_batch_norm
+from mbn_rewrite.frontends.keras_common.weights import numpy_dtype
+from mbn_rewrite.frontends.tf_keras.adapter import TF_KERAS
 
 _PACKAGES = {"tf_keras": tf_keras, "keras": keras_3}
 BATCH_NORMS = tuple(each.layers.BatchNormalization for each in _PACKAGES.values())
@@ -75,30 +75,30 @@ def function(name: str) -> Any:
 # ----------------------------------------------------------------- models of either Keras
 
 
-def dialect_of(model: Any) -> Dialect:
+def adapter_of(model: Any) -> KerasAdapter:
     return KERAS_3 if isinstance(model, keras_3.Model) else TF_KERAS
 
 
 def norms(model: Any) -> list[Any]:
     """All BatchNormalization layers of a model."""
-    return [layer for layer in parts(model) if is_batch_norm(layer, dialect_of(model))]
+    return [layer for layer in parts(model) if is_batch_norm(layer, adapter_of(model))]
 
 
 def compute_dtypes(model: Any) -> set[str]:
-    name = "keras_frontend" if dialect_of(model) is KERAS_3 else "tf_keras_frontend"
-    return importlib.import_module(f"mbn_rewrite.{name}.running").compute_dtypes(model)
+    name = "keras3" if adapter_of(model) is KERAS_3 else "tf_keras"
+    return importlib.import_module(f"mbn_rewrite.frontends.{name}.execution").compute_dtypes(model)
 
 
 def input_structure(model: Any) -> Any:
     """A model's inputs as it takes them."""
-    if dialect_of(model) is TF_KERAS:
+    if adapter_of(model) is TF_KERAS:
         return model._nested_inputs
     return getattr(model, "_functional", model)._inputs_struct
 
 
 def names(model: Any) -> tuple[list[str], list[str]]:
     """The names of a model's inputs and outputs."""
-    if dialect_of(model) is TF_KERAS:
+    if adapter_of(model) is TF_KERAS:
         return model.input_names, model.output_names
     functional = getattr(model, "_functional", model)
     return [tensor.name for tensor in functional.inputs], functional.output_names
@@ -108,7 +108,7 @@ def inputs_like(model: Any, arrays: list[Any]) -> Any:
     """Arrays as tensors, in the structure in which a model takes its inputs."""
     tensors = [tf.constant(a, t.dtype) for a, t in zip(arrays, model.inputs, strict=True)]
     structure = input_structure(model)
-    if dialect_of(model) is KERAS_3:
+    if adapter_of(model) is KERAS_3:
         return keras_3.tree.pack_sequence_as(structure, tensors)
     return tf.nest.pack_sequence_as(structure, tensors)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mbn_rewrite.algebra import ChannelMap, Kernel, fold, reshaped
+from mbn_rewrite.ir.algebra import ChannelMap, Kernel, fold, reshaped
 
 small = st.integers(-4, 4).map(float)
 

@@ -8,15 +8,15 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite import choosing
 from mbn_rewrite.api import measuring_options
-from mbn_rewrite.choosing import INPUT, Options, choose
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.front_ends import front_end_of
-from mbn_rewrite.graph import BatchNorm, Opaque
-from mbn_rewrite.measuring import Way
-from mbn_rewrite.planner import FOLDED, candidates
-from mbn_rewrite.saved_model_frontend.views import op_counts
+from mbn_rewrite.frontends.registry import front_end_of
+from mbn_rewrite.frontends.saved_model.function_graph import op_counts
+from mbn_rewrite.ir.graph import BatchNorm, Opaque
+from mbn_rewrite.passes.planner import FOLDED, candidates
+from mbn_rewrite.tuning import auto
+from mbn_rewrite.tuning.auto import INPUT, Options, choose
+from mbn_rewrite.tuning.timing import RunConfig
 from tests.checks import check_saved_rewrites
 from tests.kerases import K, Model, norms
 from tests.test_planner import Wiring, norm_op
@@ -83,11 +83,11 @@ def chosen(monkeypatch, times, graph=None, options=None, failing=()):
     """The plan that is taken if calls of each form take these times."""
     taken = {name: iter(values) for name, values in times.items()}
 
-    def race(runs, deadline, stays=()):
+    def time_interleaved(runs, deadline, stays=()):
         assert set(stays) == {INPUT, FOLDED}
         return {name: list(taken[name]) for name in runs}
 
-    monkeypatch.setattr(choosing, "race", race)
+    monkeypatch.setattr(auto, "time_interleaved", time_interleaved)
 
     def runner(plan):
         actions = [] if plan is None else [decision.action for decision in plan.decisions]
@@ -179,7 +179,9 @@ def test_memory_that_ends_while_a_form_is_built_costs_no_model(monkeypatch):
             raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")
         return nullcontext(lambda: None)
 
-    monkeypatch.setattr(choosing, "race", lambda runs, *_, **__: dict.fromkeys(runs, [1.0] * 9))
+    monkeypatch.setattr(
+        auto, "time_interleaved", lambda runs, *_, **__: dict.fromkeys(runs, [1.0] * 9)
+    )
     measurement = choose(unfoldable(), runner, "a device", Options()).measurement
     assert measurement.timings[-1].note == "not measured: out of memory"
 
@@ -297,12 +299,12 @@ def test_given_inputs_are_cut_to_the_batch(each_keras):
 def test_saved_models_are_written_in_the_form_that_was_chosen(
     each_keras, taken, tmp_path, monkeypatch
 ):
-    def race(runs, deadline, stays=()):
+    def time_interleaved(runs, deadline, stays=()):
         return {name: [1.0 if name == taken else 2.0] * 9 for name in runs}
 
     if taken == "fused" and each_keras.__name__ == "tf_keras":
         taken = "depthwise"  # it is fused already
-    monkeypatch.setattr(choosing, "race", race)
+    monkeypatch.setattr(auto, "time_interleaved", time_interleaved)
     original = model()
     inputs = tf.constant(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), tf.float32)
     plan = check_saved_rewrites(original, inputs, tmp_path, ["auto"])["auto"]
@@ -349,17 +351,17 @@ def test_mixed_precision_is_set_for_as_long_as_is_measured(monkeypatch):
     name = "auto_mixed_precision_onednn_bfloat16"
     meanwhile = []
 
-    def race(runs, *_, **__):
+    def time_interleaved(runs, *_, **__):
         meanwhile.append(tf.config.optimizer.get_experimental_options()[name])
         return dict.fromkeys(runs, [1.0] * 9)
 
-    monkeypatch.setattr(choosing, "race", race)
+    monkeypatch.setattr(auto, "time_interleaved", time_interleaved)
     x = inputs = K.Input((4,))
     original = Model(inputs, K.Activation("tanh")(K.BatchNormalization()(K.ReLU()(x))))
     before = tf.config.optimizer.get_experimental_options()
     if not tf.config.list_physical_devices("GPU"):
         plan = mbn.plan(original, dtype="bfloat16")
-        assert plan.measurement.way == Way(dtype="bfloat16")
+        assert plan.measurement.run_config == RunConfig(dtype="bfloat16")
         assert meanwhile == [True]
     after = tf.config.optimizer.get_experimental_options()
     assert after.get(name, False) == before.get(name, False)
@@ -367,4 +369,4 @@ def test_mixed_precision_is_set_for_as_long_as_is_measured(monkeypatch):
 
 def test_measuring_options_default_to_one_example_as_the_model_is():
     options = measuring_options("auto", None, None, None, None, None, None)
-    assert (options.way, options.budget) == (Way(1, False, None), 60.0)
+    assert (options.run_config, options.budget) == (RunConfig(1, False, None), 60.0)

@@ -11,13 +11,14 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite import layouts, planner
-from mbn_rewrite.algebra import Border, ChannelMap, Window, fold
-from mbn_rewrite.comparison import compare_outputs
-from mbn_rewrite.front_ends import front_end_of
-from mbn_rewrite.graph import BatchNorm, Graph, Input, Linear, Node, Opaque, Value
-from mbn_rewrite.keras_layers.files import load
-from mbn_rewrite.planner import _plan_fold
+from mbn_rewrite.frontends.keras_common.files import load
+from mbn_rewrite.frontends.registry import front_end_of
+from mbn_rewrite.ir import layouts
+from mbn_rewrite.ir.algebra import Border, ChannelMap, Window, fold
+from mbn_rewrite.ir.graph import BatchNorm, Graph, Input, Linear, Node, Opaque, Value
+from mbn_rewrite.passes import planner
+from mbn_rewrite.passes.planner import _plan_fold
+from mbn_rewrite.verification import compare_outputs
 from tests.kerases import K, Model, package, policy, set_policy
 from tests.whole_numbers import assert_equal_bits, inputs_for, norm, outputs, randomise
 

@@ -10,10 +10,14 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite.graph import BatchNorm
-from mbn_rewrite.keras_frontend.dialect import KERAS_3
-from mbn_rewrite.keras_frontend.layers import BiasedConvolution, BorderedConvolution, ScaleAndShift
-from mbn_rewrite.keras_layers.describe import Call, describe
+from mbn_rewrite.frontends.keras3.adapter import KERAS_3
+from mbn_rewrite.frontends.keras3.inference_layers import (
+    BiasedConvolution,
+    BorderedConvolution,
+    ScaleAndShift,
+)
+from mbn_rewrite.frontends.keras_common.op_table import Call, describe
+from mbn_rewrite.ir.graph import BatchNorm
 
 K = keras.layers
 FIRST = {"data_format": "channels_first"}
@@ -225,9 +229,9 @@ def test_a_bias_that_keras_adds_right_takes_more(rng):
 
 
 def test_a_keras_that_adds_biases_right_is_trusted_with_those_it_has(monkeypatch):
-    from mbn_rewrite.keras_frontend import dialect
+    from mbn_rewrite.frontends.keras3 import adapter
 
-    monkeypatch.setattr(dialect, "_adds_along_the_last_axis", lambda: False)
+    monkeypatch.setattr(adapter, "_adds_along_the_last_axis", lambda: False)
     layers = K.Conv2D(6, 3, **SAME), K.Conv2D(6, 3, **FREE)
     for layer in layers:
         layer.build((None, 3, 5, 6))
@@ -312,7 +316,7 @@ def test_only_channels_first_of_one_width_is_in_doubt():
 
 
 def test_what_is_held_out_of_sight_is_in_doubt_in_any_size():
-    from mbn_rewrite.keras_layers.describe import batch_norm
+    from mbn_rewrite.frontends.keras_common.op_table import batch_norm
 
     layers = [K.BatchNormalization(axis) for axis in (1, 3)]
     for layer in layers:

@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite import api, checking, choosing
+from mbn_rewrite import api, conversion_check
 from mbn_rewrite.errors import UnverifiedWarning
+from mbn_rewrite.tuning import auto
 from tests.kerases import K, Model, package
 from tests.random_models import randomise
 
@@ -104,7 +105,7 @@ def test_a_model_that_cannot_be_called_is_an_error(each_keras, monkeypatch):
 
 
 def test_a_plan_is_not_checked(each_keras, monkeypatch):
-    monkeypatch.setattr(checking, "checked", lambda *args: pytest.fail("it was run"))
+    monkeypatch.setattr(conversion_check, "checked", lambda *args: pytest.fail("it was run"))
     assert mbn.plan(conv_model(), "fold").verification is None
 
 
@@ -186,7 +187,7 @@ def test_the_model_stays_as_it_was(each_keras, mode):
 
 def test_measuring_and_checking_share_what_is_given(each_keras, monkeypatch):
     seen = []
-    real = choosing.plan_in_memory
+    real = auto.plan_in_memory
 
     def spy(*args):
         seen.append(args[-1].inputs)

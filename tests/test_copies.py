@@ -10,8 +10,8 @@ import tensorflow as tf
 import tf_keras
 
 import mbn_rewrite as mbn
-from mbn_rewrite.front_ends import front_end_of
-from mbn_rewrite.planner import make_plan
+from mbn_rewrite.frontends.registry import front_end_of
+from mbn_rewrite.passes.planner import make_plan
 from tests import kerases, stock_layers
 from tests.kerases import K, Model
 from tests.random_models import randomise

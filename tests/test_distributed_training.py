@@ -19,6 +19,7 @@ import tensorflow as tf
 
 STRIDES = {"StridedBatchNormalization": 2, "ModifiedBatchNormalization": 1}
 KERASES = ["tf_keras", "keras"]
+FRONTENDS = {"tf_keras": "tf_keras", "keras": "keras3"}
 CHANNELS = 3
 MOMENTUM = 0.75
 # Replicas have parts of different sizes, so that a mean of means is wrong.
@@ -30,7 +31,7 @@ def load(name):
     """One Keras, and the module of its training layers."""
     from importlib import import_module
 
-    layers = import_module(f"mbn_rewrite.{name}_frontend.training_layers")
+    layers = import_module(f"mbn_rewrite.frontends.{FRONTENDS[name]}.training_layers")
     return import_module(name), layers
 
 

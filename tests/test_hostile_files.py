@@ -10,10 +10,10 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-import mbn_rewrite.exporter  # noqa: F401  (which files name as what must not be called)
-from mbn_rewrite import limits
+import mbn_rewrite.rewrite  # noqa: F401  (which files name as what must not be called)
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.keras_layers import files, trust
+from mbn_rewrite.frontends import limits
+from mbn_rewrite.frontends.keras_common import files, trust
 
 KERASES = {"tf_keras": tf_keras, "keras": keras}
 
@@ -145,7 +145,7 @@ NAMED = {
     "library": of_dense(activation=function("tensorflow.python.lib.io.file_io", "create_dir")),
     "path": of_dense(kernel_initializer=made_by("shutil", "rmtree")),
     "not a model's": of_dense(kernel_initializer=made_by("keras.callbacks", "BackupAndRestore")),
-    "of this library": of_dense(activation=function("mbn_rewrite.exporter", "rewrite_saved_model")),
+    "of this library": of_dense(activation=function("mbn_rewrite.rewrite", "rewrite_saved_model")),
     "type": of_dense(bias_constraint={"class_name": "__typespec__", "spec_name": "system",
                                       "module": "os", "registered_name": None, "config": []}),
 }  # fmt: skip

@@ -11,13 +11,13 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite import comparison
-from mbn_rewrite.algebra import fold
-from mbn_rewrite.comparison import TOLERANCES, compare_outputs, judged
-from mbn_rewrite.exporter import VerificationError
-from mbn_rewrite.saved_model_frontend.jumps import cuts_between
-from mbn_rewrite.saved_model_frontend.stretches import look_closer_at_calls
-from mbn_rewrite.saved_model_frontend.views import view_of
+from mbn_rewrite import verification
+from mbn_rewrite.frontends.saved_model.function_graph import view_of
+from mbn_rewrite.frontends.saved_model.jumps import cuts_between
+from mbn_rewrite.frontends.saved_model.stretches import look_closer_at_calls
+from mbn_rewrite.ir.algebra import fold
+from mbn_rewrite.rewrite import VerificationError
+from mbn_rewrite.verification import TOLERANCES, compare_outputs, judged
 from tests import saved_models
 from tests.kerases import K, Model
 
@@ -316,7 +316,7 @@ def test_a_function_of_python_is_not_looked_inside():
 def test_a_tolerance_scales_what_may_differ():
     classes, others = np.zeros(10, np.int64), np.ones(10, np.int64)
     assert judged([classes], [others], 1.0, lambda plain: None).ok
-    assert comparison.FLIPS * 0.01 < 0.1
+    assert verification.FLIPS * 0.01 < 0.1
     assert not judged([classes], [others], 0.01, lambda plain: None).ok
 
 
@@ -420,8 +420,8 @@ def test_models_on_disk(each_keras, file, right, tmp_path, monkeypatch):
     options = {"save_format": "tf"} if file == "saved" else {}
     model.save(tmp_path / file, **options)
     if not right:
-        for module in ("keras_layers.writer", "saved_model_frontend.writer"):
-            monkeypatch.setattr(f"mbn_rewrite.{module}.fold", _fold_wrongly)
+        for module in ("keras_common.writer", "saved_model.writer"):
+            monkeypatch.setattr(f"mbn_rewrite.frontends.{module}.fold", _fold_wrongly)
     arguments = (tmp_path / file, tmp_path / "out", "fold")
     if not right:
         with pytest.raises(VerificationError, match=r"entries of '\w+' differ"):

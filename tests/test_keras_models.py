@@ -14,7 +14,7 @@ from keras import ops
 
 import mbn_rewrite as mbn
 from mbn_rewrite.errors import UnverifiedWarning
-from mbn_rewrite.keras_frontend.layers import ScaleAndShift
+from mbn_rewrite.frontends.keras3.inference_layers import ScaleAndShift
 from tests import kerases
 from tests.checks import check_rewrite, outputs
 from tests.kerases import norms

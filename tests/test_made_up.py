@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite import made_up
-from mbn_rewrite.made_up import (
+from mbn_rewrite.frontends import sample_inputs
+from mbn_rewrite.frontends.sample_inputs import (
     MANNERS,
     PLAIN,
     POSITIVE,
@@ -149,7 +149,7 @@ def test_what_fails_with_edges_is_tried_without():
 
 
 def test_inputs_that_would_fill_the_memory_are_not_made(monkeypatch):
-    monkeypatch.setattr(made_up, "memory", lambda: 2**30)
+    monkeypatch.setattr(sample_inputs, "memory", lambda: 2**30)
     assert made((1, 4000, 4000), "float32").nbytes < 2**27
     with pytest.raises(mbn.RewriteError, match=r"1\.5 GiB.*0\.1 GiB.*inputs=.*--verify_inputs"):
         made((1, 20_000, 20_000), "float32")
@@ -158,13 +158,13 @@ def test_inputs_that_would_fill_the_memory_are_not_made(monkeypatch):
 
 
 def test_no_tensor_has_more_numbers_than_kernels_count(monkeypatch):
-    monkeypatch.setattr(made_up, "memory", lambda: 2**50)
+    monkeypatch.setattr(sample_inputs, "memory", lambda: 2**50)
     with pytest.raises(mbn.RewriteError, match="an input of the shape"):
         made((1, 40_000, 40_000, 3), "uint8")
 
 
 def test_fewer_examples_are_made_where_many_would_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(made_up, "memory", lambda: 2**30)
+    monkeypatch.setattr(sample_inputs, "memory", lambda: 2**30)
     assert with_batch(Made(largest=2**25), [(None, 3)]).batch == 1
     assert with_batch(Made(largest=2**22), [(None, 3)]).batch == 4
 
@@ -172,7 +172,7 @@ def test_fewer_examples_are_made_where_many_would_fill_the_memory(monkeypatch):
 def test_a_layer_whose_output_would_fill_the_memory(each_keras, monkeypatch):
     x = K.Input((10, 10, 1))
     model = Model(x, K.BatchNormalization()(K.UpSampling2D(1000)(x)))
-    monkeypatch.setattr(made_up, "memory", lambda: 2**30)
+    monkeypatch.setattr(sample_inputs, "memory", lambda: 2**30)
     with pytest.raises(mbn.RewriteError, match="what the model computes would take"):
         mbn.verify(model, model)
 

@@ -3,7 +3,15 @@
 import pytest
 
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.measuring import Measurement, Timing, Way, _outside, quartiles, race, ratio
+from mbn_rewrite.tuning.timing import (
+    Measurement,
+    RunConfig,
+    Timing,
+    _outside,
+    quartiles,
+    ratio,
+    time_interleaved,
+)
 
 
 class Clock:
@@ -27,7 +35,9 @@ class Clock:
 
 def test_all_variants_take_the_same_number_of_turns_while_they_are_close():
     clock = Clock()
-    seconds = race({"a": clock.taking(0.1), "b": clock.taking(0.101)}, 10**6, clock=clock)
+    seconds = time_interleaved(
+        {"a": clock.taking(0.1), "b": clock.taking(0.101)}, 10**6, clock=clock
+    )
     assert len(seconds["a"]) == len(seconds["b"]) == 40
     assert seconds["a"] == pytest.approx([0.1] * 40)
 
@@ -37,7 +47,7 @@ def test_a_hopeless_variant_leaves_and_one_that_stays_does_not():
     variants = {
         "fast": clock.taking(0.1), "slow": clock.taking(0.2), "input": clock.taking(0.3),
     }  # fmt: skip
-    seconds = race(variants, 10**6, stays=["input"], clock=clock)
+    seconds = time_interleaved(variants, 10**6, stays=["input"], clock=clock)
     assert len(seconds["slow"]) == 7
     assert len(seconds["input"]) == len(seconds["fast"]) == 40
 
@@ -45,7 +55,7 @@ def test_a_hopeless_variant_leaves_and_one_that_stays_does_not():
 def test_the_deadline_ends_the_race():
     clock = Clock()
     variants = {"a": clock.taking(1.0), "b": clock.taking(1.0)}
-    seconds = race(variants, 10.0, stays=["a", "b"], clock=clock)
+    seconds = time_interleaved(variants, 10.0, stays=["a", "b"], clock=clock)
     assert clock.now <= 12
     assert len(seconds["a"]) == len(seconds["b"]) == 3
 
@@ -55,20 +65,22 @@ def test_who_there_is_no_time_for_takes_no_part():
     variants = {
         name: clock.taking(seconds) for name, seconds in zip("abcd", (1, 1, 2, 3), strict=True)
     }
-    seconds = race(variants, 45.0, stays=["a", "b"], clock=clock)
+    seconds = time_interleaved(variants, 45.0, stays=["a", "b"], clock=clock)
     assert {name: len(each) for name, each in seconds.items()} == {"a": 7, "b": 7, "c": 7, "d": 0}
     assert clock.now == 21 + 28
 
 
 def test_warming_up_ends_with_the_time():
     clock = Clock()
-    race({"a": clock.taking(5.0), "b": clock.taking(5.0)}, 3.0, stays=["a", "b"], clock=clock)
+    time_interleaved(
+        {"a": clock.taking(5.0), "b": clock.taking(5.0)}, 3.0, stays=["a", "b"], clock=clock
+    )
     assert clock.now == 20
 
 
 def test_short_calls_are_timed_several_at_a_time():
     clock = Clock()
-    seconds = race({"a": clock.taking(0.001)}, 10**6, clock=clock)
+    seconds = time_interleaved({"a": clock.taking(0.001)}, 10**6, clock=clock)
     assert seconds["a"][0] == pytest.approx(0.001)
     assert clock.now == pytest.approx(0.003 + 40 * 0.005)
 
@@ -104,7 +116,7 @@ def test_quartiles_of_one_value():
 )
 def test_ways_that_make_no_sense(given):
     with pytest.raises(RewriteError):
-        Way(**given)
+        RunConfig(**given)
 
 
 def test_measurement_is_a_table_and_json():
@@ -113,7 +125,7 @@ def test_measurement_is_a_table_and_json():
         Timing("folded", (0.001, 0.001), ratio([2.0, 2.0], [1.0, 1.0])),
         Timing("fused", note="not measured: out of memory"),
     )
-    measurement = Measurement("some device", Way(8), timings, "folded", "because")
+    measurement = Measurement("some device", RunConfig(8), timings, "folded", "because")
     text = str(measurement)
     assert "some device, batch 8: because" in text
     (row,) = [line for line in text.split("\n") if line.startswith(" folded")]

@@ -9,10 +9,10 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 import mbn_rewrite as mbn
-from mbn_rewrite import effects, limits
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.saved_model_frontend import admission, files
-from mbn_rewrite.saved_model_frontend.stored import SavedModelDirectory
+from mbn_rewrite.frontends import effects, limits
+from mbn_rewrite.frontends.saved_model import admission, files
+from mbn_rewrite.frontends.saved_model.source import SavedModelDirectory
 from tests.saved_models import KINDS, Network, image_spec
 
 v1 = tf.compat.v1
@@ -141,7 +141,7 @@ def test_operations_act_that_tensorflow_calls_stateless(op):
 
 def test_auto_measures_nothing_that_acts_and_says_so(many, tmp_path):
     model = SavedModelDirectory(many / "in", None, ["writes"])
-    runner = model._runner(mbn.choosing.Options())
+    runner = model._runner(mbn.tuning.auto.Options())
     with pytest.raises(RewriteError, match="not run, since it writes files"), runner(None):
         pass
     assert not (many / "written").exists()

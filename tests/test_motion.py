@@ -8,9 +8,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mbn_rewrite import graph, motion
-from mbn_rewrite.algebra import ChannelMap, Kernel
-from mbn_rewrite.motion import RULES, Absorb, Blocked, Shapes, Through
+from mbn_rewrite.ir import graph
+from mbn_rewrite.ir.algebra import ChannelMap, Kernel
+from mbn_rewrite.rules import motion
+from mbn_rewrite.rules.motion import RULES, Absorb, Blocked, Shapes, Through
 
 CONCRETE = [
     op

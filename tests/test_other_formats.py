@@ -13,7 +13,7 @@ from google.protobuf import text_format
 
 import mbn_rewrite as mbn
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.exporter import check_paths
+from mbn_rewrite.rewrite import check_paths
 from tests.saved_models import fused_norm, kernel, statistics
 
 v1 = tf.compat.v1

@@ -12,7 +12,7 @@ import tf_keras
 import mbn_rewrite as mbn
 from mbn_rewrite.api import convert_with_plan
 from mbn_rewrite.errors import RewriteError
-from tests.kerases import K, Model, dialect_of, norms
+from tests.kerases import K, Model, adapter_of, norms
 from tests.random_models import randomise
 
 PACKAGES = {"tf_keras": tf_keras, "keras": keras_3}
@@ -407,13 +407,13 @@ def test_a_model_that_was_not_changed_is_saved_and_loaded(own, each_keras, tmp_p
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 def test_attributes_of_keras_are_known(kind, each_keras, tmp_path):
     """What compiling, running and saving leave on a model is not taken for its user's."""
-    from mbn_rewrite.keras_layers.own_classes import attributes
+    from mbn_rewrite.frontends.keras_common.own_classes import attributes
 
     x = K.Input((4,))
     model = Model(x, K.Dense(2)(x)) if kind == "functional" else each_keras.Sequential(
         [x, K.Dense(2)]
     )  # fmt: skip
-    keras = dialect_of(model)
+    keras = adapter_of(model)
     made = set(vars(model))
     data, wanted = np.ones((4, 4), "float32"), np.ones((4, 2), "float32")
     model.compile("sgd", "mse", metrics=["mae"])

@@ -35,7 +35,7 @@ def test_import_loads_neither_tensorflow_nor_keras():
 
 def test_planner_and_motion_do_not_load_tensorflow():
     code = (
-        "import sys, mbn_rewrite.planner, mbn_rewrite.exporter, mbn_rewrite.comparison\n"
+        "import sys, mbn_rewrite.passes.planner, mbn_rewrite.rewrite, mbn_rewrite.verification\n"
         "sys.exit('loaded' if 'tensorflow' in sys.modules else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
@@ -161,7 +161,7 @@ def test_converting_a_model_of_keras_3_does_not_load_tf_keras():
 
 def test_converting_a_model_of_tf_keras_does_not_load_the_other_front_end():
     # tf_keras loads Keras 3 itself.
-    converts_without("tf_keras", "mbn_rewrite.keras_frontend")
+    converts_without("tf_keras", "mbn_rewrite.frontends.keras3")
 
 
 WITHOUT_TENSORFLOW = """

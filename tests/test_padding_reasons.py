@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite.algebra import Window
+from mbn_rewrite.ir.algebra import Window
 from tests.checks import check_rewrite, check_saved_rewrites
 from tests.kerases import K, Model, assign, norms
 from tests.random_models import randomise

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from mbn_rewrite.algebra import ChannelMap, Kernel
-from mbn_rewrite.graph import (
+from mbn_rewrite.ir.algebra import ChannelMap, Kernel
+from mbn_rewrite.ir.graph import (
     Affine,
     BatchNorm,
     Concat,
@@ -19,7 +19,7 @@ from mbn_rewrite.graph import (
     Opaque,
     Value,
 )
-from mbn_rewrite.planner import make_plan
+from mbn_rewrite.passes.planner import make_plan
 
 C = 3
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbn_rewrite.sampled_batch_norm import Sampling, normalize, normalize_by_sample
+from mbn_rewrite.training.sampled_batch_norm import Sampling, normalize, normalize_by_sample
 
 # Relative to the largest value: a few roundings of the dtype in sums of hundreds.
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 5e-6, "float64": 1e-13}

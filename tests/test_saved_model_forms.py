@@ -15,9 +15,9 @@ import tensorflow as tf
 import tf_keras
 
 import mbn_rewrite as mbn
-from mbn_rewrite.saved_model_frontend.norms import fused_norm
-from mbn_rewrite.saved_model_frontend.views import View, Writes, op_counts
-from mbn_rewrite.saved_model_frontend.weights import Constants
+from mbn_rewrite.frontends.saved_model.function_graph import View, Writes, op_counts
+from mbn_rewrite.frontends.saved_model.match_batchnorm import fused_norm
+from mbn_rewrite.frontends.saved_model.weights import Constants
 from tests.saved_models import EPSILON, kernel, statistics
 
 v1 = tf.compat.v1
@@ -410,7 +410,7 @@ def test_batch_norm_with_global_normalization_is_read(scaled):
         tf.import_graph_def(graph_def, name="")
     view = View("old", graph_def, graph, False, ("x",), ("y:0",), {}, {})
     norm = fused_norm(Constants(view, Writes()), graph.get_operation_by_name("norm"))
-    assert norm.unfit == ""
+    assert norm.ineligible == ""
     assert (norm.axis, norm.rank) == (3, 4)
     assert norm.source.op.type == "Conv2D"
     np.testing.assert_allclose(norm.map.scale, scale, rtol=1e-6)

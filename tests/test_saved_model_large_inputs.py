@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite.saved_model_frontend.inlining import inlined
+from mbn_rewrite.frontends.saved_model.inlining import inlined
 
 
 class Large(tf.Module):

@@ -13,7 +13,7 @@ import tf_keras
 import mbn_rewrite as mbn
 from benchmarks.networks import build, random_images, real_inputs, set_statistics
 from benchmarks.networks import typical_statistics as typical
-from mbn_rewrite.saved_model_frontend.views import op_counts
+from mbn_rewrite.frontends.saved_model.function_graph import op_counts
 from tests.checks import save_with_signature
 from tests.test_applications import EXPECTED as NETWORKS
 from tests.test_real_models import EXPECTED as TRAINED

@@ -11,10 +11,10 @@ from tensorflow.core.framework import graph_pb2
 from tensorflow.python.saved_model import registration
 
 import mbn_rewrite as mbn
-from mbn_rewrite.decisions import Plan
-from mbn_rewrite.saved_model_frontend import running
-from mbn_rewrite.saved_model_frontend.unseen import notes_on
-from mbn_rewrite.saved_model_frontend.views import View
+from mbn_rewrite.frontends.saved_model import execution
+from mbn_rewrite.frontends.saved_model.function_graph import View
+from mbn_rewrite.frontends.saved_model.unseen import notes_on
+from mbn_rewrite.plans import Plan
 from tests import saved_models
 from tests.test_saved_model_hard_cases import (
     INPUTS,
@@ -295,4 +295,4 @@ def test_shapes_of_outputs_may_become_known(tmp_path):
     ],
 )
 def test_interfaces_stay_as_they_are_for_who_is_served(name, original, new, kept):
-    assert running._keeps({name: original}, {name: new}) == kept
+    assert execution._keeps({name: original}, {name: new}) == kept

@@ -15,7 +15,7 @@ import tf_keras
 from tensorflow.core.protobuf import saved_model_pb2
 
 import mbn_rewrite as mbn
-from mbn_rewrite.saved_model_frontend.views import op_counts
+from mbn_rewrite.frontends.saved_model.function_graph import op_counts
 from tests.random_models import randomise
 from tests.saved_models import (
     COUNTED,

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbn_rewrite import RewriteError, strides
+from mbn_rewrite import RewriteError
+from mbn_rewrite.training import strides
 
 SIZES = st.integers(1, 80)
 

@@ -11,9 +11,8 @@ import time
 
 import pytest
 
-from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.interrupts import Interrupted, Interrupts
-from mbn_rewrite.job import (
+from mbn_rewrite.cli.interrupts import Interrupted, Interrupts
+from mbn_rewrite.cli.job import (
     DIFFERENT,
     DONE,
     NO_MEMORY,
@@ -24,7 +23,8 @@ from mbn_rewrite.job import (
     ending_to_json,
     step_to_json,
 )
-from mbn_rewrite.supervisor import Limits, supervised
+from mbn_rewrite.cli.supervisor import Limits, supervised
+from mbn_rewrite.errors import RewriteError
 
 JOB = Job("in", "out", "folder/new")
 # What each program begins with: its socket, and the job that it has been given.
@@ -290,7 +290,7 @@ def test_the_worker_ends_with_the_tool():
     """Its socket tells it, and on Linux the kernel, even where native code does not listen."""
     import subprocess
 
-    from mbn_rewrite.supervisor import WORKER
+    from mbn_rewrite.cli.supervisor import WORKER
 
     program = (
         "import os, subprocess, sys, socket\n"

@@ -17,8 +17,8 @@ import tf_keras
 from absl import flags
 
 import mbn_rewrite as mbn
-from mbn_rewrite.interrupts import Interrupts
-from mbn_rewrite.worker import carry_out
+from mbn_rewrite.cli.interrupts import Interrupts
+from mbn_rewrite.cli.worker import carry_out
 from tests.random_models import K, randomise
 from tools import rewrite_savedmodel as tool
 

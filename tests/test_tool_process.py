@@ -34,7 +34,7 @@ say(step={"line": "writing"})
 # Runs the tool as it is, but for who works for it.
 DRIVER = """
 import runpy, sys
-from mbn_rewrite import supervisor
+from mbn_rewrite.cli import supervisor
 supervisor.supervised.__defaults__ = ((sys.executable, "-S", "-c", sys.argv.pop(2)),)
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite.exporter import as_arrays
+from mbn_rewrite.rewrite import as_arrays
 from tests.saved_models import IMAGE, Network, image_spec
 
 SIDE, CHANNELS = IMAGE[0], IMAGE[2]
@@ -180,7 +180,7 @@ def test_masks_are_found_in_graphs(tmp_path):
         return {"mask": mask, "scores": scores * mask[:, :, None]}
 
     tf.saved_model.save(network, str(tmp_path / "in"), signatures=serve)
-    from mbn_rewrite.saved_model_frontend.stored import SavedModelDirectory
+    from mbn_rewrite.frontends.saved_model.source import SavedModelDirectory
 
     found = SavedModelDirectory(tmp_path / "in", None, None).exchanges(None)["serving_default"]
     steps = found.outputs["mask"].sum(1)

@@ -4,8 +4,8 @@ import keras
 import pytest
 
 import mbn_rewrite as mbn
-from mbn_rewrite.job import DONE, NO_MEMORY, REFUSED, UNEXPECTED, Job
-from mbn_rewrite.worker import carry_out
+from mbn_rewrite.cli.job import DONE, NO_MEMORY, REFUSED, UNEXPECTED, Job
+from mbn_rewrite.cli.worker import carry_out
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def failing_with(error, monkeypatch):
     def failing(*_, **__):
         raise error
 
-    monkeypatch.setattr("mbn_rewrite.exporter._opened", failing)
+    monkeypatch.setattr("mbn_rewrite.rewrite._opened", failing)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_an_unexpected_error_is_one_line_that_says_where(error, source, tmp_path
     ending = carry_out(job, lambda step: None)
     assert ending.how == UNEXPECTED
     assert ending.message.startswith(type(error).__name__)
-    assert "(exporter.py:" in ending.message
+    assert "(rewrite.py:" in ending.message
     assert "\n" not in ending.message
     assert ending.report == {}
     assert list(tmp_path.iterdir()) == []
@@ -57,7 +57,7 @@ def test_steps_are_said_and_measuring_may_take_its_budget(source, monkeypatch):
         progress("measuring 5 forms: batch 1")
         raise mbn.RewriteError("enough")
 
-    monkeypatch.setattr("mbn_rewrite.exporter.rewrite_saved_model", measuring)
+    monkeypatch.setattr("mbn_rewrite.rewrite.rewrite_saved_model", measuring)
     steps = []
     carry_out(Job(source, "", "", {"budget": 7.0}), steps.append)
     carry_out(Job(source, "", "", {"budget": None}), steps.append)

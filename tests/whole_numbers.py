@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite.decisions import Plan
+from mbn_rewrite.plans import Plan
 from tests.kerases import BATCH_NORMS, K, assign, inputs_like
 
 

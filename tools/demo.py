@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from benchmarks.timing import interleaved, median_ratio
-from mbn_rewrite.quiet import import_tensorflow
-from mbn_rewrite.report import table
+from mbn_rewrite.cli.quiet import import_tensorflow
+from mbn_rewrite.tables import table
 from tools.real_models import MODELS, fetch
 
 OUT = ROOT / "build" / "demo"

@@ -73,14 +73,14 @@ from typing import Any, NoReturn
 from absl import app, flags
 
 from mbn_rewrite import output_dir
+from mbn_rewrite.cli.interrupts import Interrupted, Interrupts
+from mbn_rewrite.cli.job import DIFFERENT, DONE, Ending, Job, Step
+from mbn_rewrite.cli.supervisor import Limits, supervised
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.interrupts import Interrupted, Interrupts
-from mbn_rewrite.job import DIFFERENT, DONE, Ending, Job, Step
-from mbn_rewrite.measuring import DEFAULT_BUDGET, DTYPES
-from mbn_rewrite.modes import MODES, TRAINING_MODES
+from mbn_rewrite.options import MODES, TRAINING_MODES
 from mbn_rewrite.output_dir import OwnFolder
-from mbn_rewrite.report import WITHOUT_TERMINAL
-from mbn_rewrite.supervisor import Limits, supervised
+from mbn_rewrite.tables import WITHOUT_TERMINAL
+from mbn_rewrite.tuning.timing import DEFAULT_BUDGET, DTYPES
 
 FLAGS = flags.FLAGS
 _SERVING = {mode: what for mode, what in MODES.items() if mode not in TRAINING_MODES}

@@ -24,7 +24,7 @@ from benchmarks.studying.recipes import KERAS
 from benchmarks.studying.results import Results
 from benchmarks.studying.training import Setting
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.measuring import processor
+from mbn_rewrite.tuning.timing import processor
 
 ORIGINAL = "original"
 _SILENCE = 60  # seconds

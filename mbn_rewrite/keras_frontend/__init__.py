@@ -1,1 +1,1 @@
-"""The front end for Keras 3, on any backend. `entry` lists what the others use of it."""
+"""Old home of the layers of ours for Keras 3, for files that name it."""

@@ -1,1 +1,1 @@
-"""The front end for tf_keras (Keras 2). `entry` lists what the others use of it."""
+"""Old home of the layers of ours for tf_keras, for files that name it."""

@@ -1,48 +1,8 @@
-"""The training layers for tf_keras; see `mbn_rewrite.training_layers`."""
+"""Old path of `mbn_rewrite.frontends.tf_keras.training_layers`."""
 
-from __future__ import annotations
+from mbn_rewrite.frontends.tf_keras.training_layers import (
+    ModifiedBatchNormalization,
+    StridedBatchNormalization,
+)
 
-from typing import Any
-
-import tensorflow as tf
-import tf_keras
-
-from mbn_rewrite import training_layers
-from mbn_rewrite.tf_keras_frontend.layers import registered
-
-
-class _TfKerasLayer(tf_keras.layers.BatchNormalization):
-    """What the two layers add to the BatchNormalization of tf_keras."""
-
-    def build(self, input_shape: tf.TensorShape) -> None:
-        self._prepare(tuple(tf.TensorShape(input_shape).as_list()))
-        super().build(input_shape)
-
-    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> tf.Tensor:
-        self._check_dense(inputs)
-        inputs = tf.cast(inputs, self.compute_dtype)
-        return tf.__internal__.smart_cond.smart_cond(
-            self._get_training_value(training),
-            lambda: self._train(inputs, None if self.fused else mask),
-            lambda: self._by_moving_statistics(inputs),
-        )
-
-    def _weight_options(self) -> dict[str, Any]:
-        return {"dtype": self._param_dtype, "experimental_autocast": False}
-
-    def _train(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
-        outputs, moments = self._by_sample(inputs, mask)
-        variance = moments.unbiased_variance if self.fused else moments.variance
-        for moving, value in ((self.moving_mean, moments.mean), (self.moving_variance, variance)):
-            self._assign_moving_average(moving, value, self.momentum, moments.count)
-        return outputs
-
-
-@registered
-class StridedBatchNormalization(training_layers.StridedBatchNormalization, _TfKerasLayer):
-    """See `mbn_rewrite.training_layers.StridedBatchNormalization`."""
-
-
-@registered
-class ModifiedBatchNormalization(training_layers.ModifiedBatchNormalization, _TfKerasLayer):
-    """See `mbn_rewrite.training_layers.ModifiedBatchNormalization`."""
+__all__ = ["ModifiedBatchNormalization", "StridedBatchNormalization"]

@@ -1,0 +1,335 @@
+"""In what Keras 3 differs from tf_keras; see `keras_common.adapter`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import keras
+import numpy as np
+from keras.dtype_policies import DTypePolicyMap
+from keras.src.activations.activations import ReLU
+from keras.src.models.functional import Functional, functional_like_constructor
+from keras.src.ops import nn, numpy
+from keras.src.ops.core import StopGradient
+from keras.src.saving.serialization_lib import SafeModeScope
+
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.frontends.keras3.inference_layers import (
+    BiasedConvolution,
+    BorderedConvolution,
+    ScaleAndShift,
+)
+from mbn_rewrite.frontends.keras3.training_layers import (
+    ModifiedBatchNormalization,
+    StridedBatchNormalization,
+)
+from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter, Record
+from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, parts
+from mbn_rewrite.frontends.keras_common.op_table import Call, Describer, layer_table
+from mbn_rewrite.ir.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
+
+
+class Keras3(KerasAdapter):
+    """Keras 3, on any backend."""
+
+    package = "keras"
+    layers = keras.layers
+    model = keras.Model
+    sequential = keras.Sequential
+    batch_norms = (keras.layers.BatchNormalization,)
+    batch_norm_base = keras.layers.BatchNormalization
+    linear = staticmethod(keras.activations.linear)
+    homogeneous = (
+        keras.activations.relu,
+        keras.activations.leaky_relu,
+        keras.ops.relu,
+        keras.ops.leaky_relu,
+    )
+    depthwise_kernel = "kernel"
+    scale_and_shift = ScaleAndShift
+    bordered_convolution = BorderedConvolution
+    biased_convolution = BiasedConvolution
+    training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
+    # `_layers` lists what the other attributes hold.
+    private = ("_self_", "_layers", "_functional", "_operations")
+    model_attributes = frozenset(
+        {
+            *("_inputs", "_outputs", "_inputs_struct", "_outputs_struct"),
+            *("_compile_config", "_compiled_trainable_state", "optimizer"),
+            *("_eval_epoch_iterator", "history"),
+            *("stop_evaluating", "stop_predicting", "stop_training"),
+        }
+    )
+    metric = keras.Metric
+    how_to_export = "write a SavedModel (export)"
+
+    def __init__(self) -> None:
+        self.describers = {**layer_table(keras.layers), **_OPERATIONS}
+
+    # -- structures and tensors ------------------------------------------------------------
+
+    def flatten(self, structure: Any) -> list[Any]:
+        return keras.tree.flatten(structure)
+
+    def map_structure(self, function: Callable[[Any], Any], structure: Any) -> Any:
+        return keras.tree.map_structure(function, structure)
+
+    def shape_of(self, tensor: Any) -> Shape:
+        return tuple(tensor.shape)
+
+    def dtype_of(self, tensor: Any) -> str:
+        return str(tensor.dtype)
+
+    def may_pass_mask(self, layer: Any) -> bool:
+        # Nested models are recorded without the masks that they are called with.
+        return bool(getattr(layer, "supports_masking", False))
+
+    # -- models ----------------------------------------------------------------------------
+
+    def is_visible(self, layer: Any) -> bool:
+        if isinstance(layer, keras.Sequential):
+            is_complete = layer._functional is not None
+            return is_complete and type(layer).call is keras.Sequential.call
+        return isinstance(layer, Functional) and type(layer).call is Functional.call
+
+    def has_calls_on_record(self, layer: Any) -> bool:
+        return isinstance(layer, (Functional, keras.Sequential))
+
+    def is_made_alike(self, kind: type) -> bool:
+        if issubclass(kind, keras.Sequential):
+            return kind.__init__ is keras.Sequential.__init__  # type: ignore[misc]
+        return bool(functional_like_constructor(kind))
+
+    def calls_of(self, model: Any) -> Iterator[Record]:
+        graph = functional_of(model)
+        # Not all of them: what only computes masks is done again where masks are passed on.
+        records: dict[int, Record] = {}
+        pending = [*graph.inputs, *graph.outputs]
+        while pending:
+            history = pending.pop()._keras_history
+            node = history.operation._inbound_nodes[history.node_index]
+            if id(node) not in records:
+                records[id(node)] = _record(node)
+                pending += records[id(node)].inputs
+        for depth in sorted(graph._nodes_by_depth, reverse=True):
+            nodes = graph._nodes_by_depth[depth]
+            yield from (records[id(node)] for node in nodes if id(node) in records)
+
+    def all_calls_of(self, layer: Any) -> list[Record]:
+        return [_record(node) for node in layer._inbound_nodes]
+
+    def training(self, own: Any, inherited: bool | None) -> Any:
+        # What a Functional model is told, it tells all its layers, whatever is on record.
+        return own if inherited is False and own is not None else inherited
+
+    def takes_as_it_is(self, model: Any, record: Record) -> bool:
+        # A model of a list of inputs takes a dictionary too, by their names.
+        structure = functional_of(model)._inputs_struct
+        given = record.args[0] if record.args else record.kwargs.get("inputs")
+        return isinstance(given, dict) == isinstance(structure, dict)
+
+    def everything_in(self, layer: Any) -> list[Any]:
+        return parts(layer)[1:] if isinstance(layer, keras.layers.Layer) else []
+
+    # -- descriptions ----------------------------------------------------------------------
+
+    def describe(self, call: Call) -> Op | None:
+        held = parts(call.layer) if isinstance(call.layer, keras.layers.Layer) else []
+        if any(getattr(part, "lora_enabled", False) for part in held):
+            return Opaque("computes its kernel from LoRA weights")
+        if any(part.quantization_mode is not None for part in held):
+            return Opaque("is quantized")
+        return None
+
+    def ineligible(self, layer: Any) -> str:
+        # Releases before 3.14 have no such attribute.
+        return "it uses batch renormalisation" if getattr(layer, "renorm", False) else ""
+
+    def axis_of(self, layer: Any) -> int:
+        return int(layer.axis) % int(layer.input_spec.ndim)
+
+    def epsilon_of(self, layer: Any) -> float:
+        return float(layer.epsilon)
+
+    def has_fused_operation(self) -> bool:
+        return bool(keras.backend.backend() == "tensorflow")
+
+    def misplaces_bias(self, axis: int, shape: Shape) -> bool:
+        return self.may_misplace_bias(axis, shape) and _adds_along_the_last_axis()
+
+    def may_misplace_bias(self, axis: int, shape: Shape) -> bool:
+        # On TensorFlow, `keras.ops.add` takes what holds one axis of channels for a bias, and
+        # adds it along the last axis wherever that is as long.
+        *_, last = shape
+        return axis != len(shape) - 1 and shape[axis] != 1 and last in (None, shape[axis])
+
+    # -- copies ----------------------------------------------------------------------------
+
+    def config_of(self, layer: Any) -> dict[str, Any]:
+        with warnings.catch_warnings():
+            # The function itself is taken over; it is not made again of its byte code.
+            warnings.filterwarnings("ignore", ".*includes a `lambda`", UserWarning)
+            config = layer.get_config()
+        if "dtype" in config and isinstance(layer.dtype_policy, DTypePolicyMap):
+            config["dtype"] = layer.dtype_policy  # whose own configuration loses its policies
+        if not is_stock(type(layer)):
+            return _without_what_init_does_not_take(type(layer), config)
+        return config
+
+    def without_functions(self, config: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(config.get("function"), dict):
+            return config
+        left = {key: config[key] for key in config if key not in ("output_shape", "mask")}
+        return {**left, "function": keras.saving.serialize_keras_object(self.linear)}
+
+    def scope(self, objects: dict[str, Any]) -> AbstractContextManager[Any]:
+        scope = ExitStack()
+        scope.enter_context(keras.saving.CustomObjectScope(objects))
+        # Whatever code the model holds is running already.
+        scope.enter_context(SafeModeScope(safe_mode=False))
+        return scope
+
+    def rename(self, layer: Any, name: str) -> None:
+        layer.name = name
+
+    def copy_of_operation(self, operation: Any) -> Any:
+        if isinstance(operation, keras.Function):
+            raise RewriteError(
+                f"{label(operation)} cannot be copied: it shares its layers with the function "
+                "that it was made of. Make it a keras.Model"
+            )
+        new = copy.copy(operation)  # it has no weights
+        new._inbound_nodes, new._outbound_nodes = [], []
+        return new
+
+    @contextmanager
+    def exchanging(self, holder: Any, old: Any, new: Any) -> Iterator[None]:
+        tracker = holder._tracker
+        was_locked = tracker.locked
+        tracker.unlock()
+        if tracker.is_in_store("layers", old) and not tracker.is_in_store("layers", new):
+            tracker.replace_tracked_value("layers", old, new)  # so that their order stays
+        yield
+        tracker.locked = was_locked
+
+    def build_alike(self, old: Any, new: Any) -> None:
+        if not new.built:
+            new.build_from_config(old.get_build_config() or {})
+
+    def made_again(self, model: Any, classes: dict[str, type]) -> Any:
+        with self.scope(classes):
+            return keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(model))
+
+    def is_variable(self, value: Any) -> bool:
+        return isinstance(value, keras.Variable)
+
+    def copy_of_variable(self, variable: Any) -> Any:
+        value = keras.ops.convert_to_numpy(variable)
+        return keras.Variable(
+            value, dtype=variable.dtype, trainable=variable.trainable, name=variable.name
+        )
+
+    def own_variables(self, layer: Any) -> list[Any]:
+        return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+    def variables(self, layer: Any) -> list[Any]:
+        return list(layer.weights)
+
+    def states(self, layer: Any) -> list[Any]:
+        kept = getattr(layer, "states", None) if getattr(layer, "stateful", False) else None
+        seeds = [generator.state for generator in layer._seed_generators]
+        return [*seeds, *keras.tree.flatten(kept or [])]
+
+    def assign(self, target: Any, source: Any) -> None:
+        target.assign(source)
+        target.trainable = source.trainable
+
+    def traced(self, layer: Any) -> bool:
+        return hasattr(type(layer).call, "get_concrete_function")
+
+
+@cache
+def _adds_along_the_last_axis() -> bool:
+    """Whether the installed Keras adds a bias of axis 1 along another axis of the same size."""
+    bias = np.array([[[0], [1]]], np.float32)
+    added = keras.ops.add(np.zeros((1, 2, 2), np.float32), bias)
+    return bool(keras.ops.convert_to_numpy(added)[0, 0, 1])
+
+
+def functional_of(model: Any) -> Any:
+    """The Functional model that a visible model is or, where it is Sequential, has."""
+    return model._functional if isinstance(model, keras.Sequential) else model
+
+
+def _record(node: Any) -> Record:
+    args, kwargs = tuple(node.arguments.args), dict(node.arguments.kwargs)
+    for name in [name for name in kwargs if name == "mask" or name.endswith("_mask")]:
+        if _comes_by_itself(name, kwargs[name], node.operation, args, kwargs):
+            del kwargs[name]
+    inputs = [t for t in keras.tree.flatten((args, kwargs)) if isinstance(t, keras.KerasTensor)]
+    return Record(node.operation, args, kwargs, tuple(inputs), tuple(node.outputs))
+
+
+def _comes_by_itself(
+    name: str, mask: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether a mask on record is only what came with the tensors that it is for.
+
+    Keras finds such masks when a layer is called, and records them as if they were given.
+    """
+    data = args[0] if args else None
+    if name != "mask":
+        data = inspect.signature(layer.call).bind(*args, **kwargs).arguments.get(name[:-5])
+    carried = [getattr(t, "_keras_mask", None) for t in keras.tree.flatten(data)]
+    given = keras.tree.flatten(mask)
+    return all(value is None for value in given) or list(map(id, given)) == list(map(id, carried))
+
+
+def _without_what_init_does_not_take(kind: type, config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that Keras made itself, for a class that takes less than that."""
+    parameters = inspect.signature(kind).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return config
+    common = {"name", "trainable", "dtype"} - set(parameters)
+    return {key: value for key, value in config.items() if key not in common}
+
+
+# ------------------------------------------------------ operations among a model's layers
+
+
+def _merge(kind: str) -> Describer:
+    return lambda call: Merge(kind) if len(call.inputs) == 2 else Opaque()
+
+
+def _concatenate(call: Call) -> Op:
+    axis = call.layer.axis
+    return Opaque() if axis is None else Concat(axis % len(call.output))
+
+
+def _relu(call: Call) -> Op:
+    layer = call.layer
+    if layer.max_value is None and not layer.threshold:
+        return PositivelyHomogeneous()
+    return Opaque("is an activation with a limit")
+
+
+_OPERATIONS: dict[type, Describer] = {
+    numpy.Add: _merge("add"),
+    numpy.Subtract: _merge("subtract"),
+    numpy.Maximum: _merge("maximum"),
+    numpy.Minimum: _merge("minimum"),
+    numpy.Concatenate: _concatenate,
+    nn.Relu: lambda call: PositivelyHomogeneous(),
+    nn.LeakyRelu: lambda call: PositivelyHomogeneous(),
+    ReLU: _relu,
+    StopGradient: lambda call: Affine(),
+}
+
+
+KERAS_3 = Keras3()

@@ -1,0 +1,29 @@
+"""What the rest of the library uses of this front end; see `registry.FrontEnd`."""
+
+from mbn_rewrite.frontends.keras3.execution import (
+    closer_look,
+    compute_dtypes,
+    device,
+    inputs_of_batch,
+    made_for,
+    outputs_of,
+    random_inputs,
+    running,
+    set_up,
+)
+from mbn_rewrite.frontends.keras3.reader import read
+from mbn_rewrite.frontends.keras3.writer import write
+
+__all__ = [
+    "closer_look",
+    "compute_dtypes",
+    "device",
+    "inputs_of_batch",
+    "made_for",
+    "outputs_of",
+    "random_inputs",
+    "read",
+    "running",
+    "set_up",
+    "write",
+]

@@ -1,0 +1,73 @@
+"""Puts rewritten Keras 3 models together."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import keras
+from keras.src.models.functional import Functional
+
+from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.frontends.keras3.adapter import KERAS_3
+from mbn_rewrite.frontends.keras_common.cloning import label
+from mbn_rewrite.frontends.keras_common.own_classes import made_without_constructor
+from mbn_rewrite.frontends.keras_common.reader import Reading
+from mbn_rewrite.frontends.keras_common.writer import Writer
+from mbn_rewrite.plans import Plan
+
+_DEFINE = "Define build(), or get_build_config() and build_from_config()"
+
+
+def write(model: Any, reading: Reading, plan: Plan) -> Any:
+    """A rewritten copy of a model; see `registry.FrontEnd`."""
+    return _Keras3Writer(KERAS_3, reading, plan).write(model)
+
+
+class _Keras3Writer(Writer):
+    def copied(self, old: Any) -> Any:
+        new = super().copied(old)
+        if isinstance(old, keras.layers.InputLayer):
+            # What an exported signature calls this input; it may differ from the layer's name.
+            new.output.name = old.output.name
+        return new
+
+    def sequential(self, old: Any) -> Any:
+        records = {id(record.layer): record for record in self.keras.calls_of(old)}
+        layers = []
+        for layer in old._layers:  # with the input layer, which `layers` leaves out
+            if self.owner(layer) not in self.plan.removed:
+                layers.append(self.layer(records[id(layer)]))
+                continue
+            self.done.add(self.owner(layer))
+            if layer is old._layers[-1]:
+                layers.append(self.standing_in_for(layer))
+        new = made_without_constructor(old, keras.Sequential, layers, name=old.name)
+        self.finish()
+        return new
+
+    def functional(self, old: Any, tensors: dict[int, Any]) -> Any:
+        inputs, outputs = keras.tree.map_structure(
+            lambda t: tensors[id(t)], (old._inputs_struct, old._outputs_struct)
+        )
+        return made_without_constructor(old, Functional, inputs, outputs, name=old.name)
+
+    def built_as(self, old: Any, new: Any) -> None:
+        config = old.get_build_config()
+        if not config:
+            raise RewriteError(f"it is not known how to build a copy of {label(old)}. {_DEFINE}")
+        if new.built:
+            return
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                new.build_from_config(config)
+        except Exception as error:
+            raise RewriteError(
+                f"the copy of {label(old)} cannot be built as the original was: {cause_of(error)} "
+                + _DEFINE
+            ) from error
+        new.built, new._called = True, old._called  # which `export` asks for
+
+    def set_own_trainable(self, model: Any, trainable: bool) -> None:
+        model._trainable = trainable

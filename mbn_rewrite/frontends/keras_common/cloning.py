@@ -1,0 +1,312 @@
+"""Copies layers, with everything of theirs that their configuration leaves out.
+
+A configuration names functions and classes, and a name can stand for something else where
+it is looked up. So functions, initializers, regularizers and constraints are taken over from
+the original layer itself, and classes are looked up among those that the layer holds. What a
+layer keeps for its configuration alone is made to agree with what it does.
+Weights are matched layer by layer inside a layer: the order of `layer.weights` depends on
+what is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.frontends.keras_common.weights import numpy_dtype
+
+_FUNCTIONS = ("activation", "recurrent_activation")
+# What configurations leave out, or what cannot be made again from what they hold.
+_LEFT_OUT = ("bin_boundaries", "use_cudnn")
+_OBJECTS = ("_regularizer", "_constraint")
+_INITIALIZER = "_initializer"
+_OF_LAMBDA = (
+    "function",
+    "mask",
+    "_output_shape",
+    "_fn_expects_training_arg",
+    "_fn_expects_mask_arg",
+)
+# Under which keys configurations hold those of other layers.
+_HELD = ("layer", "backward_layer", "cell", "cells")
+_PACKAGES = ("tf_keras", "keras")
+
+
+def label(layer: Any) -> str:
+    """A layer's class and name, for messages."""
+    return f"{type(layer).__name__} '{layer.name}'"
+
+
+def config_of(layer: Any, keras: KerasAdapter) -> dict[str, Any]:
+    """A layer's configuration.
+
+    Raises:
+        RewriteError: it has none.
+    """
+    try:
+        return keras.config_of(layer)
+    except Exception as error:
+        raise RewriteError(
+            f"{label(layer)} cannot be copied, because its get_config() fails: "
+            f"{cause_of(error)} Define get_config() so that it returns the arguments of __init__"
+        ) from error
+
+
+def from_config(layer: Any, config: dict[str, Any], keras: KerasAdapter, kind: Any = None) -> Any:
+    """A new layer of a layer's class, not built yet, from a configuration of it.
+
+    Args:
+        layer: the original.
+        config: its configuration, or a changed one.
+        keras: its Keras.
+        kind: the class to make a layer of, if not that of the original.
+
+    Raises:
+        RewriteError: it cannot be made, or would not be the same.
+    """
+    check_call(layer, keras)
+    if is_stock(type(layer)):
+        config = _without_objects(config, keras)
+    try:
+        with keras.scope({**_own_functions(layer), **own_classes(layer)}):
+            new = (kind or type(layer)).from_config(config)
+    except RewriteError:
+        raise
+    except Exception as error:
+        if isinstance(error.__context__, RewriteError):  # Keras 3 says its own about errors
+            raise error.__context__ from None
+        raise RewriteError(
+            f"{label(layer)} cannot be copied from its configuration: {cause_of(error)} "
+            "Define get_config() so that it returns the arguments of __init__"
+        ) from error
+    keras.rename(new, layer.name)
+    # Parts that a layer makes when it is built follow in `copy_weights`.
+    complete = kind is None and _kinds(parts(layer), keras) == _kinds(parts(new), keras)
+    for old_part, new_part in paired(layer, new, keras) if complete else [(layer, new)]:
+        _take_over(old_part, new_part, keras)
+    return new
+
+
+def check_copy(layer: Any, keras: KerasAdapter) -> None:
+    """Raises RewriteError where a layer, or what else is called, cannot be copied."""
+    if not isinstance(layer, keras.layers.Layer):
+        keras.copy_of_operation(layer)
+    elif not is_stock(type(layer)):
+        from_config(layer, config_of(layer, keras), keras)
+    else:
+        check_call(layer, keras)
+
+
+def check_call(layer: Any, keras: KerasAdapter) -> None:
+    """Raises RewriteError where what a layer does is not what its class does."""
+    own_call = vars(layer).get("call")  # saving leaves that of the class there
+    is_own = own_call is not None and getattr(own_call, "__func__", None) is not type(layer).call
+    if is_own and not keras.makes_its_call(layer):
+        raise RewriteError(
+            f"{label(layer)} cannot be copied: its call method was exchanged on the object. Make "
+            "a subclass of its class that has the method"
+        )
+
+
+def copy_weights(old: Any, new: Any, keras: KerasAdapter) -> None:
+    """Sets all weights, flags and states of a built layer to those of the original.
+
+    The copy may have a bias that the original has not; that is set to zero.
+
+    Raises:
+        RewriteError: the two do not have the same weights.
+    """
+    if {id(v) for v in old.weights} & {id(v) for v in new.weights}:
+        raise RewriteError(
+            f"{label(old)} cannot be copied: its get_config() gives layers themselves, not their "
+            f"configurations. Use {keras.package}.layers.serialize in get_config"
+        )
+    copied: set[int] = set()
+    pairs: list[tuple[Any, Any]] = []
+    for old_part, new_part in paired(old, new, keras):
+        if type(old_part) is not type(new_part):  # to be exchanged, see `paired`
+            copied |= {id(v) for part in (old_part, new_part) for v in part.weights}
+            continue
+        new_own = keras.own_variables(new_part)
+        old_own = keras.own_variables(old_part)
+        bias = getattr(new_part, "bias", None)
+        if bias is not None and getattr(old_part, "bias", None) is None:
+            new_own = [v for v in new_own if v is not bias]
+            bias.assign(np.zeros(tuple(bias.shape), numpy_dtype(bias)))
+            copied.add(id(bias))
+        pairs += _zipped(old, old_own, new_own)
+        states = zip(keras.states(old_part), keras.states(new_part), strict=True)
+        pairs += [(a, b) for a, b in states if a is not None and b is not None]
+        new_part._trainable = old_part._trainable
+        _take_over(old_part, new_part, keras)
+        # Not before: tf_keras warns where one initializer is used for two layers.
+        take_over_initializers(old_part, new_part, keras)
+        _copy_vocabulary(old_part, new_part)
+    copied |= {id(variable) for pair in pairs for variable in pair}
+    # What remains is held out of Keras's sight, which both have in the same order.
+    rest = ([v for v in keras.variables(layer) if id(v) not in copied] for layer in (old, new))
+    for source, target in [*pairs, *_zipped(old, *rest)]:
+        keras.assign(target, source)
+    for part in parts(new):
+        keras.settle(part)
+        if isinstance(part, keras.layers.Normalization):
+            part.finalize_state()  # its mean and variance are computed from its weights
+
+
+def paired(old: Any, new: Any, keras: KerasAdapter) -> Iterator[tuple[Any, Any]]:
+    """A layer and all that it holds, each with its copy.
+
+    A training layer that was put into a layer for a BatchNormalization may come with a
+    BatchNormalization: that is what the code of its holder makes.
+
+    Raises:
+        RewriteError: the copy holds other layers.
+    """
+    olds, news = parts(old), parts(new)
+    if _kinds(olds, keras) != _kinds(news, keras):
+        raise RewriteError(
+            f"{label(old)} cannot be copied: its copy holds other layers "
+            f"({_listed(news)}; the original {_listed(olds)}). Make the layers in __init__ or "
+            "build, and give classes of your own names that Keras does not have"
+        )
+    return zip(olds, news, strict=True)
+
+
+def parts(layer: Any) -> list[Any]:
+    """A layer and all layers that it holds, at any depth."""
+    return list(layer._flatten_layers(include_self=True, recursive=True))
+
+
+def _kinds(layers: list[Any], keras: KerasAdapter) -> list[type]:
+    kinds = [type(layer) for layer in layers]
+    return [keras.batch_norms[0] if kind in keras.training_layers else kind for kind in kinds]
+
+
+def _listed(layers: list[Any]) -> str:
+    return ", ".join(type(part).__name__ for part in layers[1:6]) or "none"
+
+
+def is_stock(kind: type) -> bool:
+    """Whether a class is one of Keras's own."""
+    return kind.__module__.partition(".")[0] in _PACKAGES
+
+
+def own_classes(layer: Any) -> dict[str, type]:
+    """The classes that are not Keras's own among a layer and those that it holds."""
+    classes: dict[str, type] = {}
+    for part in parts(layer):
+        kind = type(part)
+        if not is_stock(kind) and classes.setdefault(kind.__name__, kind) is not kind:
+            raise RewriteError(
+                f"{label(layer)} cannot be copied: it holds layers of two different classes "
+                f"that are both named {kind.__name__}. Rename one of them"
+            )
+    return classes
+
+
+def _own_functions(layer: Any) -> dict[str, Any]:
+    """The functions, and the classes of objects, that configurations of a layer name.
+
+    Of two of one name it is the last; `_take_over` brings the right one in the end.
+    """
+    found: dict[str, Any] = {}
+    for part in parts(layer):
+        for name, value in vars(part).items():
+            is_one = name in (*_FUNCTIONS, *_OF_LAMBDA) or name.endswith((*_OBJECTS, _INITIALIZER))
+            named = value if hasattr(value, "__name__") else type(value)
+            if is_one and callable(value) and not is_stock(named):
+                found[named.__name__] = named
+    return found
+
+
+def _without_objects(config: dict[str, Any], keras: KerasAdapter) -> dict[str, Any]:
+    """A stock layer's configuration with placeholders for what `_take_over` brings."""
+    result = dict(config)
+    for key, value in config.items():
+        if key in _FUNCTIONS:
+            if not _describes_a_layer(value):
+                result[key] = "linear"
+        elif key.endswith(_OBJECTS):
+            result[key] = None
+        elif key.endswith(_INITIALIZER) and value is not None:
+            result[key] = "zeros"  # all weights are set anyway
+        elif key in _HELD:
+            result[key] = _held_without_objects(value, keras)
+    return keras.without_functions(result)
+
+
+def _held_without_objects(value: Any, keras: KerasAdapter) -> Any:
+    """The same for what configurations hold: those of other layers, and lists of them."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_held_without_objects(item, keras) for item in value)
+    config = value.get("config") if isinstance(value, dict) else None
+    if not isinstance(config, dict) or "layers" in config:
+        return value  # a model calls its layers as soon as it is made, so they must be complete
+    if str(value.get("module", "")).partition(".")[0] not in _PACKAGES:
+        return value
+    # Not to be built before it has its own regularizers and constraints.
+    kept = {key: item for key, item in value.items() if key != "build_config"}
+    return {**kept, "config": _without_objects(config, keras)}
+
+
+def _describes_a_layer(value: Any) -> bool:
+    """Whether a configured activation is a layer, and no function."""
+    functions = (None, "function", "__lambda__")
+    return isinstance(value, dict) and value.get("class_name") not in functions
+
+
+def _take_over(old: Any, new: Any, keras: KerasAdapter) -> None:
+    """Gives a copy the very functions and objects of the original."""
+    names = [name for name in vars(old) if name in _FUNCTIONS or name.endswith(_OBJECTS)]
+    if isinstance(old, keras.layers.Lambda):
+        names += _OF_LAMBDA
+    names += [name for name in _LEFT_OUT if name in vars(old)]
+    _take_over_attributes(old, new, names, keras)
+    new._supports_masking = old._supports_masking
+
+
+def agree(kept: Any, layer: Any, keras: KerasAdapter) -> None:
+    """Gives a layer that is kept for its configuration alone the objects of what works by it."""
+    for part, other in zip(parts(kept), parts(layer), strict=True):
+        _take_over(other, part, keras)
+        take_over_initializers(other, part, keras)
+
+
+def take_over_initializers(old: Any, new: Any, keras: KerasAdapter) -> None:
+    """Gives a built copy the very initializers of the original, for configurations of it."""
+    initializers = [name for name in vars(old) if name.endswith(_INITIALIZER)]
+    _take_over_attributes(old, new, initializers, keras)
+
+
+def _take_over_attributes(old: Any, new: Any, names: list[str], keras: KerasAdapter) -> None:
+    for name in names:
+        value = getattr(old, name)
+        if isinstance(value, keras.layers.Layer) or getattr(new, name, None) is value:
+            continue
+        setattr(new, name, value)
+
+
+def _zipped(layer: Any, old: list[Any], new: list[Any]) -> list[tuple[Any, Any]]:
+    shapes, new_shapes = [tuple(v.shape) for v in old], [tuple(v.shape) for v in new]
+    if shapes != new_shapes:
+        raise RewriteError(
+            f"{label(layer)} cannot be copied: its weights have the shapes {shapes}, those of "
+            f"its copy {new_shapes}"
+        )
+    return list(zip(old, new, strict=True))
+
+
+def _copy_vocabulary(old: Any, new: Any) -> None:
+    """Gives a lookup layer the words that the original was adapted to."""
+    if not hasattr(old, "set_vocabulary") or new.get_vocabulary() == old.get_vocabulary():
+        return
+    if getattr(old, "output_mode", getattr(old, "_output_mode", "")) == "tf_idf":
+        raise RewriteError(
+            f"{label(old)} cannot be copied: its document frequencies were adapted. Give them to "
+            "the layer as vocabulary and idf_weights, or rewrite the model behind it"
+        )
+    new.set_vocabulary(old.get_vocabulary(include_special_tokens=False))

@@ -1,0 +1,313 @@
+"""Inputs that are made up, for models of any kind. numpy only.
+
+What real inputs hold and random numbers hardly ever do is put in: zeros, values at the ends of
+their range, sequences that end before the others, ids for padding, empty strings. A model that
+cannot be called with those, or gives NaN, is tried with milder ones; see `MANNERS` and `tried`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mbn_rewrite.errors import RewriteError, cause_of, is_out_of_memory
+from mbn_rewrite.ir.graph import Shape
+
+_BATCH = 4  # examples, where one is smaller than a picture
+_PICTURE = 50_000  # numbers
+GIVE_REAL_ONES = "Give real ones (inputs=... in Python, --verify_inputs on the command line)"
+
+# How inputs are made up, the manner that shows most first.
+WITH_EMPTY = "with edges and an empty sequence"  # the last example is padding and nothing else
+WITH_EDGES = "with edges"  # zeros, ends of ranges, sequences that end early, empty strings
+PLAIN = "plain"  # nothing but random values
+POSITIVE = "positive"  # floats between 0 and 1, and no zeros: for logarithms, roots, probabilities
+MANNERS = (WITH_EMPTY, WITH_EDGES, PLAIN, POSITIVE)
+
+_EXTREME = 5.0  # standard deviations: further out, it would hide what is wrong elsewhere
+_EVERY = 32  # one value in so many is 0, and one at the end of the range
+_MOST = 1000  # such values, and rows of zeros
+
+# A tensor of made-up inputs, or one that a model computes from them, may take this part of the
+# machine's memory, and have as many numbers as 32 bits count: kernels of TensorFlow count so.
+MEMORY_SHARE = 1 / 8
+_MOST_NUMBERS = 2**31 - 1
+
+_INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Made:
+    """How inputs are made up.
+
+    Attributes:
+        open_size: what stands for a size that the model leaves open.
+        top: floats are uniform from 0 to this (pixels), or normally distributed if None.
+        words: integers are less than this.
+        text: makes strings, or None where they cannot be made up.
+        batch: how many examples; None for a few, as `with_batch` says.
+        pictures: how many are a few, where one is as large as a picture.
+        manner: one of `MANNERS`.
+        padding: what the steps of a sequence of vectors hold that are left out; None if it is
+            not known that any are.
+        pad_id: what stands in the place of integers that are left out; None likewise.
+        largest: how many numbers the largest tensor has that the model computes from one
+            example, as far as is known.
+    """
+
+    open_size: int = 64
+    top: float | None = None
+    words: int = 2
+    text: Callable[[np.random.Generator], bytes] | None = None
+    batch: int | None = None
+    pictures: int = 2
+    manner: str = PLAIN
+    padding: float | None = None
+    pad_id: int | None = None
+    largest: int = 0
+
+    @property
+    def has_edges(self) -> bool:
+        return self.manner in (WITH_EMPTY, WITH_EDGES)
+
+
+def tried(
+    ways: Sequence[Made],
+    call: Callable[[Made], T],
+    arrays: Callable[[T], Iterable[np.ndarray]],
+    manners: Sequence[str] = MANNERS,
+) -> T:
+    """What a call gives in the first way and manner in which all that it gives is finite.
+
+    Args:
+        ways: alternatives for what a model may take; the first that it takes is kept to.
+        call: makes up inputs in a way and calls a model. RewriteError: the model cannot be
+            called with them.
+        arrays: the outputs among what the call gives.
+        manners: the manners to try.
+
+    Returns:
+        What the call gave; where not all is finite in any manner, what it gave
+        with the fewest NaN.
+
+    Raises:
+        RewriteError: the model cannot be called in any of these ways.
+    """
+    fits: list[tuple[int, T]] = []
+    first: RewriteError | None = None
+    pads = any(way.padding is not None or way.pad_id is not None for way in ways)
+    for manner in manners if pads else [each for each in manners if each != WITH_EMPTY]:
+        for way in ways:
+            try:
+                found = call(replace(way, manner=manner))
+            except RewriteError as error:
+                first = first or error
+                continue
+            outputs = list(arrays(found))
+            if all(np.all(np.isfinite(array)) for array in map(_numbers, outputs)):
+                return found
+            fits.append((nans(outputs), found))
+            ways = [way]
+            break
+    if fits:
+        return min(fits, key=lambda each: each[0])[1]
+    assert first is not None
+    raise first
+
+
+def nans(arrays: Iterable[np.ndarray]) -> int:
+    """How many numbers of some arrays are NaN."""
+    return sum(int(np.isnan(array).sum()) for array in map(_numbers, arrays))
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    """An array as numpy can look for NaN in: none of texts and integers, bfloat16 as float32."""
+    if array.dtype.kind in "fc":
+        return array
+    return array.astype(np.float32) if array.dtype.name in _FLOATS else np.zeros(0)
+
+
+def random_array(shape: Shape, dtype: str, rng: np.random.Generator, made: Made) -> np.ndarray:
+    """An array for an input of this shape and dtype.
+
+    Args:
+        shape: None where a size is left open.
+        dtype: the name of a dtype. float16 and bfloat16 are made as float32, to be cast.
+
+    Raises:
+        RewriteError: it cannot be made up, or would be too large for this machine.
+    """
+    sizes = _sizes(shape, dtype, made)
+    if dtype == "string" and made.text is not None:
+        strings = [made.text(rng) for _ in range(math.prod(sizes))]
+        if made.has_edges and len(strings) > 1:
+            strings[-1] = b""
+        return np.array(strings, object).reshape(sizes)
+    if dtype == "bool":
+        return _with_some(rng.integers(0, 2, sizes, dtype=bool), (False, True), rng, made)
+    if dtype in _INTEGERS:
+        return _integers(sizes, dtype, rng, made)
+    if dtype in _FLOATS:
+        return _floats(sizes, np.dtype("float64" if dtype == "float64" else "float32"), rng, made)
+    raise RewriteError(f"cannot make up inputs of dtype {dtype}. {GIVE_REAL_ONES}")
+
+
+def _integers(sizes: list[int], dtype: str, rng: np.random.Generator, made: Made) -> np.ndarray:
+    end = made.words
+    if dtype == "uint8" and made.top is not None:
+        end = int(made.top) + 1  # pixels
+    end = min(end, int(np.iinfo(dtype).max) + 1)
+    least = 1 if made.manner == POSITIVE and end > 1 else 0
+    array = rng.integers(least, end, sizes, dtype=dtype)
+    pads = made.pad_id is not None and array.ndim > 1 and 0 <= made.pad_id < end
+    if pads and array.size and made.has_edges:
+        lengths = _lengths(sizes, made)
+        _with_some(array[0, : lengths[0]], (0, end - 1), rng, made)
+        return _padded(array, lengths, made.pad_id)
+    return _with_some(array, (0, end - 1), rng, made)
+
+
+def _floats(
+    sizes: list[int], dtype: np.dtype[Any], rng: np.random.Generator, made: Made
+) -> np.ndarray:
+    if made.manner == POSITIVE:  # above 0, up to 1 or to the top
+        return np.multiply(1 - rng.random(sizes, dtype), made.top or 1, dtype=dtype)
+    if made.top is None:
+        array, ends = rng.standard_normal(sizes, dtype), (-_EXTREME, _EXTREME)
+    else:
+        array, ends = rng.random(sizes, dtype) * dtype.type(made.top), (0.0, made.top)
+    if not made.has_edges or not array.size:
+        return array
+    rows = array.reshape(-1, sizes[-1] if sizes else 1)
+    if len(rows) >= _BATCH:  # where there are fewer, none is given away
+        rows[rng.integers(0, len(rows), min(max(1, len(rows) // _EVERY), _MOST))] = 0
+    if made.padding is None or array.ndim < 3 or not array.size:
+        return _with_some(array, (0.0, *ends), rng, made)
+    lengths = _lengths(sizes, made)
+    _with_some(array[0, : lengths[0]], (0.0, *ends), rng, made)
+    return _padded(array, lengths, made.padding)
+
+
+def _with_some(
+    array: np.ndarray, values: Sequence[Any], rng: np.random.Generator, made: Made
+) -> np.ndarray:
+    """Puts each of these values at a few places of an array; returns it."""
+    if made.has_edges and array.size >= len(values):
+        times = min(max(1, array.size // _EVERY), _MOST)
+        places = rng.integers(0, array.size, times * len(values))
+        # Each is there at least once: the last to be put there.
+        places[-len(values) :] = rng.permutation(min(array.size, _MOST))[: len(values)]
+        array.flat[places] = np.tile(np.array(values, array.dtype), times)
+    return array
+
+
+def _lengths(sizes: Sequence[int], made: Made) -> list[int]:
+    """At which steps the sequences of a batch end: at different ones."""
+    examples, steps = sizes[:2]
+    lengths = [max(1, round(steps * (examples - i) / (examples + 1))) for i in range(examples)]
+    if examples > 2:
+        lengths[0] = steps
+    if examples > 1 and made.manner == WITH_EMPTY:
+        lengths[-1] = 0
+    return lengths
+
+
+def _padded(array: np.ndarray, lengths: Sequence[int], padding: float | None) -> np.ndarray:
+    for example, length in zip(array, lengths, strict=True):
+        example[length:] = padding
+    return array
+
+
+# ------------------------------------------------------------------------------ their size
+
+
+def _sizes(shape: Shape, dtype: str, made: Made) -> list[int]:
+    """A shape without open sizes.
+
+    Raises:
+        RewriteError: inputs of it, or what is computed from them, would be too large.
+    """
+    sizes = [made.open_size if size is None else size for size in shape]
+    width = {"float64": 8, "int64": 8, "uint64": 8}.get(dtype, 4)
+    if not is_open(shape):
+        check_size(f"an input of the shape {sizes}", math.prod(sizes), width)
+        check_size("what the model computes", made.largest, width)
+        return sizes
+    sizes[0] = made.batch or _BATCH
+    check_size(f"an input of the shape {sizes}", math.prod(sizes), width)
+    check_size("what the model computes", sizes[0] * made.largest, width)
+    return sizes
+
+
+def with_batch(made: Made, shapes: Iterable[Shape]) -> Made:
+    """The same, with as many examples as all inputs of these shapes will have."""
+    if made.batch is not None:
+        return made
+    sizes = [[made.open_size if size is None else size for size in shape[1:]] for shape in shapes]
+    one = max(map(math.prod, sizes), default=1)
+    few = _BATCH if one < _PICTURE else made.pictures
+    fits = few * max(one, made.largest) <= _most_numbers(4)
+    return replace(made, batch=few if fits else 1)
+
+
+def check_size(what: str, numbers: int, width: int) -> None:
+    """Raises RewriteError where a tensor of so many numbers of a width is too large to make up."""
+    if numbers > _most_numbers(width):
+        raise RewriteError(
+            f"{what} would take {numbers * width / 2**30:,.1f} GiB, and made-up inputs take no "
+            f"more than {_most_numbers(width) * width / 2**30:,.1f} GiB on this machine. "
+            f"{GIVE_REAL_ONES}"
+        )
+
+
+def _most_numbers(width: int) -> int:
+    return min(_MOST_NUMBERS, int(MEMORY_SHARE * memory() / width))
+
+
+@cache
+def memory() -> int:
+    """How many bytes of memory the machine has, or what this process runs in."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # there is none, or it is "max"
+            continue
+    return total
+
+
+# --------------------------------------------------------------------------- of the caller
+
+
+def is_open(shape: Any) -> bool:
+    """Whether an input of this shape takes any number of examples."""
+    rank = shape.rank if hasattr(shape, "rank") else len(shape)
+    return rank != 0 and shape[0] is None
+
+
+def of_batch(array: np.ndarray, batch: int | None) -> np.ndarray:
+    """The first examples of an array, from its beginning again if there are fewer; None for all."""
+    array = np.asarray(array)
+    if batch is None or not array.ndim or not len(array):
+        return array
+    return np.take(array, range(batch), axis=0, mode="wrap")
+
+
+def uncallable(who: str, error: Exception) -> RewriteError:
+    """What to raise where a model cannot be called."""
+    if is_out_of_memory(error):
+        return RewriteError(f"{who} cannot be called: out of memory. Give fewer examples")
+    return RewriteError(
+        f"{who} cannot be called with these inputs: {cause_of(error)} Give inputs that it "
+        "takes (inputs=... in Python, --verify_inputs on the command line)"
+    )

@@ -1,0 +1,253 @@
+"""One function of a SavedModel, flat, with what its graph reads from outside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.core.framework.graph_pb2 import GraphDef
+
+from mbn_rewrite.frontends.saved_model.inlining import inlined
+from mbn_rewrite.frontends.saved_model.references import variables_in, without_references
+from mbn_rewrite.frontends.saved_model.writes import ALIASES, READS, writes_in
+
+# Stateful operations that change nothing, so that they are needed only where they are read.
+_HARMLESS = READS | {
+    *("VarHandleOp", "Placeholder", "HashTableV2", "HashTable"),
+    *("LookupTableFindV2", "LookupTableFind", "LookupTableSizeV2", "LookupTableExportV2"),
+    *("RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal"),
+}
+# Stateful operations that check or say something.
+_ONLY_SPEAK = {"Assert", "Print", "PrintV2", "CheckNumerics", "CheckNumericsV2"}
+# Operations that cost nothing where the model runs.
+_FREE = {"Placeholder", "Const", "Identity", "IdentityN", "NoOp", "ReadVariableOp", "VariableV2"}
+# Operations whose results do not depend on the values that they read, only on shapes.
+SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
+
+
+@dataclass(frozen=True)
+class View:
+    """A concrete function as one flat graph.
+
+    Attributes:
+        name: what its user calls it: the key of a signature, or the name of a method.
+        graph_def: its graph, inlined.
+        graph: the same, imported: for shapes, dtypes and who reads what.
+        compiled: whether XLA must compile all of it.
+        arguments: the names of the Placeholders of its arguments, in order.
+        results: the names of the tensors that it gives, in order.
+        captures: Placeholder name -> the tensor outside that it stands for.
+        variables: Placeholder name -> the tf.Variable whose handle it stands for.
+        written: of those variables, the ones that it writes to: Placeholder name -> the
+            operation that does, in words.
+    """
+
+    name: str
+    graph_def: GraphDef
+    graph: Any
+    compiled: bool
+    arguments: tuple[str, ...]
+    results: tuple[str, ...]
+    captures: dict[str, Any]
+    variables: dict[str, Any]
+    written: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def outputs(self) -> list[Any]:
+        """The tensors of `graph` that are its outputs."""
+        return [self.graph.get_tensor_by_name(name) for name in self.results]
+
+    @cached_property
+    def output_names(self) -> frozenset[str]:
+        """The names of its outputs, past what only hands them on."""
+        return frozenset(source_of(tensor).name for tensor in self.outputs)
+
+    @cached_property
+    def operations(self) -> list[Any]:
+        """The operations that outputs or side effects depend on, in order."""
+        needed: set[str] = set()
+        pending = [t.op for t in self.outputs]
+        pending += [op for op in self.graph.get_operations() if has_side_effect(op)]
+        while pending:
+            op = pending.pop()
+            if op.name not in needed:
+                needed.add(op.name)
+                pending += [t.op for t in op.inputs]
+                pending += op.control_inputs
+        return [op for op in self.graph.get_operations() if op.name in needed]
+
+    @property
+    def op_counts(self) -> dict[str, int]:
+        """How many operations of each type it runs; what costs nothing is left out."""
+        needed = {op.name for op in self.operations}
+        return counts_of(node for node in self.graph_def.node if node.name in needed)
+
+    @property
+    def has_side_effects(self) -> bool:
+        """Whether it leaves anything changed behind."""
+        return any(has_side_effect(op) for op in self.operations)
+
+    @property
+    def changes_state(self) -> bool:
+        """Whether a call changes what later calls read."""
+        return any(has_side_effect(op) and op.type not in _ONLY_SPEAK for op in self.operations)
+
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether its outputs differ from call to call."""
+        return any(
+            op.type.startswith(("Random", "TruncatedNormal", "ParameterizedTruncated"))
+            or op.type in ("Multinomial", "StatefulUniform", "StatefulStandardNormalV2")
+            for op in self.operations
+        )
+
+    @cached_property
+    def readers(self) -> dict[str, list[tuple[Any, int]]]:
+        """Tensor name -> the operations that read its values, past what only hands it on."""
+        readers: dict[str, list[tuple[Any, int]]] = {}
+        for op in self.operations:
+            if op.type not in SHAPE_ONLY and op.type not in ALIASES:
+                for i, tensor in enumerate(op.inputs):
+                    readers.setdefault(source_of(tensor).name, []).append((op, i))
+        return readers
+
+    def only_reader(self, tensor: Any) -> tuple[Any, int] | None:
+        """Who alone reads a tensor, unless it is an output."""
+        found = self.readers.get(tensor.name, [])
+        return found[0] if len(found) == 1 and tensor.name not in self.output_names else None
+
+    def variable(self, handle: Any) -> Any:
+        """The variable behind a tensor of dtype resource, or None."""
+        return self.variables.get(source_of(handle).op.name)
+
+
+def counts_of(nodes: Iterable[Any]) -> dict[str, int]:
+    """How many nodes there are of each operation type; what costs nothing is left out."""
+    return dict(Counter(node.op for node in nodes if node.op not in _FREE))
+
+
+def op_counts(function: Any) -> dict[str, int]:
+    """How many operations of each type a concrete function runs."""
+    return counts_of(inlined(function)[0].node)
+
+
+@dataclass
+class Writes:
+    """The variables that functions write to, or may.
+
+    Attributes:
+        by: id(variable) -> who does, as the beginning of a sentence that goes on with the
+            variable.
+    """
+
+    by: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, *views: View) -> Writes:
+        """Those of some functions."""
+        writes = cls()
+        for view in views:
+            for name, operation in view.written.items():
+                who = f"{operation} of '{view.name}' writes to"
+                writes.by.setdefault(id(view.variables[name]), who)
+        return writes
+
+    def suspect(self, variables: Iterable[Any], name: str) -> None:
+        """Notes that a function that could not be read may write to variables."""
+        for variable in variables:
+            who = f"'{name}', which is carried over as it was, may write to"
+            self.by.setdefault(id(variable), who)
+
+
+def has_side_effect(op: Any) -> bool:
+    """Whether an operation runs for more than its outputs."""
+    return bool(op.op_def.is_stateful) and op.type not in _HARMLESS
+
+
+def source_of(tensor: Any) -> Any:
+    """The tensor that this one is handed on from."""
+    while tensor.op.type in ALIASES or tensor.op.type == "IdentityN":
+        tensor = tensor.op.inputs[tensor.value_index]
+    return tensor
+
+
+def view_of(name: str, function: Any, variable_in_graph: Callable[[str], Any]) -> View:
+    """Reads a concrete function.
+
+    Args:
+        name: what its user calls it.
+        function: it.
+        variable_in_graph: gives a tf.Variable in the place of a variable of TensorFlow 1, which
+            is a node of the graph.
+
+    Raises:
+        RewriteError: it uses such a variable in a way that there is none in the place of.
+    """
+    graph_def, compiled = inlined(function)
+    externals = function.captured_inputs
+    placeholders = function.inputs[len(function.inputs) - len(externals) :]
+    captures = {p.op.name: e for p, e in zip(placeholders, externals, strict=True)}
+    handles = {id(variable.handle): variable for variable in function.graph.variables}
+    variables = {name: handles[id(e)] for name, e in captures.items() if id(e) in handles}
+    runs = [op.name for op in function.graph.control_outputs]
+    results = [tensor.name for tensor in function.graph.outputs]
+    in_graph = variables_in(graph_def)
+    graph_def, results = without_references(graph_def, results, runs)
+    kept = {node.name for node in graph_def.node}
+    variables |= {name: variable_in_graph(name) for name in sorted(in_graph & kept)}
+    written = _written(graph_def, variables)
+    _state_shapes(graph_def, variables)
+    graph = tf.Graph()
+    with graph.as_default():
+        tf.graph_util.import_graph_def(graph_def, name="")
+    arguments = function.inputs[: len(function.inputs) - len(externals)]
+    return View(
+        name,
+        graph_def,
+        graph,
+        compiled,
+        tuple(t.op.name for t in arguments),
+        tuple(results),
+        captures,
+        variables,
+        written,
+    )
+
+
+def _written(graph_def: GraphDef, variables: dict[str, Any]) -> dict[str, str]:
+    """What a function writes to, as `View.written`; takes out writes of what was there.
+
+    FusedBatchNorm gives the statistics that it was given, and some models assign them to the
+    variables that they come from. That is a write only beside another one.
+    """
+    writes = writes_in(graph_def, variables)
+    written: dict[str, str] = {}
+    for write in writes:
+        if not write.puts_back:
+            written.setdefault(write.handle, write.operation)
+    changed = {id(variables[handle]) for handle in written}
+    idle = {w.node for w in writes if w.puts_back and id(variables[w.handle]) not in changed}
+    for node in graph_def.node:
+        if node.name in idle:
+            node.op = "NoOp"
+            node.attr.clear()
+            node.input[:] = [source for source in node.input if source.startswith("^")]
+    return written
+
+
+def _state_shapes(graph_def: GraphDef, variables: dict[str, Any]) -> None:
+    """Notes at each read the shape of its variable, which its handle does not tell."""
+    nodes = {node.name: node for node in graph_def.node}
+    for node in graph_def.node:
+        if node.op == "ReadVariableOp":
+            source = nodes[node.input[0].partition(":")[0]]
+            while source.op in ALIASES:
+                source = nodes[source.input[0].partition(":")[0]]
+            if source.name in variables:
+                shape = variables[source.name].shape.as_proto()
+                del node.attr["_output_shapes"].list.shape[:]
+                node.attr["_output_shapes"].list.shape.add().CopyFrom(shape)

@@ -1,0 +1,179 @@
+"""A function's graph as something to run: in part, with values put in the place of others.
+
+And the same computed in float32 where it computes in a narrower dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.framework import node_def_pb2
+from tensorflow.core.framework.graph_pb2 import GraphDef
+
+from mbn_rewrite.frontends.execution import compiled as run_by_xla
+from mbn_rewrite.frontends.execution import plain
+from mbn_rewrite.frontends.saved_model.function_graph import View
+from mbn_rewrite.frontends.saved_model.saving import imported
+from mbn_rewrite.frontends.saved_model.writer import Rewritten
+from mbn_rewrite.frontends.saved_model.writes import writes_in
+from mbn_rewrite.verification import NARROW
+
+_WIDE = tf.float32
+_NARROW = frozenset(tf.as_dtype(name).as_datatype_enum for name in NARROW)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A graph, and what it reads from outside.
+
+    Attributes:
+        graph_def: the graph.
+        arguments: the names of the Placeholders of its arguments, in order.
+        captures: Placeholder name -> the tf.Variable or tensor that it stands for.
+        compiled: whether XLA runs it.
+    """
+
+    graph_def: GraphDef
+    arguments: tuple[str, ...]
+    captures: Mapping[str, Any]
+    compiled: bool
+
+    def run(
+        self,
+        inputs: Sequence[Any],
+        fetches: Sequence[str],
+        given: Mapping[tuple[str, int], Any] | None = None,
+    ) -> list[np.ndarray]:
+        """The values of some of its tensors.
+
+        Args:
+            inputs: tensors for its arguments.
+            fetches: the names of the tensors.
+            given: (node, number of an input) -> what that node reads in place of that input.
+
+        Raises:
+            RewriteError: it cannot be run with these.
+        """
+        graph_def = GraphDef()
+        graph_def.CopyFrom(self.graph_def)
+        nodes = {node.name: node for node in graph_def.node}
+        arguments = list(self.arguments)
+        for number, ((name, index), value) in enumerate((given or {}).items()):
+            placeholder = f"given_in_place_{number}"
+            nodes[name].input[index] = placeholder
+            graph_def.node.append(_placeholder(placeholder, value.dtype))
+            arguments.append(placeholder)
+        function = Rewritten(
+            graph_def, self.compiled, tuple(arguments), list(fetches), dict(self.captures)
+        )
+        tensors = [*inputs, *(given or {}).values()]
+        if self.compiled:
+            return run_by_xla(lambda data: imported(function, None, data), tensors, "its graph")
+        traced = tf.function(lambda data: imported(function, None, data), autograph=False)
+        with self._undisturbed(), _as_it_is():
+            return plain(traced, tensors, "its graph")
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """In which variables may be written to without lasting effect."""
+        variables = {n: x for n, x in self.captures.items() if isinstance(x, tf.Variable)}
+        written = {write.handle for write in writes_in(self.graph_def, variables)}
+        before = [(variables[name], tf.identity(variables[name])) for name in sorted(written)]
+        try:
+            yield
+        finally:
+            for variable, value in before:
+                variable.assign(value)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    """In which TensorFlow runs graphs as they are.
+
+    For one run its optimiser is not worth its time; and it gives functions names under which it
+    does not find them where a copy of a graph runs beside the graph.
+    """
+    option = "disable_meta_optimizer"
+    before = tf.config.optimizer.get_experimental_options().get(option, False)
+    tf.config.optimizer.set_experimental_options({option: True})
+    try:
+        yield
+    finally:
+        tf.config.optimizer.set_experimental_options({option: before})
+
+
+def program_of(view: View, by_xla: bool = False) -> Program:
+    """The graph of a view; `by_xla` says that nothing else can run it."""
+    graph_def = GraphDef()
+    graph_def.CopyFrom(view.graph_def)
+    for node in graph_def.node:
+        node.attr.pop("_class", None)  # wants to be placed with nodes that may be gone
+    captures = {**view.captures, **view.variables}
+    return Program(graph_def, view.arguments, captures, view.compiled or by_xla)
+
+
+def is_narrow(program: Program) -> bool:
+    """Whether a program computes in a dtype narrower than float32."""
+    return any(
+        attribute.type in _NARROW
+        for node in program.graph_def.node
+        for attribute in node.attr.values()
+    )
+
+
+def weight_dtypes(program: Program) -> set[str]:
+    """The names of the dtypes in which a program's weights are kept."""
+    stored = {tf.as_dtype(x.dtype).name for x in program.captures.values() if hasattr(x, "dtype")}
+    return stored | {
+        tf.as_dtype(node.attr["dtype"].type).name
+        for node in program.graph_def.node
+        if node.op == "Const" and len(node.attr["value"].tensor.tensor_shape.dim)
+    }
+
+
+def widened(program: Program) -> Program:
+    """The same with float32 in the place of every narrower dtype, with the same weights."""
+    graph_def = GraphDef()
+    graph_def.CopyFrom(program.graph_def)
+    for node in graph_def.node:
+        _widen(node)
+    for function in graph_def.library.function:
+        for argument in (*function.signature.input_arg, *function.signature.output_arg):
+            if argument.type in _NARROW:
+                argument.type = _WIDE.as_datatype_enum
+        for node in function.node_def:
+            _widen(node)
+    captures = {name: as_wide(external) for name, external in program.captures.items()}
+    return Program(graph_def, program.arguments, captures, program.compiled)
+
+
+def as_wide(value: Any) -> Any:
+    """A tensor or variable as one of float32, if its dtype is narrower."""
+    dtype = tf.as_dtype(value.dtype)
+    if dtype.name not in NARROW:
+        return value
+    wide = tf.cast(value, _WIDE)
+    return tf.Variable(wide, trainable=False) if isinstance(value, tf.Variable) else wide
+
+
+def _widen(node: Any) -> None:
+    for attribute in node.attr.values():
+        if attribute.type in _NARROW:
+            attribute.type = _WIDE.as_datatype_enum
+        for i, dtype in enumerate(attribute.list.type):
+            if dtype in _NARROW:
+                attribute.list.type[i] = _WIDE.as_datatype_enum
+        if attribute.HasField("tensor") and attribute.tensor.dtype in _NARROW:
+            array = tf.make_ndarray(attribute.tensor).astype(_WIDE.as_numpy_dtype)
+            attribute.tensor.CopyFrom(tf.make_tensor_proto(array))
+
+
+def _placeholder(name: str, dtype: Any) -> Any:
+    node = node_def_pb2.NodeDef(name=name, op="Placeholder")
+    node.attr["dtype"].type = dtype.as_datatype_enum
+    return node

@@ -1,0 +1,422 @@
+"""Reads the functions of a SavedModel into one neutral graph. Decides nothing, changes nothing.
+
+All functions that will be carried over are read together, since they share weights: what one
+of them needs as it is, another cannot fold into. Operations that use the same stored arrays
+are calls of one owner, as the calls of one Keras layer are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import tensorflow as tf
+
+from mbn_rewrite.frontends.saved_model.function_graph import SHAPE_ONLY, View, Writes, source_of
+from mbn_rewrite.frontends.saved_model.inlining import bodies_called, display_name
+from mbn_rewrite.frontends.saved_model.match_batchnorm import (
+    FUSED,
+    Norm,
+    arithmetic_norms,
+    fused_norm,
+)
+from mbn_rewrite.frontends.saved_model.op_table import Described, Site, describe, shape_of
+from mbn_rewrite.frontends.saved_model.unseen import notes_on
+from mbn_rewrite.frontends.saved_model.weights import Constants, Stored, Weight
+from mbn_rewrite.frontends.saved_model.writes import ALIASES, is_at_inference
+from mbn_rewrite.ir.graph import (
+    BatchNorm,
+    Graph,
+    HiddenBatchNorm,
+    Linear,
+    Node,
+    Opaque,
+    Value,
+    fused_operation_takes,
+)
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """One use of weights: the operation, and what the planner was told of it."""
+
+    view: View
+    op: Any
+    described: Described
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """One BatchNormalization in one function."""
+
+    view: View
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The functions of a SavedModel as the planner sees them, and the way back.
+
+    Attributes:
+        graph: the neutral graph.
+        linears: owner -> its calls.
+        norms: owner -> its calls.
+        dtypes: the names of the dtypes in which weights are used.
+        notes: what the user should know of any copy of the model, in sentences.
+    """
+
+    graph: Graph
+    linears: dict[str, list[LinearCall]]
+    norms: dict[str, list[NormCall]]
+    dtypes: frozenset[str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def variables(self) -> set[int]:
+        """The variables, by id, that linear operations and BatchNormalizations read."""
+        keys = {key for calls in self.norms.values() for call in calls for key in call.norm.keys}
+        for calls in self.linears.values():
+            keys |= {w.stored.key for call in calls for w in call.described.weights.values()}
+        return {key[1] for key in keys if key[0] == "variable"}
+
+    def weight(self, owner: str, name: str) -> Stored:
+        """The stored array that an owner calls by a name."""
+        return self.linears[owner][0].described.weights[name].stored
+
+
+def read(views: Iterable[View], writes: Writes, pinned: Iterable[Any] = ()) -> Reading:
+    """Reads functions.
+
+    Args:
+        views: the functions.
+        writes: variables that they, and functions carried over unread, write to.
+        pinned: variables that functions carried over unread use.
+    """
+    views = list(views)
+    reader = _Reader(writes, {("variable", id(variable)) for variable in pinned})
+    for view in views:
+        reader.read(view)
+    return replace(reader.finish(), notes=notes_on(views))
+
+
+@dataclass
+class _Reader:
+    writes: Writes
+    pinned: set[Any]
+    values: list[Value] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    outputs: set[int] = field(default_factory=set)
+    hidden: list[HiddenBatchNorm] = field(default_factory=list)
+    linears: dict[str, list[LinearCall]] = field(default_factory=dict)
+    norms: dict[str, list[NormCall]] = field(default_factory=dict)
+    dtypes: set[str] = field(default_factory=set)
+    uses: dict[Any, dict[int, str]] = field(default_factory=dict)  # stored key -> id(op) -> label
+    owners: dict[Any, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    scope: str = ""  # what all names of the function at hand begin with
+
+    # -- one function --------------------------------------------------------------------
+
+    def read(self, view: View) -> None:
+        constants = Constants(view, self.writes)
+        described, norms = self._recognised(view, constants)
+        self.scope = _shared_scope(described, norms)
+        known: dict[str, int] = {}  # tensor name -> value
+        inside = {op.name for d in described.values() for op in d.absorbed}
+        inside |= {op.name for norm in norms.values() for op in norm.ops}
+        for op in view.operations:
+            if op.name in norms:
+                self._add_norm(view, norms[op.name], known)
+            elif (
+                op.name in described
+                and (op.name not in inside or described[op.name].absorbed)
+                and not self._is_constant(constants, op)
+            ):
+                self._add(view, op, described[op.name], known)
+            self._note_uses(view, constants, op)
+            self._add_written(view, constants, op)
+            self._add_hidden(view, op)
+        self._add_constants(view, known)
+        for tensor in view.outputs:
+            self.outputs.add(self._value(source_of(tensor), known))
+            weight = constants.weight(tensor)
+            if weight is not None:
+                uses = self.uses.setdefault(weight.stored.key, {})
+                uses[id(tensor)] = f"an output of '{view.name}'"
+
+    def _add_constants(self, view: View, known: dict[str, int]) -> None:
+        """Adds what gives the values that operations read, but that was taken for a weight."""
+        given = {value for node in self.nodes for value in node.outputs}
+        for name, value in known.items():
+            if value not in given:
+                op = view.graph.get_tensor_by_name(name).op
+                why = Opaque("is a constant")
+                self.nodes.append(Node(self._shown(op.name), op.type, why, (), (value,)))
+
+    def _recognised(
+        self, view: View, constants: Constants
+    ) -> tuple[dict[str, Described], dict[str, Norm]]:
+        """What each operation is, and the BatchNormalizations by the operation they end in."""
+        described: dict[str, Described] = {}
+        norms: dict[str, Norm] = {}
+        absorbed: set[str] = set()
+        for op in view.operations:
+            norm = fused_norm(constants, op) if op.type in FUSED else None
+            if norm is not None:
+                norms[norm.sink.op.name] = norm
+            elif op.type not in ALIASES | SHAPE_ONLY and op.type != "IdentityN":
+                found = describe(Site(op, constants))
+                described[op.name] = found
+                absorbed.update(o.name for o in found.absorbed)
+        for norm in arithmetic_norms(constants, absorbed):
+            norms[norm.sink.op.name] = norm
+        return described, norms
+
+    def _is_constant(self, constants: Constants, op: Any) -> bool:
+        """Whether an operation only serves to compute constants."""
+        if not op.outputs or op.type == "Placeholder":
+            return op.name in constants.view.captures
+        return constants.weight(op.outputs[0]) is not None or (
+            constants.value(op.outputs[0]) is not None
+        )
+
+    def _add(self, view: View, op: Any, described: Described, known: dict[str, int]) -> None:
+        neutral = described.op
+        dtype = "float32"
+        owner = self._shown(op.name)
+        if isinstance(neutral, Linear):
+            keys = tuple(weight.stored.key for weight in described.weights.values())
+            owner = self._owner(keys, _without_leaf(owner))
+            dtype = _narrowest(described.weights.values(), op.outputs[0])
+            self.dtypes.add(op.outputs[0].dtype.name)
+            self.linears.setdefault(owner, []).append(LinearCall(view, op, described))
+        inputs = tuple(self._value(source_of(tensor), known) for tensor in described.data)
+        outputs = [described.result] if described.result is not None else []
+        if len(op.outputs) > 1:
+            outputs = list(op.outputs)
+        results = tuple(self._value(tensor, known) for tensor in outputs)
+        if results:
+            self.nodes.append(Node(owner, op.type, neutral, inputs, results, dtype))
+
+    def _add_norm(self, view: View, norm: Norm, known: dict[str, int]) -> None:
+        stored = tuple(key for key in norm.keys if key[0] != "constant")
+        key = (stored, _digest(norm)) if stored else (view.name, norm.sink.op.name)
+        owner = self._owner(key, _common_scope([self._shown(op.name) for op in norm.ops]))
+        before, after = norm.source.dtype.name, norm.sink.dtype.name
+        op = BatchNorm(
+            norm.map, norm.ineligible, fusible=_fusible(norm), convolvable=convolvable(norm)
+        )
+        if before != after and not norm.ineligible:
+            op = replace(op, pinned=f"it turns {before} into {after}", fusible=False)
+        self.dtypes.add(after)
+        self.norms.setdefault(owner, []).append(NormCall(view, norm))
+        source = self._value(source_of(norm.source), known)
+        result = self._value(norm.sink, known)
+        self.nodes.append(
+            Node(owner, "BatchNormalization", op, (source,), (result,), _dtype_name(after))
+        )
+
+    def _shown(self, name: str) -> str:
+        return display_name(name).removeprefix(self.scope)
+
+    def _value(self, tensor: Any, known: dict[str, int]) -> int:
+        if tensor.name not in known:
+            known[tensor.name] = len(self.values)
+            self.values.append(Value(shape_of(tensor), tensor.dtype.base_dtype.name))
+        return known[tensor.name]
+
+    def _owner(self, key: Any, name: str) -> str:
+        """The owner of stored arrays: one name, with a number if that is taken."""
+        if key not in self.owners:
+            owner, number = name, 2
+            while owner in self.taken:
+                owner, number = f"{name}#{number}", number + 1
+            self.owners[key] = owner
+            self.taken.add(owner)
+        return self.owners[key]
+
+    def _note_uses(self, view: View, constants: Constants, op: Any) -> None:
+        """Notes which stored arrays an operation reads, past what only puts them in shape."""
+        if op.type in SHAPE_ONLY or not op.inputs:
+            return
+        gives_weight = op.outputs and constants.weight(op.outputs[0]) is not None
+        for tensor in op.inputs:
+            weight = constants.weight(tensor)
+            label = f"{op.type} '{self._shown(op.name)}'"
+            if weight is not None and not gives_weight:
+                self.uses.setdefault(weight.stored.key, {})[id(op)] = label
+            variable = view.variable(tensor) if tensor.dtype == tf.resource else None
+            if variable is not None and op.type not in ALIASES | {"ReadVariableOp"}:
+                self.uses.setdefault(("variable", id(variable)), {})[id(op)] = label
+
+    def _add_written(self, view: View, constants: Constants, op: Any) -> None:
+        """Lists a BatchNormalization written out as arithmetic whose variance is no constant."""
+        if op.type not in ("Rsqrt", "Sqrt") or constants.value(op.outputs[0]) is not None:
+            return
+        added = source_of(op.inputs[0]).op
+        for tensor in added.inputs if added.type in ("Add", "AddV2") else ():
+            written = constants.written(tensor)
+            if written is None or ("written", id(written[0])) in self.owners:
+                continue
+            owner = self._owner(("written", id(written[0])), _common_scope([self._shown(op.name)]))
+            norm = BatchNorm(None, f"{written[1]} its parameters or statistics")
+            self.hidden.append(HiddenBatchNorm(owner, view.name, norm, None, "float32"))
+
+    def _add_hidden(self, view: View, op: Any) -> None:
+        """Lists the BatchNormalizations in what an operation calls."""
+        label = f"{op.type} '{self._shown(op.name)}'"
+        for body in bodies_called(view.graph_def, op.node_def):
+            for node in body.node_def:
+                if _is_norm(node, body):
+                    op_ = BatchNorm(None, f"it is in the body of {label}, which stays as it is")
+                    owner = self._owner(
+                        (view.name, body.signature.name, node.name),
+                        f"{self._shown(op.name)}/{_without_leaf(node.name)}",
+                    )
+                    self.hidden.append(HiddenBatchNorm(owner, label, op_, None, "float32"))
+
+    # -- all functions -------------------------------------------------------------------
+
+    def finish(self) -> Reading:
+        shared = {owner: self._shared(owner) for owner in self.linears}
+        nodes = []
+        for node in self.nodes:
+            if isinstance(node.op, Linear):
+                if shared[node.owner]:
+                    node = replace(node, op=Opaque(shared[node.owner]))
+            elif not isinstance(node.op, BatchNorm) and node.owner in self.taken:
+                # It is called as the scope of an operation that has weights.
+                node = replace(node, owner=f"{node.owner}:0")
+            nodes.append(node)
+        linears = self.linears
+        graph = Graph(
+            tuple(self.values),
+            tuple(nodes),
+            frozenset(self.outputs),
+            tuple(self.hidden),
+            lambda owner, name: linears[owner][0].described.weights[name].stored.read(),
+        )
+        return Reading(graph, linears, self.norms, frozenset(self.dtypes))
+
+    def _shared(self, owner: str) -> str:
+        """Why the weights of an owner cannot be edited, or ""."""
+        calls = self.linears[owner]
+        first = calls[0].described
+        expected: dict[Any, set[int]] = {}
+        for call in calls:
+            described = call.described
+            assert isinstance(described.op, Linear)
+            if described.op != first.op:
+                return "uses its weights in several ways"
+            sum_op = described.result.op
+            for name, weight in described.weights.items():
+                user = call.op if name == "kernel" else sum_op
+                expected.setdefault(weight.stored.key, set()).add(id(user))
+        stored = {weight.stored.key: weight.stored for weight in first.weights.values()}
+        if len(stored) < len(first.weights):
+            return "has one array as kernel and bias"
+        for key, array in stored.items():
+            if key in self.pinned:
+                return f"shares '{array.name}' with a function that is carried over as it was"
+            if id(array.place) in self.writes.by:
+                return f"has weights that {self.writes.by[id(array.place)]}"
+            others = [
+                label for op, label in self.uses.get(key, {}).items() if op not in expected[key]
+            ]
+            if others:
+                return f"shares its weights with {others[0]}"
+        return ""
+
+
+def convolvable(norm: Norm) -> bool:
+    """Whether there is a depthwise convolution for its layout."""
+    return norm.rank == 4 and norm.axis == 3
+
+
+def _fusible(norm: Norm) -> bool:
+    """Whether the fused operation could do what arithmetic does now."""
+    return (
+        norm.map is not None
+        and norm.ops[0].type not in FUSED
+        and fused_operation_takes(norm.source.dtype.name, norm.axis, norm.rank)
+    )
+
+
+# ----------------------------------------------------------------------------------- names
+
+
+def _is_norm(node: Any, body: Any) -> bool:
+    """Whether a node of a function is a BatchNormalization at inference, or part of one.
+
+    Arithmetic is known by the root of a variance that is not computed from data: it is
+    read, or handed to the function.
+    """
+    if node.op in FUSED:
+        return is_at_inference(node)
+    if node.op not in ("Rsqrt", "Sqrt"):
+        return False
+    nodes = {inner.name: inner for inner in body.node_def}
+    added = nodes.get(node.input[0].partition(":")[0])
+    if added is None or added.op not in ("Add", "AddV2"):
+        return False
+    return any(_is_given(nodes, source) for source in added.input)
+
+
+def _is_given(nodes: dict[str, Any], source: str) -> bool:
+    node = nodes.get(source.lstrip("^").partition(":")[0])
+    while node is not None and node.op in ALIASES | {"Cast", "Reshape", "ReadVariableOp"}:
+        node = nodes.get(node.input[0].partition(":")[0])
+    return node is None  # an argument of the function
+
+
+def _shared_scope(described: dict[str, Described], norms: dict[str, Norm]) -> str:
+    """The outermost scope, usually the model's name, if all weights and norms are in it."""
+    names = [name for name, found in described.items() if isinstance(found.op, Linear)]
+    first = {display_name(name).partition("/") for name in (*names, *norms)}
+    scopes = {scope + slash for scope, slash, _ in first if slash}
+    inner = all(slash and "/" in rest for _, slash, rest in first)
+    return scopes.pop() if len(scopes) == 1 and inner else ""
+
+
+def _without_leaf(name: str) -> str:
+    """The scope of an operation: what the layer was called that made it."""
+    scope, _, leaf = name.rpartition("/")
+    return scope or leaf
+
+
+def _common_scope(names: list[str]) -> str:
+    """The scope that operations share, without what TensorFlow's own functions add to it."""
+    split = [name.split("/") for name in names]
+    common = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    if len(names) == 1 and len(common) > 1:
+        common = common[:-1]
+    while len(common) > 1 and re.fullmatch(r"(batchnorm|batch_normalization_?)(_\d+)?", common[-1]):
+        if common[-1].startswith("batchnorm") or len(common) > 2:
+            common = common[:-1]
+        else:
+            break
+    return "/".join(common) or names[0]
+
+
+# ------------------------------------------------------------------------------ maps, dtypes
+
+
+def _digest(norm: Norm) -> Any:
+    """Tells maps apart: one set of variables may be used with two epsilons."""
+    m = norm.map
+    return norm.ineligible if m is None else (m.axis, m.scale.tobytes(), m.shift.tobytes())
+
+
+def _narrowest(weights: Iterable[Weight], result: Any) -> str:
+    names = [weight.dtype for weight in weights] + [result.dtype.name]
+    return _dtype_name(min(names, key=lambda name: tf.as_dtype(name).size))
+
+
+def _dtype_name(name: str) -> str:
+    return name if name in ("float16", "bfloat16", "float32", "float64") else "float32"

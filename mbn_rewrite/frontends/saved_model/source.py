@@ -1,0 +1,269 @@
+"""A SavedModel on disk, to be rewritten as SavedModel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.frontends import effects
+from mbn_rewrite.frontends.execution import device, give_back_memory, set_up
+from mbn_rewrite.frontends.execution import runner as run_of
+from mbn_rewrite.frontends.saved_model import execution, saving, writer
+from mbn_rewrite.frontends.saved_model.function_graph import View, Writes, view_of
+from mbn_rewrite.frontends.saved_model.loading import Loaded, load
+from mbn_rewrite.frontends.saved_model.reader import read
+from mbn_rewrite.frontends.saved_model.saving import size_of
+from mbn_rewrite.frontends.source import Footprint, ReferenceIO, bytes_on_disk
+from mbn_rewrite.passes.planner import make_plan
+from mbn_rewrite.plans import Plan
+from mbn_rewrite.tuning.auto import Options, Run, Runner, choose
+
+_NONE = Writes()
+_LARGE = 10_000_000  # weights
+
+
+class SavedModelDirectory:
+    """See `stored.ModelSource`."""
+
+    def __init__(
+        self,
+        source: Path,
+        tags: Sequence[str] | None,
+        signatures: Sequence[str] | None,
+        trusted: bool = False,
+    ) -> None:
+        self._source = source
+        self._asked_for = (tags, signatures, trusted)
+        self._initializer: View | None = None
+        self._loaded = load(source, tags, signatures, trusted)
+        self.left_out: dict[str, str] = self._loaded.left_out
+        self.as_it_was: dict[str, str] = {}
+        self.unverifiable: dict[str, str] = {}
+        self._views: dict[str, View] = {}
+        self._acting: dict[str, str] = {}
+        for entry in self._loaded.entries:
+            try:
+                view = view_of(entry.name, entry.function, self._loaded.variable_in_graph)
+            except RewriteError:
+                raise
+            except Exception as error:
+                self.as_it_was[entry.name] = cause_of(error)
+                if not trusted:
+                    self._note_acts(entry.name, entry.function.graph.as_graph_def())
+                continue
+            self._views[entry.name] = view
+            if view.draws_random_numbers:
+                self.unverifiable[entry.name] = "it draws random numbers"
+            if not trusted:
+                self._note_acts(entry.name, view.graph_def)
+        self._note_siblings_of_what_acts()
+        if self._loaded.initializer is not None:
+            self._initializer = view_of(
+                "initializer", self._loaded.initializer, self._loaded.variable_in_graph
+            )
+        self._leave_out_what_trains()
+        self._writes = Writes.of(*self._views.values(), *filter(None, [self._initializer]))
+        pinned = []
+        for entry in self._loaded.entries:
+            if entry.name in self.as_it_was:
+                pinned += entry.function.graph.variables
+                self._writes.suspect(entry.function.graph.variables, entry.name)
+        self._reading = read(self._views.values(), self._writes, pinned)
+        self._plan: Plan | None = None
+
+    def _note_acts(self, name: str, graph_def: Any) -> None:
+        """Notes what a function does beyond computing, so that it is not run."""
+        found = effects.in_graph(graph_def)
+        if found:
+            self._acting[name] = effects.in_words(found)
+            self.unverifiable[name] = (
+                f"it {self._acting[name]}, so it was not run; pass --trusted (trusted=True in "
+                "Python) to run it"
+            )
+
+    def _note_siblings_of_what_acts(self) -> None:
+        """Notes functions of one method with what acts: which of them a call runs, it decides."""
+        methods = {e.method: e.name for e in self._loaded.entries if e.name in self._acting}
+        for entry in self._loaded.entries:
+            if entry.method and entry.method in methods and entry.name not in self._acting:
+                sibling = methods[entry.method]
+                self.unverifiable[entry.name] = (
+                    f"calling it might run '{sibling}' of the same method, which "
+                    f"{self._acting[sibling]}; pass --trusted (trusted=True in Python) to run it"
+                )
+
+    def _leave_out_what_trains(self) -> None:
+        """Leaves out methods that write to the weights of other functions."""
+        methods = {entry.name for entry in self._loaded.entries if entry.method}
+        written = {name: Writes.of(self._views[name]) for name in methods & set(self._views)}
+        if not any(writes.by for writes in written.values()):
+            return
+        others = [view for name, view in self._views.items() if not written.get(name, _NONE).by]
+        weights = read(others, Writes()).variables
+        for name, writes in written.items():
+            if weights & set(writes.by):
+                self.left_out[name] = "it trains: it writes to weights of other functions"
+                del self._views[name]
+        kept = [entry for entry in self._loaded.entries if entry.name not in self.left_out]
+        self._loaded.entries = kept
+
+    @property
+    def footprint(self) -> Footprint:
+        variables = {
+            id(variable): size_of(variable)
+            for entry in self._loaded.entries
+            for variable in entry.function.graph.variables
+        } | {id(variable): size_of(variable) for variable in self._loaded.in_graph.values()}
+        name = next(iter(sorted(self._loaded.signatures, key=lambda key: key != "serving_default")))
+        ops = self._views[name].op_counts if name in self._views else {}
+        return Footprint(sum(variables.values()), bytes_on_disk(self._source), ops, name)
+
+    @property
+    def dtypes(self) -> set[str]:
+        results = {
+            tensor.dtype.name
+            for function in self._loaded.signatures.values()
+            for tensor in function.outputs
+        }
+        resized = {
+            op.outputs[0].dtype.name  # float32, whatever is given to it
+            for view in self._views.values()
+            for op in view.operations
+            if op.type.startswith("Resize")
+        }
+        return set(self._reading.dtypes) | results | resized
+
+    def plan(self, mode: str, options: Options) -> Plan:
+        if mode == "auto":
+            self._check_names(options.inputs)  # before measuring, which takes a while
+            with set_up(options.run_config):
+                runner = self._runner(options)
+                plan = choose(self._reading.graph, runner, device(), options)
+        else:
+            plan = make_plan(self._reading.graph, mode)
+        notes = (*self._reading.notes, *plan.notes, *self._notes())
+        self._plan = replace(plan, notes=notes)
+        return self._plan
+
+    def _notes(self) -> list[str]:
+        """What the user should know of functions that act, in sentences."""
+        return [
+            f"'{name}' {acts} when it runs: it is rewritten, but was not run to verify it."
+            for name, acts in self._acting.items()
+        ]
+
+    def _runner(self, options: Options) -> Runner:
+        """What runs one signature in each form; see `tuning.auto.Runner`."""
+        name, copies = self.footprint.signature, dict[Any, Any]()
+        entry = next((e for e in self._loaded.entries if e.name == name), None)
+        views = list(self._views.values())
+
+        @cache
+        def inputs() -> Mapping[str, Any]:
+            assert entry is not None
+            given = execution.given_for(name, entry.function, options.inputs)
+            batch = options.run_config.batch_size
+            return execution.exchange(name, entry.function, self._views[name], given, batch).inputs
+
+        def runner(plan: Plan | None) -> AbstractContextManager[Run]:
+            if entry is None or name not in self._views:
+                raise RewriteError("there is no signature to measure")
+            if name in self._acting:
+                raise RewriteError(f"it was not run, since it {self._acting[name]}")
+            if any(view.changes_state for view in views):
+                raise RewriteError("running it changes its state, which is to be written as it is")
+            function = entry.function
+            if plan is not None:
+                graphs = writer.rewritten(views, self._reading, plan, self._writes, copies)
+                new = dict(zip(self._views, graphs, strict=True))[name]
+                function = saving.signature_of(entry, new)
+            return nullcontext(run_of(lambda data: function(**data), inputs(), options.run_config))
+
+        return runner
+
+    def _check_names(self, inputs: Mapping[str, np.ndarray] | None) -> None:
+        """Raises RewriteError where no signature has an input of a name."""
+        signatures = self._loaded.signatures
+        taken = {
+            path
+            for name, function in signatures.items()
+            for key in execution.specs_of(function)
+            for path in (key, f"{name}/{key}")
+        }
+        unknown = sorted(set(inputs or ()) - taken)
+        if unknown:
+            listed = "; ".join(
+                f"'{name}' takes {sorted(execution.specs_of(function))}"
+                for name, function in signatures.items()
+            )
+            raise RewriteError(f"the inputs are named {sorted(inputs or ())}; {listed}")
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self._loaded.entries]
+
+    def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
+        self._check_names(inputs)
+        if not any(view.has_side_effects for view in self._views.values()):
+            return self._exchanged(self._loaded, inputs)
+        # What the signatures change must not be what is written, nor must a failed attempt
+        # to make up inputs count: so find inputs on one copy, and use them on a fresh one.
+        found = self._exchanged(self._loaded_again(), inputs)
+        fresh = self._loaded_again()
+        return {
+            name: execution.called_method(fresh.root, e.method, e.inputs, name, e.compiled)
+            if e.method
+            else execution.exchanged(fresh.signatures[name], e.inputs, name, e.compiled)
+            for name, e in found.items()
+        }
+
+    def _exchanged(
+        self, loaded: Loaded, inputs: Mapping[str, np.ndarray] | None
+    ) -> dict[str, ReferenceIO]:
+        found = {}
+        large = self.footprint.weights > _LARGE
+        for entry in loaded.entries:
+            name, view = entry.name, self._views.get(entry.name)
+            if name in self.unverifiable or name in self.left_out:
+                continue
+            if large:
+                give_back_memory()  # which running the one before has left
+            if not entry.method:
+                given = execution.given_for(name, entry.function, inputs)
+                found[name] = execution.exchange(name, entry.function, view, given)
+                continue
+            try:
+                found[name] = execution.method_exchange(entry, loaded.root, view, found.values())
+            except RewriteError as error:
+                self.unverifiable[name] = str(error)
+        return found
+
+    def _loaded_again(self) -> Loaded:
+        return load(self._source, *self._asked_for)
+
+    @property
+    def opened_again(self) -> Callable[[Path], Loaded]:
+        source, asked_for = self._source, self._asked_for
+        return lambda work: load(source, *asked_for)
+
+    def write(self, directory: Path) -> int:
+        assert self._plan is not None
+        # The graphs were read; the functions themselves hold more memory than small models do.
+        self._loaded.release(self._views)
+        give_back_memory()
+        graphs = writer.rewritten(
+            list(self._views.values()), self._reading, self._plan, self._writes
+        )
+        new = dict(zip(self._views, graphs, strict=True))
+        initializer = None if self._initializer is None else writer.unchanged(self._initializer)
+        del self._reading, self._views, self._initializer
+        give_back_memory()
+        functions = [(entry, new.get(entry.name)) for entry in self._loaded.entries]
+        return saving.save(self._loaded, functions, initializer, self._source, directory)

@@ -1,0 +1,313 @@
+"""A closer look at outputs that differ: two graphs compared stretch by stretch.
+
+Both are cut at what jumps (see `jumps`). The original is run once. The rewritten graph is run with
+every real number that something in it jumps on exchanged for the original's, and must give, within
+the tolerance,
+
+    before each jump  what the original has there,
+    behind the last   the outputs of the original.
+
+By induction from one jump to the next, the rewritten graph as it is then differs from the original
+by rounding, and by jumps for whose sides rounding decides. A mistake before a jump, behind it or
+beside it is in one of the stretches.
+
+In narrow dtypes each stretch may be as far from the original as that is from itself in float32,
+a few times; there both are computed in float32 too, where they have to agree as float32 does if
+their weights are kept in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.frontends.saved_model.execution import Served, method_called, signature_called
+from mbn_rewrite.frontends.saved_model.function_graph import View, view_of
+from mbn_rewrite.frontends.saved_model.jumps import Cuts, can_be_cut, cuts_between
+from mbn_rewrite.frontends.saved_model.loading import Loaded
+from mbn_rewrite.frontends.saved_model.programs import (
+    Program,
+    as_wide,
+    is_narrow,
+    program_of,
+    weight_dtypes,
+    widened,
+)
+from mbn_rewrite.frontends.source import ReferenceIO
+from mbn_rewrite.verification import (
+    FLIPS,
+    NARROW,
+    SINGULAR,
+    Comparison,
+    Pair,
+    compare_pair,
+    rounding_tolerance,
+    tolerance_for,
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two models.
+
+    Attributes:
+        view: its function as a graph.
+        inputs: tensors for its arguments, in order.
+    """
+
+    view: View
+    inputs: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The two, run between the same cuts: arrays for each tensor that is compared."""
+
+    original: list[np.ndarray]
+    new: list[np.ndarray]
+
+
+def look_closer(
+    original: Side,
+    new: Side,
+    names: Sequence[str],
+    plain: Comparison,
+    rounding: bool,
+    by_xla: bool = False,
+) -> Comparison | None:
+    """Whether rounding explains how the outputs of two graphs differ, or chance that they agree.
+
+    Args:
+        original: the model as it was.
+        new: the rewritten one, whose results are the same in the same order.
+        names: what the results are called.
+        plain: how they compare as they are.
+        rounding: whether the rounding of a narrow dtype may explain more than the tolerance.
+        by_xla: whether nothing but XLA can run them.
+
+    Returns:
+        What holds between the jumps; the plain comparison where that is no better; where the
+        outputs agree by chance, what differs before a jump; None where the graphs cannot be cut,
+        or not be run in part.
+    """
+    if not can_be_cut(original.view) or not can_be_cut(new.view):
+        return None
+    for xla in dict.fromkeys((by_xla, True)):
+        with suppress(RewriteError):
+            return _looked(original, new, names, plain, rounding, xla)
+    return None
+
+
+def _looked(
+    original: Side, new: Side, names: Sequence[str], plain: Comparison, rounding: bool, xla: bool
+) -> Comparison | None:
+    programs = program_of(original.view, xla), program_of(new.view, xla)
+    narrow = rounding and is_narrow(programs[0])
+    jumps = cuts_between(original.view, new.view)
+    looked = _Look(original, new, programs, jumps, names, plain)
+    at_jumps = looked.result(narrow)
+    if at_jumps.ok:
+        return at_jumps
+    deeper = cuts_between(original.view, new.view, steep=True)
+    if len(deeper.cuts) > len(jumps.cuts) and looked.differs_in_few_places:
+        found = _Look(original, new, programs, deeper, names, plain).result(narrow)
+        if found.ok:
+            return found
+    return None if jumps.missed else at_jumps
+
+
+def look_closer_at_calls(
+    original: Callable[[Any], Any],
+    new: Callable[[Any], Any],
+    inputs: Any,
+    plain: Comparison,
+    rounding: bool,
+) -> Comparison | None:
+    """`look_closer` at models in memory, by functions that call them.
+
+    Args:
+        original, new: functions of `inputs`, in whatever structure.
+        plain, rounding: as for `look_closer`.
+    """
+    tensors = tf.nest.map_structure(tf.convert_to_tensor, inputs)
+    flat = tf.nest.flatten(tensors, expand_composites=True)
+    try:
+        sides = [Side(_traced(function, tensors), flat) for function in (original, new)]
+    except Exception:  # of a model that can only be called eagerly
+        return None
+    names = [f"output {i}" for i in range(len(sides[0].view.results))]
+    return look_closer(sides[0], sides[1], names, plain, rounding)
+
+
+def look_closer_at_served(
+    original: Loaded,
+    served: Served,
+    name: str,
+    exchange: ReferenceIO,
+    plain: Comparison,
+    rounding: bool,
+) -> Comparison | None:
+    """`look_closer` at a signature or method on disk.
+
+    Args:
+        original: the original, loaded again.
+        served: what was written.
+        name: of the signature or method.
+        exchange: what the original was given.
+        plain, rounding: as for `look_closer`.
+    """
+    if exchange.method:
+        called = method_called(original.root, exchange)
+    else:
+        called = signature_called(original.signatures[name], exchange)
+    sides = []
+    for each in (called, served.called(name, exchange)):
+        try:
+            view = view_of(name, each.function, original.variable_in_graph)
+        except Exception:  # of a graph that cannot be read, which was carried over as it was
+            return None
+        sides.append(Side(view, each.inputs))
+    names = [f"'{output}'" for output in exchange.outputs]
+    return look_closer(sides[0], sides[1], names, plain, rounding, exchange.compiled)
+
+
+def _traced(function: Callable[[Any], Any], inputs: Any) -> View:
+    traced = tf.function(lambda data: function(data), autograph=False)
+    return view_of("model", traced.get_concrete_function(inputs), lambda name: None)
+
+
+class _Look:
+    """Two graphs between some cuts."""
+
+    def __init__(
+        self,
+        original: Side,
+        new: Side,
+        programs: tuple[Program, Program],
+        cuts: Cuts,
+        names: Sequence[str],
+        plain: Comparison,
+    ) -> None:
+        self._sides = original, new
+        self._programs = programs
+        self._cuts = cuts
+        self._plain = plain
+        self._names = [*(f"what '{cut.node}' reads" for cut in cuts.cuts), *names]
+        self._fetched = (
+            [*(cut.original_read for cut in cuts.cuts), *original.view.results],
+            [*(cut.read for cut in cuts.cuts), *new.view.results],
+        )
+        ours = programs[0].run(original.inputs, self._fetched[0])
+        self._given = [tf.constant(array) for array in ours[: len(cuts.cuts)]]
+        self._run = _Run(ours, self._rewritten(programs[1], new.inputs, self._given))
+        self._pairs = self._compared(self._run, [plain.tolerance] * len(ours))
+
+    def _rewritten(self, program: Program, inputs: Sequence[Any], given: list[Any]) -> Any:
+        places = [(cut.node, cut.index) for cut in self._cuts.cuts]
+        return program.run(inputs, self._fetched[1], dict(zip(places, given, strict=True)))
+
+    def _compared(self, run: _Run, tolerances: Sequence[float]) -> list[Pair] | None:
+        """Each tensor of both; None where their shapes differ."""
+        arrays = list(zip(run.original, run.new, strict=True))
+        if any(a.shape != b.shape for a, b in arrays):
+            return None
+        return [
+            compare_pair(name, a, b, tolerance)
+            for name, (a, b), tolerance in zip(self._names, arrays, tolerances, strict=True)
+        ]
+
+    @property
+    def differs_in_few_places(self) -> bool:
+        """Whether it is but a few entries of each output that differ."""
+        pairs = self._pairs
+        return pairs is not None and all(p.differing <= SINGULAR * p.size for p in pairs)
+
+    def result(self, narrow: bool) -> Comparison:
+        """What holds, or else how they differ."""
+        pairs = self._pairs
+        if pairs is None:
+            return self._plain
+        if narrow:
+            with suppress(RewriteError):  # what cannot be computed in float32
+                return self._by_rounding(pairs)
+        tolerances = [self._plain.tolerance] * len(pairs)
+        if not self._cuts.cuts:
+            return self._plain
+        if not self._hold(pairs, tolerances):
+            return self._unexplained(pairs, tolerances)
+        decides = "" if self._plain.ok else ", so that rounding decides"
+        return self._explained(pairs, tolerances, f"what they are computed from agrees{decides}")
+
+    def _by_rounding(self, pairs: list[Pair]) -> Comparison:
+        """What holds where the original may be far from itself in float32."""
+        cuts, wide = self._cuts.cuts, [as_wide(tensor) for tensor in self._given]
+        inputs = [[as_wide(tensor) for tensor in side.inputs] for side in self._sides]
+        original, new = map(widened, self._programs)
+        places = [(cut.original_node, cut.index) for cut in cuts]
+        exact = original.run(inputs[0], self._fetched[0], dict(zip(places, wide, strict=True)))
+        run = _Run(exact, self._rewritten(new, inputs[1], wide))
+        arrays = list(zip(exact, self._run.original, strict=True))
+        if any(a.shape != b.shape for a, b in arrays):
+            return self._plain
+        allowed = [rounding_tolerance([a], [b], self._plain.tolerance) for a, b in arrays]
+        kept = set().union(*map(weight_dtypes, self._programs))
+        # Weights that are kept in a narrow dtype are rounded as often as values are.
+        in_float32 = allowed if kept & set(NARROW) else [tolerance_for({"float32"})] * len(allowed)
+        exact_pairs = self._compared(run, in_float32)
+        if exact_pairs is None:
+            return self._plain
+        for each, tolerances in ((exact_pairs, in_float32), (pairs, allowed)):
+            if not self._hold(each, tolerances):
+                return self._unexplained(each, tolerances)
+        error = max((pair.rel_error for pair in exact_pairs if not pair.discrete), default=0.0)
+        why = f"the original's own rounding explains it: in float32 max rel error {error:.3g}"
+        return self._explained(pairs, allowed, why)
+
+    def _hold(self, pairs: list[Pair], tolerances: Sequence[float]) -> bool:
+        """Whether all is within the tolerances, but for flips behind jumps that were not cut."""
+        flips = min(1.0, FLIPS * self._plain.tolerance) if self._cuts.missed else 0.0
+        return all(
+            pair.differing <= flips * pair.size if pair.discrete else pair.rel_error <= tolerance
+            for pair, tolerance in zip(pairs, tolerances, strict=True)
+        )
+
+    def _unexplained(self, pairs: list[Pair], tolerances: Sequence[float]) -> Comparison:
+        """The plain comparison; where outputs agree by chance, what differs before them."""
+        compared = [
+            (pair, tolerance)
+            for pair, tolerance in zip(pairs, tolerances, strict=True)
+            if not pair.discrete and not pair.rel_error <= tolerance
+        ]
+        if not self._plain.ok or self._cuts.missed or not compared:
+            return self._plain
+        worst, tolerance = max(compared, key=lambda each: each[0].rel_error)
+        return replace(
+            self._plain,
+            max_abs_error=worst.abs_error,
+            max_rel_error=worst.rel_error,
+            tolerance=tolerance,
+            note=f"the outputs agree, but by chance: {worst.note}",
+        )
+
+    def _explained(self, pairs: list[Pair], tolerances: Sequence[float], why: str) -> Comparison:
+        if self._cuts.missed:
+            why = "no more than rounding explains"
+        real = [(p, t) for p, t in zip(pairs, tolerances, strict=True) if not p.discrete]
+        worst = max(
+            real, key=lambda pair: pair[0].rel_error / pair[1] if pair[1] else 0.0, default=None
+        )
+        return replace(
+            self._plain,
+            max_abs_error=max((pair.abs_error for pair, _ in real), default=0.0),
+            max_rel_error=worst[0].rel_error if worst else 0.0,
+            tolerance=worst[1] if worst else self._plain.tolerance,
+            compared=sum(pair.size - pair.alike for pair in pairs),
+            may_differ=self._plain.differing,
+            note="; ".join(filter(None, (self._plain.note, why))),
+        )

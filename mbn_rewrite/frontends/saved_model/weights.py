@@ -1,0 +1,273 @@
+"""Weights of a SavedModel: variables and constants, and what a graph makes of them.
+
+A graph rarely feeds a variable straight to an operation: it is read, cast, and put into
+another shape on the way. `Constants.weight` follows that way back to what is stored, and
+`Constants.value` computes small expressions such as the gamma * rsqrt(variance + epsilon)
+of a BatchNormalization, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from mbn_rewrite.frontends.saved_model.function_graph import View, Writes
+from mbn_rewrite.frontends.saved_model.writes import ALIASES
+from mbn_rewrite.ir.algebra import Array, Kernel
+
+# Larger results are no per-channel parameters.
+_MOST_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array that the model stores: a variable, or a constant of its graph.
+
+    Attributes:
+        key: tells it from all others.
+        name: what its user calls it.
+        shape: its shape.
+        dtype: the name of its dtype.
+        read: gives its value.
+        place: the tf.Variable, or the (view, name of the node) of a constant.
+    """
+
+    key: Any
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Array]
+    place: Any
+
+    @property
+    def is_variable(self) -> bool:
+        return bool(self.key[0] != "constant")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that holds a stored array, perhaps in another shape and dtype.
+
+    Attributes:
+        stored: the array.
+        view: a shape of it; the tensor is `stored.reshape(view).transpose(order)`.
+        order: see `view`.
+        dtype: the narrowest dtype that it has on the way.
+    """
+
+    stored: Stored
+    view: tuple[int, ...]
+    order: tuple[int, ...]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.view[axis] for axis in self.order)
+
+    def laid_out(self, kernel: Kernel) -> Kernel | None:
+        """A layout of the tensor as one of the stored array; None where there is none."""
+        if self.order == tuple(range(len(self.order))):
+            return kernel
+        out_dims = tuple(self.order[axis] for axis in kernel.out_dims)
+        if len(kernel.view) != len(self.order) or list(out_dims) != sorted(out_dims):
+            return None
+        in_dims = tuple(self.order[axis] for axis in kernel.in_dims)
+        return Kernel(kernel.name, self.view, in_dims, out_dims)
+
+
+class Constants:
+    """What does not change from run to run, in one view.
+
+    Args:
+        view: the function.
+        writes: variables that functions write to, which are no constants.
+    """
+
+    def __init__(self, view: View, writes: Writes) -> None:
+        self.view = view
+        self._writes = writes
+        self._values: dict[str, Array | None] = {}
+        self._weights: dict[str, Weight | None] = {}
+
+    # -- stored arrays -------------------------------------------------------------------
+
+    def weight(self, tensor: Any) -> Weight | None:
+        """The stored array that a tensor holds; None where it is computed."""
+        if tensor.name not in self._weights:
+            self._weights[tensor.name] = self._weight(tensor)
+        return self._weights[tensor.name]
+
+    def _weight(self, tensor: Any) -> Weight | None:
+        op = tensor.op
+        if op.type in ("ReadVariableOp", "Const"):
+            stored = self._stored(op)
+            if stored is None:
+                return None
+            return Weight(stored, stored.shape, tuple(range(len(stored.shape))), stored.dtype)
+        if op.type not in ALIASES | {"Cast", "Transpose"} and not _reshapes(op):
+            return None
+        inner = self.weight(op.inputs[0])
+        if inner is None or op.type in ALIASES:
+            return inner
+        if op.type == "Cast":
+            return _cast(inner, tensor.dtype)
+        if op.type == "Transpose":
+            order = tf.get_static_value(op.inputs[1])
+            if order is None:
+                return None
+            return replace(inner, order=tuple(inner.order[int(axis)] for axis in order))
+        shape = tensor.shape
+        if not shape.is_fully_defined() or inner.order != tuple(range(len(inner.order))):
+            return None
+        return replace(inner, view=tuple(shape), order=tuple(range(shape.rank)))
+
+    def _stored(self, op: Any) -> Stored | None:
+        if op.type == "Const":
+            tensor = op.outputs[0]
+            if tensor.dtype == tf.string or not tensor.shape.is_fully_defined():
+                return None
+            return Stored(
+                ("constant", id(self.view), op.name), op.name, tuple(tensor.shape),
+                tensor.dtype.name, lambda: _array(op), (self.view, op.name),
+            )  # fmt: skip
+        variable = self.view.variable(op.inputs[0])
+        if variable is None or id(variable) in self._writes.by:
+            return None
+        if not variable.shape.is_fully_defined() or variable.dtype != op.outputs[0].dtype:
+            return None
+        return Stored(
+            ("variable", id(variable)), variable.name.partition(":")[0],
+            tuple(variable.shape), variable.dtype.name, variable.numpy, variable,
+        )  # fmt: skip
+
+    def written(self, tensor: Any) -> tuple[Any, str] | None:
+        """A variable in the expression of a parameter that something writes to, and who does."""
+        pending, seen = [tensor.op], set()
+        while pending:
+            op = pending.pop()
+            if op.name in seen:
+                continue
+            seen.add(op.name)
+            if op.type == "ReadVariableOp":
+                variable = self.view.variable(op.inputs[0])
+                who = self._writes.by.get(id(variable))
+                if who is not None:
+                    return variable, who
+            elif op.type in _COMPUTE or op.type in ("BroadcastTo", "Transpose") or _reshapes(op):
+                pending += [source.op for source in reversed(op.inputs)]
+        return None
+
+    # -- computed values -----------------------------------------------------------------
+
+    def value(self, tensor: Any) -> Array | None:
+        """A tensor's value, floats in float64; None where it depends on the run's inputs.
+
+        None also for large tensors and for operations that are not in the table.
+        """
+        if tensor.name not in self._values:
+            self._values[tensor.name] = None  # graphs of TensorFlow 1 may have cycles
+            self._values[tensor.name] = self._value(tensor)
+        return self._values[tensor.name]
+
+    def _value(self, tensor: Any) -> Array | None:
+        size = tensor.shape.num_elements()
+        if size is None or size > _MOST_ELEMENTS or tensor.dtype.base_dtype == tf.string:
+            return None
+        op = tensor.op
+        if op.type in ("Const", "ReadVariableOp"):
+            weight = self.weight(tensor)
+            return None if weight is None else _wide(weight.stored.read())
+        if op.type == "BroadcastTo" or _reshapes(op):
+            inner = self.value(op.inputs[0])
+            if inner is None:
+                return None
+            if op.type == "BroadcastTo":
+                return np.broadcast_to(inner, tuple(tensor.shape))
+            return inner.reshape(tuple(tensor.shape))
+        compute = _COMPUTE.get(op.type)
+        if compute is None:
+            return None
+        arguments = [self.value(argument) for argument in op.inputs]
+        if any(argument is None for argument in arguments):
+            return None
+        with np.errstate(all="ignore"):  # what is not finite is said by who asked
+            return np.asarray(compute(*arguments))
+
+    def depends_on(self, tensor: Any, kinds: set[str]) -> frozenset[str]:
+        """The names of all operations of some kinds in the expression of a constant."""
+        found, seen, pending = set(), set(), [tensor.op]
+        while pending:
+            op = pending.pop()
+            if op.name not in seen:
+                seen.add(op.name)
+                if op.type in kinds:
+                    found.add(op.name)
+                pending += [source.op for source in op.inputs]
+        return frozenset(found)
+
+    def stored_in(self, tensor: Any) -> list[Stored]:
+        """The stored arrays in the expression of a constant, in the order they are met."""
+        found: dict[Any, Stored] = {}
+        pending, seen = [tensor], set()
+        while pending:
+            current = pending.pop()
+            if current.name in seen:
+                continue
+            seen.add(current.name)
+            weight = self.weight(current)
+            if weight is not None:
+                found.setdefault(weight.stored.key, weight.stored)
+            else:
+                pending += reversed(current.op.inputs)
+        return list(found.values())
+
+
+_COMPUTE: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(ALIASES, lambda x: x),
+    "Cast": lambda x: x,
+    "Add": np.add,
+    "AddV2": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "RealDiv": np.divide,
+    "Maximum": np.maximum,
+    "Minimum": np.minimum,
+    "Pow": np.power,
+    "Neg": np.negative,
+    "Sqrt": np.sqrt,
+    "Square": np.square,
+    "Rsqrt": lambda x: 1.0 / np.sqrt(x),
+    "Reciprocal": np.reciprocal,
+    "Inv": np.reciprocal,
+}
+
+
+def _reshapes(op: Any) -> bool:
+    """Whether an operation puts its first operand into another shape, and does no more."""
+    if op.type != "StridedSlice":
+        return op.type in ("Reshape", "ExpandDims", "Squeeze")
+    # x[None, :]: all elements are still there, and only axes of size 1 may be new or gone.
+    sizes = [tensor.shape.num_elements() for tensor in (op.inputs[0], op.outputs[0])]
+    steps = tf.get_static_value(op.inputs[3])
+    return sizes[0] == sizes[1] is not None and steps is not None and bool(np.all(steps == 1))
+
+
+def _cast(weight: Weight, dtype: Any) -> Weight | None:
+    """A cast to or from integers is no weight."""
+    if not (dtype.is_floating and tf.as_dtype(weight.stored.dtype).is_floating):
+        return None
+    narrow = min(weight.dtype, dtype.name, key=lambda name: tf.as_dtype(name).size)
+    return replace(weight, dtype=narrow)
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.float64) if array.dtype.kind in "fV" else array
+
+
+def _array(op: Any) -> Array:
+    return tf.make_ndarray(op.get_attr("value"))

@@ -1,0 +1,292 @@
+"""In what tf_keras differs from Keras 3; see `keras_common.adapter`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from tf_keras.src.engine.functional import Functional, has_functional_like_constructor
+from tf_keras.src.engine.sequential import Sequential
+from tf_keras.src.layers.core.tf_op_layer import (
+    ClassMethod,
+    InstanceMethod,
+    InstanceProperty,
+    TFOpLambda,
+)
+from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
+from tf_keras.src.saving.legacy.saved_model.utils import in_tf_saved_model_scope
+from tf_keras.src.saving.serialization_lib import SafeModeScope
+
+from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter, Record
+from mbn_rewrite.frontends.keras_common.cloning import agree
+from mbn_rewrite.frontends.keras_common.op_table import Call, layer_table
+from mbn_rewrite.frontends.tf_keras.inference_layers import BorderedConvolution, ScaleAndShift
+from mbn_rewrite.frontends.tf_keras.training_layers import (
+    ModifiedBatchNormalization,
+    StridedBatchNormalization,
+)
+from mbn_rewrite.ir.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
+
+# Layers that Keras makes of TensorFlow functions get their call method when they are made.
+_CALL_IS_MADE = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
+
+
+class TfKeras(KerasAdapter):
+    """tf_keras, that is Keras 2."""
+
+    package = "tf_keras"
+    layers = tf_keras.layers
+    model = tf_keras.Model
+    sequential = tf_keras.Sequential
+    batch_norms = (
+        tf_keras.layers.BatchNormalization,
+        tf_keras.layers.experimental.SyncBatchNormalization,
+    )
+    batch_norm_base = BatchNormalizationBase
+    linear = staticmethod(tf_keras.activations.linear)
+    homogeneous = (tf_keras.activations.relu, tf.nn.relu, tf.nn.leaky_relu)
+    depthwise_kernel = "depthwise_kernel"
+    scale_and_shift = ScaleAndShift
+    bordered_convolution = BorderedConvolution
+    training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
+    private = (
+        "_self_",
+        "_obj_reference_counts",
+        "_inbound_nodes",
+        "_outbound_nodes",
+        *("_input_layers", "_output_layers", "_input_coordinates", "_output_coordinates"),
+    )
+    model_attributes = frozenset(
+        {
+            *("inputs", "outputs", "_nested_inputs", "_nested_outputs", "_feed_inputs"),
+            *("_output_mask_cache", "_output_tensor_cache"),
+            *("_compile_config", "_pss_evaluation_shards", "loss"),
+        }
+    )
+    metric = tf_keras.metrics.Metric
+    how_to_export = 'write a SavedModel (save_format="tf"; tf.saved_model.load takes it)'
+    describers = layer_table(tf_keras.layers)
+
+    # -- structures and tensors ------------------------------------------------------------
+
+    def flatten(self, structure: Any) -> list[Any]:
+        return tf.nest.flatten(structure)
+
+    def map_structure(self, function: Callable[[Any], Any], structure: Any) -> Any:
+        return tf.nest.map_structure(function, structure)
+
+    def shape_of(self, tensor: Any) -> Shape:
+        shape = tensor.shape
+        return () if shape.rank is None else tuple(shape.as_list())
+
+    def dtype_of(self, tensor: Any) -> str:
+        return tensor.dtype.name
+
+    # -- models ----------------------------------------------------------------------------
+
+    def is_visible(self, layer: Any) -> bool:
+        return (
+            isinstance(layer, Functional)
+            and bool(layer._is_graph_network)
+            and type(layer).call in (Functional.call, Sequential.call)
+        )
+
+    def has_calls_on_record(self, layer: Any) -> bool:
+        return isinstance(layer, Functional)
+
+    def is_made_alike(self, kind: type) -> bool:
+        if issubclass(kind, Sequential):
+            return kind.__init__ is Sequential.__init__  # type: ignore[misc]
+        return bool(has_functional_like_constructor(kind))
+
+    def calls_of(self, model: Any) -> Iterator[Record]:
+        # Not all of them: the layers behind `add_loss` are among the model's nodes too.
+        needed: set[int] = set()
+        pending = [t._keras_history for t in (*model.inputs, *model.outputs)]
+        while pending:
+            history = pending.pop()
+            node = history.layer._inbound_nodes[history.node_index]
+            if id(node) not in needed:
+                needed.add(id(node))
+                pending += [t._keras_history for t in node.keras_inputs]
+        for depth in sorted(model._nodes_by_depth, reverse=True):
+            yield from (_record(n) for n in model._nodes_by_depth[depth] if id(n) in needed)
+
+    def all_calls_of(self, layer: Any) -> list[Record]:
+        return [_record(node) for node in layer._inbound_nodes]
+
+    def everything_in(self, layer: Any) -> list[Any]:
+        return list(layer.submodules)
+
+    # -- descriptions ----------------------------------------------------------------------
+
+    def describe(self, call: Call) -> Op | None:
+        return _function(call) if type(call.layer) is TFOpLambda else None
+
+    def ineligible(self, layer: Any) -> str:
+        if layer.renorm:
+            return "it uses batch renormalisation"
+        if layer.virtual_batch_size is not None:
+            return "it uses virtual batches"
+        if layer.adjustment is not None:
+            return "it adjusts its output by a function of its own"
+        if len(layer.axis) != 1:
+            return f"it normalises over several axes {tuple(layer.axis)}"
+        return ""
+
+    def axis_of(self, layer: Any) -> int:
+        (axis,) = layer.axis
+        return int(axis)
+
+    def epsilon_of(self, layer: Any) -> float:
+        """The epsilon that TensorFlow uses for this layer.
+
+        Earlier releases raise the epsilon of the fused operation to 1.001e-5, the least that
+        cuDNN takes; later ones take it as it is.
+        """
+        epsilon = float(layer.epsilon)
+        is_raised = layer.fused and epsilon < 1.001e-5
+        return max(epsilon, _least_fused_epsilon()) if is_raised else epsilon
+
+    def fuses(self, layer: Any) -> bool:
+        return bool(layer.fused)
+
+    # -- copies ----------------------------------------------------------------------------
+
+    def config_of(self, layer: Any) -> dict[str, Any]:
+        config = layer.get_config()
+        if getattr(layer, "virtual_batch_size", None) is not None:
+            # Building such a BatchNormalization counts its axes from one further on.
+            config["axis"] = [axis - 1 for axis in layer.axis]
+        return config
+
+    def scope(self, objects: dict[str, Any]) -> AbstractContextManager[Any]:
+        scope = ExitStack()
+        scope.enter_context(tf_keras.utils.custom_object_scope(objects))
+        # Whatever code the model holds is running already.
+        scope.enter_context(SafeModeScope(safe_mode=False))
+        return scope
+
+    def rename(self, layer: Any, name: str) -> None:
+        layer._name = name
+
+    def makes_its_call(self, layer: Any) -> bool:
+        return isinstance(layer, _CALL_IS_MADE)
+
+    def build_alike(self, old: Any, new: Any) -> None:
+        if not new.built:
+            with tf.init_scope():
+                new.build_from_config(old.get_build_config() or {})
+
+    def made_again(self, model: Any, classes: dict[str, type]) -> Any:
+        with self.scope(classes):
+            config = tf_keras.saving.serialize_keras_object(model)
+            return tf_keras.saving.deserialize_keras_object(config, safe_mode=False)
+
+    def network_config(self, model: Any) -> dict[str, Any] | None:
+        if not in_tf_saved_model_scope():
+            return None
+        base = Sequential if isinstance(model, Sequential) else Functional
+        config: dict[str, Any] = base.get_config(model)
+        return config
+
+    def is_variable(self, value: Any) -> bool:
+        return isinstance(value, tf.Variable)
+
+    def copy_of_variable(self, variable: Any) -> Any:
+        name = variable.name.partition(":")[0]
+        return tf.Variable(variable, trainable=variable.trainable, name=name)
+
+    def settle(self, layer: Any) -> None:
+        if not isinstance(layer, tf_keras.layers.Bidirectional):
+            return
+        agree(layer.layer, layer.forward_layer, self)
+        kept = getattr(layer, "_backward_layer_config", None)
+        if kept is not None:
+            config = {**self.config_of(layer.backward_layer), "name": kept["config"]["name"]}
+            layer._backward_layer_config = {**kept, "config": config}
+
+    def own_variables(self, layer: Any) -> list[Any]:
+        return _variables([*layer._trainable_weights, *layer._non_trainable_weights])
+
+    def variables(self, layer: Any) -> list[Any]:
+        return _variables(layer.weights)
+
+    def states(self, layer: Any) -> list[Any]:
+        if not getattr(layer, "stateful", False):
+            return []
+        return tf.nest.flatten(getattr(layer, "states", None) or [])
+
+    def assign(self, target: Any, source: Any) -> None:
+        target.assign(source)
+
+    @contextmanager
+    def exchanging(self, holder: Any, old: Any, new: Any) -> Iterator[None]:
+        before = list(holder._self_tracked_trackables)
+        yield
+        # What was set comes last among what the holder tracks; the order of weights is to stay.
+        tracked = holder._self_tracked_trackables
+        gone = [i for i, x in enumerate(before) if not any(x is other for other in tracked)]
+        come = [x for x in tracked if not any(x is other for other in before)]
+        if len(gone) == len(come) == 1:
+            tracked[:] = [x for x in tracked if x is not come[0]]
+            tracked.insert(gone[0], come[0])
+
+    def traced(self, layer: Any) -> bool:
+        return hasattr(type(layer).call, "get_concrete_function")
+
+
+def _record(node: Any) -> Record:
+    outputs = tuple(tf.nest.flatten(node.outputs))
+    return Record(node.layer, node.call_args, node.call_kwargs, tuple(node.keras_inputs), outputs)
+
+
+def _variables(things: list[Any]) -> list[Any]:
+    return [thing for thing in things if isinstance(thing, tf.Variable)]
+
+
+@cache
+def _least_fused_epsilon() -> float:
+    """What the installed TensorFlow makes of a fused epsilon of 0, seen in a result."""
+    one, zero = np.ones((1,), np.float32), np.zeros((1,), np.float32)
+    variance = np.full((1,), 1e-5, np.float32)
+    y, *_ = tf.compat.v1.nn.fused_batch_norm(
+        np.ones((1, 1, 1, 1), np.float32), one, zero, zero, variance, 1e-12, is_training=False
+    )
+    return 1.001e-5 if float(y[0, 0, 0, 0]) < 300.0 else 0.0  # 1/sqrt(1e-5) is 316
+
+
+# ------------------------------------------------- TensorFlow functions on Keras tensors
+
+_TF_MERGES = {
+    "__operators__.add": "add",
+    "math.add": "add",
+    "add": "add",
+    "math.subtract": "subtract",
+    "math.maximum": "maximum",
+    "math.minimum": "minimum",
+}
+
+
+def _function(call: Call) -> Op:
+    """A function of tensors alone; a constant among the arguments makes it opaque."""
+    symbol = call.layer.symbol
+    if symbol == "concat" and len(call.arguments) == 1 and isinstance(call.arguments[0], int):
+        return Concat(call.arguments[0] % len(call.output))
+    if call.arguments:
+        return Opaque()
+    if symbol in _TF_MERGES and len(call.inputs) == 2:
+        return Merge(_TF_MERGES[symbol])
+    if symbol == "nn.relu":
+        return PositivelyHomogeneous()
+    if symbol in ("identity", "stop_gradient"):
+        return Affine()
+    return Opaque()
+
+
+TF_KERAS = TfKeras()

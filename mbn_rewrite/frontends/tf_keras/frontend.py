@@ -1,0 +1,28 @@
+"""What the rest of the library uses of this front end; see `registry.FrontEnd`."""
+
+from mbn_rewrite.frontends.execution import device, set_up
+from mbn_rewrite.frontends.tf_keras.execution import (
+    closer_look,
+    compute_dtypes,
+    inputs_of_batch,
+    made_for,
+    outputs_of,
+    random_inputs,
+    running,
+)
+from mbn_rewrite.frontends.tf_keras.reader import read
+from mbn_rewrite.frontends.tf_keras.writer import write
+
+__all__ = [
+    "closer_look",
+    "compute_dtypes",
+    "device",
+    "inputs_of_batch",
+    "made_for",
+    "outputs_of",
+    "random_inputs",
+    "read",
+    "running",
+    "set_up",
+    "write",
+]

@@ -1,0 +1,72 @@
+"""Puts rewritten tf_keras models together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+from tf_keras.src.engine.functional import Functional
+
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.frontends.keras_common.cloning import label, parts
+from mbn_rewrite.frontends.keras_common.own_classes import made_without_constructor
+from mbn_rewrite.frontends.keras_common.reader import Reading
+from mbn_rewrite.frontends.keras_common.writer import Writer, called
+from mbn_rewrite.frontends.tf_keras.adapter import TF_KERAS
+from mbn_rewrite.plans import Plan
+
+
+def write(model: Any, reading: Reading, plan: Plan) -> Any:
+    """A rewritten copy of a model; see `registry.FrontEnd`."""
+    return _TfKerasWriter(TF_KERAS, reading, plan).write(model)
+
+
+class _TfKerasWriter(Writer):
+    def sequential(self, old: Any) -> Any:
+        new = made_without_constructor(old, tf_keras.Sequential, name=old.name)
+        records = {id(record.layer): record for record in self.keras.calls_of(old)}
+        if old._has_explicit_input_shape:
+            new.add(self.layer(records[id(old.inputs[0]._keras_history.layer)]))
+        for layer in old.layers:
+            if self.owner(layer) not in self.plan.removed:
+                new.add(self.layer(records[id(layer)]))
+                if new.built:
+                    self.finish()
+                continue
+            self.done.add(self.owner(layer))
+            if layer is old.layers[-1]:
+                new.add(self.standing_in_for(layer))
+        if not new.built:
+            # As `build` does, which has no argument for the dtype.
+            new._build_graph_network_for_inferred_shape(old.input_shape, old.inputs[0].dtype)
+        self.finish()
+        return new
+
+    def functional(self, old: Any, tensors: dict[int, Any]) -> Any:
+        inputs, outputs = tf.nest.map_structure(
+            lambda t: tensors[id(t)], (old._nested_inputs, old._nested_outputs)
+        )
+        return made_without_constructor(old, Functional, inputs, outputs, name=old.name)
+
+    def built_as(self, old: Any, new: Any) -> None:
+        spec = old.save_spec(dynamic_batch=False)
+        if spec is None:
+            raise RewriteError(
+                f"{label(old)} was built but never called, so it is not known how to call its "
+                "copy. Call it once on data"
+            )
+        arguments, keywords = (tf.nest.map_structure(_zeros, part) for part in spec)
+        called(new, arguments, keywords)
+
+    def set_own_trainable(self, model: Any, trainable: bool) -> None:
+        flags = [(layer, layer.trainable) for layer in parts(model) if layer is not model]
+        model.trainable = trainable  # which changes those of its layers
+        for layer, flag in flags:
+            layer._trainable = flag
+
+
+def _zeros(spec: Any) -> Any:
+    if not isinstance(spec, tf.TensorSpec):
+        return spec
+    return tf.zeros([1 if size is None else size for size in spec.shape], spec.dtype)

@@ -1,0 +1,1 @@
+"""The intermediate representation: graphs, per-channel maps and kernels. numpy only."""

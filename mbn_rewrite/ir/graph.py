@@ -1,0 +1,279 @@
+"""The neutral graph that front ends read and the planner decides on.
+
+A graph is a read-only view of a model: nodes are calls of layers (or single operations),
+values are the tensors between them, numbered from 0. It holds no framework object. A
+front end describes each node by one of the operations below; all else is `Opaque`.
+
+Axes are counted from 0, the batch, and are never negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mbn_rewrite.ir.algebra import ChannelMap, Kernel, Window
+
+Shape = tuple[int | None, ...]
+
+_FUSED_DTYPES = ("float16", "bfloat16", "float32")
+
+# Kernels in the order in which they are applied, and the name of the bias added last,
+# or None where there is none yet.
+Chain = tuple[tuple[Kernel, ...], str | None]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the model: its shape, None where a size is not known, and its dtype."""
+
+    shape: Shape
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """What a node does, as far as the motion of affine maps is concerned."""
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """The weights that can absorb a map; none for most operations."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Input(Op):
+    """An input of the model."""
+
+
+@dataclass(frozen=True)
+class Opaque(Op):
+    """Anything that the algebra does not know.
+
+    Attributes:
+        why: a phrase that completes "<layer> ..." in a reason.
+    """
+
+    why: str = "is no operation that a per-channel scale and shift can move through"
+
+
+SPREADS = "adds up another number of inputs for one output than for the next"
+
+
+@dataclass(frozen=True)
+class Linear(Op):
+    """A convolution or matrix product, perhaps with a bias and a fused activation.
+
+    Attributes:
+        kernels: in the order in which they are applied.
+        bias: the name of the bias, or None where there is none yet.
+        in_axis: the axis of the input that holds the input channels, or None where they
+            lie on several.
+        out_axis: the axis of the output that holds the output channels.
+        pads: whether a constant input does not give a constant output, most often because
+            zeros are read around it.
+        activation: "linear", "homogeneous" (see `PositivelyHomogeneous`) or "other".
+        windows: of a convolution that can add a border map: how it reads each axis of
+            positions. No part of what tells calls apart: the planner compares them where
+            they matter.
+        bias_doubt: why a bias of its own might not be added per channel, as a phrase that
+            completes "<layer> ...", or "". A layer that stands for it then adds the bias. No part
+            of what tells calls apart either.
+        uneven: why a constant input does not, where `pads`, as such a phrase.
+    """
+
+    kernels: tuple[Kernel, ...]
+    bias: str | None
+    in_axis: int | None
+    out_axis: int
+    pads: bool = False
+    activation: str = "linear"
+    windows: tuple[Window, ...] = field(default=(), compare=False)
+    bias_doubt: str = field(default="", compare=False)
+    uneven: str = field(default="pads its input with zeros", compare=False)
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        return ((self.kernels, self.bias),)
+
+
+@dataclass(frozen=True)
+class Recurrent(Op):
+    """The input products of recurrent layers that read one sequence (two if bidirectional).
+
+    Attributes:
+        branches: for each direction its input kernel and bias.
+        in_axis: the axis of the input that holds the features.
+    """
+
+    branches: tuple[Chain, ...]
+    in_axis: int
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        return self.branches
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm(Op):
+    """A BatchNormalization at inference.
+
+    Attributes:
+        map: what it does, per channel; None where `ineligible`.
+        ineligible: why it must stay as it is, or "".
+        pinned: why its map must stay in its place, though another layer may do it, or "".
+        not_trainable: why, in training, no layer with sampled statistics can do its work, or "".
+        axis: the axis of the channels, or None where that is not one axis.
+        fusible: whether it runs as arithmetic, and TensorFlow's fused operation could do its
+            work.
+        convolvable: whether a depthwise 1x1 convolution could.
+    """
+
+    map: ChannelMap | None
+    ineligible: str = ""
+    pinned: str = ""
+    not_trainable: str = ""
+    axis: int | None = None
+    fusible: bool = False
+    convolvable: bool = False
+
+
+def fused_operation_takes(dtype: str, axis: int | None, rank: int) -> bool:
+    """Whether TensorFlow's fused operation can normalise such a tensor, seen as images."""
+    return dtype in _FUSED_DTYPES and axis == rank - 1 and 2 <= rank <= 5
+
+
+@dataclass(frozen=True)
+class Merge(Op):
+    """Elementwise "add", "subtract", "average", "maximum" or "minimum" of its inputs."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Concat(Op):
+    """Concatenation along an axis."""
+
+    axis: int
+
+
+@dataclass(frozen=True)
+class ChannelPreserving(Op):
+    """Works on each channel alone, the same in each.
+
+    Attributes:
+        in_axis: the channel axis of the input, or None where any axis can be one and
+            stays where it is (elementwise operations).
+        out_axis: the channel axis of the output, likewise.
+    """
+
+    in_axis: int | None = None
+    out_axis: int | None = None
+
+
+class Affine(ChannelPreserving):
+    """Weighted means, selections and copies of positions: f(s x + t) = s f(x) + t."""
+
+
+class Monotone(ChannelPreserving):
+    """Maxima over positions: f(s x + t) = s f(x) + t where s >= 0."""
+
+
+class ZeroPadding(ChannelPreserving):
+    """Zeros around the tensor: f(s x) = s f(x)."""
+
+
+class PositivelyHomogeneous(ChannelPreserving):
+    """ReLU and its kin: f(s x) = s f(x) where s >= 0."""
+
+
+@dataclass(frozen=True)
+class Reshape(Op):
+    """The same elements in the same order in another shape; the batch axis stays."""
+
+
+@dataclass(frozen=True)
+class Permute(Op):
+    """A transposition: axis i of the output is axis `order[i]` of the input."""
+
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One call of a layer, or one operation.
+
+    Attributes:
+        owner: the unique name of the layer whose weights the call uses. Calls of one layer
+            have the same owner.
+        kind: the layer's class, as its user knows it.
+        op: what it does.
+        inputs: the values it reads, the data first.
+        outputs: the values it gives.
+        dtype: the narrowest dtype that its weights are stored or used in.
+    """
+
+    owner: str
+    kind: str
+    op: Op
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} '{self.owner}'"
+
+
+@dataclass(frozen=True)
+class HiddenBatchNorm:
+    """A BatchNormalization held by a layer whose calls cannot be seen.
+
+    Attributes:
+        owner: its unique name.
+        holder: the label of the layer that holds it.
+        op: the map itself.
+        rank: the number of dimensions of its input, or None where that is not known.
+        dtype: as in `Node`.
+    """
+
+    owner: str
+    holder: str
+    op: BatchNorm
+    rank: int | None
+    dtype: str
+
+
+def _no_weights(owner: str, name: str) -> np.ndarray:
+    raise KeyError(f"{owner}/{name}")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model as the planner sees it.
+
+    Attributes:
+        values: the tensors; nodes name them by index.
+        nodes: in an order in which every value is given before it is read.
+        outputs: the values that are outputs of the model (or of a part of it that is
+            called by something that cannot be seen).
+        hidden: BatchNormalizations that are not nodes.
+        read_weight: (owner, name) -> a weight as numpy array. Called rarely; slow is fine.
+    """
+
+    values: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    outputs: frozenset[int]
+    hidden: tuple[HiddenBatchNorm, ...] = ()
+    read_weight: Callable[[str, str], np.ndarray] = field(
+        default=_no_weights, compare=False, repr=False
+    )
+
+    def uses(self) -> Mapping[str, int]:
+        """How many nodes each owner has."""
+        counts: dict[str, int] = {}
+        for node in self.nodes:
+            counts[node.owner] = counts.get(node.owner, 0) + 1
+        return counts

@@ -1,5 +1,0 @@
-"""What the front ends for tf_keras and Keras 3 share: models made of layers.
-
-Everything here works on layers of either Keras. What differs is asked of a `dialect.Dialect`,
-of which each front end has one.
-"""

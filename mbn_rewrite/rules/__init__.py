@@ -1,0 +1,1 @@
+"""How per-channel maps move past operations: one row for each."""

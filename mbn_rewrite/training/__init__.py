@@ -1,0 +1,1 @@
+"""Training layers with statistics of a sample."""

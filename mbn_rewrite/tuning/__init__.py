@@ -1,0 +1,1 @@
+"""Mode "auto": candidates, and timing them in turn."""
