@@ -1,4 +1,4 @@
-"""`tools/rewrite_savedmodel.py` and `rewrite_saved_model`: files in, files out, exit codes."""
+"""The command `mbn-rewrite` and `rewrite_saved_model`: files in, files out, exit codes."""
 
 import json
 import os
@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from absl import flags
 
 import mbn_rewrite as mbn
+from mbn_rewrite.cli import command, flags
 from mbn_rewrite.cli.interrupts import Interrupts
 from mbn_rewrite.cli.worker import carry_out
 from tests.random_models import K, randomise
-from tools import rewrite_savedmodel as tool
 
-TOOL = Path(tool.__file__)
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "rewrite_savedmodel.py"
 
 
 def small_model(**kwargs):
@@ -48,10 +47,11 @@ def saved(model, directory, kind):
 def run(*arguments):
     """The tool, with its work done in this process; returns its exit code."""
     flags.FLAGS.unparse_flags()
-    for name in tool.FLAGS.flags_by_module_dict()[tool.__name__]:
-        name.unparse()
+    for flag in flags.FLAGS.get_flags_for_module(flags.__name__):
+        flag.unparse()
     with Interrupts() as interrupts:
-        return tool.main(flags.FLAGS(["tool", *map(str, arguments)]), interrupts, carry_out)
+        paths = flags.parse(["mbn-rewrite", *map(str, arguments)])[1:]
+        return command.run(paths, interrupts, carry_out)
 
 
 def nothing_left(directory, *but):
@@ -574,18 +574,6 @@ def test_from_a_shell(tmp_path):
     assert "verification of serving_default: equal within tolerance" in done.stdout
     assert done.stderr.split("\n")[0].startswith("loading ")
     assert len(done.stderr.strip().split("\n")) == 5  # its own progress, and no other noise
-
-
-def test_help_has_examples_and_exit_codes():
-    done = process("--help")
-    assert "python tools/rewrite_savedmodel.py saved_model served" in done.stdout
-    assert "Exit codes" in done.stdout
-
-
-def test_unknown_mode_on_the_command_line_lists_the_modes():
-    done = process("--mode=faster", "a", "b")
-    assert done.returncode == 1
-    assert "fold|depthwise" in done.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import mbn_rewrite
+
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "rewrite_savedmodel.py"
 
 WORKER = """
@@ -112,6 +114,14 @@ def test_a_dry_run(place):
     assert left(place) == []
 
 
+def test_dashes_for_underscores(place):
+    arguments = ("--dry-run", "--batch-size=3", "--verify-inputs", "some-inputs.npz", "in")
+    works = "assert job['options']['batch_size'] == 3, job\n" + WORKS
+    code, out, _ = run(place, "assert job['verify_inputs'] == 'some-inputs.npz', job\n" + works,
+                       *arguments)  # fmt: skip
+    assert (code, out) == (0, "a table\ndry run: wrote nothing\n")
+
+
 def test_what_models_print_goes_to_the_standard_error(place):
     code, out, err = run(place, "print('printed', flush=True)\n" + WORKS, "--quiet", "in", "out")
     assert (code, out, err) == (0, "", "printed\n")
@@ -153,6 +163,62 @@ def test_a_model_that_differs(place):
     code, out, err = run(place, work, "--quiet", "--report=r.json", "in", "out")
     assert (code, out, err) == (3, "", "error: it differs\nthe numbers\n")
     assert left(place) == ["r.json"]
+
+
+# ------------------------------------------------------- what is said without any TensorFlow
+
+# Runs the package as a program, and fails if that loads TensorFlow.
+MODULE = """
+import os, runpy, sys
+leave = os._exit
+os._exit = lambda code: leave(99 if "tensorflow" in sys.modules else code)
+runpy.run_module("mbn_rewrite", run_name="__main__", alter_sys=True)
+"""
+
+
+def run_module(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", MODULE, *arguments],
+        env=os.environ | {"PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort"])
+def test_help_has_examples_flags_and_exit_codes(flag):
+    done = run_module(flag)
+    assert (done.returncode, done.stderr) == (0, "")
+    for said in ("mbn-rewrite saved_model served", "--[no]dry_run: ", "Exit codes"):
+        assert said in done.stdout
+
+
+def test_all_of_the_help_is_no_error():
+    done = run_module("--helpfull")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--[no]dry_run: " in done.stdout
+
+
+def test_version():
+    done = run_module("--version")
+    assert (done.returncode, done.stdout) == (0, f"mbn-rewrite {mbn_rewrite.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mode=faster", "a", "b"], "fold|depthwise"),
+        (["--no-such-flag", "a", "b"], "Unknown command line flag 'no-such-flag'"),
+        (["--batch-size=0", "a", "b"], "flag --batch_size=0"),
+        (["--nohelp"], "give IN and OUT (got 0 paths)"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, said):
+    done = run_module(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 # -------------------------------------------------------------------------------- signals

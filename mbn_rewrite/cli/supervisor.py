@@ -27,11 +27,14 @@ from mbn_rewrite.cli.job import NO_MEMORY, UNEXPECTED, Ending, Job, Step, read_m
 from mbn_rewrite.errors import RewriteError, cause_of
 
 _ROOT = str(Path(__file__).resolve().parents[2])
-# Neither the folder of a script nor the one that the user is in may hide modules.
+# The folder that the user is in may hide no modules, and the folder that this package is installed
+# in no modules of Python.
 WORKER = (
     sys.executable,
     "-c",
-    f"import sys; sys.path[:1] = [{_ROOT!r}]; from mbn_rewrite.cli.worker import main; main()",
+    f"import sys; path = [place for place in sys.path if place]; "
+    f"sys.path[:] = path if {_ROOT!r} in path else [{_ROOT!r}, *path]; "
+    "from mbn_rewrite.cli.worker import main; main()",
 )
 
 _CHUNK = 1 << 16

@@ -90,8 +90,8 @@ def front_end_of(model: Any) -> FrontEnd:
     if isinstance(model, (str, os.PathLike)):
         raise RewriteError(
             f"a model is needed, not the path {os.fspath(model)!r}. Load it first with "
-            "load_model of tf_keras or keras, or use rewrite_saved_model or "
-            "tools/rewrite_savedmodel.py, which take paths"
+            "load_model of tf_keras or keras, or use rewrite_saved_model or the command "
+            "mbn-rewrite, which take paths"
         )
     packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     if "tf_keras" in packages:

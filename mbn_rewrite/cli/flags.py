@@ -1,0 +1,165 @@
+"""Flags of the command `mbn-rewrite`, and what it says of itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+import mbn_rewrite
+from mbn_rewrite.cli.console import say
+from mbn_rewrite.options import MODES, TRAINING_MODES
+from mbn_rewrite.tuning.timing import DEFAULT_BUDGET, DTYPES
+
+_USAGE = """\
+Rewrites the BatchNormalization of a model on disk.
+
+    mbn-rewrite [FLAGS] IN OUT
+
+IN is any SavedModel (of TensorFlow 1 or 2, Keras 2 or 3, frozen or not), or a .h5, .hdf5 or
+.keras file of tf_keras or Keras 3. OUT is the directory of the SavedModel to write, with the
+signatures, methods, assets and tables of IN. IN is never changed; OUT appears only when the
+written model was loaded again and every signature gave the outputs of the original.
+
+Examples:
+    mbn-rewrite saved_model served
+    mbn-rewrite --dry-run saved_model
+    mbn-rewrite --batch-size=8 --jit-compile saved_model served
+    mbn-rewrite --mode=depthwise model.keras served
+    mbn-rewrite --report=report.json --overwrite model.h5 served
+    mbn-rewrite --verify-inputs=real_inputs.npz saved_model served
+    mbn-rewrite --unverified=from_text,sample saved_model served
+    mbn-rewrite --signatures=serving_default --tags=serve in out
+
+A SavedModel is a program, and so may be what a file of Keras holds; to verify it is to run it,
+and so is to measure it (mode auto). It is loaded and run in a process of its own: a model that
+crashes, uses up the memory or does not end (--timeout) is one line here, and leaves nothing
+behind.
+
+Exit codes:
+    0    done
+    1    the input cannot be read or rewritten, crashes or takes too long, the output cannot be
+         written, or a flag is wrong: one line says why
+    3    the rewritten model did not give the original's outputs: the numbers are printed,
+         nothing is written
+    129  SIGHUP, 130 SIGINT (Ctrl-C), 143 SIGTERM: interrupted; one line says whether anything
+         was written
+"""
+
+EXIT_ERROR = 1
+
+FLAGS = flags.FLAGS
+_SERVING = {mode: what for mode, what in MODES.items() if mode not in TRAINING_MODES}
+flags.DEFINE_enum(
+    "mode", "auto", list(_SERVING), "; ".join(f"{mode}: {what}" for mode, what in _SERVING.items())
+)
+flags.DEFINE_integer(
+    "batch_size", None, "Mode auto: measure calls of so many examples. 1 by default.", lower_bound=1
+)
+flags.DEFINE_bool("jit_compile", None, "Mode auto: measure the model compiled by XLA.")
+flags.DEFINE_enum(
+    "dtype",
+    None,
+    list(DTYPES),
+    "Mode auto: measure with TensorFlow's automatic mixed precision (float16 on GPUs, bfloat16 on "
+    "CPUs). By default the model computes in the dtypes that it says.",
+)
+flags.DEFINE_float(
+    "budget",
+    None,
+    f"Mode auto: the most seconds to take for measuring, about. {DEFAULT_BUDGET:g} by default.",
+    lower_bound=0.0,
+)
+flags.DEFINE_bool("dry_run", False, "Print what would be done; OUT is not needed.")
+flags.DEFINE_bool("overwrite", False, "Replace OUT if it is a SavedModel.")
+flags.DEFINE_string("report", None, "Write decisions and verification to this file, as JSON.")
+flags.DEFINE_string(
+    "verify_inputs",
+    None,
+    "Verify with these inputs: an .npz file with an array for each input, by its name, or by "
+    "SIGNATURE/NAME where signatures differ. By default inputs are made up.",
+)
+flags.DEFINE_list(
+    "unverified",
+    [],
+    "Carry over these signatures and methods without comparing what they give: where no inputs can "
+    "be made up and none are at hand, or outputs differ from call to call.",
+)
+flags.DEFINE_float(
+    "tolerance",
+    None,
+    "The largest error to accept, relative to the largest output. By default what rounding "
+    "in the model's dtype explains.",
+    lower_bound=0.0,
+)
+flags.DEFINE_list(
+    "signatures",
+    None,
+    "Carry over these signatures of a SavedModel only. By default all, and the methods that the "
+    "loaded object has.",
+)
+flags.DEFINE_list(
+    "tags", None, 'The tags of the graph in a SavedModel that has several. By default "serve".'
+)
+flags.DEFINE_bool(
+    "trusted",
+    False,
+    "Do all that IN says: run code that a Keras file holds (Lambda layers), and operations that "
+    "write or read files or run Python. A model is a program; by default only what is known to "
+    "compute is run, and what is not run is not verified.",
+)
+flags.DEFINE_list(
+    "import_modules", [], "Python modules that define the custom layers or operations of IN."
+)
+flags.DEFINE_float(
+    "timeout",
+    600.0,
+    "The most seconds that one step may take: opening, planning, running the original, writing or "
+    "verifying. Measuring may take the budget beside. 0 for no limit.",
+    lower_bound=0.0,
+)
+flags.DEFINE_bool("quiet", False, "Print errors only, and what was not verified.")
+
+
+class _Shown(flags.BooleanFlag):
+    """A flag that has a text printed, and ends the program well."""
+
+    def __init__(self, name: str, text: Callable[[], str], what: str, short: str | None = None):
+        super().__init__(name, False, what, short, allow_override=True)
+        self._text = text
+
+    def parse(self, argument: str | bool) -> None:
+        super().parse(argument)
+        if self.value:
+            print(self._text())
+            sys.exit(0)
+
+
+def _help() -> str:
+    return f"{_USAGE}\nFlags, with underscores or dashes:\n{FLAGS.module_help(__name__)}"
+
+
+# absl's own help would show what the main module says of itself, which is a script of pip's, and
+# end like an error.
+app.define_help_flags()
+flags.DEFINE_flag(_Shown("help", _help, "Print this; so do -h and --helpshort.", "?"))
+flags.DEFINE_flag(_Shown("helpshort", _help, ""), module_name="absl.app")
+flags.DEFINE_flag(
+    _Shown("version", lambda: f"mbn-rewrite {mbn_rewrite.__version__}", "Print the version.")
+)
+flags.DEFINE_alias("h", "help", module_name="absl.app")
+for _flag in FLAGS.get_flags_for_module(__name__):
+    if "_" in _flag.name:
+        flags.DEFINE_alias(_flag.name.replace("_", "-"), _flag.name, module_name="absl.app")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags; returns the rest. Ends the program where one is wrong, or asks for help."""
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        say(f"error: {error}; --help lists the flags")
+        sys.exit(EXIT_ERROR)
+    except SystemExit:  # absl has printed more help than ours, and takes it for an error
+        sys.exit(0)
