@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DOCS   := $(VENV)/.ready-docs
 
 # Test processes at a time; each runs TensorFlow on one thread.
 JOBS ?= 2
 
-.PHONY: help demo test lint format types fuzz coverage benchmark clean
+.PHONY: help demo test lint format types fuzz coverage benchmark docs clean
 
 help:
 	@echo "make demo       rewrite a real trained model: table, verification, latency"
@@ -19,12 +20,19 @@ help:
 	@echo "                TARGET=kills ends the command-line tool at random moments"
 	@echo "make coverage   BatchNormalization left in well-known networks, as a table"
 	@echo "make benchmark  cost of planning and converting, SavedModels, and training layers"
+	@echo "make docs       documentation, in build/site; warnings are errors"
 	@echo "make clean      remove the environment and all that was fetched or built"
 
 $(READY): setup.cfg pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $(READY)
+
+# Beside what there is: the package itself, if nothing was installed before, and the builder.
+$(DOCS): setup.cfg pyproject.toml
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $(DOCS)
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -55,6 +63,10 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/saved_model.py
 	$(BIN)/python benchmarks/layer.py
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "built build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -107,10 +107,8 @@ def plan(
 ) -> Plan:
     """What `convert` would do to a model, without doing it.
 
-    Mode "auto" makes and measures what it has to choose between; "fold" takes no time.
-
-    Args:
-        model, mode, stride, ...: as for `convert`.
+    Mode "auto" makes and measures what it has to choose between; "fold" takes no time. Arguments
+    are those of `convert`.
 
     Returns:
         A Plan. It prints as a table; `plan.decisions` has an entry for every
@@ -138,8 +136,7 @@ def convert_with_plan(
 ) -> tuple[Any, Plan]:
     """`convert` and `plan` in one: reads the model once, and measures once.
 
-    Args:
-        model, mode, stride, ...: as for `convert`.
+    Arguments are those of `convert`.
 
     Returns:
         What `convert` returns, and the Plan that was carried out. `plan.verification` is the

@@ -191,8 +191,11 @@ def rewrite_saved_model(
             by default. Mode "auto" measures with them too.
         unverified: signatures and methods to carry over without comparing what they give.
         tolerance: as for `verify`.
-        batch_size, jit_compile, dtype, budget: as for `convert`. Of a SavedModel one signature is
+        batch_size: as for `convert`, as are the next three. Of a SavedModel one signature is
             measured: "serving_default", or else the first by name.
+        jit_compile: as for `convert`.
+        dtype: as for `convert`.
+        budget: as for `convert`.
         progress: called with a line when a step begins.
 
     Returns:

@@ -198,10 +198,10 @@ class StridedBatchNormalization(_SampledBatchNormalization):
         min_samples: the stride is lowered for inputs of which fewer positions of each example
             would be sampled, and to 1 where the sample would then be more than a fifth of all.
             In a graph whose inputs leave their sizes open it stays as it is.
-        axis: that of the channels: the last, or 1.
-        synchronized: under tf.distribute, take the statistics over all replicas.
-        momentum, epsilon, center, scale, *_initializer, *_regularizer, *_constraint, trainable,
-            name, dtype: as for BatchNormalization.
+        **kwargs: as for BatchNormalization: `axis` (that of the channels, the last or 1),
+            `synchronized` (under tf.distribute, take the statistics over all replicas),
+            `momentum`, `epsilon`, `center`, `scale`, initializers, regularizers, constraints,
+            `trainable`, `name` and `dtype`.
 
     Input: rank 2 to 5, dense; float16, bfloat16, float32 (fused operations) or float64 (not
         fused). Output: the same shape, in the layer's compute dtype.
