@@ -17,18 +17,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mbn_rewrite.api import convert, convert_with_plan, plan
     from mbn_rewrite.errors import RewriteError, VerificationError
-    from mbn_rewrite.rewrite import rewrite_saved_model
+    from mbn_rewrite.options import Mode
+    from mbn_rewrite.plans import Decision, Plan
+    from mbn_rewrite.rewrite import Report, rewrite_saved_model
     from mbn_rewrite.training.layers import (
         ModifiedBatchNormalization,
         StridedBatchNormalization,
     )
-    from mbn_rewrite.verification import verify
+    from mbn_rewrite.tuning.timing import Measurement
+    from mbn_rewrite.verification import Comparison, verify
 
 __version__ = "0.1.0"
 
 # The whole public surface: each name and the module that defines it.
 _PUBLIC = {
+    "Comparison": "verification",
+    "Decision": "plans",
+    "Measurement": "tuning.timing",
+    "Mode": "options",
     "ModifiedBatchNormalization": "training.layers",
+    "Plan": "plans",
+    "Report": "rewrite",
     "RewriteError": "errors",
     "StridedBatchNormalization": "training.layers",
     "VerificationError": "errors",
@@ -40,7 +49,13 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Comparison",
+    "Decision",
+    "Measurement",
+    "Mode",
     "ModifiedBatchNormalization",
+    "Plan",
+    "Report",
     "RewriteError",
     "StridedBatchNormalization",
     "VerificationError",

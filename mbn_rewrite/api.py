@@ -9,7 +9,7 @@ from typing import Any
 from mbn_rewrite.conversion_check import checked
 from mbn_rewrite.errors import RewriteError, UnverifiedWarning
 from mbn_rewrite.frontends.registry import front_end_of
-from mbn_rewrite.options import MODES, TRAINING_MODES
+from mbn_rewrite.options import MODES, TRAINING_MODES, Mode
 from mbn_rewrite.plans import Plan
 from mbn_rewrite.training import strides
 from mbn_rewrite.training.layers import DEFAULT_STRIDE
@@ -19,7 +19,7 @@ from mbn_rewrite.tuning.timing import DEFAULT_BUDGET, RunConfig
 
 def convert(
     model: Any,
-    mode: str = "auto",
+    mode: Mode = "auto",
     stride: Any = None,
     *,
     batch_size: int | None = None,
@@ -95,7 +95,7 @@ def convert(
 
 def plan(
     model: Any,
-    mode: str = "auto",
+    mode: Mode = "auto",
     stride: Any = None,
     *,
     batch_size: int | None = None,
@@ -127,7 +127,7 @@ def plan(
 
 def convert_with_plan(
     model: Any,
-    mode: str = "auto",
+    mode: Mode = "auto",
     stride: Any = None,
     *,
     inputs: Any = None,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-MODES = {
+from typing import Literal
+
+Mode = Literal["auto", "fold", "depthwise", "strided", "mbn"]
+MODES: dict[Mode, str] = {
     "auto": "fold, and do with what is left whatever measures fastest on this machine",
     "fold": "every BatchNormalization is absorbed by its neighbours where that is exact",
     "depthwise": "every BatchNormalization becomes a depthwise 1x1 convolution",

@@ -24,7 +24,7 @@ from mbn_rewrite.errors import RewriteError, VerificationError, cause_of
 from mbn_rewrite.frontends.keras_common import files as keras_files
 from mbn_rewrite.frontends.saved_model import files as saved_model_files
 from mbn_rewrite.frontends.source import Footprint, ModelSource, ReferenceIO, bytes_on_disk
-from mbn_rewrite.options import TRAINING_MODES
+from mbn_rewrite.options import TRAINING_MODES, Mode
 from mbn_rewrite.plans import Plan
 from mbn_rewrite.tables import table
 from mbn_rewrite.verification import Comparison, compare_outputs, judged, tolerance_for
@@ -148,7 +148,7 @@ def _outside_strategies() -> Iterator[None]:
 def rewrite_saved_model(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
-    mode: str = "auto",
+    mode: Mode = "auto",
     overwrite: bool = False,
     *,
     tags: Sequence[str] | None = None,

@@ -4,14 +4,22 @@ import importlib
 import os
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 
 import mbn_rewrite as mbn
 from mbn_rewrite.errors import cause_of, is_out_of_memory
+from mbn_rewrite.options import MODES
 
 PUBLIC = [
+    "Comparison",
+    "Decision",
+    "Measurement",
+    "Mode",
     "ModifiedBatchNormalization",
+    "Plan",
+    "Report",
     "RewriteError",
     "StridedBatchNormalization",
     "VerificationError",
@@ -44,7 +52,7 @@ def test_planner_and_motion_do_not_load_tensorflow():
 def test_public_names():
     assert sorted(mbn.__all__) == PUBLIC
     assert set(PUBLIC) <= set(dir(mbn))
-    assert all(getattr(mbn, name).__doc__ for name in PUBLIC)
+    assert all(getattr(mbn, name).__doc__ for name in PUBLIC if name != "Mode")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,12 @@ def test_want_of_memory_is_seen_behind_other_errors():
     error.__cause__ = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
     assert is_out_of_memory(error)
     assert not is_out_of_memory(ValueError("no room in the boom"))
+
+
+def test_modes_are_the_values_of_a_literal():
+    assert get_args(mbn.Mode) == tuple(MODES)
+    for function in (mbn.convert, mbn.plan, mbn.convert_with_plan, mbn.rewrite_saved_model):
+        assert get_type_hints(function)["mode"] == mbn.Mode
 
 
 def test_unknown_name_is_an_attribute_error():
