@@ -54,7 +54,7 @@ import tf_keras
 from absl import app, flags
 
 import mbn_rewrite as mbn
-from benchmarks.networks import (
+from benchmarks.models.networks import (
     APPLICATIONS,
     STATISTICS,
     batch_norms,

@@ -3,8 +3,8 @@
 
     python benchmarks/latency.py [FLAGS]
 
-Each network, of each Keras, with typical statistics (see networks.py), or any model on disk, runs
-as one tf.function (a model on disk: as its served signature). Variants:
+Each network, of each Keras, with typical statistics (see models/networks.py), or any model on disk,
+runs as one tf.function (a model on disk: as its served signature). Variants:
 
     original    the model as it is; always there
     fold, depthwise, auto    rewritten in that mode; auto measures for the batch at hand
@@ -71,11 +71,12 @@ import tensorflow as tf
 import tf_keras
 
 import mbn_rewrite as mbn
-from benchmarks import charts, devices, networks, results
+from benchmarks import charts, devices, results
 from benchmarks.failures import described
+from benchmarks.models import networks
+from benchmarks.models.floor import without_batch_norm
 from benchmarks.peer_tools import made_up, signature_of
 from benchmarks.timing import interleaved, median_ratio
-from benchmarks.training_networks import without_batch_norm
 from mbn_rewrite.api import convert_with_plan
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.execution import runner

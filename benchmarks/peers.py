@@ -163,7 +163,7 @@ def _write_original(name: str, keras_name: str, work: Work) -> Any:
     import numpy as np
     import tf_keras
 
-    from benchmarks import networks
+    from benchmarks.models import networks
 
     if name in (*NETWORKS, *MORE_NETWORKS):
         model = networks.build(name, 0, FLAGS.image_size)

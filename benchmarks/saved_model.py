@@ -84,7 +84,7 @@ def make(name: str, keras_name: str, directory: str) -> dict[str, Any]:
     import tf_keras
 
     import mbn_rewrite as mbn
-    from benchmarks import networks
+    from benchmarks.models import networks
 
     if name in real_models.SAVED_MODELS:
         shutil.copytree(real_models.fetch(name), directory)

@@ -80,7 +80,7 @@ import tf_keras
 
 from benchmarks import charts, devices, profiles, results, training_rows
 from benchmarks.failures import described
-from benchmarks.training_networks import KERAS, NETWORKS, check_variant
+from benchmarks.models.training_networks import KERAS, NETWORKS, check_variant
 from benchmarks.training_rows import CLASSES, DTYPES, SIZES, Row, Settings, progress
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.tables import table

@@ -31,8 +31,8 @@ import tf_keras
 from benchmarks import profiles
 from benchmarks.failures import OUT_OF_MEMORY, described
 from benchmarks.memory import forget_peak, resident
+from benchmarks.models.training_networks import KERAS, NETWORKS, check_variant
 from benchmarks.timing import interleaved, synchronize
-from benchmarks.training_networks import KERAS, NETWORKS, check_variant
 from benchmarks.training_steps import Batch, Trainer, trainer
 from mbn_rewrite.frontends.execution import give_back_memory
 from mbn_rewrite.tuning.timing import quartiles

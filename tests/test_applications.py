@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 import mbn_rewrite as mbn
-from benchmarks.networks import APPLICATIONS, STATISTICS, build, random_images, set_statistics
+from benchmarks.models.networks import (
+    APPLICATIONS,
+    STATISTICS,
+    build,
+    random_images,
+    set_statistics,
+)
 from mbn_rewrite.verification import TOLERANCES, compare_outputs
 from tests.checks import check_rewrite, outputs
 

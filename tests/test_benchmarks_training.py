@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from benchmarks import charts, devices, profiles, results, training_rows
-from benchmarks.training_networks import KERAS
+from benchmarks.models.training_networks import KERAS
 from benchmarks.training_rows import PACKAGES, Row, Settings
 from benchmarks.training_steps import Batch
 from mbn_rewrite.errors import RewriteError

@@ -107,7 +107,7 @@ def test_what_is_not_known_is_one_line():
 
 
 def test_the_floor_has_no_batch_norm_and_is_no_copy_of_the_original():
-    from benchmarks.training_networks import without_batch_norm
+    from benchmarks.models.floor import without_batch_norm
     from tests.kerases import norms
 
     layers = tf_keras.layers

@@ -4,7 +4,7 @@ import pytest
 import tf_keras
 
 import mbn_rewrite as mbn
-from benchmarks.networks import real_inputs
+from benchmarks.models.networks import real_inputs
 from tests.checks import check_rewrite
 from tools.real_models import MODELS, fetch
 

@@ -11,8 +11,8 @@ import tensorflow as tf
 import tf_keras
 
 import mbn_rewrite as mbn
-from benchmarks.networks import build, random_images, real_inputs, set_statistics
-from benchmarks.networks import typical_statistics as typical
+from benchmarks.models.networks import build, random_images, real_inputs, set_statistics
+from benchmarks.models.networks import typical_statistics as typical
 from mbn_rewrite.frontends.saved_model.function_graph import op_counts
 from tests.checks import save_with_signature
 from tests.test_applications import EXPECTED as NETWORKS

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,14 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from benchmarks import training_networks
+from benchmarks.models import training_networks
 from benchmarks.profiles import OpTime
-from benchmarks.studying import data, models, proof, report, running, statistics, training
-from benchmarks.studying.errors import StudyError, exit_code
-from benchmarks.studying.pipeline import Pipeline
-from benchmarks.studying.recipes import RECIPES, learning_rate
-from benchmarks.studying.results import Results, differences, locked
-from benchmarks.studying.training import Setting
+from study import data, models, program, proof, report, running, statistics, training
+from study.errors import StudyError, exit_code
+from study.pipeline import Pipeline
+from study.recipes import RECIPES, learning_rate
+from study.results import Results, differences, locked
+from study.training import Setting
 
 CLASSES = ("cat", "dog")
 OF_EACH = 10
@@ -511,11 +512,14 @@ def test_a_configuration_without_runs_binds_nobody(tmp_path, images):
     assert Results.open(tmp_path).configuration["batch"] == 4
 
 
-def test_a_full_disk_loses_nothing_that_is_finished(copied, monkeypatch):
+def test_a_full_disk_loses_nothing_that_is_finished(copied, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = copied.finished()
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"), copied.room():
         pytest.fail("there was no room, and the run was begun")
@@ -523,6 +527,7 @@ def test_a_full_disk_loses_nothing_that_is_finished(copied, monkeypatch):
         copied.save("strided4", 1, {"another": "record"})
     assert copied.finished() == before
     assert not list(copied.directory.glob("**/*.part"))
+    assert not list(temporary.iterdir())
 
 
 def test_another_process_is_kept_out(copied):
@@ -588,6 +593,100 @@ def test_differences_name_every_field():
         "b.c: there [1], here [2]",
         "e: there null, here 3",
     ]
+
+
+# ------------------------------------------------------------------------- earlier programs
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A study of two pairs begun with the version before, when this program was elsewhere."""
+    shutil.copytree(Path(__file__).with_name("earlier_study"), tmp_path / "earlier")
+    return Results.open(tmp_path / "earlier")
+
+
+def as_begun_now(earlier, **changed):
+    """The same study, as this program describes it."""
+    versions = earlier.configuration["versions"] | {"program": program.digest()}
+    return Results(earlier.directory, earlier.configuration | {"versions": versions} | changed)
+
+
+def test_a_study_begun_with_the_version_before_is_reported(earlier):
+    text = report.write(earlier, 0.5, 5).read_text()
+    assert "- **strided4**: accuracy " in text
+    assert "; 2 pairs." in text
+    assert earlier.configuration["versions"]["program"] in text
+
+
+def test_a_study_begun_with_the_version_before_goes_on(earlier, images, quick_runs):
+    """Where this fails, code that trains was changed; see `study.program.TRAIN_ALIKE`."""
+    results = as_begun_now(earlier)
+    assert results.digest != earlier.digest
+    results.begin()
+    assert running.run_missing(SETTING, images, results, VARIANTS, 3) == 2
+    assert quick_runs == [("original", 2), ("strided4", 2)]
+    assert len(Results.open(earlier.directory).finished()) == 6
+
+
+def test_it_goes_on_with_its_own_flags_alone(earlier):
+    with pytest.raises(StudyError, match=r"width: there 0\.0625, here 1") as raised:
+        as_begun_now(earlier, width=1).begin()
+    assert "program" not in str(raised.value)
+
+
+def test_another_program_is_refused(earlier, monkeypatch):
+    monkeypatch.setattr(program, "TRAIN_ALIKE", {})
+    with pytest.raises(StudyError, match=r'versions\.program: there "fa8880dd70377ef1", here'):
+        as_begun_now(earlier).begin()
+
+
+CODE = '''"""Module."""
+from a import b
+
+LIMIT = 1  # of all
+
+def f(x):
+    """Docstring."""
+    import c
+    # Comment.
+    return c.g(x) + """text"""
+
+class C:
+    pass
+'''
+MOVED = '''"""Another."""
+import d
+if TYPE_CHECKING:
+    import e
+
+class C:
+    """New docstring."""
+
+    pass
+
+LIMIT = 1  # of all
+
+def f(x):
+
+    return c.g(x) + """text"""
+'''
+
+
+def test_a_program_is_its_code_wherever_it_stands():
+    code = set(program._definitions(CODE))
+    assert code == set(program._definitions(MOVED))
+    for old, new in (("g(x)", "g(y)"), ('"""text"""', '"""test"""'), ("= 1", "= 2")):
+        assert code != set(program._definitions(CODE.replace(old, new)))
+
+
+def test_code_that_runs_in_training_is_in_the_digest():
+    names = {"/".join(file.parts[-2:]) for file in program._files()}
+    assert names >= {
+        *("study/models.py", "study/pipeline.py", "study/recipes.py", "study/training.py"),
+        *("training/layers.py", "training/sampled_batch_norm.py", "training/strides.py"),
+        *("keras3/training_layers.py", "tf_keras/training_layers.py"),
+        "models/training_networks.py",
+    }
 
 
 @pytest.mark.parametrize(
@@ -772,7 +871,7 @@ def test_keras_3_and_mixed_precision(images):
 # -------------------------------------------------------------------------------- the program
 
 
-STUDY = Path(__file__).parents[1] / "benchmarks" / "study.py"
+ROOT = Path(__file__).parents[1]
 
 
 def raising(error):
@@ -810,8 +909,11 @@ def test_what_goes_wrong_is_said_in_one_message(finished, capsys, error, code, m
     ],
 )
 def test_wrong_command_lines_are_errors(tmp_path, arguments, message):
-    command = [sys.executable, str(STUDY), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    command = [sys.executable, "-m", "study", *arguments]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+    )
     assert done.returncode == 1
     assert message in done.stderr + done.stdout
     assert not list(tmp_path.iterdir())

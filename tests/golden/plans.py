@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import mbn_rewrite as mbn
-from benchmarks.networks import build
+from benchmarks.models.networks import build
 from tests import kerases
 from tests.random_models import random_model
 from tests.saved_models import KINDS

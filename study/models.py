@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import training_networks
-from benchmarks.studying.recipes import Recipe
+from benchmarks.models import training_networks
+from study.recipes import Recipe
 
 _KERNELS = ("Conv2D", "Dense")
 

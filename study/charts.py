@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import charts
-from benchmarks.studying.errors import StudyError
-from benchmarks.studying.statistics import Comparison
+from study.errors import StudyError
+from study.statistics import Comparison
 
 # Records of one variant, by seed.
 Runs = Mapping[int, Mapping[str, Any]]

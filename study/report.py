@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.studying import charts
-from benchmarks.studying.errors import StudyError
-from benchmarks.studying.proof import kinds
-from benchmarks.studying.recipes import RECIPES, RUNS, VARIANTS
-from benchmarks.studying.results import Results
-from benchmarks.studying.statistics import (
+from study import charts
+from study.errors import StudyError
+from study.proof import kinds
+from study.recipes import RECIPES, RUNS, VARIANTS
+from study.results import Results
+from study.statistics import (
     ALPHA,
     WANTED_POWER,
     Comparison,
@@ -386,7 +386,7 @@ class Page:
             [
                 "## What was run",
                 _table(["", ""], [[k, str(v)] for k, v in facts.items()]),
-                "Hyper-parameters, described in `benchmarks/studying/recipes.py`; the learning "
+                "Hyper-parameters, described in `study/recipes.py`; the learning "
                 "rate is for the recipe's batch and goes with the batch:",
                 _table(["hyper-parameter", "value"], hyper),
             ]

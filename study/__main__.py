@@ -1,13 +1,12 @@
-#!/usr/bin/env python3
 """Modified BatchNormalization in training, against the original: run the study, report on it.
 
-    python benchmarks/study.py run --recipe=RECIPE --results=DIRECTORY [FLAGS]
-    python benchmarks/study.py report --results=DIRECTORY [FLAGS]
+    python -m study run --recipe=RECIPE --results=DIRECTORY [FLAGS]
+    python -m study report --results=DIRECTORY [FLAGS]
 
 The question is that of the study Modified Batch Normalization (2019-2020): does statistics of a
 sample (strided), or these and a depthwise 1x1 convolution in place of scale and shift (mbn), change
 the accuracy or the time of training? A recipe is the study's, or AWS's for ImageNet; all
-hyper-parameters and their sources are in benchmarks/studying/recipes.py:
+hyper-parameters and their sources are in study/recipes.py:
 
     resnet9_cifar10             ResNet9 on CIFAR-10, 24 epochs
     resnet50_imagenette         ResNet50 on Imagenette-320, 10 epochs
@@ -28,13 +27,13 @@ confidence intervals, tests of difference and of equivalence, what the number of
 ran, and what was not run.
 
 Examples:
-    python benchmarks/study.py run --recipe=resnet9_cifar10 --results=results
-    python benchmarks/study.py run --recipe=resnet9_cifar10 --results=small --runs=10 --width=0.25
+    python -m study run --recipe=resnet9_cifar10 --results=results
+    python -m study run --recipe=resnet9_cifar10 --results=small --runs=10 --width=0.25
         --examples=10000 --epochs=8 --batch=128 --data_dir=cifar10
         --variants=original,strided2,strided4,mbn1
-    python benchmarks/study.py run --recipe=resnet50_imagenet --results=imagenet
+    python -m study run --recipe=resnet50_imagenet --results=imagenet
         --dtype=mixed_float16 --keras=keras_3 --data_dir=/data/imagenet
-    python benchmarks/study.py report --results=small --margin=1
+    python -m study report --results=small --margin=1
 
 Exit codes:
     0    done
@@ -49,15 +48,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# The repository's own package comes first, so that the tool runs without installation.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
 from absl import app, flags
 
-from benchmarks.studying.errors import StudyError, exit_code
-from benchmarks.studying.recipes import DTYPES, KERAS, RECIPES, RUNS, VARIANTS
+from study.errors import StudyError, exit_code
+from study.recipes import DTYPES, KERAS, RECIPES, RUNS, VARIANTS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("results", None, "Directory of the results.")
@@ -89,9 +86,9 @@ def run() -> None:
     from mbn_rewrite.cli.quiet import import_tensorflow
 
     import_tensorflow()
-    from benchmarks.studying import data, running
-    from benchmarks.studying.results import Results, locked
-    from benchmarks.studying.training import Setting
+    from study import data, running
+    from study.results import Results, locked
+    from study.training import Setting
 
     if not FLAGS.recipe:
         raise StudyError(f"--recipe is missing; there are {', '.join(RECIPES)}")
@@ -124,7 +121,7 @@ def run() -> None:
         results.begin()
         made = running.run_missing(setting, images, results, variants, FLAGS.runs, strategy)
     total = len(variants) * FLAGS.runs
-    progress(f"{total} runs are finished, {made} of them now: benchmarks/study.py report")
+    progress(f"{total} runs are finished, {made} of them now: python -m study report")
 
 
 def _devices(wanted: int | None) -> tuple[Any, int, int]:
@@ -150,12 +147,12 @@ def _devices(wanted: int | None) -> tuple[Any, int, int]:
 def report() -> None:
     """Writes the page and its charts."""
     try:
-        from benchmarks.studying import report as page
+        from study import report as page
     except ImportError as error:
         raise StudyError(
             f"a report needs {error.name}: pip install '.[study]' brings it"
         ) from error
-    from benchmarks.studying.results import Results
+    from study.results import Results
 
     results = Results.open(Path(FLAGS.results))
     path = page.write(results, FLAGS.margin, FLAGS.time_margin)

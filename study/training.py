@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.studying import models
-from benchmarks.studying.data import Data
-from benchmarks.studying.errors import StudyError
-from benchmarks.studying.pipeline import Pipeline
-from benchmarks.studying.proof import Profiler, Steps
-from benchmarks.studying.recipes import KERAS, Recipe, learning_rate
-from benchmarks.training_networks import check_variant
+from benchmarks.models.training_networks import check_variant
 from mbn_rewrite.errors import cause_of, is_out_of_memory
+from study import models
+from study.data import Data
+from study.errors import StudyError
+from study.pipeline import Pipeline
+from study.proof import Profiler, Steps
+from study.recipes import KERAS, Recipe, learning_rate
 
 _WARM = 2  # steps before those that are profiled: the first traces
 _PROFILED = 10  # the profiler now and then misses an event, and times scatter

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mbn_rewrite as mbn
+from benchmarks.models.floor import without_batch_norm
 from mbn_rewrite.errors import RewriteError
 
 MOMENTUM, EPSILON = 0.9, 1e-5  # of ResNet9's BatchNormalization, as in the study
@@ -100,19 +101,3 @@ def varied(model: Any, variant: str) -> Any:
     if mode == "none":
         return without_batch_norm(model)
     return mbn.convert(model, mode=mode, stride=stride)
-
-
-def without_batch_norm(model: Any) -> Any:
-    """A copy of a model in which every BatchNormalization is left out, with nothing in its place.
-
-    It computes something else: it shows what a network costs in which BatchNormalization is free.
-    """
-    from mbn_rewrite.frontends.registry import front_end_of
-    from mbn_rewrite.ir.graph import BatchNorm
-    from mbn_rewrite.plans import Decision, Plan
-
-    front_end = front_end_of(model)
-    reading = front_end.read(model)
-    owners = dict.fromkeys(n.owner for n in reading.graph.nodes if isinstance(n.op, BatchNorm))
-    decisions = tuple(Decision(owner, "folded") for owner in owners)
-    return front_end.write(model, reading, Plan("none", decisions, removed=frozenset(owners)))

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.studying.errors import StudyError
-from benchmarks.studying.recipes import Recipe
+from study.errors import StudyError
+from study.recipes import Recipe
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 TRAIN_FOLDERS, TEST_FOLDERS = ("train",), ("test", "val", "validation")

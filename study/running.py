@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import rich.progress
@@ -16,15 +14,16 @@ import tensorflow as tf
 from rich.console import Console
 
 import mbn_rewrite
-from benchmarks import devices, training_networks
-from benchmarks.studying import proof, training
-from benchmarks.studying.data import Data
-from benchmarks.studying.errors import StudyError
-from benchmarks.studying.recipes import KERAS
-from benchmarks.studying.results import Results
-from benchmarks.studying.training import Setting
+from benchmarks import devices
+from benchmarks.models import training_networks
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.tuning.timing import processor
+from study import program, proof, training
+from study.data import Data
+from study.errors import StudyError
+from study.recipes import KERAS
+from study.results import Results
+from study.training import Setting
 
 ORIGINAL = "original"
 _SILENCE = 60  # seconds
@@ -53,7 +52,7 @@ def configuration(setting: Setting, data: Data, device: str, images: str) -> dic
     return {
         "versions": {
             "mbn_rewrite": mbn_rewrite.__version__,
-            "program": _digest_of_program(),
+            "program": program.digest(),
             "tensorflow": tf.__version__,
             setting.keras: _keras_version(setting.keras),
         },
@@ -75,23 +74,6 @@ def configuration(setting: Setting, data: Data, device: str, images: str) -> dic
             "digest": data.digest,
         },
     }
-
-
-def _digest_of_program() -> str:
-    """Changes with the code of the layers and of training, of which a version may have many."""
-    here = Path(__file__).parent
-    names = ("models", "pipeline", "recipes", "training")
-    package = Path(mbn_rewrite.__file__).parent
-    files = [
-        *(here / f"{name}.py" for name in names),
-        *(package / f"{name}.py" for name in ("sampled_batch_norm", "strides")),
-        *package.glob("**/training_layers.py"),
-        Path(training_networks.__file__),
-    ]
-    text = hashlib.sha256()
-    for file in sorted(files):
-        text.update(file.read_bytes())
-    return text.hexdigest()[:16]
 
 
 def _keras_version(keras: str) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from benchmarks.studying.data import Part, decoded
-from benchmarks.studying.recipes import Recipe
+from study.data import Part, decoded
+from study.recipes import Recipe
 
 _AUTO = tf.data.AUTOTUNE
 _SHUFFLED = 10_000  # images at a time, where they are in no array

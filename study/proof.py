@@ -23,7 +23,7 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from benchmarks import profiles
 from benchmarks.profiles import OpTime
-from benchmarks.studying.errors import StudyError
+from study.errors import StudyError
 
 # What gradients without a layer's name are made of, as far as nothing else is made of it: the
 # pipeline gathers too, at the same time.

@@ -1,4 +1,4 @@
-"""The study of strided statistics and depthwise scales, as benchmarks/study.py runs it.
+"""The study of strided statistics and depthwise scales, run by `python -m study`.
 
 recipes.py      what is trained: hyper-parameters with units and sources
 data.py         images, from folders or tensorflow-datasets

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studying.errors import StudyError
+from study import program
+from study.errors import StudyError
 
 FORMAT = 1  # of these files; another number is another version
 _ROOM = 1 << 20  # bytes held for a run
@@ -66,22 +67,27 @@ class Results:
         runs = self.directory / _RUNS
         # Where no run is finished, there is nothing that another configuration could spoil.
         if any(runs.glob("*.json")):
-            found = Results.open(self.directory)
-            self._refuse(found.configuration, f"{self.directory} has results")
+            self._go_on_with(Results.open(self.directory))
         runs.mkdir(parents=True, exist_ok=True)
         for left in (*self.directory.glob(f"{_STUDY}.part"), *runs.glob("*.json.part")):
             left.unlink()
         content = {"format": FORMAT, "configuration": self.configuration}
         _write(self.directory / _STUDY, content)
 
-    def _refuse(self, other: Mapping[str, Any], what: str) -> None:
-        lines = list(differences(other, self.configuration))
+    def _go_on_with(self, found: Results) -> None:
+        """Takes the configuration of finished runs, which name it, if it is the same to training.
+
+        Raises:
+            StudyError: it is not.
+        """
+        lines = list(differences(program.renewed(found.configuration), self.configuration))
         if lines:
             raise StudyError(
-                f"{what} of another configuration:\n"
+                f"{self.directory} has results of another configuration:\n"
                 + "\n".join(f"  {line}" for line in lines)
                 + "\nName another directory with --results, or give the flags that those runs had"
             )
+        self.configuration, self.digest = found.configuration, found.digest
 
     @contextmanager
     def room(self) -> Iterator[None]:
@@ -112,8 +118,7 @@ class Results:
         try:
             _write(path, content | {"record": record})
         except OSError as error:
-            aside = Path(tempfile.mkdtemp(prefix="study-")) / path.name
-            _write(aside, content | {"record": record})
+            aside = _write_elsewhere(path.name, content | {"record": record})
             raise StudyError(
                 f"{path} cannot be written: {error.strerror or error}. The run is kept as {aside}; "
                 "move it there before the study goes on"
@@ -177,6 +182,17 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise StudyError(f"{path} cannot be read ({error}). Delete it to run it again") from error
     return dict(found)
+
+
+def _write_elsewhere(name: str, content: Mapping[str, Any]) -> Path:
+    """Writes a file in a temporary directory of its own, which goes again where that fails."""
+    directory = Path(tempfile.mkdtemp(prefix="study-"))
+    try:
+        _write(directory / name, content)
+    except OSError:
+        directory.rmdir()
+        raise
+    return directory / name
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
