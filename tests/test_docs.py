@@ -198,13 +198,17 @@ def test_reference_has_every_public_name():
     assert not [name for name in mbn.__all__ if f"::: mbn_rewrite.{name}\n" not in reference]
 
 
+def test_citation_is_of_this_version():
+    assert f"\nversion: {mbn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 # ------------------------------------------------------------------ these tests can fail
 
 
 def test_blocks_are_found_with_their_marks():
-    text = "a\n\n1. b\n\n    <!-- not run: it needs a GPU -->\n    ```python\n    x = 1\n\n    y\n    ```\n"
-    (block,) = blocks_of(text)
-    assert block == Block("python", "x = 1\n\ny\n", "not run", "it needs a GPU", 6)
+    marked = "    <!-- not run: it needs a GPU -->\n    ```python\n    x = 1\n\n    y\n    ```\n"
+    (block,) = blocks_of(f"1. a\n\n{marked}")
+    assert block == Block("python", "x = 1\n\ny\n", "not run", "it needs a GPU", 4)
 
 
 def test_flags_that_a_program_lacks_are_noticed(tmp_path):
