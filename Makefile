@@ -65,6 +65,7 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/layer.py
 
 docs: $(DOCS)
+	$(BIN)/python tools/pictures.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "built build/site/index.html"
 

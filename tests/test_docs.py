@@ -22,6 +22,9 @@ import pytest
 
 import mbn_rewrite as mbn
 from mbn_rewrite.cli.flags import FLAGS
+from mbn_rewrite.ir.graph import Input
+from mbn_rewrite.rules.motion import RULES
+from tools import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -178,6 +181,20 @@ def test_usage_names_every_flag():
     named = {flag.replace("-", "_") for flag in re.findall(r"--([\w-]+)", usage)}
     ours = {flag.name for flag in FLAGS.get_flags_for_module("mbn_rewrite.cli.flags")}
     assert named == ours - {"help", "h", "version"}
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+@pytest.mark.parametrize("page", ["docs/design.md", "docs/guide/moves.md"])
+def test_pictures_are_as_the_code_draws_them(page):
+    text = (ROOT / page).read_text()
+    assert "<!-- picture: " in text
+    assert pictures.drawn(text) == text, "draw them anew: python tools/pictures.py"
+
+
+def test_table_of_rules_has_every_kind_of_operation():
+    assert {type(op) for op, _ in pictures.PROBES.values()} == set(RULES) - {Input}
 
 
 # ----------------------------------------------------------------------- links and names
