@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mbn_rewrite.registration import register_layers
+
 if TYPE_CHECKING:
     from mbn_rewrite.api import convert, convert_with_plan, plan
     from mbn_rewrite.errors import RewriteError, VerificationError
@@ -75,3 +77,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+register_layers()

@@ -175,7 +175,7 @@ def test_converting_a_model_of_keras_3_does_not_load_tf_keras():
 
 def test_converting_a_model_of_tf_keras_does_not_load_the_other_front_end():
     # tf_keras loads Keras 3 itself.
-    converts_without("tf_keras", "mbn_rewrite.frontends.keras3")
+    converts_without("tf_keras", "mbn_rewrite.frontends.keras3.frontend")
 
 
 WITHOUT_TENSORFLOW = """
