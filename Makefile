@@ -1,10 +1,11 @@
-# Every target does its own set-up: a virtual environment in .venv, made once and made again
-# when setup.cfg changes.
-PYTHON ?= python3
-VENV   ?= .venv
-BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
-DOCS   := $(VENV)/.ready-docs
+# Every target does its own set-up: a virtual environment in .venv, made once. What a target needs
+# is installed in it once, and again when setup.cfg changes.
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+PACKAGE := $(VENV)/.ready-package
+READY   := $(VENV)/.ready
+DOCS    := $(VENV)/.ready-docs
 
 # Test processes at a time; each runs TensorFlow on one thread.
 JOBS ?= 2
@@ -23,18 +24,26 @@ help:
 	@echo "make docs       documentation, in build/site; warnings are errors"
 	@echo "make clean      remove the environment and all that was fetched or built"
 
+# Installs the package with the extras that are named, if any.
+define install
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.$(1)'
+	touch $(PACKAGE) $@
+endef
+
 $(READY): setup.cfg pyproject.toml
-	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	touch $(READY)
+	@echo "installing what developers need in $(VENV): some 3 GB, for some minutes, once"
+	$(call install,[dev])
 
-# Beside what there is: the package itself, if nothing was installed before, and the builder.
+$(PACKAGE): setup.cfg pyproject.toml
+	@echo "installing mbn_rewrite and TensorFlow in $(VENV): some 2 GB, for some minutes, once"
+	$(call install)
+
 $(DOCS): setup.cfg pyproject.toml
-	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
-	touch $(DOCS)
+	@echo "installing mbn_rewrite, TensorFlow and MkDocs in $(VENV): some 2 GB, for some minutes, once"
+	$(call install,[docs])
 
-demo: $(READY)
+demo: $(PACKAGE)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
