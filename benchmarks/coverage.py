@@ -64,8 +64,8 @@ from benchmarks.models.networks import (
     real_model,
     set_statistics,
 )
+from mbn_rewrite.comparison import Comparison
 from mbn_rewrite.tables import table
-from mbn_rewrite.verification import Comparison
 from tools import real_models
 
 NAMES = (*real_models.MODELS, *APPLICATIONS)

@@ -78,11 +78,12 @@ from benchmarks.models.floor import without_batch_norm
 from benchmarks.peer_tools import made_up, signature_of
 from benchmarks.timing import interleaved, median_ratio
 from mbn_rewrite.api import convert_with_plan
+from mbn_rewrite.comparison import compare_outputs, rounding_tolerance, tolerance_for
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.execution import runner
+from mbn_rewrite.measurement import quartiles, ratio
+from mbn_rewrite.options import DEFAULT_BUDGET, RunConfig
 from mbn_rewrite.tables import table
-from mbn_rewrite.tuning.timing import DEFAULT_BUDGET, RunConfig, quartiles, ratio
-from mbn_rewrite.verification import compare_outputs, rounding_tolerance, tolerance_for
 
 MODELS = (
     *("ResNet50", "MobileNetV2", "EfficientNetB0", "InceptionV3", "DenseNet121", "ResNet50V2"),

@@ -83,12 +83,12 @@ from benchmarks import devices
 from benchmarks.failures import described
 from benchmarks.profiles import UNLISTED, profiled
 from benchmarks.timing import interleaved, median_ratio, synchronize
+from mbn_rewrite.comparison import TOLERANCES
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.keras3 import training_layers as keras_layers
 from mbn_rewrite.frontends.tf_keras import training_layers as tf_keras_layers
 from mbn_rewrite.tables import table
 from mbn_rewrite.training import strides
-from mbn_rewrite.verification import TOLERANCES
 
 # The activations of ResNet-50 at 224 pixels that are normalised, but for the first.
 SHAPES = (

@@ -79,13 +79,13 @@ from benchmarks import charts, peer_tools, results
 from benchmarks.bn_count import Left, one_channel
 from benchmarks.peer_tools import Declined, Tool, Work
 from benchmarks.timing import interleaved
-from mbn_rewrite.api import MODES
 from mbn_rewrite.cli.quiet import import_tensorflow
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.sample_inputs import is_open, of_batch
-from mbn_rewrite.passes.planner import TRAINING_MODES
+from mbn_rewrite.measurement import quartiles
+from mbn_rewrite.options import MODES, TRAINING_MODES
 from mbn_rewrite.tables import table
-from mbn_rewrite.tuning.timing import cpu_name, quartiles
+from mbn_rewrite.tuning.device import cpu_name
 from tools import real_models
 
 NETWORKS = (
@@ -211,7 +211,7 @@ def examined(tool: Tool, work: Work, threads: int) -> dict[str, Any]:
     """Has a tool convert the original, and compares what it gives with the original's outputs."""
     import numpy as np
 
-    from mbn_rewrite.verification import compare_outputs, tolerance_for
+    from mbn_rewrite.comparison import compare_outputs, tolerance_for
 
     inputs, expected = (dict(np.load(path)) for path in (work.inputs, work.outputs))
     path = tool.convert(work)

@@ -83,8 +83,8 @@ from benchmarks.failures import described
 from benchmarks.models.training_networks import KERAS, NETWORKS, check_variant
 from benchmarks.training_rows import CLASSES, DTYPES, SIZES, Row, Settings, progress
 from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.measurement import quartiles
 from mbn_rewrite.tables import table
-from mbn_rewrite.tuning.timing import quartiles
 
 VARIANTS = ("original", "strided1", "strided2", "strided4", "strided8", "mbn4", "none")
 WAYS = ("forward", "backward")

@@ -35,7 +35,7 @@ from benchmarks.models.training_networks import KERAS, NETWORKS, check_variant
 from benchmarks.timing import interleaved, synchronize
 from benchmarks.training_steps import Batch, Trainer, trainer
 from mbn_rewrite.frontends.execution import give_back_memory
-from mbn_rewrite.tuning.timing import quartiles
+from mbn_rewrite.measurement import quartiles
 
 PACKAGES = {"tf_keras": tf_keras, "keras_3": keras}
 DTYPES = ("float32", "mixed_float16", "mixed_bfloat16")

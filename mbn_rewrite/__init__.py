@@ -18,7 +18,9 @@ from mbn_rewrite.registration import register_layers
 
 if TYPE_CHECKING:
     from mbn_rewrite.api import convert, convert_with_plan, plan
+    from mbn_rewrite.comparison import Comparison
     from mbn_rewrite.errors import RewriteError, VerificationError
+    from mbn_rewrite.measurement import Measurement
     from mbn_rewrite.options import Mode
     from mbn_rewrite.plans import Decision, Plan
     from mbn_rewrite.rewrite import Report, rewrite_saved_model
@@ -26,16 +28,15 @@ if TYPE_CHECKING:
         ModifiedBatchNormalization,
         StridedBatchNormalization,
     )
-    from mbn_rewrite.tuning.timing import Measurement
-    from mbn_rewrite.verification import Comparison, verify
+    from mbn_rewrite.verification import verify
 
 __version__ = "0.1.0"
 
 # The whole public surface: each name and the module that defines it.
 _PUBLIC = {
-    "Comparison": "verification",
+    "Comparison": "comparison",
     "Decision": "plans",
-    "Measurement": "tuning.timing",
+    "Measurement": "measurement",
     "Mode": "options",
     "ModifiedBatchNormalization": "training.layers",
     "Plan": "plans",

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from mbn_rewrite.conversion_check import checked
-from mbn_rewrite.errors import RewriteError, UnverifiedWarning
+from mbn_rewrite.errors import UnverifiedWarning
+from mbn_rewrite.frontends.in_memory import ModelInMemory
 from mbn_rewrite.frontends.registry import front_end_of
-from mbn_rewrite.options import MODES, TRAINING_MODES, Mode
+from mbn_rewrite.options import Mode, Options, checked_options
 from mbn_rewrite.plans import Plan
-from mbn_rewrite.training import strides
-from mbn_rewrite.training.layers import DEFAULT_STRIDE
-from mbn_rewrite.tuning.auto import Options, plan_in_memory
-from mbn_rewrite.tuning.timing import DEFAULT_BUDGET, RunConfig
+from mbn_rewrite.tuning.auto import plan_for
+from mbn_rewrite.verification import checked
 
 
 def convert(
@@ -77,20 +75,18 @@ def convert(
             that cannot be copied; the mode is unknown or does not take what was given; or what
             was given is no stride, batch size, dtype or budget.
     """
-    new, made = _converted(
-        model,
+    options = checked_options(
         mode,
         stride,
-        check,
-        inputs,
+        inputs=inputs,
+        check=check,
+        progress=progress,
         batch_size=batch_size,
         jit_compile=jit_compile,
         dtype=dtype,
         budget=budget,
-        progress=progress,
     )
-    _tell(made)
-    return new
+    return _converted(model, options)[0]
 
 
 def plan(
@@ -118,21 +114,25 @@ def plan(
     Raises:
         RewriteError: as for `convert`.
     """
-    stride = check_mode(mode, stride)
-    options = measuring_options(mode, batch_size, jit_compile, dtype, inputs, budget, progress)
-    front_end = front_end_of(model)
-    reading = front_end.read(model)
-    return plan_in_memory(front_end, model, reading, mode, stride, options)[0]
+    options = checked_options(
+        mode,
+        stride,
+        inputs=inputs,
+        check=False,
+        progress=progress,
+        batch_size=batch_size,
+        jit_compile=jit_compile,
+        dtype=dtype,
+        budget=budget,
+    )
+    return plan_for(ModelInMemory(front_end_of(model), model), options)
 
 
 def convert_with_plan(
     model: Any,
     mode: Mode = "auto",
     stride: Any = None,
-    *,
-    inputs: Any = None,
-    check: bool = True,
-    **measuring: Any,
+    **options: Any,
 ) -> tuple[Any, Plan]:
     """`convert` and `plan` in one: reads the model once, and measures once.
 
@@ -146,89 +146,17 @@ def convert_with_plan(
     Raises:
         VerificationError, RewriteError: as for `convert`.
     """
-    new, made = _converted(model, mode, stride, check, inputs, **measuring)
-    _tell(made)
-    return new, made
+    return _converted(model, checked_options(mode, stride, **options))
 
 
-def _converted(
-    model: Any, mode: str, stride: Any, check: bool, inputs: Any, **measuring: Any
-) -> tuple[Any, Plan]:
-    stride = check_mode(mode, stride)
-    # Modes that measure nothing have a use for inputs all the same: to compare.
-    to_measure = None if check and mode != "auto" else inputs
-    options = measuring_options(mode, inputs=to_measure, **measuring)
-    front_end = front_end_of(model)
-    reading = front_end.read(model)
-    made, new = plan_in_memory(front_end, model, reading, mode, stride, options)
-    new = front_end.write(model, reading, made) if new is None else new
-    if check:
+def _converted(model: Any, options: Options) -> tuple[Any, Plan]:
+    opened = ModelInMemory(front_end_of(model), model)
+    made = plan_for(opened, options)
+    new = opened.write(made)
+    if options.check:
         options.progress("comparing with the original")
-        made = checked(front_end, model, new, made, inputs)
-    return new, made
-
-
-def _tell(made: Plan) -> None:
-    """Warns the caller of `convert` of what was not compared."""
+        made = checked(opened.front_end, model, new, made, options.inputs)
     if made.unverified:
         said = f"the rewritten model was not verified: {made.unverified}"
-        warnings.warn(said, UnverifiedWarning, stacklevel=3)
-
-
-def measuring_options(
-    mode: str,
-    batch_size: int | None = None,
-    jit_compile: bool | None = None,
-    dtype: str | None = None,
-    inputs: Any = None,
-    budget: float | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Options:
-    """How to measure.
-
-    Raises:
-        RewriteError: the mode measures nothing, but something was given for that; or what was
-            given makes no sense.
-    """
-    given = {
-        "batch_size": batch_size,
-        "jit_compile": jit_compile,
-        "dtype": dtype,
-        "inputs": inputs,
-        "budget": budget,
-    }
-    named = [name for name, value in given.items() if value is not None]
-    if mode != "auto" and named:
-        raise RewriteError(
-            f'mode "{mode}" measures nothing, so it takes no {" and no ".join(named)}. Leave that '
-            'out, or use mode="auto"'
-        )
-    run_config = RunConfig(1 if batch_size is None else batch_size, bool(jit_compile), dtype)
-    return Options(
-        run_config,
-        inputs,
-        DEFAULT_BUDGET if budget is None else budget,
-        progress or (lambda line: None),
-    )
-
-
-def check_mode(mode: str, stride: Any = None) -> Any:
-    """The stride to use.
-
-    Raises:
-        RewriteError: there is no such mode, it takes no stride, or what was given is none.
-    """
-    if mode not in MODES:
-        listed = "; ".join(f'"{name}": {what}' for name, what in MODES.items())
-        raise RewriteError(f"there is no mode {mode!r}. The modes are {listed}")
-    if mode not in TRAINING_MODES:
-        if stride is None:
-            return None
-        raise RewriteError(
-            f'mode "{mode}" takes no stride (it was given {stride!r}): it does not compute '
-            f"statistics. Modes that take one: {' and '.join(TRAINING_MODES)}"
-        )
-    if stride is None:
-        return DEFAULT_STRIDE
-    # What mappings and functions give is checked layer by layer.
-    return stride if isinstance(stride, Mapping) or callable(stride) else strides.checked(stride)
+        warnings.warn(said, UnverifiedWarning, stacklevel=3)  # at the caller of `convert`
+    return new, made

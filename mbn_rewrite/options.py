@@ -1,10 +1,16 @@
-"""The modes in which a model is rewritten."""
+"""Options of a rewrite, checked: the mode, strides, how the model will be run, how to measure."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.training import strides
 
 Mode = Literal["auto", "fold", "depthwise", "strided", "mbn"]
+
 MODES: dict[Mode, str] = {
     "auto": "fold, and do with what is left whatever measures fastest on this machine",
     "fold": "every BatchNormalization is absorbed by its neighbours where that is exact",
@@ -12,4 +18,138 @@ MODES: dict[Mode, str] = {
     "strided": "for training: BatchNormalization with statistics of a sample",
     "mbn": "for training: statistics of a sample, and a trainable depthwise 1x1 convolution",
 }
+assert set(MODES) == set(get_args(Mode))
 TRAINING_MODES = ("strided", "mbn")
+
+DTYPES = ("float16", "bfloat16")
+DEFAULT_BUDGET = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a model will be run.
+
+    Attributes:
+        batch_size: examples in a call.
+        jit_compile: whether XLA compiles it.
+        dtype: None to compute as the model says; "float16" or "bfloat16" for TensorFlow's
+            automatic mixed precision, which takes float16 on GPUs and bfloat16 on CPUs.
+    """
+
+    batch_size: int = 1
+    jit_compile: bool = False
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        size = self.batch_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise RewriteError(f"the batch size must be a whole number from 1 up, not {size!r}")
+        if self.dtype not in (None, *DTYPES):
+            raise RewriteError(
+                f"a model is measured as it is (dtype=None), or with mixed precision of "
+                f"{' or '.join(DTYPES)}, not of {self.dtype!r}"
+            )
+        if self.dtype and self.jit_compile:
+            raise RewriteError(
+                "automatic mixed precision has no effect on what XLA compiles. Give dtype or "
+                "jit_compile, or build the model with the dtype policy that it will have"
+            )
+
+    def __str__(self) -> str:
+        compiled = ", compiled by XLA" if self.jit_compile else ""
+        mixed = f", mixed precision of {self.dtype}" if self.dtype else ""
+        return f"batch {self.batch_size}{compiled}{mixed}"
+
+
+def _silent(line: str) -> None:
+    """Reports no progress."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a rewrite.
+
+    Attributes:
+        mode: one of `MODES`.
+        stride: for modes of training: a stride, or a mapping or function from layer names to
+            strides.
+        run_config: how the model will be run, for mode "auto".
+        inputs: what to call the model with, in mode "auto" cut to the batch size; None to make
+            them up.
+        budget: the most seconds to take for measuring, about.
+        progress: called with a line when a step begins.
+        check: whether to compare the result with the original.
+    """
+
+    mode: str = "auto"
+    stride: Any = None
+    run_config: RunConfig = field(default_factory=RunConfig)
+    inputs: Any = None
+    budget: float = DEFAULT_BUDGET
+    progress: Callable[[str], None] = _silent
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, (int, float)) or not self.budget > 0:
+            raise RewriteError(
+                f"the budget must be a number of seconds above 0, not {self.budget!r}. To measure "
+                'nothing, use mode="fold"'
+            )
+
+
+def checked_options(
+    mode: str,
+    stride: Any = None,
+    *,
+    inputs: Any = None,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+    **measuring: Any,
+) -> Options:
+    """The options that keyword arguments of the public functions stand for.
+
+    Args:
+        mode, stride, inputs, check, progress: as for `convert`.
+        measuring: batch_size, jit_compile, dtype and budget, as for `convert`; None for the
+            default.
+
+    Raises:
+        RewriteError: there is no such mode; it takes no stride, or measures nothing, but was given
+            something for that; or what was given makes no sense.
+    """
+    stride = _checked_stride(mode, stride)
+    given = {name: value for name, value in measuring.items() if value is not None}
+    # With a check, modes that measure nothing have a use for inputs all the same.
+    unused = [*given, *(["inputs"] if inputs is not None and not check else [])]
+    if mode != "auto" and unused:
+        raise RewriteError(
+            f'mode "{mode}" measures nothing, so it takes no {" and no ".join(unused)}. Leave that '
+            'out, or use mode="auto"'
+        )
+    return Options(
+        mode,
+        stride,
+        RunConfig(given.get("batch_size", 1), bool(given.get("jit_compile")), given.get("dtype")),
+        inputs,
+        given.get("budget", DEFAULT_BUDGET),
+        progress or _silent,
+        check,
+    )
+
+
+def _checked_stride(mode: str, stride: Any) -> Any:
+    """The stride to use in a mode."""
+    if mode not in MODES:
+        listed = "; ".join(f'"{name}": {what}' for name, what in MODES.items())
+        raise RewriteError(f"there is no mode {mode!r}. The modes are {listed}")
+    if mode not in TRAINING_MODES:
+        if stride is None:
+            return None
+        raise RewriteError(
+            f'mode "{mode}" takes no stride (it was given {stride!r}): it does not compute '
+            f"statistics. Modes that take one: {' and '.join(TRAINING_MODES)}"
+        )
+    if stride is None:
+        return strides.DEFAULT_STRIDE
+    # What mappings and functions give is checked layer by layer.
+    return stride if isinstance(stride, Mapping) or callable(stride) else strides.checked(stride)

@@ -11,16 +11,37 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mbn_rewrite import tables
+from mbn_rewrite.enums import Name
 from mbn_rewrite.ir.algebra import Border, ChannelMap
 from mbn_rewrite.ir.graph import Op
+from mbn_rewrite.measurement import Measurement
 from mbn_rewrite.training.strides import Stride
-from mbn_rewrite.tuning.timing import Measurement
 
 if TYPE_CHECKING:  # which imports this module
-    from mbn_rewrite.verification import Comparison
+    from mbn_rewrite.comparison import Comparison
+
+
+class Form(Name):
+    """What can stand in the place of a BatchNormalization and do its map."""
+
+    DEPTHWISE = "depthwise"  # a depthwise 1x1 convolution with a bias
+    SCALE_AND_SHIFT = "scale_and_shift"  # a multiplication and an addition
+    FUSED = "fused"  # TensorFlow's fused operation
+
+
+class Fate(Name):
+    """What becomes of a BatchNormalization."""
+
+    KEPT = "kept"
+    FOLDED = "folded"
+    DEPTHWISE = "depthwise"
+    SCALE_AND_SHIFT = "scale_and_shift"
+    FUSED = "fused"
+    STRIDED = "strided"
+    MBN = "mbn"
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,7 @@ class Decision:
     Attributes:
         name: the layer's name; inside nested models with their names before it, as in
             "backbone/bn_1".
-        action: "folded", one of `FORMS`, "strided", "mbn" or "kept".
+        action: its `Fate`, which equals the word for it.
         into: the layers that absorbed it, or that stand in its place.
         reason: for "kept", and in mode "auto" for all that did not fold: what is in the way, in
             one sentence. For "strided" and "mbn": the stride, and why it was lowered. For
@@ -39,14 +60,22 @@ class Decision:
     """
 
     name: str
-    action: str
+    action: Fate
     into: tuple[str, ...] = ()
     reason: str = ""
 
 
+# -------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True)
+class Remove:
+    """A BatchNormalization vanishes; its readers read its input."""
+
+
 @dataclass(frozen=True, eq=False)
-class Edit:
-    """New weights for one layer, as maps that its weights absorb.
+class Fold:
+    """A layer's weights absorb maps.
 
     Attributes:
         op: the operation, which says how the weights are laid out.
@@ -69,28 +98,34 @@ class Edit:
         return any(m is not None and m.has_shift for m in (self.before, self.after))
 
 
-# What can stand in the place of a BatchNormalization and do its map: a depthwise 1x1 convolution
-# with a bias, a multiplication and an addition, or TensorFlow's fused operation.
-FORMS = ("depthwise", "scale_and_shift", "fused")
+@dataclass(frozen=True, eq=False)
+class Remap:
+    """A BatchNormalization stays and takes on another map: its own, and those of others.
+
+    Attributes:
+        map: the map.
+    """
+
+    map: ChannelMap
 
 
 @dataclass(frozen=True, eq=False)
-class Replacement:
-    """What does a BatchNormalization's map in its place.
+class Replace:
+    """Another layer does a BatchNormalization's map in its place.
 
     Attributes:
-        form: one of `FORMS`. A depthwise convolution that there is none of (for a rank, a
+        form: what does it. A depthwise convolution that there is none of (for a rank, a
             layout, or where a mask has to flow on) is a multiplication and an addition.
         map: the map.
     """
 
-    form: str
+    form: Form
     map: ChannelMap
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """A training layer for a BatchNormalization.
+class Sample:
+    """A training layer takes a BatchNormalization's place.
 
     Attributes:
         stride: an int, or (rows, columns); before it is lowered for small inputs.
@@ -101,19 +136,21 @@ class Sampled:
     depthwise: bool
 
 
+Action = Remove | Fold | Remap | Replace | Sample
+Kind = TypeVar("Kind", Remove, Fold, Remap, Replace, Sample)
+
+
+# ----------------------------------------------------------------------------------- plan
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What to do to a model. Layers are named by owner, as in `graph.Node`.
+    """What to do to a model.
 
     Attributes:
         mode: "auto", "fold", "depthwise", "strided" or "mbn".
         decisions: one for each BatchNormalization, in the order of the model.
-        removed: BatchNormalizations that vanish.
-        edits: layers whose weights absorb maps.
-        remapped: BatchNormalizations that stay and take on another map (their own, and
-            those of others).
-        replaced: BatchNormalizations whose map is done by another layer in their place.
-        sampled: BatchNormalizations that training layers replace.
+        actions: what is done to layers, by owner as in `graph.Node`; all others are copied.
         measurement: in mode "auto" what was measured; None where there was nothing to choose.
         notes: what else the user should know of the result, in sentences.
         verification: what `convert` gave beside the original; None where they were not compared.
@@ -122,32 +159,25 @@ class Plan:
 
     mode: str
     decisions: tuple[Decision, ...]
-    removed: frozenset[str] = frozenset()
-    edits: Mapping[str, Edit] = field(default_factory=dict)
-    remapped: Mapping[str, ChannelMap] = field(default_factory=dict)
-    replaced: Mapping[str, Replacement] = field(default_factory=dict)
-    sampled: Mapping[str, Sampled] = field(default_factory=dict)
+    actions: Mapping[str, Action] = field(default_factory=dict)
     measurement: Measurement | None = None
     notes: tuple[str, ...] = ()
     verification: Comparison | None = None
     unverified: str = ""
 
-    @property
-    def touched(self) -> frozenset[str]:
-        """The owners of all layers for which something is planned."""
-        return frozenset().union(
-            self.removed, self.edits, self.remapped, self.replaced, self.sampled
-        )
+    def of(self, kind: type[Kind]) -> dict[str, Kind]:
+        """The actions of one kind, by owner."""
+        return {owner: act for owner, act in self.actions.items() if isinstance(act, kind)}
 
     @property
     def counts(self) -> dict[str, int]:
         """How many BatchNormalizations each action befalls."""
-        return dict(Counter(decision.action for decision in self.decisions))
+        return dict(Counter(str(decision.action) for decision in self.decisions))
 
     @property
     def left(self) -> int:
         """How many BatchNormalizations stay, as they are or as fused operations."""
-        return self.counts.get("kept", 0) + self.counts.get("fused", 0)
+        return self.counts.get(Fate.KEPT, 0) + self.counts.get(Fate.FUSED, 0)
 
     @property
     def summary(self) -> str:
@@ -165,36 +195,25 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in types that JSON knows."""
-        maps = {
-            **{(name, "input"): edit.before for name, edit in self.edits.items()},
-            **{(name, "output"): edit.after for name, edit in self.edits.items()},
-            **{(name, "own map"): m for name, m in self.remapped.items()},
-            **{(name, "replacement"): new.map for name, new in self.replaced.items()},
-        }
         return {
             "mode": self.mode,
             "summary": self.summary,
             "counts": self.counts,
             "decisions": [
-                {"name": d.name, "action": d.action, "into": list(d.into), "reason": d.reason}
+                {"name": d.name, "action": str(d.action), "into": list(d.into), "reason": d.reason}
                 for d in self.decisions
             ],
             "edits": [
-                {"layer": name, "side": side, "channels": m.channels, "sha256": _checksum(m)}
-                | (self._border_of(name) if side == "input" else {})
-                for (name, side), m in sorted(maps.items(), key=lambda item: item[0])
-                if m is not None
+                edit
+                for owner, action in sorted(self.actions.items())
+                for edit in _described(owner, action)
             ],
             "measurement": self.measurement and self.measurement.to_dict(),
-            "strides": {name: sampled.stride for name, sampled in self.sampled.items()},
+            "strides": {owner: sample.stride for owner, sample in self.of(Sample).items()},
             "notes": list(self.notes),
             "verification": self.verification and self.verification.to_dict(),
             "unverified": self.unverified,
         }
-
-    def _border_of(self, name: str) -> dict[str, Any]:
-        border = self.edits[name].border
-        return {} if border is None else {"border": list(border.outputs)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -207,6 +226,26 @@ class Plan:
             lines.append(f"not verified: {self.unverified}")
         decided = "\n".join(lines)
         return f"{decided}\n\n{self.measurement}" if self.measurement else decided
+
+
+def _described(owner: str, action: Action) -> list[dict[str, Any]]:
+    """The maps that an action brings to a layer, in types that JSON knows."""
+    match action:
+        case Fold(before=before, after=after, border=border):
+            sides = {"input": before, "output": after}
+            bordered = {} if border is None else {"input": {"border": list(border.outputs)}}
+        case Remap(map=m):
+            sides, bordered = {"own map": m}, {}
+        case Replace(map=m):
+            sides, bordered = {"replacement": m}, {}
+        case _:
+            return []
+    return [
+        {"layer": owner, "side": side, "channels": m.channels, "sha256": _checksum(m)}
+        | bordered.get(side, {})
+        for side, m in sides.items()
+        if m is not None
+    ]
 
 
 def _checksum(m: ChannelMap) -> str:

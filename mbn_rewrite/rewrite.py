@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite import output_dir
-from mbn_rewrite.api import check_mode, measuring_options
+from mbn_rewrite.comparison import Comparison, compare_outputs, judged, tolerance_for
 from mbn_rewrite.errors import RewriteError, VerificationError, cause_of
 from mbn_rewrite.frontends.keras_common import files as keras_files
+from mbn_rewrite.frontends.protocols import ModelSource
 from mbn_rewrite.frontends.saved_model import files as saved_model_files
-from mbn_rewrite.frontends.source import Footprint, ModelSource, ReferenceIO, bytes_on_disk
-from mbn_rewrite.options import TRAINING_MODES, Mode
+from mbn_rewrite.frontends.source import Footprint, ReferenceIO, bytes_on_disk
+from mbn_rewrite.options import TRAINING_MODES, Mode, checked_options
 from mbn_rewrite.plans import Plan
 from mbn_rewrite.tables import table
-from mbn_rewrite.verification import Comparison, compare_outputs, judged, tolerance_for
+from mbn_rewrite.tuning.auto import plan_for
 
 Progress = Callable[[str], None]
 
@@ -207,11 +208,16 @@ def rewrite_saved_model(
         RewriteError: the source cannot be read or rewritten, or the destination cannot be
             written. Nothing is left at the destination.
     """
-    say = progress or (lambda line: None)
-    check_mode(mode)
-    options = measuring_options(mode, batch_size, jit_compile, dtype, None, budget, progress)
+    options = checked_options(
+        mode,
+        progress=progress,
+        batch_size=batch_size,
+        jit_compile=jit_compile,
+        dtype=dtype,
+        budget=budget,
+    )
     inputs = None if inputs is None else as_arrays(inputs)
-    options = replace(options, inputs=inputs)
+    options, say = replace(options, inputs=inputs), options.progress
     if mode in TRAINING_MODES:
         raise RewriteError(
             f'mode "{mode}" is for training, and a model on disk is there to be served. Use '
@@ -234,8 +240,11 @@ def rewrite_saved_model(
         )
     model.unverifiable.update(dict.fromkeys(unverified, "as it was asked for"))
     say(f"planning, mode {mode}")
+    if inputs is not None and mode == "auto":
+        model.check_inputs(inputs)  # before measuring, which takes a while
+    plan = plan_for(model, options)
     report = Report(
-        str(source), "", model.plan(mode, options), model.footprint,
+        str(source), "", plan, model.footprint,
         as_it_was=model.as_it_was, left_out=model.left_out,
     )  # fmt: skip
     if dry_run:
@@ -254,7 +263,7 @@ def rewrite_saved_model(
     opened_again = model.opened_again
     with output_dir.working_folder(destination) as folder:
         say("writing")
-        weights = model.write(folder.new)
+        weights = model.write(plan, folder.new)
         del model  # so that the two are not in memory side by side
         give_back_memory()
         say("verifying what was written")

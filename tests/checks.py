@@ -6,9 +6,9 @@ import numpy as np
 import tensorflow as tf
 
 import mbn_rewrite as mbn
+from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
 from mbn_rewrite.frontends.execution import called
 from mbn_rewrite.plans import Plan
-from mbn_rewrite.verification import Comparison, compare_outputs, tolerance_for
 from tests.kerases import compute_dtypes, names, norms
 
 

@@ -12,7 +12,7 @@ from benchmarks.models.networks import (
     random_images,
     set_statistics,
 )
-from mbn_rewrite.verification import TOLERANCES, compare_outputs
+from mbn_rewrite.comparison import TOLERANCES, compare_outputs
 from tests.checks import check_rewrite, outputs
 
 # (BatchNormalizations, left after fold). What stays in the last two stands behind a value

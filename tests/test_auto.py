@@ -8,15 +8,15 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite.api import measuring_options
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.registry import front_end_of
 from mbn_rewrite.frontends.saved_model.function_graph import op_counts
 from mbn_rewrite.ir.graph import BatchNorm, Opaque
+from mbn_rewrite.options import Options, RunConfig, checked_options
 from mbn_rewrite.passes.planner import FOLDED, candidates
+from mbn_rewrite.plans import Fold
 from mbn_rewrite.tuning import auto
-from mbn_rewrite.tuning.auto import INPUT, Options, choose
-from mbn_rewrite.tuning.timing import RunConfig
+from mbn_rewrite.tuning.auto import INPUT, choose
 from tests.checks import check_saved_rewrites
 from tests.kerases import K, Model, norms
 from tests.test_planner import Wiring, norm_op
@@ -53,7 +53,7 @@ def test_plans_differ_in_what_does_not_fold(fusible):
         assert hard.action == ("kept" if form == FOLDED else form)
         assert "ReLU 'relu'" in hard.reason
         assert plan.mode == "auto"
-        assert set(plan.edits) == {"dense"}
+        assert set(plan.of(Fold)) == {"dense"}
     assert plans["scale_and_shift"].left == 0
 
 
@@ -124,7 +124,7 @@ def test_the_input_is_taken_where_it_is_fastest(monkeypatch):
     assert plan.measurement.chosen == INPUT
     assert plan.counts == {"kept": 2}
     assert all(decision.reason for decision in plan.decisions)
-    assert not plan.touched
+    assert not plan.actions
 
 
 def test_too_few_rounds_decide_nothing(monkeypatch):
@@ -368,5 +368,5 @@ def test_mixed_precision_is_set_for_as_long_as_is_measured(monkeypatch):
 
 
 def test_measuring_options_default_to_one_example_as_the_model_is():
-    options = measuring_options("auto", None, None, None, None, None, None)
+    options = checked_options("auto")
     assert (options.run_config, options.budget) == (RunConfig(1, False, None), 60.0)

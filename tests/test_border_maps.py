@@ -11,14 +11,15 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
+from mbn_rewrite.comparison import compare_outputs
 from mbn_rewrite.frontends.keras_common.files import load
 from mbn_rewrite.frontends.registry import front_end_of
 from mbn_rewrite.ir import layouts
 from mbn_rewrite.ir.algebra import Border, ChannelMap, Window, fold
-from mbn_rewrite.ir.graph import BatchNorm, Graph, Input, Linear, Node, Opaque, Value
+from mbn_rewrite.ir.graph import Activation, BatchNorm, Graph, Input, Linear, Node, Opaque, Value
 from mbn_rewrite.passes import planner
-from mbn_rewrite.passes.planner import _plan_fold
-from mbn_rewrite.verification import compare_outputs
+from mbn_rewrite.passes.fold import plan_fold
+from mbn_rewrite.plans import Fold
 from tests.kerases import K, Model, package, policy, set_policy
 from tests.whole_numbers import assert_equal_bits, inputs_for, norm, outputs, randomise
 
@@ -46,7 +47,7 @@ def with_borders(model):
     """A model rewritten with border maps, and the plan."""
     front_end = front_end_of(model)
     reading = front_end.read(model)
-    plan = _plan_fold(reading.graph, borders=True)
+    plan = plan_fold(reading.graph, borders=True)
     return front_end.write(model, reading, plan), plan
 
 
@@ -268,7 +269,7 @@ def test_a_border_that_is_off_by_one_position_is_noticed(rng):
 
 @pytest.fixture
 def fold_with_borders(monkeypatch):
-    monkeypatch.setitem(planner._PLANNERS, "fold", partial(_plan_fold, borders=True))
+    monkeypatch.setitem(planner._PLANNERS, "fold", partial(plan_fold, borders=True))
 
 
 SAVED = {
@@ -330,7 +331,9 @@ def test_graph_operations(padding, groups, with_bias, rng, tmp_path):
 def _graph(size, padding="same", dtype="float32", shift=1.0):
     """Opaque -> BatchNormalization -> a convolution of 3 along one axis -> Opaque."""
     window = Window(3, 1, 1, padding)
-    conv = Linear((layouts.conv("kernel", (3, 2, 5)),), "bias", 2, 2, True, "linear", (window,))
+    conv = Linear(
+        (layouts.conv("kernel", (3, 2, 5)),), "bias", 2, 2, True, Activation.LINEAR, (window,)
+    )
     ops = [Input(), BatchNorm(ChannelMap(np.full(2, 2.0), np.full(2, shift), 2)), conv, Opaque()]
     nodes = tuple(
         Node(name, name, op, (i - 1,) if i else (), (i,), dtype)
@@ -345,13 +348,13 @@ _WEIGHTS = {"kernel": np.ones((3, 2, 5)), "bias": np.zeros(5)}
 
 def test_fold_plans_no_border():
     graph = _graph(14)
-    for plan in (planner.make_plan(graph, "fold"), _plan_fold(graph)):
+    for plan in (planner.make_plan(graph, "fold"), plan_fold(graph)):
         assert [decision.action for decision in plan.decisions] == ["kept"]
         assert "pads its input with zeros, which a shift cannot pass" in plan.decisions[0].reason
 
 
 def test_the_decision_says_where_the_border_is_added():
-    plan = _plan_fold(_graph(14), borders=True)
+    plan = plan_fold(_graph(14), borders=True)
     (decision,) = plan.decisions
     assert (decision.action, decision.into) == ("folded", ("conv",))
     assert decision.reason == (
@@ -362,13 +365,13 @@ def test_the_decision_says_where_the_border_is_added():
 
 
 def test_a_border_is_planned_for_a_shift_only():
-    plan = _plan_fold(_graph(14, shift=0.0), borders=True)
-    assert plan.edits["conv"].border is None
+    plan = plan_fold(_graph(14, shift=0.0), borders=True)
+    assert plan.of(Fold)["conv"].border is None
     assert plan.decisions[0].reason == ""
 
 
 def test_a_border_out_of_range_is_declined():
-    plan = _plan_fold(_graph(14, dtype="float16", shift=40000.0), borders=True)
+    plan = plan_fold(_graph(14, dtype="float16", shift=40000.0), borders=True)
     assert "more than float16 can hold" in plan.decisions[0].reason
 
 

@@ -6,10 +6,10 @@ import tensorflow as tf
 import tf_keras
 
 import mbn_rewrite as mbn
+from mbn_rewrite.comparison import TOLERANCES, compare_outputs
 from mbn_rewrite.ir.graph import Affine, Linear, Monotone, PositivelyHomogeneous, ZeroPadding
 from mbn_rewrite.rules import motion
 from mbn_rewrite.rules.motion import Absorb, Rule, Through
-from mbn_rewrite.verification import TOLERANCES, compare_outputs
 from tests.checks import check_rewrite
 from tests.random_models import K, randomise
 

@@ -9,9 +9,8 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite import api, conversion_check
+from mbn_rewrite import api
 from mbn_rewrite.errors import UnverifiedWarning
-from mbn_rewrite.tuning import auto
 from tests.kerases import K, Model, package
 from tests.random_models import randomise
 
@@ -105,7 +104,7 @@ def test_a_model_that_cannot_be_called_is_an_error(each_keras, monkeypatch):
 
 
 def test_a_plan_is_not_checked(each_keras, monkeypatch):
-    monkeypatch.setattr(conversion_check, "checked", lambda *args: pytest.fail("it was run"))
+    monkeypatch.setattr(api, "checked", lambda *args: pytest.fail("it was run"))
     assert mbn.plan(conv_model(), "fold").verification is None
 
 
@@ -187,13 +186,13 @@ def test_the_model_stays_as_it_was(each_keras, mode):
 
 def test_measuring_and_checking_share_what_is_given(each_keras, monkeypatch):
     seen = []
-    real = auto.plan_in_memory
+    real = api.plan_for
 
-    def spy(*args):
-        seen.append(args[-1].inputs)
-        return real(*args)
+    def spy(model, options):
+        seen.append(options.inputs)
+        return real(model, options)
 
-    monkeypatch.setattr(api, "plan_in_memory", spy)
+    monkeypatch.setattr(api, "plan_for", spy)
     inputs = np.zeros((2, 8, 8, 3), np.float32)
     mbn.convert(conv_model(), "auto", inputs=inputs)
     assert seen[0] is inputs

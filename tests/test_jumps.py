@@ -12,12 +12,12 @@ import tensorflow as tf
 
 import mbn_rewrite as mbn
 from mbn_rewrite import verification
+from mbn_rewrite.comparison import TOLERANCES, compare_outputs, judged
 from mbn_rewrite.frontends.saved_model.function_graph import view_of
 from mbn_rewrite.frontends.saved_model.jumps import cuts_between
 from mbn_rewrite.frontends.saved_model.stretches import look_closer_at_calls
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.rewrite import VerificationError
-from mbn_rewrite.verification import TOLERANCES, compare_outputs, judged
 from tests import saved_models
 from tests.kerases import K, Model
 

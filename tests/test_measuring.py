@@ -3,15 +3,9 @@
 import pytest
 
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.tuning.timing import (
-    Measurement,
-    RunConfig,
-    Timing,
-    _outside,
-    quartiles,
-    ratio,
-    time_interleaved,
-)
+from mbn_rewrite.measurement import Measurement, Timing, _outside, quartiles, ratio
+from mbn_rewrite.options import RunConfig
+from mbn_rewrite.tuning.timing import time_interleaved
 
 
 class Clock:

@@ -10,6 +10,7 @@ import pytest
 
 from mbn_rewrite.ir import graph
 from mbn_rewrite.ir.algebra import ChannelMap, Kernel
+from mbn_rewrite.ir.graph import Activation, MergeKind
 from mbn_rewrite.rules import motion
 from mbn_rewrite.rules.motion import RULES, Absorb, Blocked, Shapes, Through
 
@@ -46,10 +47,14 @@ CONV = graph.Linear((Kernel("kernel", (3, 3, 4, 4), (2,), (3,)),), None, 3, 3)
     [
         (CONV, a_map(), Absorb),
         (CONV, a_map(axis=1), Blocked),
-        (dataclasses.replace(CONV, activation="other"), a_map(shift=0.0), Blocked),
-        (dataclasses.replace(CONV, activation="homogeneous"), a_map(), Blocked),
-        (dataclasses.replace(CONV, activation="homogeneous"), a_map(shift=0.0), Absorb),
-        (dataclasses.replace(CONV, activation="homogeneous"), a_map(scale=-1, shift=0), Blocked),
+        (dataclasses.replace(CONV, activation=Activation.OTHER), a_map(shift=0.0), Blocked),
+        (dataclasses.replace(CONV, activation=Activation.HOMOGENEOUS), a_map(), Blocked),
+        (dataclasses.replace(CONV, activation=Activation.HOMOGENEOUS), a_map(shift=0.0), Absorb),
+        (
+            dataclasses.replace(CONV, activation=Activation.HOMOGENEOUS),
+            a_map(scale=-1, shift=0),
+            Blocked,
+        ),
         (dataclasses.replace(CONV, pads=True), a_map(), Absorb),
         (graph.Affine(3, 3), a_map(scale=-1.0), Through),
         (graph.Affine(1, 1), a_map(), Blocked),
@@ -62,7 +67,6 @@ CONV = graph.Linear((Kernel("kernel", (3, 3, 4, 4), (2,), (3,)),), None, 3, 3)
         (graph.PositivelyHomogeneous(), a_map(), Blocked),
         (graph.PositivelyHomogeneous(), a_map(shift=0.0), Through),
         (graph.PositivelyHomogeneous(), a_map(scale=-1.0, shift=0.0), Blocked),
-        (graph.Merge("unheard of"), a_map(), Blocked),
         (graph.Opaque(), a_map(scale=1.0, shift=0.0), Blocked),
         (graph.Input(), a_map(), Blocked),
         (graph.BatchNorm(a_map()), a_map(), Absorb),
@@ -82,7 +86,7 @@ def test_backward(op, m, expected):
         (CONV, a_map(), 0, Absorb),
         (CONV, a_map(axis=2), 0, Blocked),
         (dataclasses.replace(CONV, in_axis=None), a_map(), 0, Blocked),
-        (dataclasses.replace(CONV, activation="other"), a_map(), 0, Absorb),
+        (dataclasses.replace(CONV, activation=Activation.OTHER), a_map(), 0, Absorb),
         (dataclasses.replace(CONV, pads=True), a_map(), 0, Blocked),
         (dataclasses.replace(CONV, pads=True), a_map(shift=0.0), 0, Absorb),
         (graph.Affine(3, 1), a_map(), 0, Through),
@@ -90,7 +94,7 @@ def test_backward(op, m, expected):
         (graph.Recurrent((), 3), a_map(), 0, Absorb),
         (graph.Recurrent((), 3), a_map(), 1, Blocked),
         (graph.Recurrent((), 2), a_map(), 0, Blocked),
-        (graph.Merge("add"), a_map(), 0, Blocked),
+        (graph.Merge(MergeKind.ADD), a_map(), 0, Blocked),
         (graph.BatchNorm(a_map()), a_map(), 0, Absorb),
     ],
     ids=str,
@@ -136,8 +140,10 @@ def test_merge_with_a_broadcast_input_blocks(kind):
 
 def test_only_one_addend_takes_the_shift():
     shapes = Shapes(((None, 8, 8, 4),) * 2, (None, 8, 8, 4))
-    assert RULES[graph.Merge].backward(graph.Merge("add"), a_map(), shapes).shift_once
-    first, second = RULES[graph.Merge].backward(graph.Merge("subtract"), a_map(), shapes).maps
+    assert RULES[graph.Merge].backward(graph.Merge(MergeKind.ADD), a_map(), shapes).shift_once
+    first, second = (
+        RULES[graph.Merge].backward(graph.Merge(MergeKind.SUBTRACT), a_map(), shapes).maps
+    )
     assert first.has_shift
     assert not second.has_shift
 

@@ -15,11 +15,13 @@ from mbn_rewrite.ir.graph import (
     Input,
     Linear,
     Merge,
+    MergeKind,
     Node,
     Opaque,
     Value,
 )
 from mbn_rewrite.passes.planner import make_plan
+from mbn_rewrite.plans import Fold, Remove
 
 C = 3
 
@@ -81,9 +83,9 @@ def test_norms_in_a_row_become_one_edit(w):
     y = w.norm("b", y, 3.0, 5.0)
     plan = make_plan(w.graph(w.relu("relu", y)), "fold")
     assert plan.left == 0
-    assert plan.removed == {"a", "b"}
-    np.testing.assert_array_equal(plan.edits["dense"].after.scale, [6.0] * C)
-    np.testing.assert_array_equal(plan.edits["dense"].after.shift, [8.0] * C)
+    assert set(plan.of(Remove)) == {"a", "b"}
+    np.testing.assert_array_equal(plan.of(Fold)["dense"].after.scale, [6.0] * C)
+    np.testing.assert_array_equal(plan.of(Fold)["dense"].after.shift, [8.0] * C)
 
 
 def test_backward_is_tried_before_forward(w):
@@ -95,18 +97,18 @@ def test_backward_is_tried_before_forward(w):
 def test_a_branch_is_all_or_nothing(w):
     x = w.source()
     a, b = w.dense("a", x), w.relu("b", x)
-    y = w.norm("bn", w.add("add", Merge("add"), a, b))
+    y = w.norm("bn", w.add("add", Merge(MergeKind.ADD), a, b))
     plan = make_plan(w.graph(w.relu("relu", y)), "fold")
-    assert plan.edits == {}
+    assert not plan.actions
     assert actions(plan) == {"bn": "kept"}
 
 
 def test_only_one_branch_of_an_add_is_shifted(w):
     x = w.source()
-    y = w.add("add", Merge("add"), w.dense("a", x), w.dense("b", x), w.dense("c", x))
+    y = w.add("add", Merge(MergeKind.ADD), w.dense("a", x), w.dense("b", x), w.dense("c", x))
     plan = make_plan(w.graph(w.relu("relu", w.norm("bn", y))), "fold")
     assert set(plan.decisions[0].into) == {"a", "b", "c"}
-    assert [plan.edits[name].after.has_shift for name in "abc"].count(True) == 1
+    assert [plan.of(Fold)[name].after.has_shift for name in "abc"].count(True) == 1
 
 
 def test_readers_of_a_removed_norm_count_for_the_next(w):
@@ -139,10 +141,10 @@ def test_layer_called_twice_needs_one_norm_behind_both(names, left, w):
 
 def test_value_read_twice_by_one_node_blocks(w):
     y = w.norm("bn", w.dense("dense", w.source()))
-    plan = make_plan(w.graph(w.add("add", Merge("add"), y, y)), "fold")
+    plan = make_plan(w.graph(w.add("add", Merge(MergeKind.ADD), y, y)), "fold")
     assert actions(plan) == {"bn": "folded"}  # backward; nothing is said of its readers
     y = w.norm("other", w.relu("relu", w.source()))
-    plan = make_plan(w.graph(w.add("twice", Merge("add"), y, y)), "fold")
+    plan = make_plan(w.graph(w.add("twice", Merge(MergeKind.ADD), y, y)), "fold")
     assert "reads it more than once" in plan.decisions[-1].reason
 
 
@@ -165,7 +167,7 @@ def test_deeply_nested_merges_are_declined_not_overrun(w):
     x = w.source()
     y = w.dense("d0", x)
     for i in range(150):
-        y = w.add(f"add{i}", Merge("add"), y, w.dense(f"d{i + 1}", x))
+        y = w.add(f"add{i}", Merge(MergeKind.ADD), y, w.dense(f"d{i + 1}", x))
     plan = make_plan(w.graph(w.relu("relu", w.norm("bn", y))), "fold")
     assert "too many merges" in plan.decisions[0].reason
 

@@ -25,8 +25,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import mbn_rewrite as mbn
 from mbn_rewrite.cli.quiet import import_tensorflow
+from mbn_rewrite.measurement import ratio
 from mbn_rewrite.tables import table
-from mbn_rewrite.tuning.timing import ratio, time_interleaved
+from mbn_rewrite.tuning.timing import time_interleaved
 from tools.real_models import MODELS, fetch
 
 OUT = ROOT / "build" / "demo"

@@ -12,10 +12,10 @@ def without_batch_norm(model: Any) -> Any:
     """
     from mbn_rewrite.frontends.registry import front_end_of
     from mbn_rewrite.ir.graph import BatchNorm
-    from mbn_rewrite.plans import Decision, Plan
+    from mbn_rewrite.plans import Decision, Fate, Plan, Remove
 
     front_end = front_end_of(model)
     reading = front_end.read(model)
     owners = dict.fromkeys(n.owner for n in reading.graph.nodes if isinstance(n.op, BatchNorm))
-    decisions = tuple(Decision(owner, "folded") for owner in owners)
-    return front_end.write(model, reading, Plan("none", decisions, removed=frozenset(owners)))
+    decisions = tuple(Decision(owner, Fate.FOLDED) for owner in owners)
+    return front_end.write(model, reading, Plan("none", decisions, dict.fromkeys(owners, Remove())))

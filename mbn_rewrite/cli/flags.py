@@ -9,8 +9,7 @@ from absl import app, flags
 
 import mbn_rewrite
 from mbn_rewrite.cli.console import say
-from mbn_rewrite.options import MODES, TRAINING_MODES
-from mbn_rewrite.tuning.timing import DEFAULT_BUDGET, DTYPES
+from mbn_rewrite.options import DEFAULT_BUDGET, DTYPES, MODES, TRAINING_MODES
 
 _USAGE = """\
 Rewrites the BatchNormalization of a model on disk.

@@ -33,8 +33,9 @@ from mbn_rewrite.cli.job import (
     step_to_json,
 )
 from mbn_rewrite.errors import RewriteError, VerificationError, cause_of, is_out_of_memory
+from mbn_rewrite.options import DEFAULT_BUDGET
 from mbn_rewrite.tables import as_wide_as
-from mbn_rewrite.tuning.timing import DEFAULT_BUDGET, MEASURING
+from mbn_rewrite.tuning.auto import MEASURING
 
 if TYPE_CHECKING:
     from mbn_rewrite.rewrite import Report

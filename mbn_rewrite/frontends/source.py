@@ -1,16 +1,13 @@
-"""What the exporter needs of a model on disk, whatever kind it is."""
+"""Facts about models on disk, whatever kind they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-
-from mbn_rewrite.plans import Plan
-from mbn_rewrite.tuning.auto import Options
 
 
 @dataclass(frozen=True)
@@ -47,54 +44,6 @@ class Footprint:
     bytes: int
     ops: Mapping[str, int] = field(default_factory=dict)
     signature: str = ""
-
-
-class ModelSource(Protocol):
-    """A model on disk, opened to be rewritten."""
-
-    @property
-    def footprint(self) -> Footprint:
-        """How large it is."""
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """The functions that are not carried over, and why."""
-
-    @property
-    def as_it_was(self) -> Mapping[str, str]:
-        """The functions that are carried over as they were, and why."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The signatures and methods that are carried over."""
-
-    @property
-    def unverifiable(self) -> dict[str, str]:
-        """The signatures and methods that are not to be run and compared, and why."""
-
-    @property
-    def dtypes(self) -> set[str]:
-        """The dtypes that it computes in."""
-
-    def plan(self, mode: str, options: Options) -> Plan:
-        """What becomes of every BatchNormalization; kept for `write`."""
-
-    def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
-        """What its signatures give, for these inputs or for made-up ones."""
-
-    @property
-    def opened_again(self) -> Callable[[Path], Any]:
-        """Loads the original again, as a `loading.Loaded`, to look at it more closely.
-
-        It is given a path at which there is nothing, to write to if it has to, and holds no
-        part of the opened model.
-        """
-
-    def write(self, directory: Path) -> int:
-        """Writes the model with the plan carried out; returns how many weights it has.
-
-        The opened model is not used after that.
-        """
 
 
 def bytes_on_disk(path: Path) -> int:

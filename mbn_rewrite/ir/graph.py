@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mbn_rewrite.enums import Name
 from mbn_rewrite.ir.algebra import ChannelMap, Kernel, Window
 
 Shape = tuple[int | None, ...]
@@ -59,6 +60,14 @@ class Opaque(Op):
     why: str = "is no operation that a per-channel scale and shift can move through"
 
 
+class Activation(Name):
+    """What a linear operation applies to its result."""
+
+    LINEAR = "linear"
+    HOMOGENEOUS = "homogeneous"  # see `PositivelyHomogeneous`
+    OTHER = "other"
+
+
 SPREADS = "adds up another number of inputs for one output than for the next"
 
 
@@ -74,7 +83,7 @@ class Linear(Op):
         out_axis: the axis of the output that holds the output channels.
         pads: whether a constant input does not give a constant output, most often because
             zeros are read around it.
-        activation: "linear", "homogeneous" (see `PositivelyHomogeneous`) or "other".
+        activation: what it applies to its result.
         windows: of a convolution that can add a border map: how it reads each axis of
             positions. No part of what tells calls apart: the planner compares them where
             they matter.
@@ -89,7 +98,7 @@ class Linear(Op):
     in_axis: int | None
     out_axis: int
     pads: bool = False
-    activation: str = "linear"
+    activation: Activation = Activation.LINEAR
     windows: tuple[Window, ...] = field(default=(), compare=False)
     bias_doubt: str = field(default="", compare=False)
     uneven: str = field(default="pads its input with zeros", compare=False)
@@ -145,11 +154,21 @@ def fused_operation_takes(dtype: str, axis: int | None, rank: int) -> bool:
     return dtype in _FUSED_DTYPES and axis == rank - 1 and 2 <= rank <= 5
 
 
+class MergeKind(Name):
+    """What a merge makes of its inputs."""
+
+    ADD = "add"
+    SUBTRACT = "subtract"
+    AVERAGE = "average"
+    MAXIMUM = "maximum"
+    MINIMUM = "minimum"
+
+
 @dataclass(frozen=True)
 class Merge(Op):
-    """Elementwise "add", "subtract", "average", "maximum" or "minimum" of its inputs."""
+    """An elementwise merge of inputs."""
 
-    kind: str
+    kind: MergeKind
 
 
 @dataclass(frozen=True)

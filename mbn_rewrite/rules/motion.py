@@ -25,6 +25,7 @@ import numpy as np
 
 from mbn_rewrite.ir.algebra import ChannelMap, reshaped
 from mbn_rewrite.ir.graph import (
+    Activation,
     Affine,
     BatchNorm,
     ChannelPreserving,
@@ -32,6 +33,7 @@ from mbn_rewrite.ir.graph import (
     Input,
     Linear,
     Merge,
+    MergeKind,
     Monotone,
     Op,
     Opaque,
@@ -101,9 +103,9 @@ def _into_outputs(op: Linear, m: ChannelMap, shapes: Shapes) -> Outcome:
     """s (W x + b) + t = (s W) x + (s b + t)"""
     if m.axis != op.out_axis:
         return Blocked(f"has its output channels on axis {op.out_axis}, not on axis {m.axis}")
-    if op.activation == "linear":
+    if op.activation is Activation.LINEAR:
         return Absorb()
-    if op.activation == "homogeneous":
+    if op.activation is Activation.HOMOGENEOUS:
         return _unless(m, "applies a fused activation", no_shift=True, no_negative=True) or Absorb()
     return Blocked("applies a fused activation")
 
@@ -213,16 +215,16 @@ def _merge_backward(op: Merge, m: ChannelMap, shapes: Shapes) -> Outcome:
     if any(len(shape) != rank or shape[m.axis] != m.channels for shape in shapes.inputs):
         return Blocked("repeats one of its inputs over the channels")
     count = len(shapes.inputs)
-    if op.kind == "add":
-        return Through((m,) * count, shift_once=True)
-    if op.kind == "subtract":
-        return Through((m,) + (m.without_shift(),) * (count - 1))
-    if op.kind in ("maximum", "minimum"):
-        blocked = _unless(m, f"takes a {op.kind}", no_negative=True)
-        return blocked or Through((m,) * count)
-    if op.kind == "average":
-        return Through((m,) * count)
-    return Blocked("is a merge of an unknown kind")
+    match op.kind:
+        case MergeKind.ADD:
+            return Through((m,) * count, shift_once=True)
+        case MergeKind.SUBTRACT:
+            return Through((m,) + (m.without_shift(),) * (count - 1))
+        case MergeKind.MAXIMUM | MergeKind.MINIMUM:
+            blocked = _unless(m, f"takes a {op.kind}", no_negative=True)
+            return blocked or Through((m,) * count)
+        case MergeKind.AVERAGE:
+            return Through((m,) * count)
 
 
 def _merge_forward(op: Merge, m: ChannelMap, shapes: Shapes, position: int) -> Outcome:

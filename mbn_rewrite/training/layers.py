@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from mbn_rewrite.training.sampled_batch_norm import Moments, Sampling
 
-DEFAULT_STRIDE = 4
-
 
 class _SampledBatchNormalization:
     """A BatchNormalization with statistics of a sample; comes before one in a class's bases."""
@@ -54,7 +52,7 @@ class _SampledBatchNormalization:
 
     def __init__(
         self,
-        stride: int | tuple[int, int] = DEFAULT_STRIDE,
+        stride: int | tuple[int, int] = strides.DEFAULT_STRIDE,
         *,
         min_samples: int = strides.MIN_SAMPLES,
         **kwargs: Any,

@@ -16,6 +16,8 @@ from mbn_rewrite.errors import RewriteError
 # An int serves every spatial axis; a pair is (rows, columns).
 Stride = int | tuple[int, int]
 
+DEFAULT_STRIDE = 4  # the least at which large activations gain (see benchmarks/layer.py)
+
 # Positions of one example that statistics are taken from at least, where it has so many: with
 # a batch of 32, the relative standard error of a variance is then sqrt(2 / 512), about 6%.
 MIN_SAMPLES = 16

@@ -10,32 +10,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any
+from dataclasses import replace
 
 from mbn_rewrite.errors import RewriteError, cause_of, is_out_of_memory
-from mbn_rewrite.frontends.registry import FrontEnd, Reading
+from mbn_rewrite.frontends.protocols import OpenModel, Run
 from mbn_rewrite.ir.graph import Graph
+from mbn_rewrite.measurement import CONFIDENCE, LEAST_ROUNDS, Measurement, Ratio, Timing, ratio
+from mbn_rewrite.options import Options
 from mbn_rewrite.passes.planner import FOLDED, candidates, make_plan
-from mbn_rewrite.plans import Decision, Plan
-from mbn_rewrite.tuning.timing import (
-    CONFIDENCE,
-    DEFAULT_BUDGET,
-    LEAST_ROUNDS,
-    MEASURING,
-    Measurement,
-    Ratio,
-    RunConfig,
-    Timing,
-    ratio,
-    time_interleaved,
-)
+from mbn_rewrite.plans import Decision, Fate, Plan
+from mbn_rewrite.tuning.timing import time_interleaved
 
 INPUT = "input"  # the model as it was
+MEASURING = "measuring"  # how the step begins that takes the budget
 
-Run = Callable[[], object]
-# What runs a form, by its plan; None stands for the model as it was. RewriteError: it cannot be
+# Runs a form, by its plan; None stands for the model as it was. RewriteError: it cannot be
 # run in this way.
 Runner = Callable[[Plan | None], AbstractContextManager[Run]]
 
@@ -43,28 +32,16 @@ _NEEDED = (INPUT, FOLDED)  # without these there is nothing to compare others wi
 _BUILDING = 0.6  # the part of the budget after which no further form is built, or run at all
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to measure.
-
-    Attributes:
-        run_config: how the model will be run.
-        inputs: what to call it with, cut to the batch size; None to make them up.
-        budget: the most seconds to take, about.
-        progress: called with a line when a step begins.
-    """
-
-    run_config: RunConfig = field(default_factory=RunConfig)
-    inputs: Any = None
-    budget: float = DEFAULT_BUDGET
-    progress: Callable[[str], None] = lambda line: None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.budget, (int, float)) or not self.budget > 0:
-            raise RewriteError(
-                f"the budget must be a number of seconds above 0, not {self.budget!r}. To measure "
-                'nothing, use mode="fold"'
+def plan_for(model: OpenModel, options: Options) -> Plan:
+    """The plan for a model, in any mode."""
+    if options.mode == "auto":
+        with model.set_up(options.run_config):
+            plan = choose(
+                model.graph, lambda form: model.running(form, options), model.device(), options
             )
+    else:
+        plan = make_plan(model.graph, options.mode, options.stride)
+    return replace(plan, notes=(*model.notes, *plan.notes))
 
 
 def choose(graph: Graph, runner: Runner, device: str, options: Options) -> Plan:
@@ -200,51 +177,7 @@ def _as_it_was(fold: Plan) -> Plan:
     """A plan to do nothing, since that is fastest."""
     why = "With what folds folded, the model is slower than it was."
     decisions = tuple(
-        d if d.action == "kept" else Decision(d.name, "kept", reason=why) for d in fold.decisions
+        d if d.action == Fate.KEPT else Decision(d.name, Fate.KEPT, reason=why)
+        for d in fold.decisions
     )
     return Plan("auto", decisions)
-
-
-# ------------------------------------------------------------------------ models in memory
-
-
-def plan_in_memory(
-    front_end: FrontEnd,
-    model: Any,
-    reading: Reading,
-    mode: str,
-    stride: Any = None,
-    options: Options | None = None,
-) -> tuple[Plan, Any]:
-    """The plan of a model in any mode, and the model with it carried out.
-
-    The latter is None where it did not have to be made for the plan.
-    """
-    if mode != "auto":
-        plan, new = make_plan(reading.graph, mode, stride), None
-    else:
-        plan, new = _choose_in_memory(front_end, model, reading, options or Options())
-    return replace(plan, notes=(*reading.notes, *plan.notes)), new
-
-
-def _choose_in_memory(
-    front_end: FrontEnd, model: Any, reading: Reading, options: Options
-) -> tuple[Plan, Any]:
-    written: list[tuple[Plan, Any]] = []
-
-    def runner(plan: Plan | None) -> AbstractContextManager[Run]:
-        if plan is None:
-            return front_end.running(model, inputs(), options.run_config)
-        new = front_end.write(model, reading, plan)
-        written.append((plan, new))
-        return front_end.running(new, inputs(), options.run_config)
-
-    @cache
-    def inputs() -> Any:
-        return front_end.inputs_of_batch(model, options.inputs, options.run_config.batch_size)
-
-    with front_end.set_up(options.run_config):
-        plan = choose(reading.graph, runner, front_end.device(), options)
-    # What was measured is added to a plan; its decisions stay the same object.
-    chosen = (new for tried, new in written if tried.decisions is plan.decisions)
-    return plan, next(chosen, None)

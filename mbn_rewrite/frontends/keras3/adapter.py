@@ -32,7 +32,16 @@ from mbn_rewrite.frontends.keras3.training_layers import (
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter, Record
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, parts
 from mbn_rewrite.frontends.keras_common.op_table import Call, Describer, layer_table
-from mbn_rewrite.ir.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
+from mbn_rewrite.ir.graph import (
+    Affine,
+    Concat,
+    Merge,
+    MergeKind,
+    Op,
+    Opaque,
+    PositivelyHomogeneous,
+    Shape,
+)
 
 
 class Keras3(KerasAdapter):
@@ -303,7 +312,7 @@ def _without_what_init_does_not_take(kind: type, config: dict[str, Any]) -> dict
 # ------------------------------------------------------ operations among a model's layers
 
 
-def _merge(kind: str) -> Describer:
+def _merge(kind: MergeKind) -> Describer:
     return lambda call: Merge(kind) if len(call.inputs) == 2 else Opaque()
 
 
@@ -320,10 +329,10 @@ def _relu(call: Call) -> Op:
 
 
 _OPERATIONS: dict[type, Describer] = {
-    numpy.Add: _merge("add"),
-    numpy.Subtract: _merge("subtract"),
-    numpy.Maximum: _merge("maximum"),
-    numpy.Minimum: _merge("minimum"),
+    numpy.Add: _merge(MergeKind.ADD),
+    numpy.Subtract: _merge(MergeKind.SUBTRACT),
+    numpy.Maximum: _merge(MergeKind.MAXIMUM),
+    numpy.Minimum: _merge(MergeKind.MINIMUM),
     numpy.Concatenate: _concatenate,
     nn.Relu: lambda call: PositivelyHomogeneous(),
     nn.LeakyRelu: lambda call: PositivelyHomogeneous(),

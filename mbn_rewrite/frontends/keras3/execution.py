@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from mbn_rewrite.comparison import Comparison
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.keras3.adapter import KERAS_3, functional_of
 from mbn_rewrite.frontends.keras_common import execution as shared
@@ -21,8 +22,8 @@ from mbn_rewrite.frontends.sample_inputs import (
     uncallable,
     with_batch,
 )
-from mbn_rewrite.tuning.timing import RunConfig, processor
-from mbn_rewrite.verification import Comparison
+from mbn_rewrite.options import RunConfig
+from mbn_rewrite.tuning.device import processor
 
 
 def compute_dtypes(model: Any) -> set[str]:
@@ -114,7 +115,7 @@ def running(model: Any, inputs: Any, run_config: RunConfig) -> Iterator[Callable
 def closer_look(
     model: Any, new: Any, inputs: Any, plain: Comparison, rounding: bool
 ) -> Comparison | None:
-    """See `registry.FrontEnd`. Only TensorFlow has graphs to look into."""
+    """See `protocols.FrontEnd`. Only TensorFlow has graphs to look into."""
     if not _on_tensorflow():
         return None
     from mbn_rewrite.frontends.saved_model.stretches import look_closer_at_calls

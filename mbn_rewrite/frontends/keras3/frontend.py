@@ -1,4 +1,4 @@
-"""What the rest of the library uses of this front end; see `registry.FrontEnd`."""
+"""What the rest of the library uses of this front end; see `protocols.FrontEnd`."""
 
 from mbn_rewrite.frontends.keras3.execution import (
     closer_look,

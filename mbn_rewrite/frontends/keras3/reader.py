@@ -8,5 +8,5 @@ from mbn_rewrite.frontends.keras_common.reader import Reading
 
 
 def read(model: Any) -> Reading:
-    """What a built Keras 3 model does; see `registry.FrontEnd`."""
+    """What a built Keras 3 model does; see `protocols.FrontEnd`."""
     return reader.read(model, KERAS_3)

@@ -19,7 +19,7 @@ from mbn_rewrite.frontends.keras_common.source import KerasFile, check_names, lo
 
 
 class Keras3File(KerasFile):
-    """See `stored.ModelSource`."""
+    """See `protocols.ModelSource`."""
 
     def __init__(self, source: Path, trusted: bool) -> None:
         if keras.backend.backend() != "tensorflow":

@@ -20,7 +20,7 @@ _DEFINE = "Define build(), or get_build_config() and build_from_config()"
 
 
 def write(model: Any, reading: Reading, plan: Plan) -> Any:
-    """A rewritten copy of a model; see `registry.FrontEnd`."""
+    """A rewritten copy of a model; see `protocols.FrontEnd`."""
     return _Keras3Writer(KERAS_3, reading, plan).write(model)
 
 
@@ -36,11 +36,9 @@ class _Keras3Writer(Writer):
         records = {id(record.layer): record for record in self.keras.calls_of(old)}
         layers = []
         for layer in old._layers:  # with the input layer, which `layers` leaves out
-            if self.owner(layer) not in self.plan.removed:
+            if not self.is_removed(layer):
                 layers.append(self.layer(records[id(layer)]))
-                continue
-            self.done.add(self.owner(layer))
-            if layer is old._layers[-1]:
+            elif layer is old._layers[-1]:
                 layers.append(self.standing_in_for(layer))
         new = made_without_constructor(old, keras.Sequential, layers, name=old.name)
         self.finish()

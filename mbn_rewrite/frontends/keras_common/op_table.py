@@ -18,6 +18,7 @@ from mbn_rewrite.ir import layouts
 from mbn_rewrite.ir.algebra import ChannelMap, Kernel, Window
 from mbn_rewrite.ir.graph import (
     SPREADS,
+    Activation,
     Affine,
     BatchNorm,
     Chain,
@@ -25,6 +26,7 @@ from mbn_rewrite.ir.graph import (
     Input,
     Linear,
     Merge,
+    MergeKind,
     Monotone,
     Op,
     Opaque,
@@ -184,11 +186,11 @@ _MAY_MISPLACE = (
 )
 
 
-def _activation_kind(activation: Any, keras: KerasAdapter) -> str:
-    """ "linear", "homogeneous" or "other", as in `graph.Linear`."""
+def _activation_kind(activation: Any, keras: KerasAdapter) -> Activation:
+    """A layer's activation, as far as it matters."""
     if activation is None or activation is keras.linear:
-        return "linear"
-    return "homogeneous" if activation in keras.homogeneous else "other"
+        return Activation.LINEAR
+    return Activation.HOMOGENEOUS if activation in keras.homogeneous else Activation.OTHER
 
 
 def _channel_axis(layer: Any, rank: int) -> int:
@@ -385,9 +387,9 @@ def _permute(call: Call) -> Op:
 
 def _activation(call: Call) -> Op:
     kind = _activation_kind(call.layer.activation, call.keras)
-    if kind == "linear":
+    if kind is Activation.LINEAR:
         return Affine()
-    if kind == "homogeneous":
+    if kind is Activation.HOMOGENEOUS:
         return PositivelyHomogeneous()
     name = getattr(call.layer.activation, "__name__", "")
     return Opaque(f"is a {name} activation" if name else "is an activation")
@@ -440,7 +442,7 @@ _TABLE: dict[str, Describer] = {
     "Reshape": _always(Reshape()),
     "Permute": _permute,
     **{
-        name: _always(Merge(name.lower()))
+        name: _always(Merge(MergeKind(name.lower())))
         for name in ("Add", "Subtract", "Average", "Maximum", "Minimum")
     },
     "Concatenate": _concatenate,

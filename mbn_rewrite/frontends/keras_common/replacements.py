@@ -21,11 +21,11 @@ from mbn_rewrite.frontends.keras_common.cloning import (
 )
 from mbn_rewrite.frontends.keras_common.op_table import affine_weights
 from mbn_rewrite.ir.algebra import ChannelMap
-from mbn_rewrite.plans import Replacement, Sampled
+from mbn_rewrite.plans import Form, Replace, Sample
 
 
 def replacement(
-    keras: KerasAdapter, old: Any, planned: Replacement, rank: int, masked: bool
+    keras: KerasAdapter, old: Any, planned: Replace, rank: int, masked: bool
 ) -> tuple[Any, Callable[[], None]]:
     """The layer that does a BatchNormalization's map in its place.
 
@@ -37,9 +37,9 @@ def replacement(
         masked: whether a mask may come with its input, which convolutions stop.
     """
     m = planned.map
-    if planned.form == "fused":
+    if planned.form is Form.FUSED:
         return _fused(keras, old, m)
-    convolved = planned.form == "depthwise" and not masked
+    convolved = planned.form is Form.DEPTHWISE and not masked
     common: dict[str, Any] = {
         "name": old.name,
         "dtype": old.dtype_policy,
@@ -111,7 +111,7 @@ def set_map(keras: KerasAdapter, old: Any, new: Any, m: ChannelMap) -> None:
 
 
 def training_layer(
-    keras: KerasAdapter, old: Any, sampled: Sampled
+    keras: KerasAdapter, old: Any, sampled: Sample
 ) -> tuple[Any, Callable[[], None]]:
     """The layer that trains in the place of a BatchNormalization, with the weights that it had.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,19 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.frontends.in_memory import ModelInMemory, outputs_of_original
 from mbn_rewrite.frontends.keras_common import files
-from mbn_rewrite.frontends.registry import FrontEnd
+from mbn_rewrite.frontends.protocols import FrontEnd, Run
 from mbn_rewrite.frontends.source import Footprint, ReferenceIO, bytes_on_disk
+from mbn_rewrite.ir.graph import Graph
+from mbn_rewrite.options import Options, RunConfig
 from mbn_rewrite.plans import Plan
-from mbn_rewrite.tuning.auto import Options, plan_in_memory
-from mbn_rewrite.verification import outputs_of_original
 
 SERVING = "serving_default"  # the signature that Keras makes
 
 
 class KerasFile(ABC):
-    """See `stored.ModelSource`.
+    """See `protocols.ModelSource`.
 
     Args:
         source: the file.
@@ -36,9 +38,7 @@ class KerasFile(ABC):
         self._trusted = trusted
         self._front_end = front_end
         self.model = files.load(source, trusted, keras)
-        self._reading = front_end.read(self.model)
-        self._plan: Plan | None = None
-        self._new: Any = None  # the model with the plan carried out, if that was made already
+        self._opened = ModelInMemory(front_end, self.model)
         self.left_out: Mapping[str, str] = {}
         self.as_it_was: Mapping[str, str] = {}
         self.unverifiable: dict[str, str] = {}
@@ -72,13 +72,27 @@ class KerasFile(ABC):
     def dtypes(self) -> set[str]:
         return self._front_end.compute_dtypes(self.model)
 
-    def plan(self, mode: str, options: Options) -> Plan:
-        if mode == "auto" and options.inputs is not None:
+    @property
+    def graph(self) -> Graph:
+        return self._opened.graph
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._opened.notes
+
+    def set_up(self, run_config: RunConfig) -> AbstractContextManager[None]:
+        return self._opened.set_up(run_config)
+
+    def device(self) -> str:
+        return self._opened.device()
+
+    def running(self, plan: Plan | None, options: Options) -> AbstractContextManager[Run]:
+        if options.inputs is not None:
             options = replace(options, inputs=self.structured(options.inputs))
-        self._plan, self._new = plan_in_memory(
-            self._front_end, self.model, self._reading, mode, options=options
-        )
-        return self._plan
+        return self._opened.running(plan, options)
+
+    def check_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
+        self.structured(inputs)
 
     def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
         if SERVING in self.unverifiable:
@@ -101,11 +115,8 @@ class KerasFile(ABC):
 
         return again
 
-    def write(self, directory: Path) -> int:
-        assert self._plan is not None
-        new = self._new
-        if new is None:
-            new = self._front_end.write(self.model, self._reading, self._plan)
+    def write(self, plan: Plan, directory: Path) -> int:
+        new = self._opened.write(plan)
         try:
             self.save(new, directory)
         except RewriteError:

@@ -42,10 +42,10 @@ from mbn_rewrite.frontends.keras_common.replacements import (
     standing_for,
     training_layer,
 )
-from mbn_rewrite.ir.algebra import ChannelMap, Kernel, fold
+from mbn_rewrite.ir.algebra import Kernel, fold
 from mbn_rewrite.ir.graph import Linear
 from mbn_rewrite.ir.layouts import einsum_channels
-from mbn_rewrite.plans import Edit, Plan
+from mbn_rewrite.plans import Fold, Plan, Remap, Remove, Replace, Sample
 
 # They were meant for the weights as they were, and would spoil the folded ones.
 _MEANT_FOR_OLD_WEIGHTS = {
@@ -69,7 +69,6 @@ class Writer(ABC):
         self.reading = reading
         self.plan = plan
         self.done: set[str] = set()
-        self._touched = plan.touched
         self._unfinished: list[Callable[[], None]] = []  # what sets weights, once built
         self._holders: list[tuple[Any, Any]] = []  # layers that may hold layers, and copies
         self._copies: dict[int, Any] = {}
@@ -89,7 +88,7 @@ class Writer(ABC):
                 self._take_over_attributes(*self._models.pop(0), belongings)
             else:
                 self._exchange_held(*self._holders.pop(0))
-        missed = self.plan.touched ^ self.done
+        missed = set(self.plan.actions) ^ self.done
         if missed:  # a defect of this library, never of the model
             raise RewriteError(
                 f"the plan was not carried out on {sorted(missed)}; please report this"
@@ -152,9 +151,10 @@ class Writer(ABC):
         if id(old) in self._copies:
             return self._copies[id(old)]
         owner = self.owner(old)
-        if owner in self.plan.removed:
+        action = self.plan.actions.get(owner)
+        if isinstance(action, Remove):
             new = self.standing_in_for(old)
-        elif owner in {*self.plan.replaced, *self.plan.sampled}:
+        elif isinstance(action, (Replace, Sample)):
             return self._held_replacement(old)
         elif isinstance(old, self.keras.model):
             new = self._subclassed(old)
@@ -171,8 +171,7 @@ class Writer(ABC):
         tensors: dict[int, Any] = {}
         outputs = {id(t) for t in old.outputs}
         for record in self.keras.calls_of(old):
-            if self.owner(record.layer) in self.plan.removed:
-                self.done.add(self.owner(record.layer))
+            if self.is_removed(record.layer):
                 (given,) = record.outputs
                 tensors[id(given)] = self._passed_by(
                     record.layer, tensors[id(record.inputs[0])], id(given) in outputs
@@ -231,19 +230,30 @@ class Writer(ABC):
             return self.model(old)
         if id(old) not in self._copies:
             owner = self.owner(old)
-            if owner in self.plan.sampled:
-                new = self._training_layer(old)
-            elif owner in self.plan.replaced:
-                rank = len(self.keras.shape_of(record.outputs[0]))
-                new = self._replacement(old, rank, owner in self.reading.masked)
-            elif owner in self.plan.remapped:
-                new = self._renewed(old, self.plan.remapped[owner])
-            elif owner in self.plan.edits:
-                new = self._edited(old, self.plan.edits[owner])
-            else:
-                new = self.copied(old)
-            self._copies[id(old)] = new
+            rank = len(self.keras.shape_of(record.outputs[0])) if record.outputs else 0
+            self._copies[id(old)] = self._acted_on(old, rank, owner in self.reading.masked)
         return self._copies[id(old)]
+
+    def is_removed(self, layer: Any) -> bool:
+        """Whether a layer vanishes, which is then done."""
+        removed = isinstance(self.plan.actions.get(self.owner(layer)), Remove)
+        if removed:
+            self.done.add(self.owner(layer))
+        return removed
+
+    def _acted_on(self, old: Any, rank: int, masked: bool) -> Any:
+        """The layer that an action makes of another; a copy where there is none.
+
+        Args:
+            old: the layer.
+            rank: the number of dimensions of its input.
+            masked: whether a mask may come with its input.
+        """
+        action = self.plan.actions.get(self.owner(old))
+        if action is None:
+            return self.copied(old)
+        self.done.add(self.owner(old))
+        return _WRITERS[type(action)](self, old, action, rank, masked)
 
     def copied(self, old: Any) -> Any:
         """A layer with the same configuration and the same weights."""
@@ -254,9 +264,8 @@ class Writer(ABC):
         self._holders.append((old, new))
         return new
 
-    def _edited(self, old: Any, edit: Edit) -> Any:
+    def _folded(self, old: Any, edit: Fold, rank: int, masked: bool) -> Any:
         """A layer that has absorbed maps."""
-        self.done.add(self.owner(old))
         if edit.border is not None or edit.outer_bias:
             return self._stood_for(old, edit)
         needs_bias = edit.has_shift
@@ -275,7 +284,7 @@ class Writer(ABC):
         self._unfinished.append(lambda: self._set_folded(old, new, edit, needs_bias))
         return new
 
-    def _stood_for(self, old: Any, edit: Edit) -> Any:
+    def _stood_for(self, old: Any, edit: Fold) -> Any:
         """What has absorbed maps and adds for a convolution what this cannot add itself."""
         bordered = edit.border is not None
         kind = self.keras.bordered_convolution if bordered else self.keras.biased_convolution
@@ -284,33 +293,28 @@ class Writer(ABC):
         self._unfinished.append(lambda: self._set_stood_for(old, new, edit))
         return new
 
-    def _renewed(self, old: Any, m: ChannelMap) -> Any:
+    def _remapped(self, old: Any, action: Remap, rank: int, masked: bool) -> Any:
         """A BatchNormalization with another map, by way of its gamma and beta."""
-        self.done.add(self.owner(old))
         config = config_of(old, self.keras) | {"scale": True, "center": True}
         new = from_config(old, config, self.keras)
         _drop_what_was_meant_for_old_weights(new)
-        self._unfinished.append(lambda: set_map(self.keras, old, new, m))
+        self._unfinished.append(lambda: set_map(self.keras, old, new, action.map))
         return new
 
-    def _replacement(self, old: Any, rank: int, masked: bool) -> Any:
+    def _replaced(self, old: Any, action: Replace, rank: int, masked: bool) -> Any:
         """The layer that takes a BatchNormalization's place, under its name."""
-        owner = self.owner(old)
-        self.done.add(owner)
-        new, finish = replacement(self.keras, old, self.plan.replaced[owner], rank, masked)
+        new, finish = replacement(self.keras, old, action, rank, masked)
         _drop_what_was_meant_for_old_weights(new)
         self._unfinished.append(finish)
         return new
 
-    def _training_layer(self, old: Any) -> Any:
+    def _sampled(self, old: Any, action: Sample, rank: int, masked: bool) -> Any:
         """The layer that trains in a BatchNormalization's place, under its name."""
-        owner = self.owner(old)
-        self.done.add(owner)
-        new, finish = training_layer(self.keras, old, self.plan.sampled[owner])
+        new, finish = training_layer(self.keras, old, action)
         self._unfinished.append(finish)
         return new
 
-    def _set_folded(self, old: Any, new: Any, edit: Edit, needs_bias: bool) -> None:
+    def _set_folded(self, old: Any, new: Any, edit: Fold, needs_bias: bool) -> None:
         """Sets a new layer's weights to those of the old with the edit folded in."""
         copy_weights(old, new, self.keras)
         _drop_what_was_meant_for_old_weights(new)
@@ -324,7 +328,7 @@ class Writer(ABC):
                 weights.write(new, path + "bias", new_bias)
                 _check_range(old, new_bias, weights.read(new, path + "bias"))
 
-    def _set_stood_for(self, old: Any, new: Any, edit: Edit) -> None:
+    def _set_stood_for(self, old: Any, new: Any, edit: Fold) -> None:
         """Sets the kernels of what stands for a convolution, and what it adds."""
         assert isinstance(edit.op, Linear)
         added = _fold_kernels(old, new.layer, edit, edit.op.kernels, edit.op.bias)
@@ -346,7 +350,7 @@ class Writer(ABC):
             self._check_not_traced(old)
             if self.keras.is_visible(inner):
                 exchange(new, place, self.model(inner), self.keras)
-            elif self.owner(inner) in {*self.plan.replaced, *self.plan.sampled}:
+            elif isinstance(self.plan.actions.get(self.owner(inner)), (Replace, Sample)):
                 exchange(new, place, self._held_replacement(inner), self.keras)
             else:
                 self._exchange_held(inner, _held_at(new, place))
@@ -370,12 +374,8 @@ class Writer(ABC):
     def _held_replacement(self, old: Any) -> Any:
         if id(old) not in self._copies:
             rank = old.input_spec.ndim
-            self._copies[id(old)] = (
-                self._training_layer(old)
-                if self.owner(old) in self.plan.sampled
-                # A mask may reach it; only ScaleAndShift lets masks flow on in every rank.
-                else self._replacement(old, rank, masked=rank == 3)
-            )
+            # A mask may reach it; only ScaleAndShift lets masks flow on in every rank.
+            self._copies[id(old)] = self._acted_on(old, rank, masked=rank == 3)
             self.finish()
         return self._copies[id(old)]
 
@@ -388,14 +388,23 @@ class Writer(ABC):
             )
 
     def _is_planned(self, layer: Any) -> bool:
-        return any(self.owner(part) in self._touched for part in parts(layer))
+        return any(self.owner(part) in self.plan.actions for part in parts(layer))
+
+
+# How a layer is made that an action asks for. What is removed has none: its readers read its input.
+_WRITERS: dict[type, Callable[..., Any]] = {
+    Fold: Writer._folded,
+    Remap: Writer._remapped,
+    Replace: Writer._replaced,
+    Sample: Writer._sampled,
+}
 
 
 # -------------------------------------------------------------------------------- helpers
 
 
 def _fold_kernels(
-    old: Any, new: Any, edit: Edit, kernels: Sequence[Kernel], bias: str | None
+    old: Any, new: Any, edit: Fold, kernels: Sequence[Kernel], bias: str | None
 ) -> np.ndarray:
     """Sets kernels of `new` to those of `old` with an edit folded in; gives the new bias."""
     before = [weights.read(old, kernel.name) for kernel in kernels]

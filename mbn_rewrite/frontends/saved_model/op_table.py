@@ -27,6 +27,7 @@ from mbn_rewrite.ir.graph import (
     Input,
     Linear,
     Merge,
+    MergeKind,
     Monotone,
     Op,
     Opaque,
@@ -468,7 +469,7 @@ def _homogeneous(site: Site) -> Answer:
     return PositivelyHomogeneous()
 
 
-def _merge(kind: str) -> Callable[[Site], Answer]:
+def _merge(kind: MergeKind) -> Callable[[Site], Answer]:
     def describer(site: Site) -> Answer:
         if not site.op.outputs[0].dtype.is_floating:
             return Opaque()
@@ -537,10 +538,10 @@ _DESCRIBERS: dict[str, Callable[[Site], Answer]] = {
     "ConcatV2": _concat,
     "Cast": _cast,
     **dict.fromkeys(("Relu", "LeakyRelu", "Abs"), _homogeneous),
-    **dict.fromkeys(("Add", "AddV2", "AddN"), _merge("add")),
-    "Sub": _merge("subtract"),
-    "Maximum": _merge("maximum"),
-    "Minimum": _merge("minimum"),
+    **dict.fromkeys(("Add", "AddV2", "AddN"), _merge(MergeKind.ADD)),
+    "Sub": _merge(MergeKind.SUBTRACT),
+    "Maximum": _merge(MergeKind.MAXIMUM),
+    "Minimum": _merge(MergeKind.MINIMUM),
     "Mul": _multiplication,
 }
 assert not ALIASES & set(_DESCRIBERS)

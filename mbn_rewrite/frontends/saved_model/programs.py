@@ -15,13 +15,13 @@ import tensorflow as tf
 from tensorflow.core.framework import node_def_pb2
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
+from mbn_rewrite.comparison import NARROW
 from mbn_rewrite.frontends.execution import compiled as run_by_xla
 from mbn_rewrite.frontends.execution import plain
 from mbn_rewrite.frontends.saved_model.function_graph import View
 from mbn_rewrite.frontends.saved_model.saving import imported
 from mbn_rewrite.frontends.saved_model.writer import Rewritten
 from mbn_rewrite.frontends.saved_model.writes import writes_in
-from mbn_rewrite.verification import NARROW
 
 _WIDE = tf.float32
 _NARROW = frozenset(tf.as_dtype(name).as_datatype_enum for name in NARROW)

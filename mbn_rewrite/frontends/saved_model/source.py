@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,23 @@ from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends import effects
 from mbn_rewrite.frontends.execution import device, give_back_memory, set_up
 from mbn_rewrite.frontends.execution import runner as run_of
+from mbn_rewrite.frontends.protocols import Run
 from mbn_rewrite.frontends.saved_model import execution, saving, writer
 from mbn_rewrite.frontends.saved_model.function_graph import View, Writes, view_of
-from mbn_rewrite.frontends.saved_model.loading import Loaded, load
+from mbn_rewrite.frontends.saved_model.loading import Entry, Loaded, load
 from mbn_rewrite.frontends.saved_model.reader import read
 from mbn_rewrite.frontends.saved_model.saving import size_of
 from mbn_rewrite.frontends.source import Footprint, ReferenceIO, bytes_on_disk
-from mbn_rewrite.passes.planner import make_plan
+from mbn_rewrite.ir.graph import Graph
+from mbn_rewrite.options import Options, RunConfig
 from mbn_rewrite.plans import Plan
-from mbn_rewrite.tuning.auto import Options, Run, Runner, choose
 
 _NONE = Writes()
 _LARGE = 10_000_000  # weights
 
 
 class SavedModelDirectory:
-    """See `stored.ModelSource`."""
+    """See `protocols.ModelSource`."""
 
     def __init__(
         self,
@@ -76,7 +75,8 @@ class SavedModelDirectory:
                 pinned += entry.function.graph.variables
                 self._writes.suspect(entry.function.graph.variables, entry.name)
         self._reading = read(self._views.values(), self._writes, pinned)
-        self._plan: Plan | None = None
+        self._copies: dict[Any, Any] = {}  # weights of forms that were run
+        self._measured_with: Mapping[str, Any] | None = None
 
     def _note_acts(self, name: str, graph_def: Any) -> None:
         """Notes what a function does beyond computing, so that it is not run."""
@@ -140,17 +140,19 @@ class SavedModelDirectory:
         }
         return set(self._reading.dtypes) | results | resized
 
-    def plan(self, mode: str, options: Options) -> Plan:
-        if mode == "auto":
-            self._check_names(options.inputs)  # before measuring, which takes a while
-            with set_up(options.run_config):
-                runner = self._runner(options)
-                plan = choose(self._reading.graph, runner, device(), options)
-        else:
-            plan = make_plan(self._reading.graph, mode)
-        notes = (*self._reading.notes, *plan.notes, *self._notes())
-        self._plan = replace(plan, notes=notes)
-        return self._plan
+    @property
+    def graph(self) -> Graph:
+        return self._reading.graph
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self._reading.notes, *self._notes())
+
+    def set_up(self, run_config: RunConfig) -> AbstractContextManager[None]:
+        return set_up(run_config)
+
+    def device(self) -> str:
+        return device()
 
     def _notes(self) -> list[str]:
         """What the user should know of functions that act, in sentences."""
@@ -159,36 +161,34 @@ class SavedModelDirectory:
             for name, acts in self._acting.items()
         ]
 
-    def _runner(self, options: Options) -> Runner:
-        """What runs one signature in each form; see `tuning.auto.Runner`."""
-        name, copies = self.footprint.signature, dict[Any, Any]()
+    def running(self, plan: Plan | None, options: Options) -> AbstractContextManager[Run]:
+        """See `protocols.OpenModel`: one signature is run."""
+        name = self.footprint.signature
         entry = next((e for e in self._loaded.entries if e.name == name), None)
         views = list(self._views.values())
+        if entry is None or name not in self._views:
+            raise RewriteError("there is no signature to measure")
+        if name in self._acting:
+            raise RewriteError(f"it was not run, since it {self._acting[name]}")
+        if any(view.changes_state for view in views):
+            raise RewriteError("running it changes its state, which is to be written as it is")
+        function = entry.function
+        if plan is not None:
+            graphs = writer.rewritten(views, self._reading, plan, self._writes, self._copies)
+            function = saving.signature_of(entry, dict(zip(self._views, graphs, strict=True))[name])
+        if self._measured_with is None:
+            self._measured_with = self._inputs_to_measure(entry, options)
+        inputs = self._measured_with
+        return nullcontext(run_of(lambda data: function(**data), inputs, options.run_config))
 
-        @cache
-        def inputs() -> Mapping[str, Any]:
-            assert entry is not None
-            given = execution.given_for(name, entry.function, options.inputs)
-            batch = options.run_config.batch_size
-            return execution.exchange(name, entry.function, self._views[name], given, batch).inputs
+    def _inputs_to_measure(self, entry: Entry, options: Options) -> Mapping[str, Any]:
+        name, batch = entry.name, options.run_config.batch_size
+        given = execution.given_for(name, entry.function, options.inputs)
+        view = self._views[name]
+        made = execution.exchange(name, entry.function, view, given, batch)
+        return made.inputs
 
-        def runner(plan: Plan | None) -> AbstractContextManager[Run]:
-            if entry is None or name not in self._views:
-                raise RewriteError("there is no signature to measure")
-            if name in self._acting:
-                raise RewriteError(f"it was not run, since it {self._acting[name]}")
-            if any(view.changes_state for view in views):
-                raise RewriteError("running it changes its state, which is to be written as it is")
-            function = entry.function
-            if plan is not None:
-                graphs = writer.rewritten(views, self._reading, plan, self._writes, copies)
-                new = dict(zip(self._views, graphs, strict=True))[name]
-                function = saving.signature_of(entry, new)
-            return nullcontext(run_of(lambda data: function(**data), inputs(), options.run_config))
-
-        return runner
-
-    def _check_names(self, inputs: Mapping[str, np.ndarray] | None) -> None:
+    def check_inputs(self, inputs: Mapping[str, np.ndarray] | None) -> None:
         """Raises RewriteError where no signature has an input of a name."""
         signatures = self._loaded.signatures
         taken = {
@@ -210,7 +210,7 @@ class SavedModelDirectory:
         return [entry.name for entry in self._loaded.entries]
 
     def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
-        self._check_names(inputs)
+        self.check_inputs(inputs)
         if not any(view.has_side_effects for view in self._views.values()):
             return self._exchanged(self._loaded, inputs)
         # What the signatures change must not be what is written, nor must a failed attempt
@@ -253,17 +253,15 @@ class SavedModelDirectory:
         source, asked_for = self._source, self._asked_for
         return lambda work: load(source, *asked_for)
 
-    def write(self, directory: Path) -> int:
-        assert self._plan is not None
+    def write(self, plan: Plan, directory: Path) -> int:
         # The graphs were read; the functions themselves hold more memory than small models do.
         self._loaded.release(self._views)
         give_back_memory()
-        graphs = writer.rewritten(
-            list(self._views.values()), self._reading, self._plan, self._writes
-        )
+        graphs = writer.rewritten(list(self._views.values()), self._reading, plan, self._writes)
         new = dict(zip(self._views, graphs, strict=True))
         initializer = None if self._initializer is None else writer.unchanged(self._initializer)
         del self._reading, self._views, self._initializer
+        self._copies.clear()
         give_back_memory()
         functions = [(entry, new.get(entry.name)) for entry in self._loaded.entries]
         return saving.save(self._loaded, functions, initializer, self._source, directory)

@@ -26,6 +26,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from mbn_rewrite.comparison import (
+    FLIPS,
+    NARROW,
+    SINGULAR,
+    Comparison,
+    Pair,
+    compare_pair,
+    rounding_tolerance,
+    tolerance_for,
+)
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.saved_model.execution import Served, method_called, signature_called
 from mbn_rewrite.frontends.saved_model.function_graph import View, view_of
@@ -40,16 +50,6 @@ from mbn_rewrite.frontends.saved_model.programs import (
     widened,
 )
 from mbn_rewrite.frontends.source import ReferenceIO
-from mbn_rewrite.verification import (
-    FLIPS,
-    NARROW,
-    SINGULAR,
-    Comparison,
-    Pair,
-    compare_pair,
-    rounding_tolerance,
-    tolerance_for,
-)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from mbn_rewrite.frontends.saved_model.reader import LinearCall, NormCall, Readi
 from mbn_rewrite.frontends.saved_model.weights import Stored
 from mbn_rewrite.ir.algebra import Array, ChannelMap, fold
 from mbn_rewrite.ir.graph import Linear
-from mbn_rewrite.plans import Edit, Plan, Replacement
+from mbn_rewrite.plans import Fold, Form, Plan, Remap, Remove, Replace
 
 _EPSILON = 1e-3  # of fused operations that are put in, whose variance is 1 less this
 _CONTROL_FLOW = {"Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "RefEnter"}
@@ -79,7 +78,7 @@ def rewritten(
     """
     writer = _Writer(views, reading, plan, writes, copies)
     writer.carry_out()
-    missed = plan.touched ^ writer.done
+    missed = set(plan.actions) ^ writer.done
     if missed:  # a defect of this library, never of the model
         raise RewriteError(f"the plan was not carried out on {sorted(missed)}; please report this")
     new = [editor.finished() for editor in writer.editors.values()]
@@ -110,39 +109,31 @@ class _Writer:
 
     def carry_out(self) -> None:
         for owner, calls in self.reading.norms.items():
-            if owner in self.plan.removed:
-                self._each(owner, calls, self._remove)
-            elif owner in self.plan.replaced:
-                self._each(owner, calls, partial(self._replace, new=self.plan.replaced[owner]))
-            elif owner in self.plan.remapped:
-                self._each(owner, calls, partial(self._renew, m=self.plan.remapped[owner]))
-        for owner, edit in self.plan.edits.items():
-            self._edit(owner, edit)
+            action = self.plan.actions.get(owner)
+            if action is not None:
+                for call in calls:
+                    _WRITERS[type(action)](self, owner, call, action)
+                self.done.add(owner)
+        for owner, edit in self.plan.of(Fold).items():
+            self._fold(owner, edit)
             self.done.add(owner)
-
-    def _each(
-        self, owner: str, calls: list[NormCall], act: Callable[[str, NormCall], None]
-    ) -> None:
-        for call in calls:
-            act(owner, call)
-        self.done.add(owner)
 
     def _editor(self, view: View) -> _Editor:
         return self.editors[id(view)]
 
     # -- BatchNormalizations -------------------------------------------------------------
 
-    def _remove(self, owner: str, call: NormCall) -> None:
+    def _remove(self, owner: str, call: NormCall, action: Remove) -> None:
         self._editor(call.view).redirect(call.norm.sink.name, call.norm.source.name)
 
-    def _replace(self, owner: str, call: NormCall, new: Replacement) -> None:
+    def _replace(self, owner: str, call: NormCall, action: Replace) -> None:
         """By a depthwise 1x1 convolution, a multiplication and an addition, or one operation."""
-        editor, norm, m = self._editor(call.view), call.norm, new.map
+        editor, norm, m = self._editor(call.view), call.norm, action.map
         dtype = norm.source.dtype
         stored = _is_stored_in_variables(norm)
-        if new.form == "fused":
+        if action.form is Form.FUSED:
             name = self._fused(owner, call, m, stored)
-        elif new.form == "depthwise":
+        elif action.form is Form.DEPTHWISE:
             kernel = self._new(owner, "depthwise_kernel", m.scale.reshape(1, 1, -1, 1), dtype)
             bias = self._new(owner, "bias", m.shift, dtype)
             name = editor.add(
@@ -203,9 +194,9 @@ class _Writer:
             f"{place}/as_it_was", "Reshape", [result, shape], T=dtype, Tshape=tf.int32
         )
 
-    def _renew(self, owner: str, call: NormCall, m: ChannelMap) -> None:
+    def _remap(self, owner: str, call: NormCall, action: Remap) -> None:
         """Gives a BatchNormalization another map: by its gamma and beta, if it is fused."""
-        editor, norm = self._editor(call.view), call.norm
+        editor, norm, m = self._editor(call.view), call.norm, action.map
         stored = _is_stored_in_variables(norm)
         op = norm.ops[0]
         if not op.type.startswith("FusedBatchNorm"):
@@ -230,7 +221,7 @@ class _Writer:
 
     # -- layers that absorb --------------------------------------------------------------
 
-    def _edit(self, owner: str, edit: Edit) -> None:
+    def _fold(self, owner: str, edit: Fold) -> None:
         op = edit.op
         assert isinstance(op, Linear)
         calls = self.reading.linears[owner]
@@ -256,7 +247,7 @@ class _Writer:
             for call in calls:
                 self._add_bias(owner, call, full, kernel.is_variable)
 
-    def _store(self, owner: str, stored: Stored, value: Array, edit: Edit) -> None:
+    def _store(self, owner: str, stored: Stored, value: Array, edit: Fold) -> None:
         dtype = tf.as_dtype(stored.dtype)
         with np.errstate(all="ignore"):
             array = value.astype(dtype.as_numpy_dtype)
@@ -313,6 +304,15 @@ class _Writer:
         name = editor.add(f"{call.op.name}/bias", op, inputs, **attributes)
         editor.redirect(result.name, name)
         editor.set_input(name, 0, result.name)
+
+
+# How an action on a BatchNormalization is carried out at one of its calls. Layers that absorb
+# something (`Fold`) are edited at all calls at once.
+_WRITERS: dict[type, Callable[..., None]] = {
+    Remove: _Writer._remove,
+    Remap: _Writer._remap,
+    Replace: _Writer._replace,
+}
 
 
 def _parameters(m: ChannelMap, epsilon: float) -> list[tuple[str, Array]]:

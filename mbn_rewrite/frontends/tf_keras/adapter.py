@@ -30,7 +30,16 @@ from mbn_rewrite.frontends.tf_keras.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
 )
-from mbn_rewrite.ir.graph import Affine, Concat, Merge, Op, Opaque, PositivelyHomogeneous, Shape
+from mbn_rewrite.ir.graph import (
+    Affine,
+    Concat,
+    Merge,
+    MergeKind,
+    Op,
+    Opaque,
+    PositivelyHomogeneous,
+    Shape,
+)
 
 # Layers that Keras makes of TensorFlow functions get their call method when they are made.
 _CALL_IS_MADE = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
@@ -264,12 +273,12 @@ def _least_fused_epsilon() -> float:
 # ------------------------------------------------- TensorFlow functions on Keras tensors
 
 _TF_MERGES = {
-    "__operators__.add": "add",
-    "math.add": "add",
-    "add": "add",
-    "math.subtract": "subtract",
-    "math.maximum": "maximum",
-    "math.minimum": "minimum",
+    "__operators__.add": MergeKind.ADD,
+    "math.add": MergeKind.ADD,
+    "add": MergeKind.ADD,
+    "math.subtract": MergeKind.SUBTRACT,
+    "math.maximum": MergeKind.MAXIMUM,
+    "math.minimum": MergeKind.MINIMUM,
 }
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from mbn_rewrite.comparison import Comparison
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.execution import called, random_tensor, runner
 from mbn_rewrite.frontends.keras_common import execution as shared
 from mbn_rewrite.frontends.sample_inputs import GIVE_REAL_ONES, Made, of_batch, with_batch
 from mbn_rewrite.frontends.saved_model.stretches import look_closer_at_calls
-from mbn_rewrite.tuning.timing import RunConfig
-from mbn_rewrite.verification import Comparison
+from mbn_rewrite.options import RunConfig
 
 
 def compute_dtypes(model: Any) -> set[str]:
@@ -85,7 +85,7 @@ def running(model: Any, inputs: Any, run_config: RunConfig) -> Iterator[Callable
 def closer_look(
     model: Any, new: Any, inputs: Any, plain: Comparison, rounding: bool
 ) -> Comparison | None:
-    """See `registry.FrontEnd`."""
+    """See `protocols.FrontEnd`."""
     calls = [lambda data, each=each: each(data, training=False) for each in (model, new)]
     return look_closer_at_calls(calls[0], calls[1], inputs, plain, rounding)
 

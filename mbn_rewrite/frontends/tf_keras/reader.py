@@ -8,5 +8,5 @@ from mbn_rewrite.frontends.tf_keras.adapter import TF_KERAS
 
 
 def read(model: Any) -> Reading:
-    """What a built tf_keras model does; see `registry.FrontEnd`."""
+    """What a built tf_keras model does; see `protocols.FrontEnd`."""
     return reader.read(model, TF_KERAS)

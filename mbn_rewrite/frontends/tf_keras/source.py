@@ -16,7 +16,7 @@ from mbn_rewrite.frontends.tf_keras import frontend
 
 
 class TfKerasFile(KerasFile):
-    """See `stored.ModelSource`."""
+    """See `protocols.ModelSource`."""
 
     def __init__(self, source: Path, trusted: bool) -> None:
         super().__init__(source, trusted, tf_keras, frontend)

@@ -18,7 +18,7 @@ from mbn_rewrite.plans import Plan
 
 
 def write(model: Any, reading: Reading, plan: Plan) -> Any:
-    """A rewritten copy of a model; see `registry.FrontEnd`."""
+    """A rewritten copy of a model; see `protocols.FrontEnd`."""
     return _TfKerasWriter(TF_KERAS, reading, plan).write(model)
 
 
@@ -29,13 +29,11 @@ class _TfKerasWriter(Writer):
         if old._has_explicit_input_shape:
             new.add(self.layer(records[id(old.inputs[0]._keras_history.layer)]))
         for layer in old.layers:
-            if self.owner(layer) not in self.plan.removed:
+            if not self.is_removed(layer):
                 new.add(self.layer(records[id(layer)]))
                 if new.built:
                     self.finish()
-                continue
-            self.done.add(self.owner(layer))
-            if layer is old.layers[-1]:
+            elif layer is old.layers[-1]:
                 new.add(self.standing_in_for(layer))
         if not new.built:
             # As `build` does, which has no argument for the dtype.

@@ -1,0 +1,150 @@
+"""Protocols of front ends: models in memory, models on disk, and what both have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from mbn_rewrite.frontends.sample_inputs import Made
+from mbn_rewrite.ir.graph import Graph
+from mbn_rewrite.options import Options, RunConfig
+from mbn_rewrite.plans import Plan
+
+if TYPE_CHECKING:
+    from mbn_rewrite.comparison import Comparison
+    from mbn_rewrite.frontends.source import Footprint, ReferenceIO
+
+Run = Callable[[], object]  # runs a form of a model once, to the end
+
+
+class Reading(Protocol):
+    """A model as its front end has read it."""
+
+    @property
+    def graph(self) -> Graph:
+        """The model as passes see it."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that the user should know of any copy of it."""
+
+
+class OpenModel(Reading, Protocol):
+    """A model that has been read, and whose forms can be run; in memory or on disk."""
+
+    def running(self, plan: Plan | None, options: Options) -> AbstractContextManager[Run]:
+        """A function that runs the form of the model with a plan carried out.
+
+        Args:
+            plan: the plan; None stands for the model as it was.
+            options: how to run it.
+
+        Raises:
+            RewriteError: it cannot be run like that.
+        """
+
+    def set_up(self, run_config: RunConfig) -> AbstractContextManager[None]:
+        """Context manager in which models run as it says."""
+
+    def device(self) -> str:
+        """Device name."""
+
+
+class FrontEnd(Protocol):
+    """Front end for models of one Keras in memory."""
+
+    def read(self, model: Any) -> Any:
+        """A `Reading` of a model."""
+
+    def write(self, model: Any, reading: Any, plan: Plan) -> Any:
+        """A copy of the model with the plan carried out."""
+
+    def made_for(self, model: Any, batch: int | None = None) -> Made:
+        """How inputs that suit the model are made up."""
+
+    def random_inputs(self, model: Any, seed: int = 0, made: Made | None = None) -> Any:
+        """Inputs of the model's shapes and dtypes, in the structure that it takes.
+
+        RewriteError: they cannot be made up.
+        """
+
+    def inputs_of_batch(self, model: Any, inputs: Any, batch: int) -> Any:
+        """Inputs with so many examples: made up, or of those that are given."""
+
+    def running(
+        self, model: Any, inputs: Any, run_config: RunConfig
+    ) -> AbstractContextManager[Run]:
+        """A function that runs the model to the end; the model stays as it is."""
+
+    def set_up(self, run_config: RunConfig) -> AbstractContextManager[None]:
+        """Context manager in which models run as it says."""
+
+    def device(self) -> str:
+        """Device name."""
+
+    def outputs_of(self, model: Any, inputs: Any, who: str) -> list[np.ndarray]:
+        """All outputs at inference; the model stays as it is. `who` is for errors."""
+
+    def closer_look(
+        self, model: Any, new: Any, inputs: Any, plain: Comparison, rounding: bool
+    ) -> Comparison | None:
+        """Whether rounding explains how outputs differ; None where that cannot be seen.
+
+        `plain` says how they differ, and `rounding` whether a narrow dtype may explain more
+        than its tolerance.
+        """
+
+    def compute_dtypes(self, model: Any) -> set[str]:
+        """The names of the dtypes that the model computes in."""
+
+
+class ModelSource(OpenModel, Protocol):
+    """A model on disk, opened to be rewritten."""
+
+    @property
+    def footprint(self) -> Footprint:
+        """The model's size."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """The functions that are not carried over, and why."""
+
+    @property
+    def as_it_was(self) -> Mapping[str, str]:
+        """The functions that are carried over as they were, and why."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The signatures and methods that are carried over."""
+
+    @property
+    def unverifiable(self) -> dict[str, str]:
+        """The signatures and methods that are not to be run and compared, and why."""
+
+    @property
+    def dtypes(self) -> set[str]:
+        """The dtypes that it computes in."""
+
+    def check_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Raises RewriteError where inputs are none that its signatures take."""
+
+    def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
+        """The outputs of its signatures, for these inputs or for made-up ones."""
+
+    @property
+    def opened_again(self) -> Callable[[Path], Any]:
+        """Loads the original again, as a `loading.Loaded`, to look at it more closely.
+
+        It is given a path at which there is nothing, to write to if it has to, and holds no
+        part of the opened model.
+        """
+
+    def write(self, plan: Plan, directory: Path) -> int:
+        """Writes the model with a plan carried out; returns how many weights it has.
+
+        The opened model is not used after that.
+        """

@@ -1,0 +1,27 @@
+"""Names of the processors that models run on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+
+def processor() -> str:
+    """The name of the CPU, and how many of its cores there are for this process."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # where processes are not bound to cores
+        cores = os.cpu_count() or 1
+    return f"{cpu_name()}, {cores} cores"
+
+
+def cpu_name() -> str:
+    """What the maker calls the CPU, as far as the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
