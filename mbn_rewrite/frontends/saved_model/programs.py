@@ -5,6 +5,7 @@ And the same computed in float32 where it computes in a narrower dtype.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from mbn_rewrite.frontends.saved_model.writer import Rewritten
 from mbn_rewrite.frontends.saved_model.writes import writes_in
 
 _WIDE = tf.float32
+_NUMBERS = itertools.count()  # of graphs that are run in part
 _NARROW = frozenset(tf.as_dtype(name).as_datatype_enum for name in NARROW)
 
 
@@ -74,9 +76,8 @@ class Program:
         tensors = [*inputs, *(given or {}).values()]
         if self.compiled:
             return run_by_xla(lambda data: imported(function, None, data), tensors, "its graph")
-        traced = tf.function(lambda data: imported(function, None, data), autograph=False)
-        with self._undisturbed(), _as_it_is():
-            return plain(traced, tensors, "its graph")
+        with self._undisturbed():
+            return plain(lambda data: _traced(function, data)(*data), tensors, "its graph")
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -91,20 +92,36 @@ class Program:
                 variable.assign(value)
 
 
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    """In which TensorFlow runs graphs as they are.
+def _traced(function: Rewritten, tensors: Sequence[Any]) -> Any:
+    """What runs a graph, without the order that a tf.function gives to operations with an effect.
 
-    For one run its optimiser is not worth its time; and it gives functions names under which it
-    does not find them where a copy of a graph runs beside the graph.
+    The graph has that order already, and to find it once more does not end where a data set is
+    reduced over a variable.
     """
-    option = "disable_meta_optimizer"
-    before = tf.config.optimizer.get_experimental_options().get(option, False)
-    tf.config.optimizer.set_experimental_options({option: True})
-    try:
-        yield
-    finally:
-        tf.config.optimizer.set_experimental_options({option: before})
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
+    return tf.compat.v1.wrap_function(lambda *data: imported(function, None, list(data)), specs)
+
+
+def _with_own_names(graph_def: GraphDef) -> None:
+    """Renames the functions of a graph, so that they are nobody else's.
+
+    TensorFlow keeps functions by name, and forgets a name when who has brought it first is gone.
+    """
+    mark = f"_{next(_NUMBERS)}_in_part"
+    own = {function.signature.name for function in graph_def.library.function}
+    for function in graph_def.library.function:
+        function.signature.name += mark
+    for gradient in graph_def.library.gradient:
+        gradient.function_name += mark
+        gradient.gradient_func += mark * (gradient.gradient_func in own)
+    bodies = [function.node_def for function in graph_def.library.function]
+    for node in itertools.chain(graph_def.node, *bodies):
+        if node.op in own:
+            node.op += mark
+        for attribute in node.attr.values():
+            for called in (attribute.func, *attribute.list.func):
+                if called.name in own:
+                    called.name += mark
 
 
 def program_of(view: View, by_xla: bool = False) -> Program:
@@ -113,6 +130,7 @@ def program_of(view: View, by_xla: bool = False) -> Program:
     graph_def.CopyFrom(view.graph_def)
     for node in graph_def.node:
         node.attr.pop("_class", None)  # wants to be placed with nodes that may be gone
+    _with_own_names(graph_def)
     captures = {**view.captures, **view.variables}
     return Program(graph_def, view.arguments, captures, view.compiled or by_xla)
 
