@@ -21,6 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from mbn_rewrite import display
+from mbn_rewrite.tables import encodable
+
 # The largest error, relative to the output's largest magnitude, that rounding explains.
 # About 2000 units in the last place for the wide types; 10 and 6 for the narrow ones, whose
 # sums are wide but whose kernels are rounded once more when a scale is folded in.
@@ -88,14 +91,25 @@ class Comparison:
             for key, value in asdict(self).items()
         }
 
+    @property
+    def verdict(self) -> str:
+        """Whether they are equal, in words."""
+        return "equal within tolerance" if self.ok else "NOT EQUAL"
+
     def __str__(self) -> str:
-        return (
-            f"{'equal within tolerance' if self.ok else 'NOT EQUAL'}: "
+        return encodable(
+            f"{self.verdict}: "
             f"max abs error {self.max_abs_error:.3g}, "
             f"max rel error {self.max_rel_error:.3g} (tolerance {self.tolerance:.3g}), "
             f"top-1 agreement {self.top1_agreement:.2%} on {self.examples} examples"
             + (f"; {self.note}" if self.note else "")
         )
+
+    def __repr__(self) -> str:
+        return display.one_line(self, str(self))
+
+    def _repr_html_(self) -> str:
+        return display.comparison_html(self)
 
 
 # What finds out whether outputs that differ are explained by rounding all the same, and whether

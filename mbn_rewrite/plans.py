@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mbn_rewrite import tables
+from mbn_rewrite import display
 from mbn_rewrite.enums import Name
 from mbn_rewrite.ir.algebra import Border, ChannelMap
 from mbn_rewrite.ir.graph import Op
@@ -218,14 +218,18 @@ class Plan:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
+    def table(self, full: bool = False) -> str:
+        """The plan as text, as `str` gives it; `full` for a row for every decision of many."""
+        return display.plan_text(self, full)
+
     def __str__(self) -> str:
-        lines = [tables.decision_table(self), *(f"note: {n}" for n in self.notes)]
-        if self.verification:
-            lines.append(f"verification: {self.verification}")
-        if self.unverified:
-            lines.append(f"not verified: {self.unverified}")
-        decided = "\n".join(lines)
-        return f"{decided}\n\n{self.measurement}" if self.measurement else decided
+        return self.table()
+
+    def __repr__(self) -> str:
+        return display.one_line(self, self.summary)
+
+    def _repr_html_(self) -> str:
+        return display.plan_html(self)
 
 
 def _described(owner: str, action: Action) -> list[dict[str, Any]]:

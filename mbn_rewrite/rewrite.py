@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mbn_rewrite import output_dir
+from mbn_rewrite import display, output_dir
 from mbn_rewrite.comparison import Comparison, compare_outputs, judged, tolerance_for
 from mbn_rewrite.errors import RewriteError, VerificationError, cause_of
 from mbn_rewrite.frontends.keras_common import files as keras_files
@@ -27,7 +27,6 @@ from mbn_rewrite.frontends.saved_model import files as saved_model_files
 from mbn_rewrite.frontends.source import Footprint, ReferenceIO, bytes_on_disk
 from mbn_rewrite.options import TRAINING_MODES, Mode, checked_options
 from mbn_rewrite.plans import Plan
-from mbn_rewrite.tables import table
 from mbn_rewrite.tuning.auto import plan_for
 
 Progress = Callable[[str], None]
@@ -96,41 +95,18 @@ class Report:
         """The report as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def __str__(self) -> str:
-        lines = [str(self.plan)]
-        if self.after is not None:
-            lines.append(table(["", "before", "after"], self._sizes(self.after)))
-        for title, named in (
-            ("carried over as it was", self.as_it_was),
-            ("left out", self.left_out),
-            ("not verified", self.unverified),
-        ):
-            lines += [f"{title}: {name} ({why})" for name, why in named.items()]
-        lines += [f"verification of {name}: {c}" for name, c in self.comparisons.items()]
-        if self.after is not None and not self.comparisons:
-            lines.append("NOTHING WAS VERIFIED: no signature could be run or compared")
-        lines += [
-            f"{name} was run by XLA, which leaves out assertions and takes the nearest index for "
-            "one that is out of bounds"
-            for name in self.by_xla
-        ]
-        return "\n".join(lines)
+    def table(self, full: bool = False) -> str:
+        """The report as text, as `str` gives it; `full` for a row for every decision of many."""
+        return display.report_text(self, full)
 
-    def _sizes(self, after: Footprint) -> list[list[str]]:
-        rows = [
-            ["BatchNormalization", str(len(self.plan.decisions)), str(self.plan.left)],
-            ["weights", f"{self.before.weights:,}", f"{after.weights:,}"],
-            ["bytes on disk", f"{self.before.bytes:,}", f"{after.bytes:,}"],
-        ]
-        if not self.before.ops:
-            return rows
-        total = [str(sum(counts.values())) for counts in (self.before.ops, after.ops)]
-        rows.append([f"operations of {self.before.signature}", *total])
-        for name in sorted({*self.before.ops, *after.ops}):
-            counts = [ops.get(name, 0) for ops in (self.before.ops, after.ops)]
-            if counts[0] != counts[1]:
-                rows.append([f"  {name}", *map(str, counts)])
-        return rows
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return display.one_line(self, display.report_summary(self))
+
+    def _repr_html_(self) -> str:
+        return display.report_html(self)
 
 
 @contextmanager
@@ -200,7 +176,7 @@ def rewrite_saved_model(
         progress: called with a line when a step begins.
 
     Returns:
-        A Report; it prints as tables.
+        A Report; it prints as tables, and long ones by groups of rows: see `Report.table`.
 
     Raises:
         VerificationError: the written model's outputs differ from the original's. Nothing
@@ -249,7 +225,7 @@ def rewrite_saved_model(
     )  # fmt: skip
     if dry_run:
         return report
-    from mbn_rewrite.frontends.execution import give_back_memory
+    from mbn_rewrite.frontends.execution import give_back_memory, without_saying_where
 
     say("running the original")
     give_back_memory()
@@ -263,7 +239,8 @@ def rewrite_saved_model(
     opened_again = model.opened_again
     with output_dir.working_folder(destination) as folder:
         say("writing")
-        weights = model.write(plan, folder.new)
+        with without_saying_where():  # it is not there that it stays
+            weights = model.write(plan, folder.new)
         del model  # so that the two are not in memory side by side
         give_back_memory()
         say("verifying what was written")

@@ -219,6 +219,13 @@ def test_citation_is_of_this_version():
     assert f"\nversion: {mbn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+def test_linter_is_of_one_version():
+    files = [ROOT / "setup.cfg", ROOT / ".pre-commit-config.yaml"]
+    pins = [re.findall(r"\bruff==[\d.]+", file.read_text()) for file in files]
+    assert all(pins)
+    assert len({pin for found in pins for pin in found}) == 1
+
+
 # ------------------------------------------------------------------ these tests can fail
 
 

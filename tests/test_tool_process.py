@@ -108,6 +108,12 @@ def test_quiet(place):
     assert run(place, WORKS, "--quiet", "in", "out") == (0, "", "")
 
 
+def test_how_the_result_is_laid_out(place):
+    work = "end(text=str([job[name] for name in ('width', 'encoding', 'full')]))"
+    assert "[100, 'utf-8', False]" in run(place, work, "--dry-run", "in")[1]
+    assert "[100, 'utf-8', True]" in run(place, work, "--dry-run", "--full", "in")[1]
+
+
 def test_a_dry_run(place):
     code, out, _ = run(place, "assert not job['folder']\n" + WORKS, "--dry_run", "in")
     assert (code, out) == (0, "a table\ndry run: wrote nothing\n")

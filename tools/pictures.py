@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,35 +142,47 @@ PROBES: dict[str, tuple[Op, Shapes]] = {
     ),
     "anything else": (Opaque(), Shapes((_IMAGE,), _IMAGE)),
 }
-# What each is asked with: scale, shift.
-_MAPS = {"scale > 0": (2.0, 0.0), "a scale < 0": (-2.0, 0.0), "a shift": (2.0, 1.0)}
+# What each is asked with, scale and shift; and what is said where only the first can move.
+_PLAIN = (2.0, 0.0)
+_OTHERS = {"no scale is negative": (-2.0, 0.0), "there is no shift": (2.0, 1.0)}
 
 
 def rules() -> str:
-    """What the table of motion answers, for each kind of operation and of map."""
-    columns = [f"{way}: {name}" for way in ("backward", "forward") for name in _MAPS]
-    rows = [[name, *map(_word, _outcomes(*probe))] for name, probe in PROBES.items()]
-    return _table(["", *columns], rows)
+    """What the table of motion answers, for each kind of operation."""
+    rows = [
+        [name, _answer(partial(_backward, *probe)), _answer(partial(_forward, *probe))]
+        for name, probe in PROBES.items()
+    ]
+    return _table(["", "backward", "forward"], rows)
 
 
-def _outcomes(op: Op, shapes: Shapes) -> Iterator[Outcome]:
-    rule = RULES[type(op)]
-    for scale, shift in _MAPS.values():
-        yield rule.backward(op, _map_of(shapes.output, scale, shift), shapes)
-    for scale, shift in _MAPS.values():
-        yield rule.forward(op, _map_of(shapes.inputs[0], scale, shift), shapes, 0)
+def _backward(op: Op, shapes: Shapes, scale: float, shift: float) -> Outcome:
+    return RULES[type(op)].backward(op, _map_of(shapes.output, scale, shift), shapes)
+
+
+def _forward(op: Op, shapes: Shapes, scale: float, shift: float) -> Outcome:
+    return RULES[type(op)].forward(op, _map_of(shapes.inputs[0], scale, shift), shapes, 0)
+
+
+def _answer(rule: Callable[[float, float], Outcome]) -> str:
+    """What becomes of a map, and on what condition."""
+    plain = rule(*_PLAIN)
+    if isinstance(plain, Blocked):
+        return "blocks"
+    others = {said: rule(*asked) for said, asked in _OTHERS.items()}
+    blocked = {said: other for said, other in others.items() if isinstance(other, Blocked)}
+    answer = "**absorbs**" if isinstance(plain, Absorb) else "passes"
+    if blocked:
+        answer += f" if {' and '.join(blocked)}"
+    if any(other.border for other in blocked.values()):
+        answer += ", or with a border map"
+    return answer
 
 
 def _map_of(shape: tuple[int | None, ...], scale: float, shift: float) -> ChannelMap:
     """A map of the last axis."""
     channels = shape[-1] or 1
     return ChannelMap(np.full(channels, scale), np.full(channels, shift), len(shape) - 1)
-
-
-def _word(outcome: Outcome) -> str:
-    if isinstance(outcome, Blocked):
-        return "border map" if outcome.border else "-"
-    return "**absorbs**" if isinstance(outcome, Absorb) else "passes"
 
 
 # ------------------------------------------------------------------------------- helpers

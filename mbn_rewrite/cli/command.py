@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +18,7 @@ from mbn_rewrite.cli.job import DIFFERENT, DONE, Ending, Job, Step
 from mbn_rewrite.cli.supervisor import Limits, supervised
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.output_dir import OwnFolder
-from mbn_rewrite.tables import WITHOUT_TERMINAL
+from mbn_rewrite.tables import standard_output
 
 EXIT_DIFFERENT = 3
 
@@ -93,6 +91,7 @@ def _job(source: Path, destination: Path | None, folder: OwnFolder | None) -> Jo
         "dtype": FLAGS.dtype,
         "budget": FLAGS.budget,
     }
+    page = standard_output()
     return Job(
         str(source),
         str(destination or ""),
@@ -100,7 +99,9 @@ def _job(source: Path, destination: Path | None, folder: OwnFolder | None) -> Jo
         options,
         FLAGS.verify_inputs,
         tuple(FLAGS.import_modules),
-        shutil.get_terminal_size().columns if sys.stdout.isatty() else WITHOUT_TERMINAL,
+        page.width,
+        page.encoding,
+        FLAGS.full,
         quiet_log=not FLAGS["verbosity"].present,
     )
 

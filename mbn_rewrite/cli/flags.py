@@ -118,6 +118,7 @@ flags.DEFINE_float(
     "verifying. Measuring may take the budget beside. 0 for no limit.",
     lower_bound=0.0,
 )
+flags.DEFINE_bool("full", False, "Print every row of long tables, which are grouped otherwise.")
 flags.DEFINE_bool("quiet", False, "Print errors only, and what was not verified.")
 
 

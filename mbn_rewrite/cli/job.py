@@ -29,6 +29,8 @@ class Job:
         verify_inputs: the path of an .npz file, or None to make inputs up.
         import_modules: what to import before loading.
         width: how wide tables are, in characters.
+        encoding: what the tool's output is encoded in.
+        full: whether long tables have all their rows.
         quiet_log: whether TensorFlow logs errors only.
     """
 
@@ -39,6 +41,8 @@ class Job:
     verify_inputs: str | None = None
     import_modules: tuple[str, ...] = ()
     width: int = 100
+    encoding: str = "utf-8"
+    full: bool = False
     quiet_log: bool = True
 
     def to_json(self) -> str:

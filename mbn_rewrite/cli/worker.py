@@ -34,7 +34,7 @@ from mbn_rewrite.cli.job import (
 )
 from mbn_rewrite.errors import RewriteError, VerificationError, cause_of, is_out_of_memory
 from mbn_rewrite.options import DEFAULT_BUDGET
-from mbn_rewrite.tables import as_wide_as
+from mbn_rewrite.tables import Page, laid_out_for
 from mbn_rewrite.tuning.auto import MEASURING
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def carry_out(job: Job, begin: Callable[[Step], None]) -> Ending:
         begin: called when a step begins.
     """
     try:
-        with as_wide_as(job.width):
+        with laid_out_for(Page(job.width, job.encoding)):
             return _carried_out(job, begin)
     except RewriteError as error:
         return Ending(REFUSED, _for_the_user(job, error))
@@ -110,7 +110,7 @@ def _carried_out(job: Job, begin: Callable[[Step], None]) -> Ending:
     except VerificationError as error:
         how, message, report = DIFFERENT, _for_the_user(job, error), cast("Report", error.report)
     report = replace(report, destination=job.destination)
-    return Ending(how, message, str(report), report.to_dict())
+    return Ending(how, message, report.table(job.full), report.to_dict())
 
 
 def _planned(job: Job, line: str) -> float:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from logging import LogRecord
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +27,21 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others do not
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def without_saying_where() -> Iterator[None]:
+    """Context manager in which TensorFlow does not log where it writes a SavedModel to."""
+
+    def says_more(record: LogRecord) -> bool:
+        return not str(record.msg).startswith("Assets written to")
+
+    logger = tf.get_logger()
+    logger.addFilter(says_more)
+    try:
+        yield
+    finally:
+        logger.removeFilter(says_more)
 
 
 def random_tensor(spec: Any, rng: np.random.Generator, made: Made) -> Any:

@@ -1,0 +1,228 @@
+"""Plans, reports and comparisons for people: a line, a page of text, or HTML for a notebook.
+
+A plan has a row for each BatchNormalization. Where those are many, it is shown by groups of rows
+that say the same but for the names in it; all rows are there on demand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from mbn_rewrite.tables import encodable, html_table, table
+
+if TYPE_CHECKING:  # which import this module
+    from mbn_rewrite.comparison import Comparison
+    from mbn_rewrite.frontends.source import Footprint
+    from mbn_rewrite.plans import Decision, Plan
+    from mbn_rewrite.rewrite import Report
+
+MOST_ROWS = 30  # of a plan that is shown row by row
+_NAMED = 3  # of the names in a group
+_HOW_TO_SEE_ALL = "Every row: --full on the command line, table(full=True) in Python"
+
+
+def one_line(thing: object, said: str) -> str:
+    """The representation of an object, which is one line whatever names hold."""
+    return f"<{type(thing).__name__}: {' '.join(said.split())}>"
+
+
+# ---------------------------------------------------------------------------------- rows
+
+
+def _all_rows(decisions: Sequence[Decision]) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows of a table with a row for each decision."""
+    reasons = any(decision.reason for decision in decisions)
+    columns = ["BatchNormalization", "action", "into"] + ["reason"] * reasons
+    rows = [[d.name, str(d.action), ", ".join(d.into)] + [d.reason] * reasons for d in decisions]
+    return columns, rows
+
+
+def _group_rows(decisions: Sequence[Decision]) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows of a table with a row for decisions that say the same, most first."""
+    groups: dict[tuple[str, str], list[Decision]] = defaultdict(list)
+    for decision in decisions:
+        groups[str(decision.action), _without_names(decision.reason)].append(decision)
+    reasons = any(reason for _, reason in groups)
+    columns = ["count", "action", "BatchNormalization"] + ["reason"] * reasons
+    rows = []
+    for (action, reason), alike in sorted(groups.items(), key=lambda group: -len(group[1])):
+        said = alike[0].reason if len(alike) == 1 else reason
+        rows.append([str(len(alike)), action, _first_names(alike)] + [said] * reasons)
+    return columns, rows
+
+
+def _without_names(reason: str) -> str:
+    """The wording of a reason, without the names in it, which are quoted."""
+    return re.sub(r" ?(?<!\w)'[^']*'", "", reason)
+
+
+def _first_names(decisions: Sequence[Decision]) -> str:
+    names = ", ".join(decision.name for decision in decisions[:_NAMED])
+    more = len(decisions) - _NAMED
+    return f"{names} and {more} more" if more > 0 else names
+
+
+def _size_rows(report: Report, after: Footprint) -> list[list[str]]:
+    rows = [
+        ["BatchNormalization", str(len(report.plan.decisions)), str(report.plan.left)],
+        ["weights", f"{report.before.weights:,}", f"{after.weights:,}"],
+        ["bytes on disk", f"{report.before.bytes:,}", f"{after.bytes:,}"],
+    ]
+    if not report.before.ops:
+        return rows
+    total = [str(sum(counts.values())) for counts in (report.before.ops, after.ops)]
+    rows.append([f"operations of {report.before.signature}", *total])
+    for name in sorted({*report.before.ops, *after.ops}):
+        counts = [ops.get(name, 0) for ops in (report.before.ops, after.ops)]
+        if counts[0] != counts[1]:
+            rows.append([f"  {name}", *map(str, counts)])
+    return rows
+
+
+_SIZES = ["", "before", "after"]
+
+
+# ---------------------------------------------------------------------------------- text
+
+
+def plan_text(plan: Plan, full: bool = False) -> str:
+    """A plan as text.
+
+    Args:
+        plan: the plan.
+        full: whether every decision has a row, however many there are.
+    """
+    lines = []
+    if plan.decisions:
+        grouped = len(plan.decisions) > MOST_ROWS and not full
+        lines.append(table(*(_group_rows if grouped else _all_rows)(plan.decisions)))
+        lines += [_HOW_TO_SEE_ALL] if grouped else []
+    lines += [plan.summary, *_plan_notes(plan)]
+    decided = encodable("\n".join(lines))
+    return f"{decided}\n\n{plan.measurement}" if plan.measurement else decided
+
+
+def _plan_notes(plan: Plan) -> Iterator[str]:
+    yield from (f"note: {note}" for note in plan.notes)
+    if plan.verification:
+        yield f"verification: {plan.verification}"
+    if plan.unverified:
+        yield f"not verified: {plan.unverified}"
+
+
+def report_text(report: Report, full: bool = False) -> str:
+    """A report as text; `full` as for `plan_text`."""
+    lines = [plan_text(report.plan, full)]
+    if report.after is not None:
+        lines.append(table(_SIZES, _size_rows(report, report.after)))
+    lines += _carried_over(report)
+    lines += [f"verification of {name}: {c}" for name, c in report.comparisons.items()]
+    lines += _caveats(report)
+    return encodable("\n".join(lines))
+
+
+def _carried_over(report: Report) -> Iterator[str]:
+    for title, named in (
+        ("carried over as it was", report.as_it_was),
+        ("left out", report.left_out),
+        ("not verified", report.unverified),
+    ):
+        yield from (f"{title}: {name} ({why})" for name, why in named.items())
+
+
+def _caveats(report: Report) -> Iterator[str]:
+    if report.after is not None and not report.comparisons:
+        yield "NOTHING WAS VERIFIED: no signature could be run or compared"
+    for name in report.by_xla:
+        yield (
+            f"{name} was run by XLA, which leaves out assertions and takes the nearest index for "
+            "one that is out of bounds"
+        )
+
+
+def report_summary(report: Report) -> str:
+    """What was done to a model, and how far it was verified, in a line."""
+    what = f"{report.source!r}, {report.plan.summary}"
+    if report.after is None:
+        return f"{what}; nothing was written"
+    if not report.comparisons:
+        return f"{what}; NOTHING WAS VERIFIED"
+    equal = sum(comparison.ok for comparison in report.comparisons.values())
+    count = len(report.comparisons)
+    return f"{what}; {equal} of {count} signatures equal within tolerance"
+
+
+# ---------------------------------------------------------------------------------- HTML
+
+
+def plan_html(plan: Plan) -> str:
+    """A plan as HTML: the summary, its rows or groups of them, and what else there is to say."""
+    columns, rows = _all_rows(plan.decisions)
+    parts = [_paragraph(plan.summary, "b")]
+    if len(rows) > MOST_ROWS:
+        parts.append(html_table(*_group_rows(plan.decisions)))
+        parts.append(_on_demand(f"all {len(rows)}", html_table(columns, rows)))
+    elif rows:
+        parts.append(html_table(columns, rows))
+    parts += map(_paragraph, _plan_notes(plan))
+    if plan.measurement:
+        parts.append(f"<pre>{escape(str(plan.measurement))}</pre>")
+    return _block(parts)
+
+
+def report_html(report: Report) -> str:
+    """A report as HTML."""
+    parts = [_paragraph(report_summary(report), "b"), plan_html(report.plan)]
+    if report.after is not None:
+        parts.append(html_table(_SIZES, _size_rows(report, report.after)))
+    parts += map(_paragraph, _carried_over(report))
+    if report.comparisons:
+        columns = ["signature", *_COMPARED]
+        rows = [[name, *_compared(c)] for name, c in report.comparisons.items()]
+        parts.append(html_table(columns, rows))
+    parts += map(_paragraph, _caveats(report))
+    return _block(parts)
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """A comparison as HTML."""
+    return _block([html_table(_COMPARED, [_compared(comparison)])])
+
+
+_COMPARED = (
+    "",
+    "max abs error",
+    "max rel error",
+    "tolerance",
+    "top-1 agreement",
+    "examples",
+    "note",
+)
+
+
+def _compared(comparison: Comparison) -> list[str]:
+    return [
+        comparison.verdict,
+        f"{comparison.max_abs_error:.3g}",
+        f"{comparison.max_rel_error:.3g}",
+        f"{comparison.tolerance:.3g}",
+        f"{comparison.top1_agreement:.2%}",
+        str(comparison.examples),
+        comparison.note,
+    ]
+
+
+def _block(parts: Sequence[str]) -> str:
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _paragraph(text: str, tag: str = "span") -> str:
+    return f"<p><{tag}>{escape(text)}</{tag}></p>"
+
+
+def _on_demand(title: str, content: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
