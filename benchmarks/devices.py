@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mbn_rewrite.tuning.device import cpu_name
+from mbn_rewrite.device import cpu_name
 
 DEVICES = ("CPU", "GPU")
 

@@ -80,12 +80,12 @@ from benchmarks.bn_count import Left, one_channel
 from benchmarks.peer_tools import Declined, Tool, Work
 from benchmarks.timing import interleaved
 from mbn_rewrite.cli.quiet import import_tensorflow
+from mbn_rewrite.device import cpu_name
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.sample_inputs import is_open, of_batch
 from mbn_rewrite.measurement import quartiles
 from mbn_rewrite.options import MODES, TRAINING_MODES
 from mbn_rewrite.tables import table
-from mbn_rewrite.tuning.device import cpu_name
 from tools import real_models
 
 NETWORKS = (

@@ -25,8 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mbn_rewrite import file_formats
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.frontends import file_formats
 
 try:
     import fcntl

@@ -16,8 +16,8 @@ from rich.console import Console
 import mbn_rewrite
 from benchmarks import devices
 from benchmarks.models import training_networks
+from mbn_rewrite.device import processor
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.tuning.device import processor
 from study import program, proof, training
 from study.data import Data
 from study.errors import StudyError

@@ -15,10 +15,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager.context import eager_mode
 
+from mbn_rewrite.device import processor
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.sample_inputs import GIVE_REAL_ONES, Made, random_array, uncallable
 from mbn_rewrite.options import RunConfig
-from mbn_rewrite.tuning.device import processor
 
 
 def give_back_memory() -> None:

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from mbn_rewrite.comparison import Comparison
+from mbn_rewrite.device import processor
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.keras3.adapter import KERAS_3, functional_of
 from mbn_rewrite.frontends.keras_common import execution as shared
@@ -23,7 +24,6 @@ from mbn_rewrite.frontends.sample_inputs import (
     with_batch,
 )
 from mbn_rewrite.options import RunConfig
-from mbn_rewrite.tuning.device import processor
 
 
 def compute_dtypes(model: Any) -> set[str]:

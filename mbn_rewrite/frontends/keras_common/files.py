@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mbn_rewrite import file_formats
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.frontends import file_formats, limits
+from mbn_rewrite.frontends import limits
 from mbn_rewrite.frontends.keras_common import trust, wiring
 
 

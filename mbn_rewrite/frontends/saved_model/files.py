@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from mbn_rewrite import file_formats
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.frontends import file_formats, limits
+from mbn_rewrite.frontends import limits
 
 GRAPH_FILES = ("saved_model.pb", "saved_model.pbtxt")
 _COPIED = ("assets", "assets.extra")
