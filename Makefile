@@ -10,12 +10,13 @@ DOCS    := $(VENV)/.ready-docs
 # Test processes at a time; each runs TensorFlow on one thread.
 JOBS ?= 2
 
-.PHONY: help demo test lint format types fuzz coverage benchmark docs clean
+.PHONY: help demo test check lint format types fuzz coverage benchmark docs clean
 
 help:
 	@echo "make demo       rewrite a real trained model: table, verification, latency"
 	@echo "make test       the whole test suite"
-	@echo "make lint       linter, formatter check and type checker"
+	@echo "make check      make lint, and the fast part of the test suite"
+	@echo "make lint       linter, formatter check, type checker, and who may import from whom"
 	@echo "make format     format the code"
 	@echo "make fuzz       random models until stopped; SECONDS=600 SEED=1 to bound and repeat;"
 	@echo "                TARGET=kills ends the command-line tool at random moments"
@@ -49,10 +50,14 @@ demo: $(PACKAGE)
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS)
 
+check: lint
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not network"
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 types: $(READY)
 	$(BIN)/mypy
