@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from mbn_rewrite.measurement import Measurement
     from mbn_rewrite.options import Mode
     from mbn_rewrite.plans import Decision, Plan
-    from mbn_rewrite.rewrite import Report, rewrite_saved_model
+    from mbn_rewrite.report import Report
+    from mbn_rewrite.rewrite import rewrite_saved_model
     from mbn_rewrite.training.layers import (
         ModifiedBatchNormalization,
         StridedBatchNormalization,
@@ -40,7 +41,7 @@ _PUBLIC = {
     "Mode": "options",
     "ModifiedBatchNormalization": "training.layers",
     "Plan": "plans",
-    "Report": "rewrite",
+    "Report": "report",
     "RewriteError": "errors",
     "StridedBatchNormalization": "training.layers",
     "VerificationError": "errors",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # which import this module
     from mbn_rewrite.comparison import Comparison
     from mbn_rewrite.frontends.source import Footprint
     from mbn_rewrite.plans import Decision, Plan
-    from mbn_rewrite.rewrite import Report
+    from mbn_rewrite.report import Report
 
 MOST_ROWS = 30  # of a plan that is shown row by row
 _NAMED = 3  # of the names in a group

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # which import this module
     from mbn_rewrite.comparison import Comparison
     from mbn_rewrite.plans import Plan
-    from mbn_rewrite.rewrite import Report
+    from mbn_rewrite.report import Report
 
 # What `cause_of` makes of every error about a full disk.
 NO_SPACE = "No space left on device."

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite import verification
+from mbn_rewrite import comparison
 from mbn_rewrite.comparison import TOLERANCES, compare_outputs, judged
 from mbn_rewrite.frontends.saved_model.function_graph import view_of
 from mbn_rewrite.frontends.saved_model.jumps import cuts_between
@@ -314,7 +314,7 @@ def test_a_function_of_python_is_not_looked_inside():
 def test_a_tolerance_scales_what_may_differ():
     classes, others = np.zeros(10, np.int64), np.ones(10, np.int64)
     assert judged([classes], [others], 1.0, lambda plain: None).ok
-    assert verification.FLIPS * 0.01 < 0.1
+    assert comparison.FLIPS * 0.01 < 0.1
     assert not judged([classes], [others], 0.01, lambda plain: None).ok
 
 

@@ -19,7 +19,7 @@ def failing_with(error, monkeypatch):
     def failing(*_, **__):
         raise error
 
-    monkeypatch.setattr("mbn_rewrite.rewrite._opened", failing)
+    monkeypatch.setattr("mbn_rewrite.rewrite.open_source", failing)
 
 
 @pytest.mark.parametrize(

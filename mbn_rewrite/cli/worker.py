@@ -38,7 +38,7 @@ from mbn_rewrite.tables import Page, laid_out_for
 from mbn_rewrite.tuning.auto import MEASURING
 
 if TYPE_CHECKING:
-    from mbn_rewrite.rewrite import Report
+    from mbn_rewrite.report import Report
 
 # It takes seconds, and on busy machines a minute, which says nothing of the model.
 _STARTING = Step("starting TensorFlow", planned=300.0, shown=False)

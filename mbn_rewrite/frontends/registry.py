@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.frontends.protocols import FrontEnd
+from mbn_rewrite.frontends.keras_common import files as keras_files
+from mbn_rewrite.frontends.protocols import FrontEnd, ModelSource
+from mbn_rewrite.frontends.saved_model import files as saved_model_files
 
 
 def front_end_of(model: Any) -> FrontEnd:
@@ -53,3 +57,42 @@ def _check_model(model: Any, kind: Any, package: str) -> None:
             f"{type(model).__name__} '{model.name}' has not been built, so it has no weights. "
             "Call it once on data, or give it an input shape"
         )
+
+
+def check_source(source: Path, trusted: bool = False) -> None:
+    """Finds what is wrong with a model on disk, without loading TensorFlow.
+
+    Raises:
+        RewriteError: it is missing, damaged, of another kind, or would do more than compute and
+            is not trusted.
+    """
+    if source.is_dir():
+        saved_model_files.check(source, trusted)
+    else:
+        keras_files.check(source, trusted)
+
+
+def open_source(
+    source: Path,
+    trusted: bool = False,
+    tags: Sequence[str] | None = None,
+    signatures: Sequence[str] | None = None,
+) -> ModelSource:
+    """Opens a model on disk; see `rewrite_saved_model`.
+
+    Raises:
+        RewriteError: it cannot be read, or has no such tags or signatures.
+    """
+    if source.is_dir():
+        from mbn_rewrite.frontends.saved_model.source import SavedModelDirectory
+
+        return SavedModelDirectory(source, tags, signatures, trusted)
+    if tags is not None or signatures is not None:
+        raise RewriteError(f"{source} is a file of Keras, which has no tags and signatures")
+    if keras_files.package_of(source) == "keras":
+        from mbn_rewrite.frontends.keras3.source import Keras3File
+
+        return Keras3File(source, trusted)
+    from mbn_rewrite.frontends.tf_keras.source import TfKerasFile
+
+    return TfKerasFile(source, trusted)
