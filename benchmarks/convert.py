@@ -24,14 +24,12 @@ Examples:
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +43,12 @@ import tf_keras
 from absl import app, flags
 
 import mbn_rewrite as mbn
+from benchmarks.common import results
+from benchmarks.common.console import progress
+from benchmarks.common.flags import check_outputs
+from benchmarks.common.memory import forget_peak, resident
+from benchmarks.common.timing import time_rounds
+from mbn_rewrite.frontends.execution import give_back_memory
 from mbn_rewrite.tables import table
 
 PLAN_SECONDS = 0.3  # for ResNet50
@@ -120,22 +124,10 @@ def weight_bytes(model: Any) -> int:
 
 def median_times(model: Any, repeats: int) -> dict[str, float]:
     """Median seconds of every call, measured in turn."""
-    times: dict[str, list[float]] = {name: [] for name in CALLS}
-    for name in CALLS:
-        CALLS[name](model)  # warm up
-    for _ in range(repeats):
-        for name, seconds in times.items():
-            seconds.append(_seconds(CALLS[name], model))
+    calls = {name: functools.partial(call, model) for name, call in CALLS.items()}
+    # What others left behind is not a call's to clear.
+    times = time_rounds(calls, repeats, warmup=1, prepare=gc.collect)
     return {name: float(np.median(seconds)) for name, seconds in times.items()}
-
-
-def _seconds(call: Callable[[Any], Any], model: Any) -> float:
-    gc.collect()  # what others left behind is not this call's to clear
-    start = time.perf_counter()
-    result = call(model)
-    seconds = time.perf_counter() - start
-    del result
-    return seconds
 
 
 def time_row(model: str, call: str, times: Mapping[str, float]) -> dict[str, Any]:
@@ -194,28 +186,15 @@ def measure_memory(call: str) -> dict[str, int]:
     """
     CALLS[call](make_model(20))  # the libraries' own memory
     model = resnet50()
-    _give_back_freed_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before = _resident("VmRSS")
+    give_back_memory()
+    forget_peak()
+    before = resident("VmRSS")
     result = CALLS[call](model)
-    peak = _resident("VmHWM")
-    _give_back_freed_memory()
-    held = _resident("VmRSS")
+    peak = resident("VmHWM")
+    give_back_memory()
+    held = resident("VmRSS")
     del result
     return {"weights": weight_bytes(model), "peak": peak - before, "result": held - before}
-
-
-def _give_back_freed_memory() -> None:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # glibc's allocator keeps it otherwise
-
-
-def _resident(key: str) -> int:
-    """Bytes of resident memory: now ("VmRSS") or at most ("VmHWM"); see proc(5)."""
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if not found:
-        raise RuntimeError(f"/proc/self/status has no {key}")
-    return int(found[1]) * 1024
 
 
 # ------------------------------------------------------------------------------- the program
@@ -259,12 +238,8 @@ def print_memory(rows: Sequence[Mapping[str, Any]]) -> None:
     print(table(columns, cells, "Memory (MiB)"))
 
 
-def progress(what: str) -> None:
-    print(f"{what} ...", file=sys.stderr, flush=True)
-
-
 def timed(name: str, model: Any) -> dict[str, float]:
-    progress(f"timing {name}")
+    progress(f"timing {name} ...")
     times = median_times(model, FLAGS.repeats)
     tf_keras.backend.clear_session()
     return times
@@ -273,12 +248,16 @@ def timed(name: str, model: Any) -> dict[str, float]:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; --help has examples")
+    try:
+        check_outputs(FLAGS.json)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
     if FLAGS.memory_of:
         print(json.dumps(measure_memory(FLAGS.memory_of)))
         return
     memory = []
     for call in CALLS:
-        progress(f"measuring the memory of {call}")
+        progress(f"measuring the memory of {call} ...")
         memory.append(memory_row(call))
     resnet = timed("ResNet50", resnet50())
     chains = {size: timed(f"{size} layers", make_model(size)) for size in SIZES}
@@ -289,9 +268,7 @@ def main(argv: list[str]) -> None:
     print_times(times)
     print_growth(growth)
     print_memory(memory)
-    if FLAGS.json:
-        report = {"time": times, "growth": growth, "memory": memory}
-        Path(FLAGS.json).write_text(json.dumps(report, indent=2) + "\n")
+    results.keep(FLAGS.json, {"time": times, "growth": growth, "memory": memory})
 
 
 if __name__ == "__main__":

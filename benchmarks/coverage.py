@@ -36,7 +36,6 @@ Exit codes:
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -54,6 +53,9 @@ import tf_keras
 from absl import app, flags
 
 import mbn_rewrite as mbn
+from benchmarks.common import results
+from benchmarks.common.console import progress
+from benchmarks.common.flags import check_outputs
 from benchmarks.models.networks import (
     APPLICATIONS,
     STATISTICS,
@@ -183,29 +185,28 @@ def spread_of(outputs: list[np.ndarray]) -> float:
     return min(float(np.ptp(array, axis=0).max() / np.abs(array).max()) for array in outputs)
 
 
-# -------------------------------------------------------------------------- trained models
-
-
 # ----------------------------------------------------------------------------- the program
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; --help has examples")
+    try:
+        check_outputs(FLAGS.json)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
     unknown = sorted(set(FLAGS.models) - set(NAMES))
     if unknown:
         raise app.UsageError(f"--models: unknown {unknown}; there are {', '.join(NAMES)}")
     rows = []
     for number, name in enumerate(FLAGS.models, 1):
-        print(f"{number}/{len(FLAGS.models)} {name} ...", file=sys.stderr, flush=True)
+        progress(f"{number}/{len(FLAGS.models)} {name} ...")
         rows += list(rows_for(name, FLAGS.seed, FLAGS.image_size))
         tf_keras.backend.clear_session()
         gc.collect()
     columns = ["model", "values", "BN", "fold: left", "error", "depthwise: left", "error"]
     print(table([*columns, "spread", "tolerance", "ok"], [row.cells() for row in rows], width=125))
-    if FLAGS.json:
-        report = {"seed": FLAGS.seed, "rows": [row.to_dict() for row in rows]}
-        Path(FLAGS.json).write_text(json.dumps(report, indent=2) + "\n")
+    results.keep(FLAGS.json, {"seed": FLAGS.seed, "rows": [row.to_dict() for row in rows]})
     return 0 if all(row.ok for row in rows) else 1
 
 

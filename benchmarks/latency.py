@@ -48,9 +48,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,30 +64,32 @@ from mbn_rewrite.cli.quiet import import_tensorflow
 import_tensorflow()
 
 import keras
-import numpy as np
 import tensorflow as tf
 import tf_keras
 
-import mbn_rewrite as mbn
-from benchmarks import charts, devices, results
-from benchmarks.failures import described
-from benchmarks.models import networks
-from benchmarks.models.floor import without_batch_norm
-from benchmarks.peer_tools import made_up, signature_of
-from benchmarks.timing import interleaved, median_ratio
-from mbn_rewrite.api import convert_with_plan
-from mbn_rewrite.comparison import compare_outputs, rounding_tolerance, tolerance_for
+from benchmarks.common import charts, devices, results
+from benchmarks.common.console import progress
+from benchmarks.common.failures import noted
+from benchmarks.common.flags import check_outputs
+from benchmarks.common.timing import median_ratio, time_rounds
+from benchmarks.models.variants import (
+    KERAS,
+    MODES,
+    Calls,
+    Variant,
+    network,
+    of_network,
+    on_disk,
+    wide_network,
+)
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.frontends.execution import runner
 from mbn_rewrite.measurement import quartiles, ratio
-from mbn_rewrite.options import DEFAULT_BUDGET, RunConfig
+from mbn_rewrite.options import DEFAULT_BUDGET
 from mbn_rewrite.tables import table
 
 MODELS = (
     *("ResNet50", "MobileNetV2", "EfficientNetB0", "InceptionV3", "DenseNet121", "ResNet50V2"),
 )
-KERAS = {"tf_keras": tf_keras, "keras_3": keras}
-MODES = ("fold", "depthwise", "auto")
 VARIANTS = ("original", *MODES, "floor")
 DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 _MOST_REPEATS = 200
@@ -112,183 +112,8 @@ flags.DEFINE_float("budget", DEFAULT_BUDGET, "Seconds for auto to measure, about
 flags.DEFINE_string("json", None, "Write the results to this file, row by row.")
 flags.DEFINE_string("chart", None, "Draw times as fast as the original to this PNG file.")
 
-Variant = dict[str, Any]  # what a row says of a variant
-Calls = dict[str, Callable[[], object]]
-
-
-# ------------------------------------------------------------------------------- networks
-
-
-@cache
-def wide_network(name: str) -> Any:
-    """A network of tf_keras with typical statistics, in float32."""
-    model = networks.build(name, 0, FLAGS.size)
-    networks.set_statistics(model, networks.typical_statistics, np.random.default_rng(0))
-    return model
-
-
-@cache
-def network(name: str, keras_name: str) -> Any:
-    """The same, of any Keras, in the dtype policy that was asked for."""
-    model = wide_network(name)
-    package = KERAS[keras_name]
-    if package is tf_keras and FLAGS.dtype == "float32":
-        return model
-    package.mixed_precision.set_global_policy(FLAGS.dtype)
-    try:
-        other = networks.build(name, 0, FLAGS.size, package)
-    finally:
-        package.mixed_precision.set_global_policy("float32")
-    other.set_weights(model.get_weights())
-    return other
-
-
-def of_network(model: Any, wide: Any, batch: int) -> tuple[Calls, dict[str, Variant]]:
-    """What runs each variant of a network, and what is known of it before it is timed.
-
-    Args:
-        model: the network.
-        wide: the same in float32.
-        batch: how many examples.
-    """
-    images = networks.random_images(wide, np.random.default_rng(1), batch)
-    images = tf.cast(images, tf.as_dtype(model.inputs[0].dtype))
-    run_config = RunConfig(batch, FLAGS.xla)
-    calls: Calls = {}
-    known: dict[str, Variant] = {}
-    expected: Any = None
-    tolerance = 0.0
-    for variant in FLAGS.variants:
-        with _failures(known, variant):
-            new, facts = _varied(model, variant, run_config)
-            known[variant] = facts
-            call = runner(lambda data, new=new: new(data, training=False), images, run_config)
-            outputs = call()
-            if variant in MODES:
-                comparison = mbn.verify(model, new, inputs=images, tolerance=tolerance)
-                facts["error"] = comparison.max_rel_error
-                timed = compare_outputs(expected, outputs, _as_timed(tolerance))
-                if not (comparison.ok and timed.ok):
-                    facts["note"] = f"WRONG (tolerance {tolerance:.0e})"
-            if variant == "original":
-                expected, tolerance = outputs, _tolerance(wide, images, outputs)
-            if "note" not in facts:
-                calls[variant] = call
-    return calls, known
-
-
-def _tolerance(wide: Any, images: Any, outputs: Any) -> float:
-    """What rounding may explain.
-
-    In narrow dtypes the original itself is far from what it is in float32, and a rewritten model
-    may be as far to another side.
-    """
-    dtype = FLAGS.dtype.removeprefix("mixed_")
-    tolerance = tolerance_for({dtype})
-    if dtype == "float32":
-        return tolerance
-    exact = [wide(tf.cast(images, tf.float32), training=False).numpy()]
-    return rounding_tolerance(exact, outputs, tolerance)
-
-
-def _as_timed(tolerance: float) -> float:
-    """The tolerance for what is timed: GPUs may round float32 factors to as few bits as float16."""
-    rounded = FLAGS.tf32 and bool(tf.config.get_visible_devices("GPU"))
-    return max(tolerance, tolerance_for({"float16"})) if rounded else tolerance
-
-
-def _varied(model: Any, variant: str, run_config: RunConfig) -> tuple[Any, Variant]:
-    if variant == "original":
-        return model, {"left": len(mbn.plan(model, "fold").decisions)}
-    if variant == "floor":
-        return without_batch_norm(model), {"left": 0}
-    new, plan = convert_with_plan(model, variant, **_measuring(variant, run_config))
-    return new, _planned(plan)
-
-
-def _measuring(variant: str, run_config: RunConfig) -> dict[str, Any]:
-    """What a mode is told of how the model is run."""
-    if variant != "auto":
-        return {}
-    return {
-        "batch_size": run_config.batch_size,
-        "jit_compile": run_config.jit_compile,
-        "budget": FLAGS.budget,
-    }
-
-
-def _planned(plan: Any) -> Variant:
-    facts: Variant = {"left": plan.left}
-    if plan.mode == "auto":
-        facts["form"] = plan.measurement.chosen if plan.measurement else "all folded"
-    return facts
-
-
-# --------------------------------------------------------------------------- models on disk
-
-
-def on_disk(path: str, batch: int, work: str) -> tuple[Calls, dict[str, Variant]]:
-    """As `of_network`, for the served signature of a model on disk."""
-    run_config = RunConfig(batch, FLAGS.xla)
-    calls: Calls = {}
-    known: dict[str, Variant] = {}
-    inputs: dict[str, Any] = {}
-    for variant in FLAGS.variants:
-        if variant == "floor":
-            known[variant] = {"note": "no floor of a model on disk"}
-            continue
-        with _failures(known, variant):
-            place, known[variant] = _written(path, variant, f"{work}/{variant}-{batch}", run_config)
-            owner = tf.saved_model.load(place)
-            serve = signature_of(owner)
-            inputs = inputs or _made_up(serve, batch)
-
-            def call(data: Any, owner: Any = owner, serve: Any = serve) -> Any:
-                return serve(**data)  # the owner is kept with it: it holds the variables
-
-            run = runner(call, inputs, run_config)
-            run()
-            calls[variant] = run
-    return calls, known
-
-
-def _written(path: str, variant: str, place: str, run_config: RunConfig) -> tuple[str, Variant]:
-    """Where the SavedModel of a variant is, and what is known of it."""
-    if variant == "original":
-        if Path(path).is_dir():
-            return path, {}
-        _as_saved_model(path, place)  # a file of Keras, so that all run alike
-        return place, {}
-    report = mbn.rewrite_saved_model(path, place, variant, **_measuring(variant, run_config))
-    errors = (comparison.max_rel_error for comparison in report.comparisons.values())
-    return place, _planned(report.plan) | {"error": max(errors, default=None)}
-
-
-def _as_saved_model(path: str, place: str) -> None:
-    from mbn_rewrite.frontends.keras_common.files import package_of
-
-    if package_of(Path(path)) == "keras":
-        keras.models.load_model(path, compile=False).export(place, verbose=False)
-    else:
-        tf_keras.models.load_model(path, compile=False).save(place, save_format="tf")
-
-
-def _made_up(serve: Any, batch: int) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    specs = serve.structured_input_signature[1]
-    return {name: tf.constant(made_up(spec, batch, rng)) for name, spec in specs.items()}
-
 
 # ------------------------------------------------------------------------------- the program
-
-
-@contextmanager
-def _failures(known: dict[str, Variant], variant: str) -> Iterator[None]:
-    """In which it is noted how a variant fails; the others still run."""
-    try:
-        yield
-    except Exception as error:
-        known.setdefault(variant, {})["note"] = described(error)
 
 
 def measured(calls: Calls, known: dict[str, Variant]) -> None:
@@ -297,13 +122,13 @@ def measured(calls: Calls, known: dict[str, Variant]) -> None:
     def watched(variant: str, call: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
             if "note" not in known[variant]:  # what has failed is not called again
-                with _failures(known, variant):
+                with noted(known, variant):
                     call()
 
         return run
 
     watched_calls = {variant: watched(variant, call) for variant, call in calls.items()}
-    seconds = interleaved(watched_calls, _repeats(watched_calls), warmup=5)
+    seconds = time_rounds(watched_calls, _repeats(watched_calls), warmup=5)
     seconds = {v: times for v, times in seconds.items() if "note" not in known[v]}
     for variant, times in seconds.items():
         low, median, high = quartiles([1e3 * second for second in times])
@@ -352,11 +177,11 @@ def rows() -> Iterator[dict[str, Any]]:
 def _row(
     name: str, keras_name: str, batch: int, made: Callable[[], tuple[Calls, dict[str, Variant]]]
 ) -> dict[str, Any]:
-    print(f"{name} {keras_name}, batch {batch} ...", file=sys.stderr, flush=True)
+    progress(f"{name} {keras_name}, batch {batch} ...")
     dtype = FLAGS.dtype if keras_name else "as saved"
     row = {"model": name, "keras": keras_name, "batch": batch, "dtype": dtype}
     variants: dict[str, Variant] = {}
-    with _failures(variants, "original"):
+    with noted(variants, "original"):
         calls, variants = made()
         measured(calls, variants)
     return row | {"xla": FLAGS.xla, "variants": variants}
@@ -422,23 +247,22 @@ def main(argv: list[str]) -> int:
         _check(argv[1:])
         device = devices.chosen(FLAGS.device)
     except (ValueError, RewriteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        progress(f"error: {error}")
         return 1
     tf.config.experimental.enable_tensor_float_32_execution(FLAGS.tf32)
     name = devices.name_of(device)
     if device == "CPU" and FLAGS.device is None:
-        print(f"no GPU: running on the CPU, {name}", file=sys.stderr)
+        progress(f"no GPU: running on the CPU, {name}")
     about = {"device": name, "tensorflow": tf.__version__, "keras": keras.__version__}
     done: list[dict[str, Any]] = []
     interrupted = False
     try:
         for row in rows():
             done.append(row)
-            if FLAGS.json:
-                results.keep(FLAGS.json, about | {"rows": done})
+            results.keep(FLAGS.json, about | {"rows": done})
     except KeyboardInterrupt:
         interrupted = True
-        print("interrupted: what is finished follows", file=sys.stderr)
+        progress("interrupted: what is finished follows")
     how = f"{FLAGS.dtype}{', XLA' if FLAGS.xla else ''}"
     title = f"Latency on {name}, {how}, TensorFlow {tf.__version__}"
     columns = [
@@ -469,11 +293,7 @@ def _check(arguments: list[str]) -> None:
     for size in FLAGS.batch_sizes:
         if not size.isdigit() or int(size) < 1:
             raise ValueError(f"--batch_sizes: '{size}' is no whole number from 1 up")
-    if FLAGS.json:
-        results.check_writable(FLAGS.json)
-    if FLAGS.chart:
-        results.check_writable(FLAGS.chart)
-        charts.check_available("--chart")
+    check_outputs(FLAGS.json, FLAGS.chart)
 
 
 if __name__ == "__main__":

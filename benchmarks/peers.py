@@ -54,16 +54,11 @@ Exit codes:
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,25 +70,29 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from absl import app, flags
 
 import mbn_rewrite as mbn
-from benchmarks import charts, peer_tools, results
-from benchmarks.bn_count import Left, one_channel
-from benchmarks.peer_tools import Declined, Tool, Work
-from benchmarks.timing import interleaved
-from mbn_rewrite.cli.quiet import import_tensorflow
+from benchmarks.common import results
+from benchmarks.common.console import progress
+from benchmarks.common.flags import check_outputs
+from benchmarks.peer_tools import tools as peer_tools
+from benchmarks.peer_tools.bn_count import Left
+from benchmarks.peer_tools.steps import (
+    MORE_NETWORKS,
+    NETWORKS,
+    StepFailed,
+    convert,
+    latency,
+    make,
+    run_step,
+    step,
+)
+from benchmarks.peer_tools.tables import draw, heading, model_table, summary_table, title_of
+from benchmarks.peer_tools.tools import Tool
 from mbn_rewrite.device import cpu_name
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.frontends.sample_inputs import is_open, of_batch
 from mbn_rewrite.measurement import quartiles
 from mbn_rewrite.options import MODES, TRAINING_MODES
-from mbn_rewrite.tables import table
 from tools import real_models
 
-NETWORKS = (
-    *("MobileNetV2", "ResNet50", "EfficientNetB0", "InceptionV3", "DenseNet121", "ResNet50V2"),
-    "Xception",
-)
-# Taken, too, but not by default.
-MORE_NETWORKS = ("MobileNet", "MobileNetV3Small", "EfficientNetV2B0", "NASNetMobile")
 KERAS = ("tf_keras", "keras_3")
 TRAINED = (*real_models.MODELS, *real_models.SAVED_MODELS)
 SERVING_MODES = tuple(mode for mode in MODES if mode not in TRAINING_MODES)
@@ -101,7 +100,6 @@ PACKAGES = (
     *("tensorflow", "tf_keras", "keras", "numpy", "tf2onnx", "onnx", "onnxruntime", "openvino"),
     "keras-cv-attention-models",
 )
-_PATIENCE = 1800  # seconds that a step may take
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list(
@@ -122,219 +120,6 @@ flags.DEFINE_integer("image_size", None, "Of the networks; by default each netwo
 flags.DEFINE_string("json", None, "Write the results to this file, as JSON, row by row.")
 flags.DEFINE_string("chart", None, "Draw times as fast to this file (.png).")
 flags.DEFINE_string("step", None, "Used by the program itself.")
-
-# ---------------------------------------------------------------- steps, each in its process
-
-
-def make(name: str, keras_name: str, directory: str) -> dict[str, Any]:
-    """Writes the original, inputs for it and the outputs that it gives for them."""
-    _start_tensorflow()
-    import numpy as np
-    import tensorflow as tf
-
-    work = Work(Path(directory))
-    inputs = _write_original(name, keras_name, work)
-    owner = tf.saved_model.load(str(work.original))  # it holds the variables
-    serve = peer_tools.signature_of(owner)
-    specs = serve.structured_input_signature[1]
-    if inputs is None:
-        known = real_models.SAVED_MODELS.get(name)
-        low, high = (known.low, known.high) if known else (0.0, 1.0)
-        rng = np.random.default_rng(0)
-        inputs = {key: peer_tools.made_up(spec, 2, rng, low, high) for key, spec in specs.items()}
-    elif not isinstance(inputs, dict):
-        inputs = {key: np.asarray(inputs) for key in specs}
-    outputs = serve(**{key: tf.constant(array) for key, array in inputs.items()})
-    np.savez(work.inputs, **inputs)
-    sizes = {key: FLAGS.batch if is_open(spec.shape) else None for key, spec in specs.items()}
-    np.savez(work.timed, **{key: of_batch(inputs[key], size) for key, size in sizes.items()})
-    np.savez(work.outputs, **{key: outputs[key].numpy() for key in sorted(outputs)})
-    nothing = work.directory / "nothing"
-    plan = mbn.rewrite_saved_model(work.original, nothing, "fold", dry_run=True).plan
-    return {
-        "norms": len(plan.decisions),
-        "fewest": plan.left,
-        "one_channel": one_channel(peer_tools.nodes_of(serve)),
-    }
-
-
-def _write_original(name: str, keras_name: str, work: Work) -> Any:
-    """Writes a model; gives inputs that suit it, if any are known."""
-    import numpy as np
-    import tf_keras
-
-    from benchmarks.models import networks
-
-    if name in (*NETWORKS, *MORE_NETWORKS):
-        model = networks.build(name, 0, FLAGS.image_size)
-        rng = np.random.default_rng(0)
-        networks.set_statistics(model, networks.typical_statistics, rng)
-        # Noise is far from what the statistics were made for, and is amplified beyond measure.
-        images = networks.random_images(model, rng)
-        if keras_name == "keras_3":
-            import keras
-
-            other = networks.build(name, 0, FLAGS.image_size, keras)
-            other.set_weights(model.get_weights())
-            other.export(work.original, verbose=False)
-        else:
-            _write_tf_keras(model, work)
-        return images
-    if name in real_models.MODELS:
-        model = networks.real_model(name)
-        _write_tf_keras(model, work)
-        return networks.real_inputs(name, model, 0)["real"]
-    source = real_models.fetch(name) if name in real_models.SAVED_MODELS else Path(name)
-    if source.is_dir():
-        shutil.copytree(source, work.original)
-    elif keras_name == "keras_3":
-        import keras
-
-        keras.models.load_model(source, compile=False).export(work.original, verbose=False)
-    else:
-        _write_tf_keras(tf_keras.models.load_model(source, compile=False), work)
-    return None
-
-
-def _write_tf_keras(model: Any, work: Work) -> None:
-    model.save(work.original, save_format="tf")
-    model.save(work.keras_file, save_format="h5")
-
-
-def convert(key: str, directory: str) -> dict[str, Any]:
-    """What a tool makes of the original: what it leaves, and whether its answers are right."""
-    _start_tensorflow()
-    return examined(_tool(key), Work(Path(directory)), FLAGS.threads)
-
-
-def examined(tool: Tool, work: Work, threads: int) -> dict[str, Any]:
-    """Has a tool convert the original, and compares what it gives with the original's outputs."""
-    import numpy as np
-
-    from mbn_rewrite.comparison import compare_outputs, tolerance_for
-
-    inputs, expected = (dict(np.load(path)) for path in (work.inputs, work.outputs))
-    path = tool.convert(work)
-    model = tool.runtime(path, inputs, list(expected), threads)
-    tolerance = tolerance_for({array.dtype.name for array in expected.values()})
-    comparison = compare_outputs(list(expected.values()), model(), tolerance)
-    return {
-        "status": "ok" if comparison.ok else "WRONG",
-        "reason": comparison.note,
-        "path": str(path),
-        "in_file": vars(model.in_file),
-        "at_run": vars(model.at_run),
-        "error": comparison.to_dict()["max_rel_error"],
-        "tolerance": tolerance,
-    }
-
-
-def latency(directory: str, *tools_and_paths: str) -> dict[str, Any]:
-    """Times models in turn; milliseconds of each, by the keys of their tools."""
-    _start_tensorflow()
-    import numpy as np
-
-    work = Work(Path(directory))
-    outputs = list(np.load(work.outputs))
-    inputs = dict(np.load(work.timed))
-    calls, failed = {}, {}
-    for key, _, path in (pair.partition("=") for pair in tools_and_paths):
-        try:
-            call = _tool(key).runtime(Path(path), inputs, outputs, FLAGS.threads)
-            call()
-            calls[key] = call
-        except Exception as error:
-            failed[key] = f"{type(error).__name__}: {_first_line(error)}"
-    # Runtimes in one process hinder each other: two of ONNX Runtime's, with the same graph, were
-    # apart by a factor of 4 without the rest and the untimed call.
-    times = interleaved(calls, FLAGS.repeats, warmup=5, untimed=1, pause=0.005)
-    return {
-        "milliseconds": {key: [1e3 * s for s in seconds] for key, seconds in times.items()},
-        "not timed": failed,
-    }
-
-
-def _start_tensorflow() -> None:
-    import_tensorflow()
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")  # which the other runtimes do not use
-    tf.config.threading.set_intra_op_parallelism_threads(FLAGS.threads)
-    tf.config.threading.set_inter_op_parallelism_threads(FLAGS.threads)
-
-
-def _tool(key: str) -> Tool:
-    return next(tool for tool in peer_tools.tools(FLAGS.modes, FLAGS.batch) if tool.key == key)
-
-
-STEPS: dict[str, Callable[..., dict[str, Any]]] = {
-    function.__name__: function for function in (make, convert, latency)
-}
-
-
-class StepFailed(Exception):  # noqa: N818 - it is told to the reader of the table
-    """A step did not end well; the message is one line, `log` is all that it wrote."""
-
-    def __init__(self, message: str, log: str = "") -> None:
-        super().__init__(message)
-        self.log = log
-
-
-def step(
-    function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """Runs a step in a process of its own.
-
-    Raises:
-        StepFailed: it failed, was killed, or takes too long.
-    """
-    passed = ["modes", "batch", "repeats", "threads"] + ["image_size"] * bool(FLAGS.image_size)
-    values = {name: FLAGS[name].value for name in passed}
-    command = [
-        *(sys.executable, __file__, f"--step={function.__name__}"),
-        *(f"--{k}={','.join(v) if isinstance(v, list) else v}" for k, v in values.items()),
-        *map(str, arguments),
-    ]
-    try:
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_PATIENCE,
-            env={**os.environ, **(environment or {})},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise StepFailed(f"it took longer than {_PATIENCE} s") from error
-    if result.returncode < 0:
-        how = signal.Signals(-result.returncode).name
-        raise StepFailed(f"its process was ended by {how}", result.stderr)
-    answer = json.loads(result.stdout.strip().split("\n")[-1]) if not result.returncode else {}
-    if answer.get("status") == "declined" and function is not convert:
-        raise StepFailed(answer["reason"])
-    if "failed" in answer or result.returncode:
-        reason = answer.get("failed") or peer_tools.last_line(result.stderr)
-        raise StepFailed(reason, result.stderr)
-    return dict(answer)
-
-
-def run_step(name: str, arguments: Sequence[str]) -> None:
-    """Does a step in this process, and prints its answer as last line."""
-    try:
-        answer = STEPS[name](*arguments)
-    except Declined as error:
-        answer = {"status": "declined", "reason": str(error)}
-    except Exception as error:
-        traceback.print_exc()
-        answer = {"failed": f"{type(error).__name__}: {_first_line(error)}"}
-    print(f"\n{json.dumps(answer)}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    return lines[0][:300] if lines else "no reason given"
-
-
 # ------------------------------------------------------------------------------- the program
 
 
@@ -357,8 +142,6 @@ class Results:
 
     def write(self) -> None:
         """Writes the file whole or not at all."""
-        if self._path is None:
-            return
         results.keep(self._path, self.data)
 
 
@@ -412,7 +195,7 @@ def measure(model: dict[str, Any], tools: Sequence[Tool], kept: Results) -> None
 
 
 def _converted(tool: Tool, directory: str) -> dict[str, Any]:
-    print(f"  {tool.name}", file=sys.stderr, flush=True)
+    progress(f"  {tool.name}")
     try:
         return step(convert, tool.key, directory, environment=tool.environment)
     except StepFailed as error:
@@ -422,7 +205,7 @@ def _converted(tool: Tool, directory: str) -> dict[str, Any]:
 def _add_latencies(model: dict[str, Any], directory: str) -> None:
     """Times what is right; where all in one process cannot be, each row says so."""
     rows = [row for row in model["rows"] if row["status"] == "ok"]
-    print("  timing", file=sys.stderr, flush=True)
+    progress("  timing")
     try:
         times = step(latency, directory, *(f"{row['tool']}={row['path']}" for row in rows))
     except StepFailed as error:
@@ -438,134 +221,6 @@ def _add_latencies(model: dict[str, Any], directory: str) -> None:
         lower, median, upper = quartiles(times[row["tool"]])
         row["milliseconds"] = {"median": median, "lower": lower, "upper": upper}
         row["times_as_fast"] = base / median if base else None
-
-
-# -------------------------------------------------------------------------------- for people
-
-
-def notes(row: dict[str, Any], rows: Sequence[dict[str, Any]], one_channel: int = 0) -> list[str]:
-    """What a reader should not miss about a row.
-
-    Args:
-        row: of one tool.
-        rows: all of the same model.
-        one_channel: how many BatchNormalizations of it are not counted in every form.
-    """
-    found = [row["reason"]] if row.get("reason") else []
-    if "at_run" not in row:
-        return found
-    left = Left(**row["at_run"])
-    found += [f"{left.depthwise} as 1x1 depthwise"] if left.depthwise else []
-    found += [f"{left.within} within other operations"] if left.within else []
-    found += [f"{left.unseen} calls not looked into"] if left.unseen else []
-    if row["ours"] or row["tool"] == "original" or row["status"] != "ok":
-        return found
-    ours = [other for other in rows if other["ours"] and other["status"] == "ok"]
-    found += _faster(row, [other for other in ours if other.get("milliseconds")])
-    fewest = min((Left(**other["at_run"]).operations for other in ours), default=0)
-    if left.operations + one_channel < fewest:
-        found.append("FEWER LEFT than ours")
-    return found
-
-
-def _faster(row: dict[str, Any], ours: Sequence[dict[str, Any]]) -> list[str]:
-    """Whether a row is faster than ours, and than which of them."""
-    if "milliseconds" not in row or not ours:
-        return []
-    groups = {
-        "ours": ours,
-        "ours in TensorFlow": [o for o in ours if o["tool"] not in ("ours_onnx", "ours_openvino")],
-    }
-    for name, group in groups.items():
-        if not group:
-            continue
-        best = min((o["milliseconds"] for o in group), key=lambda ms: ms["median"])
-        if row["milliseconds"]["median"] < best["median"]:
-            apart = row["milliseconds"]["upper"] < best["lower"]
-            return [f"FASTER than {name}" + ("" if apart else ", within scatter")]
-    return []
-
-
-def as_cells(row: dict[str, Any], model: dict[str, Any], name: str) -> list[str]:
-    """A row of a model's table as text."""
-    ms, error = row.get("milliseconds"), row.get("error")
-    counts = [str(Left(**row[key]).total) if key in row else "-" for key in ("in_file", "at_run")]
-    timed = f"{ms['median']:.2f} ({ms['lower']:.2f}-{ms['upper']:.2f})" if ms else "-"
-    return [
-        name,
-        *counts,
-        "-" if error is None else f"{float(error):.0e}" if float(error) else "0",
-        timed if row["status"] == "ok" else row["status"],
-        f"{row['times_as_fast']:.2f}" if row.get("times_as_fast") else "-",
-        "; ".join(notes(row, model["rows"], model.get("one_channel", 0))),
-    ]
-
-
-def title_of(model: dict[str, Any]) -> str:
-    """A model's name, and who wrote it."""
-    return f"{Path(model['model']).name}, {model['keras']}"
-
-
-def model_table(model: dict[str, Any], names: Mapping[str, str]) -> str:
-    """The table of one model."""
-    title = f"{title_of(model)}: {model['norms']} BatchNormalization, fewest possible "
-    title += str(model["fewest"])
-    if model.get("others"):
-        title += f" ({model['others']} other per-channel scalings are not counted)"
-    if model.get("one_channel"):
-        title += f" ({model['one_channel']} of one channel, counted only as fused operation)"
-    columns = ["tool", "in file", "BN left", "error", "ms", "times as fast", "note"]
-    cells = (as_cells(row, model, names[row["tool"]]) for row in model["rows"])
-    return table(columns, cells, title, width=140)
-
-
-def summary_table(models: Sequence[dict[str, Any]], names: Mapping[str, str]) -> str:
-    """All models: times as fast, with what is left in brackets."""
-
-    def cell(model: dict[str, Any], key: str) -> str:
-        row = next((r for r in model["rows"] if r["tool"] == key), None)
-        if row is None or row["status"] != "ok":
-            return row["status"] if row else "-"
-        left = Left(**row["at_run"])
-        forms = [str(left.total)]
-        forms += [f"{left.depthwise}d"] if left.depthwise else []
-        forms += [f"{left.within}w"] if left.within else []
-        speed = f"{row['times_as_fast']:.2f}" if row.get("times_as_fast") else "-"
-        return f"{speed} ({' + '.join(forms)})"
-
-    rows = [
-        [title_of(model), str(model["fewest"]), *(cell(model, key) for key in names)]
-        for model in models
-    ]
-    title = (
-        "times as fast as the original (BN left; d: as 1x1 depthwise, w: within other operations)"
-    )
-    return table(["model", "fewest", *names], rows, title, width=180)
-
-
-def draw(models: Sequence[dict[str, Any]], names: Mapping[str, str], path: str) -> None:
-    """A chart: for each model a group of bars, one for each tool."""
-    keys = [key for key in names if key != "original"]
-    height = 0.8 / len(keys)
-    figure = charts.figure_of(9, 1.2 + len(models) * (0.3 + 0.18 * len(keys)))
-    axes = figure.subplots()
-    for i, key in enumerate(keys):
-        places = [m - 0.4 + height * (i + 0.5) for m in range(len(models))]
-        found = [next((r for r in m["rows"] if r["tool"] == key), {}) for m in models]
-        widths = [row.get("times_as_fast") or 0 for row in found]
-        axes.barh(places, widths, 0.9 * height, label=names[key], color=f"C{i}")
-        for place, width, row in zip(places, widths, found, strict=True):
-            text = f" {width:.2f}" if width else f" {row.get('status', '')}"
-            axes.text(width, place, text, va="center", fontsize=7)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(models)), [title_of(model) for model in models])
-    axes.invert_yaxis()
-    axes.margins(x=0.08, y=0.01)
-    axes.set_xlabel("times as fast as the original in TensorFlow (line at 1)")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    charts.save(figure, path)
 
 
 # ------------------------------------------------------------------------------------- main
@@ -623,11 +278,7 @@ def wrong_flags(argv: Sequence[str]) -> str:
     if len(argv) > 1:
         return f"unknown {argv[1:]}; --help lists the flags"
     try:
-        if FLAGS.json:
-            results.check_writable(FLAGS.json)
-        if FLAGS.chart:
-            results.check_writable(FLAGS.chart)
-            charts.check_available("--chart")
+        check_outputs(FLAGS.json, FLAGS.chart)
     except ValueError as error:
         return str(error)
     return ""
@@ -639,18 +290,18 @@ def main(argv: list[str]) -> int:
         return 0
     mistake = wrong_flags(argv)
     if mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+        progress(f"error: {mistake}")
         return 1
     tools, skipped = available(peer_tools.tools(FLAGS.modes, FLAGS.batch), FLAGS.tools)
     for line in skipped:
-        print(line, file=sys.stderr)
+        progress(line)
     kept = Results(FLAGS.json, tools, skipped)
     failed, interrupted = False, False
     try:
         failed = measure_all(cases(FLAGS.models, FLAGS.keras), tools, kept)
     except KeyboardInterrupt:
         interrupted = True
-        print("interrupted: what is finished follows", file=sys.stderr)
+        progress("interrupted: what is finished follows")
     done = [model for model in kept.data["models"] if "norms" in model]
     names = kept.data["tools"]
     if done:
@@ -665,30 +316,18 @@ def measure_all(models: Sequence[dict[str, Any]], tools: Sequence[Tool], kept: R
     """Measures all models, printing a table of each; whether one of ours is wrong or missing."""
     failed = False
     for model in models:
-        print(f"{title_of(model)} ...", file=sys.stderr, flush=True)
+        progress(f"{title_of(model)} ...")
         kept.data["models"].append(model)
         try:
             measure(model, tools, kept)
         except StepFailed as error:
-            print(f"error: {title_of(model)}: {error}", file=sys.stderr)
+            progress(f"error: {title_of(model)}: {error}")
             model["failed"], failed = str(error), True
             kept.write()
             continue
         print(model_table(model, kept.data["tools"]) + "\n", flush=True)
         failed |= any(row["ours"] and row["status"] != "ok" for row in model["rows"])
     return failed
-
-
-def heading(data: Mapping[str, Any]) -> str:
-    """Where and with what it was measured."""
-    machine, settings = data["device"], data["settings"]
-    features = ", ".join(machine["features"]) or "no AVX-512"
-    packages = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    return (
-        f"{machine['processor']} ({features}), {settings['threads']} threads of "
-        f"{machine['cores']} cores, batch {settings['batch']}, {settings['repeats']} calls each\n"
-        f"{packages}"
-    )
 
 
 if __name__ == "__main__":

@@ -43,8 +43,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import app, flags
 
-from benchmarks.memory import forget_peak, resident
-from benchmarks.timing import interleaved, median_ratio
+from benchmarks.common import results
+from benchmarks.common.console import progress
+from benchmarks.common.flags import check_outputs
+from benchmarks.common.memory import forget_peak, resident
+from benchmarks.common.timing import median_ratio, time_rounds
 from mbn_rewrite.cli.quiet import import_tensorflow
 from mbn_rewrite.tables import table
 from tools import real_models
@@ -177,7 +180,7 @@ def latency(source: str, destination: str, repeats: str) -> dict[str, Any]:
                 shape = [1, *(size or 11_000 for size in spec.shape[1:])]
                 inputs[name] = tf.constant(rng.uniform(0, 1, shape), spec.dtype)
         calls[kind] = lambda serve=serve: [output.numpy() for output in serve(**inputs).values()]
-    seconds = interleaved(calls, int(repeats), warmup=5)
+    seconds = time_rounds(calls, int(repeats), warmup=5)
     return {
         "speed_up": 1 / median_ratio(seconds, "rewritten", "original"),
         "milliseconds": {k: 1e3 * statistics.median(s) for k, s in seconds.items()},
@@ -261,19 +264,23 @@ def main(argv: list[str]) -> int:
         return 0
     unknown = sorted(set(FLAGS.models) - {*NETWORKS, *TRAINED})
     if unknown or len(argv) > 1:
-        print(f"error: unknown {unknown or argv[1:]}; --help lists the models", file=sys.stderr)
+        progress(f"error: unknown {unknown or argv[1:]}; --help lists the models")
+        return 1
+    try:
+        check_outputs(FLAGS.json)
+    except ValueError as error:
+        progress(f"error: {error}")
         return 1
     rows, failed = [], False
     for name in FLAGS.models:
         for keras_name in FLAGS.keras if name in NETWORKS else ["tf_keras"]:
-            print(f"{name}, {keras_name} ...", file=sys.stderr, flush=True)
+            progress(f"{name}, {keras_name} ...")
             try:
                 rows.append(measure(name, keras_name))
             except RuntimeError as error:
-                print(f"error: {error}", file=sys.stderr)
+                progress(f"error: {error}")
                 failed = True
-            if FLAGS.json:
-                Path(FLAGS.json).write_text(json.dumps(rows, indent=2) + "\n")
+            results.keep(FLAGS.json, rows)
     columns = [
         *("model", "written by", "BN", "left", "in graph", "error", "ms", "times as fast"),
         *("time", "memory", "missed"),

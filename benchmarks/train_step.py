@@ -40,8 +40,8 @@ Columns:
 --profile=DIR keeps a profile of each variant for TensorBoard in DIR/MODEL_KERAS_VARIANT, and
 writes how long each BatchNormalization takes, forward and backward: as a table, and with all of
 their operations as DIR/MODEL_KERAS.json, and as a chart, DIR/MODEL_KERAS.png. The times are those
-of operations (kernels on a GPU) alone, and of steps under the profiler; see profiles.py. Not
-with --xla, which fuses operations of several layers.
+of operations (kernels on a GPU) alone, and of steps under the profiler; see training/profiles.py.
+Not with --xla, which fuses operations of several layers.
 
 Examples:
     python benchmarks/train_step.py --models=ResNet9 --batch=16 --repeats=10
@@ -78,10 +78,15 @@ import keras
 import tensorflow as tf
 import tf_keras
 
-from benchmarks import charts, devices, profiles, results, training_rows
-from benchmarks.failures import described
+from benchmarks.common import charts, devices, results
+from benchmarks.common.console import progress
+from benchmarks.common.failures import described
+from benchmarks.common.flags import check_no_arguments, check_outputs
 from benchmarks.models.training_networks import KERAS, NETWORKS, check_variant
-from benchmarks.training_rows import CLASSES, DTYPES, SIZES, Row, Settings, progress
+from benchmarks.training import measuring, profile_tables
+from benchmarks.training import rows as training_rows
+from benchmarks.training.attribution import ByLayer
+from benchmarks.training.rows import CLASSES, DTYPES, SIZES, Row, Settings
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.measurement import quartiles
 from mbn_rewrite.tables import table
@@ -194,15 +199,15 @@ def _bar(row: Row, base: float, settings: Settings) -> charts.Bar:
 
 
 def write_profiles(
-    original: Row, layers: Mapping[str, profiles.ByLayer], settings: Settings, device: str
+    original: Row, layers: Mapping[str, ByLayer], settings: Settings, device: str
 ) -> None:
     """Prints, writes and draws how long each BatchNormalization takes."""
     title = f"Milliseconds in a step, forward + backward: {settings.title_for(original)}"
-    print(f"\n{profiles.layer_table(layers, title)}", flush=True)
+    print(f"\n{profile_tables.layer_table(layers, title)}", flush=True)
     path = Path(FLAGS.profile) / f"{original.model}_{original.keras}"
-    variants = {variant: profiles.as_dict(one) for variant, one in layers.items()}
+    variants = {variant: profile_tables.as_dict(one) for variant, one in layers.items()}
     results.save(f"{path}.json", {"device": device, "variants": variants})
-    names, times = profiles.chart_data(layers)
+    names, times = profile_tables.chart_data(layers)
     if times:
         charts.layers(names, times, f"{settings.title_for(original)}\n{device}", f"{path}.png")
 
@@ -217,11 +222,9 @@ def check_flags(arguments: Sequence[str]) -> Settings:
         ValueError: one is wrong.
         RewriteError: there is no such variant.
     """
-    if arguments:
-        raise ValueError(f"unexpected arguments {list(arguments)}; --help has examples")
+    check_no_arguments(arguments)
     training_rows.check_names(FLAGS.models, FLAGS.keras, FLAGS.variants, FLAGS.dtype)
-    for path in filter(None, (FLAGS.json, FLAGS.chart)):
-        results.check_writable(path)
+    check_outputs(FLAGS.json, FLAGS.chart)
     if FLAGS.profile and FLAGS.xla:
         raise ValueError("no --profile with --xla: it fuses operations of several layers into one")
     if FLAGS.profile and Path(FLAGS.profile).exists():
@@ -230,9 +233,8 @@ def check_flags(arguments: Sequence[str]) -> Settings:
         results.check_writable(Path(FLAGS.profile) / "profile")
     elif FLAGS.profile:
         results.check_writable(FLAGS.profile)
-    for name in ("chart", "profile"):
-        if FLAGS[name].value:
-            charts.check_available(f"--{name}")
+    if FLAGS.profile:
+        charts.check_available("--profile")
     device = devices.chosen(FLAGS.device)
     if FLAGS.device is None and device == "CPU":
         progress(f"no GPU: running on CPU {devices.name_of(device)}")
@@ -262,7 +264,7 @@ def measure_memory(settings: Settings) -> int:
     row = Row(FLAGS.models[0], FLAGS.keras[0], FLAGS.memory_of)
     try:
         with tf.device(f"/{settings.device}:0"):
-            print(training_rows.peak_memory(row, settings))
+            print(measuring.peak_memory(row, settings))
     except Exception as error:
         print(f"error: {described(error)}", file=sys.stderr)
         return 1
@@ -299,10 +301,10 @@ class Run:
 
     def run_group(self, rows: Sequence[Row]) -> None:
         """Measures one network and one Keras, and says what it found, however far it came."""
-        layers: dict[str, profiles.ByLayer] = {}
+        layers: dict[str, ByLayer] = {}
         try:
             with tf.device(f"/{self.settings.device}:0"):
-                training_rows.measure(rows, self.settings, layers, FLAGS.profile, self.keep)
+                measuring.measure(rows, self.settings, layers, FLAGS.profile, self.keep)
         except Exception as error:  # a device that is gone, or images that do not fit
             for row in (row for row in rows if not row.failure and not row.measured):
                 row.failure = described(error)
@@ -333,13 +335,12 @@ class Run:
 
     def keep(self) -> None:
         """Writes all rows to the file for them, if there is one."""
-        if FLAGS.json:
-            rows = [
-                training_rows.as_dict(row, group[0], self.settings)
-                for group in self.groups
-                for row in group
-            ]
-            results.keep(FLAGS.json, self.about() | {"rows": rows})
+        rows = [
+            training_rows.as_dict(row, group[0], self.settings)
+            for group in self.groups
+            for row in group
+        ]
+        results.keep(FLAGS.json, self.about() | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -216,6 +216,7 @@ class Plan:
         }
 
     def to_json(self) -> str:
+        """The plan as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     def table(self, full: bool = False) -> str:

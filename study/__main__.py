@@ -44,7 +44,6 @@ Exit codes:
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 from absl import app, flags
 
+from benchmarks.common.console import progress
 from study.errors import StudyError, exit_code
 from study.recipes import DTYPES, KERAS, RECIPES, RUNS, VARIANTS
 
@@ -161,10 +161,6 @@ def report() -> None:
 
 
 COMMANDS = {f.__name__: f for f in (run, report)}
-
-
-def progress(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> int:

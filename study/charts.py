@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import charts
+from benchmarks.common import charts
 from study.errors import StudyError
 from study.statistics import Comparison
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
-import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from benchmarks.common.console import progress
 
 
 class StudyError(Exception):
@@ -24,15 +25,15 @@ def exit_code(command: Callable[[], None], results: Path) -> int:
     try:
         command()
     except StudyError as error:
-        _say(f"error: {error}")
+        progress(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        _say(f"interrupted. {_kept(results)}")
+        progress(f"interrupted. {_kept(results)}")
         return 130
     except OSError as error:
         full = error.errno == errno.ENOSPC
         what, then = ("the disk is full", ", once there is room") if full else (error, "")
-        _say(f"error: {what}. {_kept(results)}{then}")
+        progress(f"error: {what}. {_kept(results)}{then}")
         return 1
     return 0
 
@@ -40,7 +41,3 @@ def exit_code(command: Callable[[], None], results: Path) -> int:
 def _kept(results: Path) -> str:
     runs = len(list(results.glob("runs/*.json")))
     return f"Finished runs are kept, {runs} in {results}; the same command goes on from there"
-
-
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)

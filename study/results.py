@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.results import write_whole
 from study import program
 from study.errors import StudyError
 
@@ -196,13 +197,4 @@ def _write_elsewhere(name: str, content: Mapping[str, Any]) -> Path:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a file beside its place and renames it."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -14,7 +14,7 @@ import tensorflow as tf
 from rich.console import Console
 
 import mbn_rewrite
-from benchmarks import devices
+from benchmarks.common import devices
 from benchmarks.models import training_networks
 from mbn_rewrite.device import processor
 from mbn_rewrite.errors import RewriteError

@@ -10,10 +10,12 @@ import pytest
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from benchmarks import charts, devices, profiles, results, training_rows
-from benchmarks.models.training_networks import KERAS
-from benchmarks.training_rows import PACKAGES, Row, Settings
-from benchmarks.training_steps import Batch
+from benchmarks.common import charts, devices, results
+from benchmarks.models.training_networks import KERAS, NETWORKS
+from benchmarks.training import attribution, candidates, checks, measuring, profiles
+from benchmarks.training import rows as training_rows
+from benchmarks.training.rows import PACKAGES, Row, Settings
+from benchmarks.training.steps import Batch
 from mbn_rewrite.errors import RewriteError
 
 SETTINGS = Settings(
@@ -49,7 +51,7 @@ def measured(request, tmp_path_factory):
     """Rows by variant, and what ran by layer."""
     rows = rows_of(request.param, *VARIANTS)
     layers = {}
-    training_rows.measure(rows, SETTINGS, layers, str(tmp_path_factory.mktemp("profiles")))
+    measuring.measure(rows, SETTINGS, layers, str(tmp_path_factory.mktemp("profiles")))
     return {row.variant: row for row in rows}, layers
 
 
@@ -67,8 +69,8 @@ def measured(request, tmp_path_factory):
 )
 @pytest.mark.parametrize("keras", KERAS)
 def test_variants_have_their_layers(keras, variant, kind, strides):
-    model = training_rows.build(Row("ResNet9", keras, variant), SETTINGS).model
-    norms = profiles.norms_of(model)
+    model = candidates.build(Row("ResNet9", keras, variant), SETTINGS).model
+    norms = attribution.norms_of(model)
     assert [norm.name for norm in norms] == LAYERS
     assert {type(norm).__name__ for norm in norms} == {kind}
     assert getattr(norms[0], "strides", None) == strides
@@ -76,8 +78,8 @@ def test_variants_have_their_layers(keras, variant, kind, strides):
 
 @pytest.mark.parametrize("keras", KERAS)
 def test_without_batch_norm_there_is_none(keras):
-    model = training_rows.build(Row("ResNet9", keras, "none"), SETTINGS).model
-    assert profiles.norms_of(model) == []
+    model = candidates.build(Row("ResNet9", keras, "none"), SETTINGS).model
+    assert attribution.norms_of(model) == []
 
 
 def test_all_is_measured(measured):
@@ -101,7 +103,7 @@ def test_losses_at_stride_1_are_the_originals(measured):
 def test_other_losses_are_refused(measured):
     rows, _ = measured
     row = Row("ResNet9", "tf_keras", "strided1", losses=rows["strided2"].losses)
-    training_rows.compare_losses(row, rows["original"], rows["strided1"].loss_tolerances)
+    checks.compare_losses(row, rows["original"], rows["strided1"].loss_tolerances)
     assert row.failure.startswith("WRONG: at stride 1")
 
 
@@ -118,7 +120,7 @@ def test_other_losses_are_refused(measured):
 def test_what_is_said_of_losses(losses, tolerances, failure, notes):
     row = Row("ResNet9", "tf_keras", "strided1", losses=losses)
     original = Row("ResNet9", "tf_keras", "original", losses=[1.0, 2.0])
-    training_rows.compare_losses(row, original, tolerances)
+    checks.compare_losses(row, original, tolerances)
     assert row.failure.startswith(failure)
     assert bool(row.failure) == bool(failure)
     assert len(row.notes) == notes
@@ -149,14 +151,14 @@ def test_stride_1_runs_the_fused_operation(measured):
 
 
 def test_the_original_under_another_name_is_refused(monkeypatch):
-    real = training_rows.NETWORKS["ResNet9"]
+    real = NETWORKS["ResNet9"]
     monkeypatch.setitem(
-        training_rows.NETWORKS,
+        NETWORKS,
         "ResNet9",
         lambda keras, variant, **options: real(keras, "original", **options),
     )
     original, *others = rows_of("tf_keras", "original", "strided4", "mbn1")
-    training_rows.measure([original, *others], SETTINGS, {})
+    measuring.measure([original, *others], SETTINGS, {})
     assert original.measured
     for row in others:
         assert row.failure == "RUNS WHAT THE ORIGINAL RUNS in prep_bn and 7 more"
@@ -192,7 +194,7 @@ def _row(variant, forward, strides=(2, 2), keras="tf_keras"):
 )
 def test_what_is_said_of_operations(row, failure):
     original = _row("original", ["Fused"], (1, 1), row.keras)
-    assert training_rows.check_operations(row, original) == failure
+    assert checks.check_operations(row, original) == failure
 
 
 # -------------------------------------------------------------------------------------- profiles
@@ -241,7 +243,7 @@ def test_names_that_count_up_are_told_apart(keras):
     images = tf.random.normal((2, 4, 4, 3))
     step(images)
     ran = profiles.profiled(lambda: step(images), 2)
-    found = profiles.by_layer(ran, model, step.get_concrete_function(images))
+    found = attribution.by_layer(ran, model, step.get_concrete_function(images))
     assert all(layer.forward for layer in found.layers.values())
     scopes = [
         {op.name.split("/")[1] for op in layer.forward if "/" in op.name}
@@ -252,18 +254,18 @@ def test_names_that_count_up_are_told_apart(keras):
 
 
 def test_a_model_that_is_not_called_is_refused():
-    model = training_rows.build(Row("ResNet9", "tf_keras", "original"), SETTINGS).model
+    model = candidates.build(Row("ResNet9", "tf_keras", "original"), SETTINGS).model
     other = tf.function(lambda x: x + 1).get_concrete_function(tf.zeros([2]))
     with pytest.raises(ValueError, match="does not call the layer 'prep_bn'"):
-        profiles.by_layer([], model, other)
+        attribution.by_layer([], model, other)
 
 
 @pytest.mark.parametrize("keras", KERAS)
 def test_operations_that_xla_compiles(keras):
     settings = Settings(batch=4, size=32, width=0.0625, classes=4, xla=True)
-    step = training_rows.build(Row("ResNet9", keras, "strided4"), settings)
+    step = candidates.build(Row("ResNet9", keras, "strided4"), settings)
     ran = profiles.compiled(step.step, BATCH.images, BATCH.labels)
-    kinds = profiles.bn_ops_of(profiles.by_layer(ran, step.model, step.concrete(BATCH)))
+    kinds = attribution.bn_ops_of(attribution.by_layer(ran, step.model, step.concrete(BATCH)))
     assert list(kinds) == LAYERS
     assert "StridedSlice" in kinds["prep_bn"]["forward"]
     assert "StridedSliceGrad" in kinds["prep_bn"]["backward"]
@@ -298,21 +300,21 @@ def test_kernels_of_a_gpu():
 
 
 def test_the_others_go_on_where_one_runs_out_of_memory(monkeypatch, tmp_path):
-    real = training_rows.NETWORKS["ResNet9"]
+    real = NETWORKS["ResNet9"]
 
     def network(keras, variant, **options):
         if variant == "strided2":
             raise MemoryError
         return real(keras, variant, **options)
 
-    monkeypatch.setitem(training_rows.NETWORKS, "ResNet9", network)
+    monkeypatch.setitem(NETWORKS, "ResNet9", network)
     rows = rows_of("tf_keras", "original", "strided2", "none")
     path = tmp_path / "rows.json"
 
     def keep():
         results.save(path, [training_rows.as_dict(row, rows[0], SETTINGS) for row in rows])
 
-    training_rows.measure(rows, SETTINGS, {}, keep=keep)
+    measuring.measure(rows, SETTINGS, {}, keep=keep)
     original, failed, none = json.loads(path.read_text())
     assert failed["failure"] == "OUT OF MEMORY"
     assert failed["images_per_second"] is failed["step_ratio"] is None
@@ -323,7 +325,7 @@ def test_the_others_go_on_where_one_runs_out_of_memory(monkeypatch, tmp_path):
 
 
 def test_what_is_finished_is_kept_when_it_is_interrupted(monkeypatch):
-    real, rounds = training_rows.interleaved, []
+    real, rounds = measuring.time_rounds, []
 
     def interleaved(variants, repeats, warmup):
         rounds.append(repeats)
@@ -331,11 +333,11 @@ def test_what_is_finished_is_kept_when_it_is_interrupted(monkeypatch):
             raise KeyboardInterrupt
         return real(variants, repeats, warmup)
 
-    monkeypatch.setattr(training_rows, "interleaved", interleaved)
+    monkeypatch.setattr(measuring, "time_rounds", interleaved)
     rows = rows_of("tf_keras", "original")
     kept = []
     with pytest.raises(KeyboardInterrupt):
-        training_rows.measure(rows, SETTINGS, {}, keep=lambda: kept.append(len(rows[0].seconds)))
+        measuring.measure(rows, SETTINGS, {}, keep=lambda: kept.append(len(rows[0].seconds)))
     assert kept[-1] == 1
     assert rows[0].losses
 
@@ -379,7 +381,7 @@ def test_charts_are_drawn(tmp_path):
     assert starts == [b"\x89PNG"] * 2
 
 
-PROGRAM = Path(training_rows.PROGRAM)
+PROGRAM = Path(measuring.PROGRAM)
 
 
 def test_an_unknown_name_is_one_line():

@@ -27,7 +27,11 @@ from mbn_rewrite.rules.motion import RULES
 from tools import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PROGRAMS = ("mbn-rewrite", "python -m mbn_rewrite", "python tools/rewrite_savedmodel.py")
 
 
@@ -204,8 +208,9 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_links_of_the_readme_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text())
     assert links
     assert not [link for link in links if not (ROOT / link).exists()]
 
@@ -213,6 +218,20 @@ def test_links_of_the_readme_lead_somewhere():
 def test_reference_has_every_public_name():
     reference = (ROOT / "docs/reference.md").read_text()
     assert not [name for name in mbn.__all__ if f"::: mbn_rewrite.{name}\n" not in reference]
+
+
+def test_rooms_of_contributing_are_those_that_there_are():
+    (tree,) = (
+        block.code
+        for block in blocks_of((ROOT / "CONTRIBUTING.md").read_text())
+        if block.code.startswith("mbn_rewrite/\n")
+    )
+    named = set(re.findall(r"\w+(?:/|\.py)", tree))
+    there = {path: path.name + "/" * path.is_dir() for path in (ROOT / "mbn_rewrite").rglob("*")}
+    around = {f"{path.name}/" for path in ROOT.iterdir()}
+    assert not named - set(there.values()) - around
+    rooms = {name for path, name in there.items() if path.parent.name == "mbn_rewrite"}
+    assert not {name for name in rooms if re.match(r"[a-z]\w*[/.](py)?$", name)} - named
 
 
 def test_citation_is_of_this_version():

@@ -9,18 +9,19 @@ import tensorflow as tf
 from absl import flags
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks import peer_tools, peers, timing
-from benchmarks.bn_count import (
-    Left,
-    Node,
-    count,
-    one_channel,
+from benchmarks import peers
+from benchmarks.common.timing import time_rounds
+from benchmarks.peer_tools import converters, runtimes, steps, tables
+from benchmarks.peer_tools import tools as peer_tools
+from benchmarks.peer_tools.bn_count import Left, Node, count, one_channel
+from benchmarks.peer_tools.nodes import (
     onnx_nodes,
     openvino_left,
     openvino_nodes,
     tensorflow_nodes,
 )
-from benchmarks.peer_tools import Tool, Work
+from benchmarks.peer_tools.tools import Tool
+from benchmarks.peer_tools.work import Work
 from tests.saved_models import arithmetic_norm, fused_norm, statistics
 
 SHAPE = (2, 6, 6, 4)
@@ -117,7 +118,7 @@ def work(tmp_path_factory):
 
 
 def test_tensorflow_in_file_and_at_run(work):
-    model = peer_tools.TensorFlow(work.original, dict(np.load(work.inputs)), ["y"], 1)
+    model = runtimes.TensorFlow(work.original, dict(np.load(work.inputs)), ["y"], 1)
     assert model.in_file == Left(fused=1, arithmetic=1)
     assert model.at_run == Left(fused=1, arithmetic=1)
 
@@ -131,7 +132,7 @@ def test_what_grappler_does_within_a_convolution_is_not_left(biased, tmp_path):
     module = tf.Module()
     module.serve = tf.function(serve, input_signature=[tf.TensorSpec(SHAPE, name="x")])
     tf.saved_model.save(module, str(tmp_path), {"serving_default": module.serve})
-    model = peer_tools.TensorFlow(tmp_path, {"x": np.ones(SHAPE, np.float32)}, ["y"], 1)
+    model = runtimes.TensorFlow(tmp_path, {"x": np.ones(SHAPE, np.float32)}, ["y"], 1)
     assert model.in_file == Left(fused=1)
     # Grappler writes a fused operation with constants as arithmetic.
     assert model.at_run == (Left(arithmetic=1) if biased else Left(within=1))
@@ -220,7 +221,7 @@ def test_onnx_graph(steps, expected):
 def test_onnx_runtime_in_file_and_at_run(steps, in_file, at_run, tmp_path):
     onnx_model(steps, CONSTANTS, tmp_path / "m.onnx")
     image = np.ones((1, 4, 6, 6), np.float32)
-    model = peer_tools.OnnxRuntime(tmp_path / "m.onnx", {"x": image}, ["y"], 1)
+    model = runtimes.OnnxRuntime(tmp_path / "m.onnx", {"x": image}, ["y"], 1)
     assert model.in_file == in_file
     # What it cannot fold becomes a 1x1 depthwise convolution, where it has blocked kernels.
     assert model.at_run.operations == 1 if at_run is None else model.at_run == at_run
@@ -270,22 +271,22 @@ def test_openvino(name, ov):
 # ------------------------------------------------------------------------------ the program
 
 
-class Wrong(peer_tools.TensorFlow):
+class Wrong(runtimes.TensorFlow):
     def __call__(self):
         return [array + 0.01 for array in super().__call__()]
 
 
-@pytest.mark.parametrize(("runtime", "status"), [(peer_tools.TensorFlow, "ok"), (Wrong, "WRONG")])
+@pytest.mark.parametrize(("runtime", "status"), [(runtimes.TensorFlow, "ok"), (Wrong, "WRONG")])
 def test_wrong_answers_are_marked(runtime, status, work):
-    tool = Tool("t", "a tool", peer_tools.original, runtime)
-    result = peers.examined(tool, work, 1)
+    tool = Tool("t", "a tool", converters.original, runtime)
+    result = steps.examined(tool, work, 1)
     assert result["status"] == status
     assert result["at_run"] == vars(Left(fused=1, arithmetic=1))
 
 
 def test_optimize_for_inference_gives_the_outputs(work):
     tool = next(tool for tool in peer_tools.tools(["fold"], 1) if tool.key == "optimize")
-    result = peers.examined(tool, work, 1)
+    result = steps.examined(tool, work, 1)
     assert result["status"] == "ok"
     assert Left(**result["in_file"]).total == 2
 
@@ -299,7 +300,7 @@ def row(key, left, speed, ours=False, status="ok", **more):
 
 def test_a_wrong_row_shows_no_latency():
     wrong = row("kecam", Left(), 3.0, status="WRONG") | {"error": "inf"}
-    cells = peers.as_cells(wrong, {"rows": [wrong]}, "a tool")
+    cells = tables.as_cells(wrong, {"rows": [wrong]}, "a tool")
     assert cells[4:6] == ["WRONG", "-"]
 
 
@@ -321,13 +322,13 @@ def test_a_wrong_row_shows_no_latency():
 )
 def test_where_a_peer_is_better_the_note_says_so(peer, expected):
     ours = [row("ours_fold", Left(2), 1.2, ours=True), row("ours_onnx", Left(2), 2.0, ours=True)]
-    assert peers.notes(peer, [*ours, peer]) == expected
+    assert tables.notes(peer, [*ours, peer]) == expected
 
 
 def test_one_channel_that_is_not_seen_is_not_fewer():
     ours, peer = row("ours_fold", Left(1), 1.2, ours=True), row("openvino", Left(), 1.0)
-    assert peers.notes(peer, [ours, peer], one_channel=1) == []
-    assert peers.notes(peer, [ours, peer]) == ["FEWER LEFT than ours"]
+    assert tables.notes(peer, [ours, peer], one_channel=1) == []
+    assert tables.notes(peer, [ours, peer]) == ["FEWER LEFT than ours"]
 
 
 def run_main(*arguments):
@@ -476,6 +477,6 @@ def test_a_chart_is_drawn(tmp_path):
 
 def test_untimed_calls_are_not_timed():
     called = []
-    seconds = timing.interleaved({"a": lambda: called.append(1)}, 3, 2, untimed=4)
+    seconds = time_rounds({"a": lambda: called.append(1)}, 3, 2, untimed=4)
     assert len(seconds["a"]) == 3
     assert len(called) == 2 + 3 * (4 + 1)

@@ -15,7 +15,7 @@ import tensorflow as tf
 from scipy import stats
 
 from benchmarks.models import training_networks
-from benchmarks.profiles import OpTime
+from benchmarks.training.profiles import OpTime
 from study import data, models, program, proof, report, running, statistics, training
 from study.errors import StudyError, exit_code
 from study.pipeline import Pipeline
@@ -23,6 +23,7 @@ from study.recipes import RECIPES, learning_rate
 from study.results import Results, differences, locked
 from study.training import Setting
 
+ROOT = Path(__file__).parents[1]
 CLASSES = ("cat", "dog")
 OF_EACH = 10
 RECIPE = RECIPES["resnet9_cifar10"]
@@ -601,7 +602,7 @@ def test_differences_name_every_field():
 @pytest.fixture
 def earlier(tmp_path):
     """A study of two pairs begun with the version before, when this program was elsewhere."""
-    shutil.copytree(Path(__file__).with_name("earlier_study"), tmp_path / "earlier")
+    shutil.copytree(ROOT / "tests" / "data" / "0.1.0" / "study", tmp_path / "earlier")
     return Results.open(tmp_path / "earlier")
 
 
@@ -634,8 +635,9 @@ def test_it_goes_on_with_its_own_flags_alone(earlier):
     assert "program" not in str(raised.value)
 
 
-def test_another_program_is_refused(earlier, monkeypatch):
-    monkeypatch.setattr(program, "TRAIN_ALIKE", {})
+@pytest.mark.parametrize("alike", [(), ("fa8880dd70377ef1",), (program.digest(),)])
+def test_another_program_is_refused(earlier, monkeypatch, alike):
+    monkeypatch.setattr(program, "TRAIN_ALIKE", alike)
     with pytest.raises(StudyError, match=r'versions\.program: there "fa8880dd70377ef1", here'):
         as_begun_now(earlier).begin()
 
@@ -869,9 +871,6 @@ def test_keras_3_and_mixed_precision(images):
 
 
 # -------------------------------------------------------------------------------- the program
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def raising(error):

@@ -30,11 +30,13 @@ from mbn_rewrite.cli.quiet import import_tensorflow
 from mbn_rewrite.drawing import mermaid
 from mbn_rewrite.ir.algebra import ChannelMap, Window
 from mbn_rewrite.ir.graph import (
+    Activation,
     Affine,
     BatchNorm,
     Concat,
     Linear,
     Merge,
+    MergeKind,
     Monotone,
     Op,
     Opaque,
@@ -116,8 +118,11 @@ _linear = partial(Linear, (), None, in_axis=3, out_axis=3)
 PROBES: dict[str, tuple[Op, Shapes]] = {
     "convolution, Dense": (_linear(), Shapes((_IMAGE,), _IMAGE)),
     "… that pads with zeros": (_linear(pads=True, windows=_WINDOWS), Shapes((_IMAGE,), _IMAGE)),
-    "… with a fused ReLU": (_linear(activation="homogeneous"), Shapes((_IMAGE,), _IMAGE)),
-    "… with another fused activation": (_linear(activation="other"), Shapes((_IMAGE,), _IMAGE)),
+    "… with a fused ReLU": (_linear(activation=Activation.HOMOGENEOUS), Shapes((_IMAGE,), _IMAGE)),
+    "… with another fused activation": (
+        _linear(activation=Activation.OTHER),
+        Shapes((_IMAGE,), _IMAGE),
+    ),
     "GRU, LSTM, SimpleRNN": (Recurrent((), 2), Shapes(((None, 6, _CHANNELS),), (None, 5))),
     "another BatchNormalization": (
         BatchNorm(ChannelMap(np.ones(_CHANNELS), np.zeros(_CHANNELS), 3)),
@@ -132,10 +137,10 @@ PROBES: dict[str, tuple[Op, Shapes]] = {
         Shapes((_IMAGE,), (None, 36, _CHANNELS)),
     ),
     "transposition": (Permute((0, 2, 1, 3)), Shapes((_IMAGE,), _IMAGE)),
-    "Add": (Merge("add"), Shapes((_IMAGE,) * 2, _IMAGE)),
-    "Subtract": (Merge("subtract"), Shapes((_IMAGE,) * 2, _IMAGE)),
-    "Average": (Merge("average"), Shapes((_IMAGE,) * 2, _IMAGE)),
-    "Maximum, Minimum": (Merge("maximum"), Shapes((_IMAGE,) * 2, _IMAGE)),
+    "Add": (Merge(MergeKind.ADD), Shapes((_IMAGE,) * 2, _IMAGE)),
+    "Subtract": (Merge(MergeKind.SUBTRACT), Shapes((_IMAGE,) * 2, _IMAGE)),
+    "Average": (Merge(MergeKind.AVERAGE), Shapes((_IMAGE,) * 2, _IMAGE)),
+    "Maximum, Minimum": (Merge(MergeKind.MAXIMUM), Shapes((_IMAGE,) * 2, _IMAGE)),
     "Concatenate": (
         Concat(3),
         Shapes(((None, 6, 6, 1), (None, 6, 6, _CHANNELS - 1)), _IMAGE),

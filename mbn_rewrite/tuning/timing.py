@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from mbn_rewrite.measurement import LEAST_ROUNDS, ratio
 
@@ -37,9 +37,7 @@ def time_interleaved(
         for number in range(_WARMUP):
             if number and clock() > deadline:
                 break
-            start = clock()
-            function()
-            took[name] = max(clock() - start, 1e-6)
+            took[name] = max(seconds_of(function, 1, clock), 1e-6)
     calls = {name: math.ceil(_SHORTEST_SAMPLE / seconds) for name, seconds in took.items()}
     running = list(variants)
     others = [name for name in running if name not in stays]
@@ -48,12 +46,8 @@ def time_interleaved(
             running.remove(name)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(_MOST_ROUNDS):
-        first = number % len(running)
-        for name in running[first:] + running[:first]:
-            start = clock()
-            for _ in range(calls[name]):
-                variants[name]()
-            seconds[name].append((clock() - start) / calls[name])
+        for name in in_turn(running, number):
+            seconds[name].append(seconds_of(variants[name], calls[name], clock))
         if clock() > deadline:
             break
         if number + 1 >= _CERTAIN_ROUNDS:
@@ -64,3 +58,19 @@ def time_interleaved(
                 if name in stays or ratio(seconds[name], seconds[best]).low < _HOPELESS
             ]
     return seconds
+
+
+def in_turn(names: Sequence[str], number: int) -> list[str]:
+    """The order of a round, by its number."""
+    first = number % max(1, len(names))
+    return [*names[first:], *names[:first]]
+
+
+def seconds_of(function: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
+    """Seconds of one of some calls in a row. The last result is thrown away after them."""
+    start = clock()
+    for _ in range(calls):
+        result = function()
+    seconds = clock() - start
+    del result
+    return seconds / calls

@@ -1,7 +1,8 @@
-"""Which device a program runs on, and what it is called."""
+"""The device that a program runs on, and its name."""
 
 from __future__ import annotations
 
+from benchmarks.common.flags import check_known
 from mbn_rewrite.device import cpu_name
 
 DEVICES = ("CPU", "GPU")
@@ -17,8 +18,7 @@ def chosen(asked: str | None) -> str:
     """
     import tensorflow as tf
 
-    if asked not in (None, *DEVICES):
-        raise ValueError(f"unknown device '{asked}'; known are {', '.join(DEVICES)}")
+    check_known("device", [asked] if asked is not None else [], DEVICES)
     gpus = tf.config.list_physical_devices("GPU")
     if asked == "GPU" and not gpus:
         raise ValueError("TensorFlow sees no GPU; --device=CPU runs without")
@@ -29,10 +29,18 @@ def chosen(asked: str | None) -> str:
 
 
 def name_of(device: str) -> str:
-    """What the maker calls the device."""
+    """Name of the device, as its maker calls it."""
     import tensorflow as tf
 
     if device == "CPU":
         return cpu_name()
     gpu = tf.config.list_physical_devices("GPU")[0]
     return str(tf.config.experimental.get_device_details(gpu).get("device_name", "GPU"))
+
+
+def synchronize() -> None:
+    """Waits for the GPU, where TensorFlow uses one."""
+    import tensorflow as tf
+
+    if tf.config.list_logical_devices("GPU"):
+        tf.test.experimental.sync_devices()

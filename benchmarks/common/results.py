@@ -1,32 +1,48 @@
-"""Results on disk: never a part of them."""
+"""Results on disk: whole, or as they were before."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.console import progress
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside its place, has it on the disk, and renames it."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
 
 def save(path: str | Path, results: Any) -> None:
-    """Writes results as JSON, beside the file first, so that it is whole at any time.
+    """Writes results as JSON, so that the file is whole at any time.
 
     What is not finite is written as null: JSON knows no such numbers.
     """
-    path = Path(path)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
-    os.replace(new, path)
+    write_whole(Path(path), json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
 
 
-def keep(path: str | Path, results: Any) -> None:
-    """Saves what is measured so far. A disk that is full for a while costs no measurement."""
+def keep(path: str | Path | None, results: Any) -> None:
+    """Saves what is measured so far, where a file is asked for.
+
+    A disk that is full for a while costs no measurement.
+    """
+    if not path:
+        return
     try:
         save(path, results)
     except OSError as error:
-        print(f"error: {path} cannot be written: {error.strerror or error}", file=sys.stderr)
+        progress(f"error: {path} cannot be written: {error.strerror or error}")
 
 
 def check_writable(path: str | Path) -> None:

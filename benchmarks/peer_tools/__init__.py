@@ -1,0 +1,11 @@
+"""What `peers.py` compares, and how.
+
+tools.py        the tools: a converter and a runtime each
+converters.py   what makes a model of the original
+runtimes.py     what runs it
+work.py         the files of one model
+bn_count.py     how much BatchNormalization is left in a graph
+nodes.py        graphs of TensorFlow, ONNX and OpenVINO, for counting
+steps.py        what is done in a process of its own
+tables.py       tables and the chart
+"""

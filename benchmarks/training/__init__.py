@@ -1,0 +1,14 @@
+"""Training steps, and single layers in training, as `train_step.py` and `layer.py` measure them.
+
+steps.py            a step, as people write it
+rows.py             what is known of a variant; the settings of all
+candidates.py       variants, built
+checks.py           their losses and operations
+measuring.py        their memory and time
+profiles.py         what ran, by TensorFlow's profiler
+attribution.py      for which BatchNormalization it ran
+profile_tables.py   how long each took
+layers.py           single layers: variants, and functions that run them
+layer_checks.py     their outputs and operations
+layer_tables.py     their times
+"""
