@@ -101,7 +101,7 @@ def plan(
     budget: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    """What `convert` would do to a model, without doing it.
+    """The plan that `convert` would carry out on a model, without carrying it out.
 
     Mode "auto" makes and measures what it has to choose between; "fold" takes no time. Arguments
     are those of `convert`.

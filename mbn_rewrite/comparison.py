@@ -341,7 +341,7 @@ def _who(original_is_fine: bool, new_is_fine: bool) -> str:
 
 
 def _sizes(magnitudes: np.ndarray) -> Any:
-    """What the error of each entry is measured against: the largest magnitude among its like."""
+    """Magnitude that the error of each entry is measured against: the largest among its like."""
     rest = magnitudes
     top = sizes = rest.max(initial=0.0)
     while top > _MARK:

@@ -18,7 +18,7 @@ def processor() -> str:
 
 
 def cpu_name() -> str:
-    """What the maker calls the CPU, as far as the system tells."""
+    """Product name of the CPU, as far as the system tells."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

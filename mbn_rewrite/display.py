@@ -145,7 +145,7 @@ def _caveats(report: Report) -> Iterator[str]:
 
 
 def report_summary(report: Report) -> str:
-    """What was done to a model, and how far it was verified, in a line."""
+    """One line on what was done to a model, and on its verification."""
     what = f"{report.source!r}, {report.plan.summary}"
     if report.after is None:
         return f"{what}; nothing was written"

@@ -42,7 +42,7 @@ _LONG_GROUP, _LONG_TEXT = 400, 2000  # characters of a group in brackets, and of
 
 
 class RewriteError(Exception):
-    """What was asked cannot be done.
+    """Base class of errors for requests that cannot be carried out.
 
     The message says what was found, what was expected, and how to get on.
     """
@@ -85,7 +85,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def cause_of(error: BaseException) -> str:
-    """What an error of a framework says, as one paragraph that ends with a full stop.
+    """Message of a framework's error, as one paragraph that ends with a full stop.
 
     Where in which code or graph it came up is left out, and so are escape codes of terminals.
     Configurations and lists that are very long lose their middle.

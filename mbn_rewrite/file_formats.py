@@ -24,7 +24,7 @@ _LISTED = 4  # inputs and outputs that a message names
 
 
 def what_else(source: Path) -> str:
-    """What a file is that is none of ours, as an error message."""
+    """Error message that says what a file is that cannot be rewritten."""
     known = _known(source)
     return known or (
         f"{source} is neither an HDF5 file nor a .keras file nor a directory. "
@@ -33,14 +33,14 @@ def what_else(source: Path) -> str:
 
 
 def not_there(source: Path) -> str:
-    """What to say of a path at which nothing is: checkpoints are named by a prefix."""
+    """Error message for a path at which nothing is: checkpoints are named by a prefix."""
     if Path(f"{source}.index").is_file():
         return _of_checkpoint(source)
     return f"there is no {source}. Give a SavedModel, or a .h5, .hdf5 or .keras file"
 
 
 def in_directory(source: Path) -> str:
-    """What a directory holds that is no SavedModel, as an error message."""
+    """Error message that says what a directory holds that is no SavedModel."""
     start = f"{source} is a directory without saved_model.pb, so no SavedModel"
     inside = sorted(path.parent for path in source.glob("*/saved_model.pb"))
     if inside:
@@ -109,7 +109,7 @@ def check_saved_model(file: Path) -> None:
 
 
 def _known(source: Path) -> str:
-    """What a file of a known format is, and what to do; "" for others."""
+    """Name of a known format, and what to do with such a file; "" for others."""
     with open(source, "rb") as content:
         head = content.read(_TEXT_BYTES)
     other = "Give the model that it was made from, saved by Keras or as a SavedModel"
@@ -167,7 +167,7 @@ def _of_checkpoint(prefix: Path) -> str:
 
 @dataclass
 class _Graph:
-    """What is needed of a GraphDef.
+    """Facts about a GraphDef.
 
     Attributes:
         inputs: the names of its Placeholders.
@@ -179,7 +179,7 @@ class _Graph:
 
 
 def _of_protocol_buffer(source: Path) -> str:
-    """What a file of graphs is that is not a SavedModel; "" where it holds no graph."""
+    """Name of a file of graphs that is not a SavedModel; "" where it holds no graph."""
     if not source.stat().st_size:
         return ""
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -27,7 +27,7 @@ CONFIDENCE = 0.95  # of intervals
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long one variant takes as another: the median, and its interval."""
+    """Ratio of the times of two variants: the median, and its interval."""
 
     median: float
     low: float
@@ -53,7 +53,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Which form of a model is fastest.
+    """Measured times of the forms of a model, and the form that was chosen.
 
     Attributes:
         device: what it ran on.
@@ -113,14 +113,14 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratio(seconds: Sequence[float], base: Sequence[float], confidence: float = CONFIDENCE) -> Ratio:
-    """How many times as long as `base` a variant takes, by rounds that both took part in."""
+    """Ratio of a variant's times to those of `base`, by rounds that both took part in."""
     ratios = sorted(a / b for a, b in zip(seconds, base, strict=False))
     outside = _outside(len(ratios), confidence)
     return Ratio(statistics.median(ratios), ratios[outside], ratios[-1 - outside])
 
 
 def _outside(count: int, confidence: float = CONFIDENCE) -> int:
-    """How many ordered values lie below the confidence interval of a median of `count`."""
+    """Number of ordered values below the confidence interval of a median of `count`."""
     outside, chance = 0, 0.0
     while outside < (count - 1) // 2:
         chance += math.comb(count, outside) / 2**count

@@ -27,7 +27,7 @@ DEFAULT_BUDGET = 60.0  # seconds
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a model will be run.
+    """Conditions under which a model will run.
 
     Attributes:
         batch_size: examples in a call.
@@ -67,7 +67,7 @@ def _silent(line: str) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of a rewrite.
+    """Options of a rewrite.
 
     Attributes:
         mode: one of `MODES`.

@@ -75,7 +75,7 @@ class OwnFolder:
 
     @property
     def new(self) -> Path:
-        """Where output is written."""
+        """Path that output is written to."""
         return self.path / _NEW
 
     def fileno(self) -> int:
@@ -332,14 +332,15 @@ def _unwritable(destination: Path, error: OSError) -> RewriteError:
 
 
 def _give_default_permissions(directory: Path) -> None:
-    """What was made in a private folder need not be private; inside, the usual mask was used."""
+    """Makes public what was made in a private folder; inside it, the usual mask was used."""
     mask = os.umask(0)
     os.umask(mask)
     directory.chmod(0o777 & ~mask)
 
 
 def _exchange_in_two_steps(folder: OwnFolder, destination: Path) -> None:
-    """Where a system cannot do it in one. After the first, `clean_up` brings back what was."""
+    """Exchanges two folders on systems that cannot do it in one step. Between the two, `clean_up`
+    brings back the old one."""
     kept = folder.path / _OLD
     destination.rename(kept)
     try:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # which imports this module
 
 
 class Form(Name):
-    """What can stand in the place of a BatchNormalization and do its map."""
+    """Form of a layer that stands in the place of a BatchNormalization and does its map."""
 
     DEPTHWISE = "depthwise"  # a depthwise 1x1 convolution with a bias
     SCALE_AND_SHIFT = "scale_and_shift"  # a multiplication and an addition
@@ -33,7 +33,7 @@ class Form(Name):
 
 
 class Fate(Name):
-    """What becomes of a BatchNormalization."""
+    """Fate of a BatchNormalization."""
 
     KEPT = "kept"
     FOLDED = "folded"
@@ -46,7 +46,7 @@ class Fate(Name):
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one BatchNormalization.
+    """Decision on one BatchNormalization.
 
     Attributes:
         name: the layer's name; inside nested models with their names before it, as in
@@ -145,7 +145,7 @@ Kind = TypeVar("Kind", Remove, Fold, Remap, Replace, Sample)
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What to do to a model.
+    """Plan for a model.
 
     Attributes:
         mode: "auto", "fold", "depthwise", "strided" or "mbn".
@@ -171,12 +171,12 @@ class Plan:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many BatchNormalizations each action befalls."""
+        """Number of BatchNormalizations by fate."""
         return dict(Counter(str(decision.action) for decision in self.decisions))
 
     @property
     def left(self) -> int:
-        """How many BatchNormalizations stay, as they are or as fused operations."""
+        """Number of BatchNormalizations that stay, as they are or as fused operations."""
         return self.counts.get(Fate.KEPT, 0) + self.counts.get(Fate.FUSED, 0)
 
     @property

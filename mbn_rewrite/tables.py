@@ -17,7 +17,7 @@ WITHOUT_TERMINAL = 100
 
 @dataclass(frozen=True)
 class Page:
-    """What text is laid out for.
+    """Page that text is laid out for.
 
     Attributes:
         width: in characters.
@@ -108,7 +108,7 @@ def _side_by_side(
 
 
 def _least_width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
-    """How wide a table is that breaks no word."""
+    """Width of the narrowest table that breaks no word."""
     longest = [
         max(len(word) for cell in column for word in [*cell.split(), ""])
         for column in zip(columns, *cells, strict=True)

@@ -24,7 +24,7 @@ class Interrupted(Exception):  # noqa: N818 - no error: it was asked for
 
     @property
     def exit_code(self) -> int:
-        """What shells give for a process that a signal ends."""
+        """Exit code that shells give for a process that a signal has ended."""
         return 128 + self.number
 
     def said(self, what: str) -> str:
@@ -34,7 +34,7 @@ class Interrupted(Exception):  # noqa: N818 - no error: it was asked for
 
 
 class Interrupts:
-    """In which signals are noted, and end nothing by themselves.
+    """Context manager that notes signals, which then end nothing by themselves.
 
     What waits for `fileno` wakes when one comes, and when a child process ends. What the caller
     of this process had it ignore (as nohup does) stays ignored. Signals reach the main thread
@@ -68,7 +68,7 @@ class Interrupts:
         os.close(self._woken_by)
 
     def fileno(self) -> int:
-        """What becomes readable when a signal comes."""
+        """File descriptor that becomes readable when a signal comes."""
         return self._wakes
 
     def awake(self) -> None:

@@ -1,4 +1,4 @@
-"""What the command-line tool and the process that works for it say to each other.
+"""Messages between the command-line tool and the process that works for it.
 
 The tool says what to do, once. The worker says what it is doing, step by step, and at last how it
 ended: one JSON object a line.
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a job ended.
+    """End of a job.
 
     Attributes:
         how: DONE, REFUSED, DIFFERENT, NO_MEMORY or UNEXPECTED.

@@ -44,7 +44,7 @@ _TOLD = 4000  # bytes of what was printed last, which may say why a process ende
 
 @dataclass(frozen=True)
 class Limits:
-    """How a job is watched over.
+    """Limits of a job, and what its process is given.
 
     Attributes:
         seconds: what one step may take, beside what it means to take.
@@ -132,7 +132,7 @@ class _Child:
         yield from map(read_message, lines)
 
     def printed(self) -> bytes:
-        """What it has printed since the last call."""
+        """Bytes that it has printed since the last call."""
         return _read(self._output, self.open)
 
     def end(self) -> None:
@@ -145,7 +145,7 @@ class _Child:
 
 
 def _read(file: int, still_open: set[int]) -> bytes:
-    """What can be read without waiting; takes a file that has ended from those still open."""
+    """Bytes that can be read without waiting; drops a file that has ended from those still open."""
     data = b""
     try:
         while file in still_open:
@@ -251,7 +251,7 @@ _SIGNALS: Mapping[int, str] = {
 
 
 def _how(code: int, last: bytes) -> str:
-    """How a process ended, in words, from its exit code and what it printed last."""
+    """End of a process in words, from its exit code and what it printed last."""
     if code >= 0:
         return f"the work ended without a result (exit code {code})"
     how = _SIGNALS.get(-code, f"signal {-code} ended the work")

@@ -114,7 +114,7 @@ def _carried_out(job: Job, begin: Callable[[Step], None]) -> Ending:
 
 
 def _planned(job: Job, line: str) -> float:
-    """How long a step takes whatever the model is: what measures takes the budget."""
+    """Seconds that a step takes whatever the model is: a step that measures takes the budget."""
     if not line.startswith(MEASURING):
         return 0.0
     budget = job.options.get("budget")
@@ -122,12 +122,12 @@ def _planned(job: Job, line: str) -> float:
 
 
 def _for_the_user(job: Job, said: object) -> str:
-    """What was said of the folder that is written to, of the output that it becomes."""
+    """A message that names the output in place of the folder that is written to."""
     return str(said).replace(job.folder, job.destination) if job.folder else str(said)
 
 
 def _told(error: BaseException) -> str:
-    """What an error says that nobody has thought of, and where in this package it came up."""
+    """Message of an unexpected error, and the line of this package that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     here = str(Path(__file__).parents[1])
     ours = [frame for frame in frames if frame.filename.startswith(here)]

@@ -107,7 +107,7 @@ class ChannelMap:
 
 @dataclass(frozen=True)
 class Kernel:
-    """How an array of weights is laid out by channel.
+    """Layout of an array of weights by channel.
 
     Attributes:
         name: the array's name in its layer.
@@ -155,7 +155,7 @@ class Kernel:
         return result.reshape(array.shape)
 
     def applied_to_constant(self, array: Array, vector: Array) -> Array:
-        """What the layer adds to each output channel when its input is constant.
+        """Sum that the layer adds to each output channel when its input is constant.
 
         Args:
             array: the weights.
@@ -176,7 +176,7 @@ class Kernel:
         ).reshape(-1)
 
     def applied_by_position(self, array: Array, vector: Array) -> Array:
-        """What each place of the window alone adds when its input is constant.
+        """Sums that each place of the window alone adds when its input is constant.
 
         Args:
             array: the weights of a convolution.
@@ -206,7 +206,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Window:
-    """How a convolution reads one axis of positions.
+    """Window of a convolution along one axis of positions.
 
     Attributes:
         size: how many positions it reads for each output.
@@ -222,7 +222,7 @@ class Window:
     padding: tuple[int, int] | str
 
     def reads(self, positions: int) -> Array:
-        """Where real positions are read.
+        """Mask of the places at which real positions are read.
 
         Returns:
             float64, shape (outputs, size): 1 where an output reads one of the positions of
@@ -248,7 +248,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Border:
-    """Where a convolution of an input of known sizes reads padding.
+    """Border of an input of known sizes, where a convolution reads padding.
 
     Attributes:
         windows: for each axis of positions.

@@ -36,7 +36,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """What a node does, as far as the motion of affine maps is concerned."""
+    """Operation of a node, as far as the motion of affine maps is concerned."""
 
     @property
     def chains(self) -> tuple[Chain, ...]:
@@ -61,7 +61,7 @@ class Opaque(Op):
 
 
 class Activation(Name):
-    """What a linear operation applies to its result."""
+    """Activation that a linear operation applies to its result."""
 
     LINEAR = "linear"
     HOMOGENEOUS = "homogeneous"  # see `PositivelyHomogeneous`
@@ -155,7 +155,7 @@ def fused_operation_takes(dtype: str, axis: int | None, rank: int) -> bool:
 
 
 class MergeKind(Name):
-    """What a merge makes of its inputs."""
+    """Elementwise operation of a merge."""
 
     ADD = "add"
     SUBTRACT = "subtract"
@@ -291,7 +291,7 @@ class Graph:
     )
 
     def uses(self) -> Mapping[str, int]:
-        """How many nodes each owner has."""
+        """Number of nodes of each owner."""
         counts: dict[str, int] = {}
         for node in self.nodes:
             counts[node.owner] = counts.get(node.owner, 0) + 1

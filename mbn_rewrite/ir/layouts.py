@@ -1,4 +1,4 @@
-"""How the kernels of TensorFlow's linear operations are laid out by channel. numpy only.
+"""Layouts of the kernels of TensorFlow's linear operations, by channel. numpy only.
 
 Keras layers and graph operations store the same arrays, so both kinds of front end describe
 them by these functions. Each takes the name of the array and its shape as the operation
@@ -66,7 +66,7 @@ class Einsum:
         return self.outputs.index(self.channels)
 
     def layout(self, name: str, shape: Sequence[int]) -> Kernel:
-        """How the kernel is laid out."""
+        """Layout of the kernel."""
         axis = self.in_axis
         in_dims = () if axis is None else (self.kernel.index(self.inputs[axis]),)
         return Kernel(name, tuple(shape), in_dims, (self.kernel.index(self.channels),))

@@ -91,8 +91,8 @@ class _Folding:
     def _before(
         self, site: Node, reader: Node, position: int, m: ChannelMap, depth: int = 0
     ) -> tuple[_Requests, _Requests]:
-        """What to ask of the layers before a reader's input so that they do m on it, and
-        what to ask so that they do m without its shift.
+        """Requests to the layers before a reader's input that have them do m on it, and requests
+        that have them do m without its shift.
 
         Both are found in one walk: a merge needs one of its branches with the shift, and
         all others without.
@@ -154,7 +154,7 @@ class _Folding:
         return None
 
     def _forward(self, site: Node) -> _Requests:
-        """What to ask of all the layers after a site so that they do its map."""
+        """Requests to all the layers after a site that have them do its map."""
         requests: list[Request] = []
         pending = [(site.outputs[0], self.work.maps[site.owner])]
         reached: set[int] = set()
@@ -180,7 +180,7 @@ class _Folding:
         return requests
 
     def _not_moved_on(self, site: Node, value: int, reached: set[int]) -> Blocked | None:
-        """What keeps a map of this value from moving to those who read it."""
+        """Obstacle to moving a map of this value to its readers, or None."""
         if value in reached:
             return Blocked(f"{self.work.producer(value).label} is reached on several ways")
         if self.work.is_output(value):
@@ -194,7 +194,7 @@ class _Folding:
         return None
 
     def _border(self, node: Node, outcome: Outcome) -> Border | Blocked | None:
-        """Where a convolution reads padding, if a border map is all that is missing."""
+        """Border that a convolution reads, if a border map is all that is missing."""
         if not (self.borders and isinstance(outcome, Blocked) and outcome.border):
             return None
         op = node.op
@@ -228,7 +228,7 @@ class _Folding:
         return agreed
 
     def _disagreement(self, group: list[Request]) -> Blocked | None:
-        """What keeps a layer from doing what its calls ask of it on one side."""
+        """Obstacle to a layer's doing what its calls ask of it on one side, or None."""
         request, others = group[0], group[1:]
         node, calls = self.work.nodes[request.owner], self.work.calls[request.owner]
         if len(group) != calls or not all(other.map.equals(request.map) for other in others):
@@ -246,7 +246,7 @@ class _Folding:
         return Blocked(f"{node.label} cannot absorb it: {why}") if why else None
 
     def _stand_ins(self, requests: list[Request]) -> str:
-        """Which layers others stand for that add border maps or biases, or ""."""
+        """Sentences on layers that are replaced to add border maps or biases, or ""."""
         sentences = []
         for request in requests:
             node, fold = self.work.nodes[request.owner], self.work.fold_of(request.owner)

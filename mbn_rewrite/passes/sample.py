@@ -69,7 +69,7 @@ def _unsampled_axis(axis: int | None, shape: Shape | None) -> str:
 
 
 def _lowering(stride: strides.Stride, axis: int | None, shape: Shape | None) -> str:
-    """How a training layer lowers a stride for small inputs, or ""."""
+    """Note on how a training layer lowers a stride for small inputs, or ""."""
     if axis is None or shape is None:
         return ""
     sizes = [size for i, size in enumerate(shape) if i not in (0, axis)]

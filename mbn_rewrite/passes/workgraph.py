@@ -18,7 +18,7 @@ from mbn_rewrite.plans import Action, Fold, Remap, Remove
 
 
 class Side(Name):
-    """Where a layer is asked to do a map."""
+    """Side of a layer on which it is asked to do a map."""
 
     BEFORE = "before"  # on its input
     AFTER = "after"  # on its output
@@ -26,7 +26,7 @@ class Side(Name):
 
 @dataclass(frozen=True)
 class Request:
-    """What one call asks of its layer: to absorb a map.
+    """Request of one call to its layer: to absorb a map.
 
     Attributes:
         owner: the layer.
@@ -112,7 +112,7 @@ class WorkingGraph:
         return self.graph.values[value].dtype
 
     def fold_of(self, owner: str) -> Fold | None:
-        """What a layer has absorbed so far, or None."""
+        """The maps that a layer has absorbed so far, or None."""
         action = self.actions.get(owner)
         return action if isinstance(action, Fold) else None
 

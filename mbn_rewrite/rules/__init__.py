@@ -1,1 +1,1 @@
-"""How per-channel maps move past operations: one row for each."""
+"""Rules for moving per-channel maps past operations: one row for each."""

@@ -1,4 +1,4 @@
-"""What a per-channel affine map can move through, and what can absorb it.
+"""Rules for per-channel affine maps: operations that they pass, and operations that absorb them.
 
 `RULES` is the whole table. For each kind of operation it has two rules:
 
@@ -90,7 +90,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a map moves past one kind of operation; see the module's first paragraph."""
+    """Rule for moving a map past one kind of operation; see the module's first paragraph."""
 
     backward: Callable[..., Outcome]
     forward: Callable[..., Outcome]
@@ -233,7 +233,7 @@ def _merge_forward(op: Merge, m: ChannelMap, shapes: Shapes, position: int) -> O
 
 
 def _channel_starts(op: Concat, shapes: Shapes) -> list[int] | None:
-    """Where each input's channels start, or None where sizes are not known."""
+    """First channel of each input, or None where sizes are not known."""
     starts = [0]
     for shape in shapes.inputs:
         size = shape[op.axis]

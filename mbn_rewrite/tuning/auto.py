@@ -89,7 +89,7 @@ def _built(
     start: float,
     notes: dict[str, str],
 ) -> dict[str, Run]:
-    """What runs each form, of those that can be built and run in time."""
+    """Functions that run the forms that can be built and run in time."""
     runs: dict[str, Run] = {}
 
     def begins(form: str) -> bool:
@@ -127,7 +127,7 @@ class _Failed(Exception):  # noqa: N818 - it goes no further than this module
 
 @contextmanager
 def _noting(notes: dict[str, str], form: str) -> Iterator[None]:
-    """In which it is noted what keeps a form from being measured.
+    """Context manager that notes what keeps a form from being measured.
 
     Whatever that is, the other forms are there: it is no reason to give nothing.
     """
