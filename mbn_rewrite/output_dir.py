@@ -8,15 +8,12 @@ and the next one finds them: what is marked and no longer locked is removed.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import platform
 import re
 import secrets
 import shutil
-import sys
 import tempfile
 import time
 import weakref
@@ -26,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mbn_rewrite import file_formats
+from mbn_rewrite.atomic_rename import EXCHANGE, KEEP, renamed
 from mbn_rewrite.errors import RewriteError, cause_of
 
 try:
@@ -317,11 +315,11 @@ def put_in_place(folder: OwnFolder, destination: Path, overwrite: bool) -> None:
         _check_replaced(destination, overwrite)  # it may have come meanwhile
         _give_default_permissions(folder.new)
         if not overwrite:
-            if not _renamed(folder.new, destination, _KEEP):
+            if not renamed(folder.new, destination, KEEP):
                 folder.new.rename(destination)
         elif not destination.exists():
             folder.new.rename(destination)
-        elif not _renamed(folder.new, destination, _EXCHANGE):
+        elif not renamed(folder.new, destination, EXCHANGE):
             _exchange_in_two_steps(folder, destination)
     except OSError as error:
         raise _unwritable(destination, error) from error
@@ -339,8 +337,10 @@ def _give_default_permissions(directory: Path) -> None:
 
 
 def _exchange_in_two_steps(folder: OwnFolder, destination: Path) -> None:
-    """Exchanges two folders on systems that cannot do it in one step. Between the two, `clean_up`
-    brings back the old one."""
+    """Exchanges two folders where the system cannot do it in one step.
+
+    After a run that was killed between the two, `clean_up` brings back the old one.
+    """
     kept = folder.path / _OLD
     destination.rename(kept)
     try:
@@ -348,33 +348,3 @@ def _exchange_in_two_steps(folder: OwnFolder, destination: Path) -> None:
     finally:
         if not destination.exists():
             kept.rename(destination)
-
-
-# Ways to rename that Python does not offer: the flags of renameat2 (Linux) and renamex_np (macOS).
-_KEEP, _EXCHANGE = "keep what is there", "exchange"
-_LINUX = {_KEEP: 1, _EXCHANGE: 2}
-_MACOS = {_KEEP: 4, _EXCHANGE: 2}
-_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-
-
-def _renamed(source: Path, destination: Path, how: str) -> bool:
-    """Renames atomically in a way that not all systems know; whether this one does.
-
-    Raises:
-        OSError: it knows it, and it cannot be done.
-    """
-    names = os.fsencode(source), os.fsencode(destination)
-    library = ctypes.CDLL(None, use_errno=True)
-    if sys.platform == "darwin":
-        failed = library.renamex_np(*names, ctypes.c_uint(_MACOS[how]))
-    elif hasattr(library, "renameat2"):
-        here = ctypes.c_int(-100)  # AT_FDCWD; the names are absolute
-        failed = library.renameat2(here, names[0], here, names[1], ctypes.c_uint(_LINUX[how]))
-    else:
-        return False
-    if failed and ctypes.get_errno() in _CANNOT:
-        return False
-    if failed:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(destination))
-    return True

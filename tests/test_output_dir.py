@@ -238,7 +238,7 @@ def replaced(out, overwrite, meanwhile=lambda: None):
 @pytest.fixture(params=["in one step", "in two"])
 def exchange(request, monkeypatch):
     if request.param == "in two":
-        monkeypatch.setattr(output_dir, "_renamed", lambda *_: False)
+        monkeypatch.setattr(output_dir, "renamed", lambda *_: False)
     return request.param
 
 
@@ -299,7 +299,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
 
 
 def test_a_second_step_that_fails_brings_back_what_was_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(output_dir, "_renamed", lambda *_: False)
+    monkeypatch.setattr(output_dir, "renamed", lambda *_: False)
     out = model(tmp_path / "out", "old")
     rename = Path.rename
 
@@ -316,7 +316,7 @@ def test_a_second_step_that_fails_brings_back_what_was_there(tmp_path, monkeypat
 
 
 KILLED_BETWEEN = """
-output_dir._renamed = lambda *_: False
+output_dir.renamed = lambda *_: False
 out, rename = directory / "out", Path.rename
 def until_the_second(self, target):
     if self.name == "new":
