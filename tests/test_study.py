@@ -157,7 +157,8 @@ def test_after_an_interrupt_no_other_image_is_read():
             pool.map(functools.partial(reading, pool), range(1000))
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert len(read) < 1000
 
 
