@@ -45,7 +45,7 @@ from absl import app, flags
 import mbn_rewrite as mbn
 from benchmarks.common import results
 from benchmarks.common.console import progress
-from benchmarks.common.flags import check_outputs
+from benchmarks.common.flags import check_usage
 from benchmarks.common.memory import forget_peak, resident
 from benchmarks.common.timing import time_rounds
 from mbn_rewrite.frontends.execution import give_back_memory
@@ -246,12 +246,7 @@ def timed(name: str, model: Any) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; --help has examples")
-    try:
-        check_outputs(FLAGS.json)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from error
+    check_usage(argv[1:], FLAGS.json)
     if FLAGS.memory_of:
         print(json.dumps(measure_memory(FLAGS.memory_of)))
         return

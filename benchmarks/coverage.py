@@ -55,7 +55,7 @@ from absl import app, flags
 import mbn_rewrite as mbn
 from benchmarks.common import results
 from benchmarks.common.console import progress
-from benchmarks.common.flags import check_outputs
+from benchmarks.common.flags import check_usage
 from benchmarks.models.networks import (
     APPLICATIONS,
     STATISTICS,
@@ -189,12 +189,7 @@ def spread_of(outputs: list[np.ndarray]) -> float:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; --help has examples")
-    try:
-        check_outputs(FLAGS.json)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from error
+    check_usage(argv[1:], FLAGS.json)
     unknown = sorted(set(FLAGS.models) - set(NAMES))
     if unknown:
         raise app.UsageError(f"--models: unknown {unknown}; there are {', '.join(NAMES)}")

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ class _Reader:
         wanted = None if count is None else self._of_each(count, classes, flag)
         images: list[Any] = []
         labels: list[int] = []
-        with ThreadPoolExecutor() as pool:
+        with _threads() as pool:
             for label, name in enumerate(classes):
                 usable = self._usable(files[name], wanted, pool)
                 if not usable:
@@ -263,6 +264,16 @@ class _Reader:
         if image.shape != (size, size, 3):
             image = tf.cast(tf.round(tf.image.resize(image, (size, size))), tf.uint8)
         return image.numpy()
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Context manager of threads that, when it is left by an interrupt, begin nothing more."""
+    pool = ThreadPoolExecutor()
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def decoded(data: tf.Tensor) -> tf.Tensor:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.common.results import write_whole
 from study import charts
 from study.errors import StudyError
-from study.proof import kinds
-from study.recipes import RECIPES, RUNS, VARIANTS
-from study.results import Results
-from study.statistics import (
-    ALPHA,
-    WANTED_POWER,
-    Comparison,
-    compare_all,
-    needed,
-    power,
+from study.left_out import left_out
+from study.markdown import (
+    comparison_table,
+    picture_of,
+    power_text,
+    signed,
+    spread_table,
+    strides_text,
+    table,
 )
+from study.pairs import ORIGINAL, Runs, accuracy, check, paired, seconds_per_epoch
+from study.results import Results
+from study.statistics import Comparison, compare_all
 
-ORIGINAL = "original"
 PAGE = "report.md"
 _CHANCE = 1.2  # times the accuracy of guessing: below it, nothing was learnt
-# All records, by variant and seed.
-Runs = dict[str, dict[int, dict[str, Any]]]
 
 
 def write(results: Results, margin: float, time_margin: float) -> Path:
@@ -51,66 +51,8 @@ def write(results: Results, margin: float, time_margin: float) -> Path:
     page = Page(results.configuration, runs, margin, time_margin, results.directory)
     page.alone = [f"{v}, seed {seed}" for v, seed in finished if seed not in runs.get(v, {})]
     path = results.directory / PAGE
-    path.write_text(page.text())
+    write_whole(path, page.text())
     return path
-
-
-def paired(finished: Mapping[tuple[str, int], dict[str, Any]]) -> Runs:
-    """The runs by variant, the original first; of the others, those that have an original.
-
-    Raises:
-        StudyError: there is no pair.
-    """
-    originals = {seed for variant, seed in finished if variant == ORIGINAL}
-    variants = sorted({variant for variant, _ in finished}, key=_rank)
-    runs = {
-        variant: {
-            seed: finished[variant, seed]
-            for seed in sorted(originals)
-            if (variant, seed) in finished
-        }
-        for variant in variants
-    }
-    runs = {variant: of_variant for variant, of_variant in runs.items() if of_variant}
-    if len(runs) < 2:
-        raise StudyError("no run of a variant has one of the original with the same seed beside it")
-    return runs
-
-
-def _rank(variant: str) -> tuple[bool, str, int]:
-    kind = variant.rstrip("0123456789")
-    return variant != ORIGINAL, "" if kind == "strided" else kind, int(variant[len(kind) :] or 0)
-
-
-def check(runs: Runs) -> None:
-    """Sees that pairs are pairs, and that variants ran something else than the original.
-
-    Raises:
-        StudyError: one is not, or did not.
-    """
-    for variant, of_variant in runs.items():
-        for seed, record in of_variant.items():
-            original = runs[ORIGINAL][seed]
-            for key in ("initial_weights", "first_batch"):
-                if record[key] != original[key]:
-                    raise StudyError(
-                        f"{variant}, seed {seed}, is not paired with the original: its "
-                        f"{key.replace('_', ' ')} differ"
-                    )
-            same = kinds(record["operations"]) == kinds(original["operations"])
-            if variant != ORIGINAL and same:
-                raise StudyError(f"{variant}, seed {seed}, ran just what the original ran")
-
-
-def seconds_per_epoch(record: Mapping[str, Any]) -> float:
-    """The median without the first epoch, in which the step is traced and profiled."""
-    seconds = [epoch["seconds"] for epoch in record["epochs"]]
-    return plain.median(seconds[1:] or seconds)
-
-
-def accuracy(record: Mapping[str, Any]) -> float:
-    """After the last epoch, in percent."""
-    return 100 * float(record["epochs"][-1]["test_accuracy"])
 
 
 class Page:
@@ -166,7 +108,7 @@ class Page:
             f"{', '.join(self.variants)} against the original",
             "",
             *(
-                f"- **{v}**: accuracy {_signed(a)} points, {a.verdict} (±{self.margin:g}); time "
+                f"- **{v}**: accuracy {signed(a)} points, {a.verdict} (±{self.margin:g}); time "
                 f"{self._time_verdict(t)}; {a.count} pairs."
                 for v in self.variants
                 for a, t in [(self.compared[v], self.compared_times[v])]
@@ -183,7 +125,7 @@ class Page:
     def _time_verdict(self, compared: Comparison) -> str:
         if self.configuration["epochs"] == 1:
             return "not compared, since the one epoch has tracing and profiling in it"
-        return f"{_signed(compared)}%, {compared.verdict} (±{self.time_margin:g}%)"
+        return f"{signed(compared)}%, {compared.verdict} (±{self.time_margin:g}%)"
 
     def _warnings(self) -> Iterable[str]:
         """What takes from the worth of the results."""
@@ -225,10 +167,10 @@ class Page:
                 "## Accuracy",
                 "On the test images after the last epoch, in percent; differences of pairs, in "
                 "percentage points.",
-                _spread_table("accuracy, %", values, 2),
-                _comparison_table(self.compared, "points"),
-                *(_power_text(v, c, "points") for v, c in self.compared.items()),
-                *map(_picture, pictures),
+                spread_table("accuracy, %", values, 2),
+                comparison_table(self.compared, "points"),
+                *(power_text(v, c, "points") for v, c in self.compared.items()),
+                *map(picture_of, pictures),
             ]
         )
 
@@ -246,10 +188,10 @@ class Page:
                 "Training alone; the median of a run's epochs without the first, in which the step "
                 "is traced and profiled (with one epoch, there is only that: it says nothing). "
                 "Differences of pairs, in percent of the original.",
-                _spread_table("seconds", values, 3),
-                _comparison_table(self.compared_times, "%"),
-                *(_power_text(v, c, "%") for v, c in self.compared_times.items()),
-                _picture(picture),
+                spread_table("seconds", values, 3),
+                comparison_table(self.compared_times, "%"),
+                *(power_text(v, c, "%") for v, c in self.compared_times.items()),
+                picture_of(picture),
             ]
         )
 
@@ -271,7 +213,7 @@ class Page:
             )
         strides = [
             [f"{layer['name']}, {'x'.join(map(str, layer['shape']))}"]
-            + [_strides_text(first["layers"][i], v) for v, first in self._firsts().items()]
+            + [strides_text(first["layers"][i], v) for v, first in self._firsts().items()]
             for i, layer in enumerate(self._firsts()[ORIGINAL]["layers"])
         ]
         pairs = sum(len(self.runs[v]) for v in self.variants)
@@ -282,13 +224,13 @@ class Page:
                 "backward, seen by TensorFlow's profiler in steps of the runs themselves; "
                 "arithmetic on one element per channel is left out. FusedBatchNormEx is "
                 "FusedBatchNormV3 and the ReLU behind it in one.",
-                _table(["variant", "operations", "trained weights", "all weights"], rows),
+                table(["variant", "operations", "trained weights", "all weights"], rows),
                 f"All {pairs} pairs started from the same weights and the same first batch, by "
                 "checksums.",
                 "Strides (rows, columns) of the statistics in each layer. The layers lower a "
                 "stride where fewer than 16 positions of an image would be sampled, and to 1 where "
                 "the sample would then be more than a fifth of all; such are marked \\*.",
-                _table(["layer, input", *self.runs], strides),
+                table(["layer, input", *self.runs], strides),
             ]
         )
 
@@ -296,22 +238,10 @@ class Page:
         return {v: next(iter(of_variant.values())) for v, of_variant in self.runs.items()}
 
     def _layers(self) -> str:
-        names = [layer["name"] for layer in self._firsts()[ORIGINAL]["layers"]]
-        times = {
-            variant: {
-                name: {
-                    direction: plain.median(
-                        r["milliseconds"].get(name, {}).get(direction, 0.0)
-                        for r in of_variant.values()
-                    )
-                    for direction in ("forward", "backward")
-                }
-                for name in names
-            }
-            for variant, of_variant in self.runs.items()
-        }
+        times = self._layer_times()
+        names = list(times[ORIGINAL])
         labels = {
-            v: [_strides_text(layer, v).replace("\\", "") for layer in first["layers"]]
+            v: [strides_text(layer, v).replace("\\", "") for layer in first["layers"]]
             for v, first in self._firsts().items()
         }
         on_cpu = self.configuration["device"].startswith("CPU")
@@ -335,10 +265,27 @@ class Page:
                 "the median of a few steps. Times of operations that ran side by side overlap, and "
                 "those of FusedBatchNormEx have the ReLU in them."
                 + ("" if on_cpu else " On a GPU these are times of launching, not of computing."),
-                _table(["layer", *times], [*rows, ["sum", *sums]]),
-                _picture(picture),
+                table(["layer", *times], [*rows, ["sum", *sums]]),
+                picture_of(picture),
             ]
         )
+
+    def _layer_times(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Milliseconds of a step by variant, layer and direction: medians over runs."""
+        names = [layer["name"] for layer in self._firsts()[ORIGINAL]["layers"]]
+        return {
+            variant: {
+                name: {
+                    direction: plain.median(
+                        r["milliseconds"].get(name, {}).get(direction, 0.0)
+                        for r in of_variant.values()
+                    )
+                    for direction in ("forward", "backward")
+                }
+                for name in names
+            }
+            for variant, of_variant in self.runs.items()
+        }
 
     def _norms(self) -> str:
         layers = self._firsts()[ORIGINAL]["layers"]
@@ -352,7 +299,7 @@ class Page:
                 "## mu, sigma, beta and gamma over training",
                 "Moving statistics and weights after each epoch, means over runs. Gamma and "
                 "beta of mbn are its depthwise kernel and its bias.",
-                *map(_picture, pictures),
+                *map(picture_of, pictures),
             ]
         )
 
@@ -385,153 +332,13 @@ class Page:
         return "\n\n".join(
             [
                 "## What was run",
-                _table(["", ""], [[k, str(v)] for k, v in facts.items()]),
+                table(["", ""], [[k, str(v)] for k, v in facts.items()]),
                 "Hyper-parameters, described in `study/recipes.py`; the learning "
                 "rate is for the recipe's batch and goes with the batch:",
-                _table(["hyper-parameter", "value"], hyper),
+                table(["hyper-parameter", "value"], hyper),
             ]
         )
 
     def _not_run(self) -> str:
-        return "\n".join(["## What was not run", "", *(f"- {line}" for line in self.left_out())])
-
-    def left_out(self) -> Iterable[str]:
-        """All in which this is less than the study."""
-        c = self.configuration
-        recipe = RECIPES.get(c["recipe"]["name"])
-        if recipe:
-            if c["width"] != 1:
-                yield f"{recipe.network} in full width: this has {c['width']:g} of its channels."
-            if c["epochs"] < recipe.epochs:
-                yield f"All {recipe.epochs} epochs: these are {c['epochs']}."
-            if c["batch"] != recipe.batch:
-                yield f"The recipe's batch of {recipe.batch}: this one is {c['batch']}."
-        yield from self._images_left_out()
-        if self.alone:
-            yield f"The other half of a pair; not reported: {'; '.join(self.alone)}."
-        few = {v: len(of) for v, of in self.runs.items() if len(of) < RUNS}
-        if few:
-            counts = ", ".join(f"{count} of {v}" for v, count in few.items())
-            yield f"{RUNS} runs of each variant: these are {counts}."
-        missing = [v for v in VARIANTS if v not in self.runs]
-        if missing:
-            yield f"These variants: {', '.join(missing)}."
-        others = [name for name in RECIPES if name != c["recipe"]["name"]]
-        yield f"These recipes: {', '.join(others)}."
-        other = "Keras 3" if c["keras"] == "tf_keras" else "tf_keras"
-        yield f"The same in {other}."
-        if c["dtype"] == "float32":
-            yield "Mixed precision."
-        if c["device"].startswith("CPU"):
-            yield "A GPU: the times are those of a CPU."
-        if c["replicas"] == 1:
-            yield "More than one device."
-
-    def _images_left_out(self) -> Iterable[str]:
-        data = self.configuration["data"]
-        for part, there in data["available"].items():
-            if data[part] < there:
-                yield f"All {there:,} {part} images: these are {data[part]:,}."
-
-
-# --------------------------------------------------------------------------------- tables
-
-
-def _spread_table(unit: str, values: Mapping[str, Sequence[float]], digits: int) -> str:
-    rows = []
-    for variant, of_variant in values.items():
-        numbers = [np.mean(of_variant), np.median(of_variant), min(of_variant), max(of_variant)]
-        deviation = np.std(of_variant, ddof=1) if len(of_variant) > 1 else None
-        texts = [f"{number:.{digits}f}" for number in numbers]
-        spread = "-" if deviation is None else f"{deviation:.{digits}f}"
-        rows.append([variant, str(len(of_variant)), texts[0], spread, *texts[1:]])
-    columns = ["variant", "runs", f"mean {unit}", "standard deviation", "median", "least", "most"]
-    return _table(columns, rows)
-
-
-def _comparison_table(compared: Mapping[str, Comparison], unit: str) -> str:
-    rows = [
-        [
-            variant,
-            str(c.count),
-            _signed(c),
-            _number(c.deviation),
-            _p(c.t_test),
-            _p(c.holm),
-            _p(c.wilcoxon),
-            f"±{c.margin:g}",
-            _p(c.equivalence),
-            c.verdict,
-        ]
-        for variant, c in compared.items()
-    ]
-    columns = [
-        *("variant", "pairs", f"mean difference, {unit}", "standard deviation"),
-        *(
-            "paired t, p",
-            "Holm, p",
-            "Wilcoxon, p",
-            "margin",
-            "equivalence (TOST), p",
-            f"at {ALPHA:.0%}",
-        ),
-    ]
-    return _table(columns, rows)
-
-
-def _power_text(variant: str, c: Comparison, unit: str) -> str:
-    if c.power is None or c.deviation is None:
-        return f"{variant}: one pair has no spread, so its power is not known."
-    enough = c.power >= WANTED_POWER
-    more = f"{c.needed} pairs" if c.needed else "more pairs than ten thousand"
-    text = (
-        f"{variant}: if there is no difference, {c.count} pairs with this spread show that it is "
-        f"within ±{c.margin:g} {unit} with a chance of {c.power:.0%}"
-    )
-    if not enough:
-        reach = next(
-            (m for m in _margins() if power(c.deviation, c.count, m) >= WANTED_POWER), None
-        )
-        within = f"; what they can show is ±{reach:g}" if reach else ""
-        return f"{text}: too few, {WANTED_POWER:.0%} takes {more}{within}."
-    return f"{text}; {WANTED_POWER:.0%} takes {needed(c.deviation, c.margin)}."
-
-
-def _margins() -> Iterable[float]:
-    """Round numbers, upward."""
-    for power_of_ten in (0.1, 1, 10, 100):
-        for digit in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9):
-            yield round(power_of_ten * digit, 2)
-
-
-def _strides_text(layer: Mapping[str, Any], variant: str) -> str:
-    if layer["strides"] is None:
-        return "-"
-    asked = int(variant.lstrip("abcdefghijklmnopqrstuvwxyz"))
-    lowered = any(stride != asked for stride in layer["strides"])
-    return ",".join(map(str, layer["strides"])) + ("\\*" if lowered else "")
-
-
-def _signed(c: Comparison) -> str:
-    if c.interval is None:
-        return f"{c.mean:+.2f}"
-    return f"{c.mean:+.2f} [{c.interval[0]:+.2f}, {c.interval[1]:+.2f}]"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def _picture(name: str) -> str:
-    return f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"
+        lines = left_out(self.configuration, self.runs, self.alone)
+        return "\n".join(["## What was not run", "", *(f"- {line}" for line in lines)])

@@ -2,11 +2,13 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,24 @@ def test_corrupt_files_are_looked_for_once(folder, tmp_path, monkeypatch):
     assert again.corrupt == first.corrupt == BAD
     assert again.digest == first.digest
     assert again.train.size == 19
+
+
+def test_after_an_interrupt_no_other_image_is_read():
+    read = []
+
+    def reading(pool, number):
+        while not pool._shutdown:
+            time.sleep(0.001)
+        read.append(number)
+
+    def interrupted():
+        with data._threads() as pool:
+            pool.map(functools.partial(reading, pool), range(1000))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(read) < 1000
 
 
 def test_what_was_not_looked_at_is_looked_at_later(folder, tmp_path):

@@ -14,7 +14,7 @@ import tf_keras
 import mbn_rewrite as mbn
 import mbn_rewrite.frontends.keras3.training_layers as keras_layers
 import mbn_rewrite.frontends.tf_keras.training_layers as tf_keras_layers
-from mbn_rewrite.training.layers import DEFAULT_STRIDE
+from mbn_rewrite.training.strides import DEFAULT_STRIDE
 
 CLASSES = ["StridedBatchNormalization", "ModifiedBatchNormalization"]
 MODULES = {"tf_keras": (tf_keras, tf_keras_layers), "keras": (keras, keras_layers)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from absl import app
+
 from benchmarks.common import charts, results
 
 
@@ -26,3 +28,12 @@ def check_outputs(json: str | None, chart: str | None = None) -> None:
         results.check_writable(path)
     if chart:
         charts.check_available("--chart")
+
+
+def check_usage(arguments: Sequence[str], json: str | None) -> None:
+    """No arguments, and a file that can be written; raises UsageError, which absl tells."""
+    try:
+        check_no_arguments(arguments)
+        check_outputs(json)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
