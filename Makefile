@@ -10,12 +10,13 @@ DOCS    := $(VENV)/.ready-docs
 # Test processes at a time; each runs TensorFlow on one thread.
 JOBS ?= 2
 
-.PHONY: help demo test check lint format types fuzz coverage benchmark docs clean
+.PHONY: help demo test check matrix lint format types fuzz coverage benchmark docs clean
 
 help:
 	@echo "make demo       rewrite a real trained model: table, verification, latency"
 	@echo "make test       the whole test suite"
 	@echo "make check      make lint, and the fast part of the test suite"
+	@echo "make matrix     that part with the oldest and newest TensorFlow, Python 3.10 and 3.13"
 	@echo "make lint       linter, formatter check, type checker, and who may import from whom"
 	@echo "make format     format the code"
 	@echo "make fuzz       random models until stopped; SECONDS=600 SEED=1 to bound and repeat;"
@@ -52,6 +53,9 @@ test: $(READY)
 
 check: lint
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not network"
+
+matrix: $(READY)
+	$(BIN)/python tools/matrix.py --jobs=$(JOBS)
 
 lint: $(READY)
 	$(BIN)/ruff check

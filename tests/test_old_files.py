@@ -31,7 +31,9 @@ for package in ("keras", "tf_keras"):
 
 
 @pytest.mark.parametrize(
-    "order", [("mbn_rewrite", "keras", "tf_keras"), ("tf_keras", "mbn_rewrite", "keras")]
+    "order",
+    [("tf_keras", "mbn_rewrite"), ("mbn_rewrite", "keras", "mbn_rewrite.tf_keras_frontend.layers")],
+    ids=["tf_keras_first", "mbn_rewrite_first"],
 )
 def test_models_load_in_whatever_order_packages_are_imported(order):
     done = subprocess.run(
