@@ -147,7 +147,7 @@ def time_row(model: str, call: str, times: Mapping[str, float]) -> dict[str, Any
 def growth_row(
     call: str, seconds: Sequence[float], clone_seconds: Sequence[float]
 ) -> dict[str, Any]:
-    """How the time of a call grows over SIZES."""
+    """Growth of the time of a call over SIZES."""
     exponent = float(np.polyfit(np.log(SIZES), np.log(seconds), 1)[0])
     row = {"call": call, "seconds": dict(zip(SIZES, seconds, strict=True)), "exponent": exponent}
     if call == "clone and copy":

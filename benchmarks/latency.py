@@ -141,7 +141,7 @@ def measured(calls: Calls, known: dict[str, Variant]) -> None:
 
 
 def _repeats(calls: Calls) -> int:
-    """How often to time calls of a row: short ones scatter more."""
+    """Number of timed calls of a row: short ones scatter more."""
     start = time.perf_counter()
     for call in calls.values():
         call()

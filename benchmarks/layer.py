@@ -176,7 +176,7 @@ def chosen_device() -> str:
 
 
 def machine(device: str) -> str:
-    """What all ran on."""
+    """Name of the machine that all ran on."""
     if device == "CPU":
         return f"CPU, {os.cpu_count()} cores"
     return devices.name_of(device)

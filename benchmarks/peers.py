@@ -257,7 +257,7 @@ def available(tools: Sequence[Tool], wanted: Sequence[str] | None) -> tuple[list
 
 
 def wrong_flags(argv: Sequence[str]) -> str:
-    """What is wrong with the flags, in one line, or ""."""
+    """Mistake in the flags, in one line, or ""."""
     known = (*NETWORKS, *MORE_NETWORKS, *TRAINED)
     for what, values, allowed in (
         ("model", [x for x in FLAGS.models if not Path(x).exists()], known),

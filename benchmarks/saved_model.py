@@ -113,7 +113,7 @@ def make(name: str, keras_name: str, directory: str) -> dict[str, Any]:
 
 
 def load_and_save(source: str, destination: str) -> dict[str, Any]:
-    """What TensorFlow alone takes to load and save a model."""
+    """Loads and saves a model with TensorFlow alone; the time."""
     import_tensorflow()
     import tensorflow as tf
 

@@ -157,7 +157,7 @@ def _text(value: float | None) -> str:
 
 
 def operations_table(rows: Sequence[Row], settings: Settings) -> str:
-    """What ran for all BatchNormalizations of each variant."""
+    """Table of the operations for all BatchNormalizations of each variant."""
     cells = [
         [row.variant, *(_counts(row.counts.get(way), settings.xla) for way in WAYS)] for row in rows
     ]
@@ -324,7 +324,7 @@ class Run:
         progress("error: interrupted; what is finished is kept")
 
     def about(self) -> dict[str, Any]:
-        """What all rows have in common."""
+        """Settings and versions that all rows have in common."""
         settings = {key: value for key, value in vars(self.settings).items() if value is not None}
         return settings | {
             "device": self.device,

@@ -196,7 +196,7 @@ class _Reader:
     def part(
         self, files: dict[str, list[Path]], classes: Sequence[str], count: int | None, flag: str
     ) -> Part:
-        """The same number of each class, or all."""
+        """Images or files, the same number of each class, or all."""
         wanted = None if count is None else self._of_each(count, classes, flag)
         images: list[Any] = []
         labels: list[int] = []

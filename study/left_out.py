@@ -1,4 +1,4 @@
-"""What a study has not run of the whole: all in which its results are less."""
+"""List of what a study has not run: all in which its results are less than the whole."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def left_out(configuration: Mapping[str, Any], runs: Runs, alone: Sequence[str])
 
 
 def _reduced(c: Mapping[str, Any]) -> Iterator[str]:
-    """Where flags made less of the recipe."""
+    """Reductions of the recipe by flags."""
     recipe = RECIPES.get(c["recipe"]["name"])
     if recipe is None:
         return

@@ -66,7 +66,7 @@ def norms(model: Any) -> list[Any]:
 
 
 def strides(layer: Any) -> list[int] | None:
-    """Of the statistics; None where the layer has none."""
+    """Strides of the statistics; None where the layer has none."""
     return list(layer.strides) if hasattr(layer, "min_samples") else None
 
 
@@ -89,6 +89,6 @@ def digest(model: Any) -> str:
 
 
 def parameters(model: Any) -> dict[str, int]:
-    """How many weights, trained and in all."""
+    """Numbers of weights, trained and in all."""
     trained = sum(int(np.prod(w.shape)) for w in model.trainable_weights)
     return {"trained": trained, "all": int(model.count_params())}

@@ -47,7 +47,7 @@ class Pipeline:
         return batches.map(lambda images, labels, _: (images, labels)).prefetch(_AUTO)
 
     def steps(self, part: Part) -> int:
-        """Of an epoch of training."""
+        """Number of steps in an epoch of training."""
         return part.size // self.batch
 
     def testing(self, part: Part) -> tf.data.Dataset:

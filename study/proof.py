@@ -1,4 +1,4 @@
-"""Which operations of BatchNormalization a step of training executed, and how long they took.
+"""Operations of BatchNormalization that a step of training executed, and their times.
 
 TensorFlow's profiler watches a few steps of the run itself. The name of an operation has that of
 its layer in it, forward and backward. Only the gradients of this library's layers have none: of
@@ -47,7 +47,7 @@ class Executed:
 
 
 def kinds(operations: Iterable[str]) -> set[str]:
-    """What ran, whoever computed it, and whether or not a ReLU was in it."""
+    """Kinds of operations, whoever computed them, and whether or not a ReLU was in them."""
     return {
         operation.removesuffix(" (oneDNN)").replace("FusedBatchNormEx", "FusedBatchNormV3")
         for operation in operations
@@ -56,12 +56,12 @@ def kinds(operations: Iterable[str]) -> set[str]:
 
 @dataclass(frozen=True)
 class Steps:
-    """What ran in BatchNormalization layers while the profiler watched some steps."""
+    """Operations of BatchNormalization layers that ran while the profiler watched some steps."""
 
     executed: tuple[Executed, ...]
 
     def operations(self) -> dict[str, int]:
-        """How often each kind ran in a step, less those that cost next to nothing."""
+        """Number of runs of each kind in a step, less those that cost next to nothing."""
         runs: Counter[str] = Counter()
         steps = 1
         for one in (one.operation for one in self.executed if one.operation.listed):
@@ -91,7 +91,7 @@ class Profiler:
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """From here on."""
+        """Begins to watch."""
         # Level 3 has cheap operations, too.
         options = tf.profiler.experimental.ProfilerOptions(
             host_tracer_level=3, python_tracer_level=0, device_tracer_level=0
@@ -100,7 +100,7 @@ class Profiler:
         tf.profiler.experimental.start(self._directory.name, options)
 
     def stop(self, steps: int) -> Steps:
-        """What ran in so many steps."""
+        """Ends it; the operations of so many steps."""
         assert self._directory is not None
         directory, self._directory = self._directory, None
         with directory:

@@ -1,4 +1,4 @@
-"""What is trained, one recipe for each question of the study Modified Batch Normalization.
+"""Recipes of training, one for each question of the study Modified Batch Normalization.
 
 Sources:
     the study   Modified Batch Normalization (2019-2020), its set-up as far as it was recorded

@@ -128,7 +128,7 @@ class Page:
         return f"{signed(compared)}%, {compared.verdict} (±{self.time_margin:g}%)"
 
     def _warnings(self) -> Iterable[str]:
-        """What takes from the worth of the results."""
+        """Warnings of what takes from the worth of the results."""
         diverged = [
             f"{variant}, seed {seed}"
             for variant, of_variant in self.runs.items()

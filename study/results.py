@@ -43,7 +43,7 @@ class Results:
 
     @classmethod
     def open(cls, directory: Path) -> Results:
-        """Those that are there.
+        """Opens the results that are there.
 
         Raises:
             StudyError: there are none, or they were written by another version.
@@ -163,7 +163,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """What two configurations differ in, a line each."""
+    """Differences of two configurations, a line each."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys([*before, *now]):
             inner = f"{name}.{key}" if name else key

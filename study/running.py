@@ -48,7 +48,7 @@ def checked_variants(variants: Sequence[str]) -> tuple[str, ...]:
 
 
 def configuration(setting: Setting, data: Data, device: str, images: str) -> dict[str, Any]:
-    """What has to be the same for runs to be compared."""
+    """Configuration that runs have to share to be compared."""
     return {
         "versions": {
             "mbn_rewrite": mbn_rewrite.__version__,
@@ -81,7 +81,7 @@ def _keras_version(keras: str) -> str:
 
 
 def device(gpus: int) -> str:
-    """What all runs on, in words."""
+    """Name of the device that all runs on."""
     if gpus:
         return f"{gpus} x {devices.name_of('GPU')}"
     return f"CPU, {processor()}"

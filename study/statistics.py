@@ -1,4 +1,4 @@
-"""What can be said of paired runs.
+"""Statistics of paired runs.
 
 With d the differences of n pairs, their mean m, their standard deviation s, and e = s / sqrt(n):
 
@@ -61,7 +61,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """Conclusion in words."""
         if self.equivalence is None or self.holm is None:
             return "one pair says nothing"
         if not self.deviation and not self.mean:

@@ -31,7 +31,7 @@ _QUANTILES = (0.1, 0.9)
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a study have in common.
+    """Setting that all runs of a study have in common.
 
     Attributes:
         recipe: what is trained.
@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def images(self) -> int:
-        """Of a step, on all devices together."""
+        """Images of a step, on all devices together."""
         return self.batch * self.replicas
 
 

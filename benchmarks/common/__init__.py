@@ -1,4 +1,4 @@
-"""What the benchmarks and the study have in common.
+"""Helpers that the benchmarks and the study share.
 
 charts.py      charts, as PNG files
 console.py     what is said while a program runs

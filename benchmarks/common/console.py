@@ -1,4 +1,4 @@
-"""What is said while a program runs."""
+"""Messages of a program while it runs."""
 
 from __future__ import annotations
 

@@ -45,5 +45,5 @@ def time_rounds(
 
 
 def median_ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> float:
-    """How many times as long as `base` a variant takes, by their medians."""
+    """Time of a variant, relative to that of `base`, by their medians."""
     return statistics.median(seconds[name]) / statistics.median(seconds[base])

@@ -41,7 +41,7 @@ def wide_network(name: str) -> Any:
 
 @cache
 def network(name: str, keras_name: str) -> Any:
-    """The same, of any Keras, in the dtype policy that was asked for."""
+    """The same network, of any Keras, in the dtype policy that was asked for."""
     model = wide_network(name)
     package = KERAS[keras_name]
     if package is tf_keras and FLAGS.dtype == "float32":
@@ -56,7 +56,7 @@ def network(name: str, keras_name: str) -> Any:
 
 
 def of_network(model: Any, wide: Any, batch: int) -> tuple[Calls, dict[str, Variant]]:
-    """What runs each variant of a network, and what is known of it before it is timed.
+    """Calls of each variant of a network, and what is known of them before they are timed.
 
     Args:
         model: the network.
@@ -90,7 +90,7 @@ def of_network(model: Any, wide: Any, batch: int) -> tuple[Calls, dict[str, Vari
 
 
 def _tolerance(wide: Any, images: Any, outputs: Any) -> float:
-    """What rounding may explain.
+    """Tolerance for rounding.
 
     In narrow dtypes the original itself is far from what it is in float32, and a rewritten model
     may be as far to another side.
@@ -119,7 +119,7 @@ def _varied(model: Any, variant: str, run_config: RunConfig) -> tuple[Any, Varia
 
 
 def _measuring(variant: str, run_config: RunConfig) -> dict[str, Any]:
-    """What a mode is told of how the model is run."""
+    """Arguments of a mode that say how the model is run."""
     if variant != "auto":
         return {}
     return {
@@ -162,7 +162,7 @@ def on_disk(path: str, batch: int, work: str) -> tuple[Calls, dict[str, Variant]
 
 
 def _written(path: str, variant: str, place: str, run_config: RunConfig) -> tuple[str, Variant]:
-    """Where the SavedModel of a variant is, and what is known of it."""
+    """Path of the SavedModel of a variant, and what is known of it."""
     if variant == "original":
         if Path(path).is_dir():
             return path, {}

@@ -1,4 +1,4 @@
-"""What `peers.py` compares, and how.
+"""Tools that `peers.py` compares, and how it compares them.
 
 tools.py        the tools: a converter and a runtime each
 converters.py   what makes a model of the original

@@ -55,7 +55,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Left:
-    """How much BatchNormalization is left, and in what form; see the module."""
+    """BatchNormalization that is left, by its form; see the module."""
 
     fused: int = 0
     arithmetic: int = 0
@@ -65,7 +65,7 @@ class Left:
 
     @property
     def total(self) -> int:
-        """What is left as BatchNormalization."""
+        """Number that is left as BatchNormalization."""
         return self.fused + self.arithmetic
 
     @property
@@ -83,7 +83,7 @@ class Left:
 
 
 def count(nodes: Iterable[Node]) -> Left:
-    """What is left in a graph."""
+    """BatchNormalization that is left in a graph."""
     graph = Graph(nodes)
     kinds = Counter(node.kind for node in graph.nodes.values() if node.name in graph.data)
     return Left(
@@ -96,7 +96,7 @@ def count(nodes: Iterable[Node]) -> Left:
 
 
 def one_channel(nodes: Iterable[Node]) -> int:
-    """How many fused operations normalise a single channel."""
+    """Number of fused operations that normalise a single channel."""
     graph = Graph(nodes)
     fused = [node for node in graph.nodes.values() if node.kind == "fused"]
     return sum(graph.size(node.inputs[1]) == 1 for node in fused)
@@ -145,7 +145,7 @@ class Graph:
         return self.size(self._constant(node)) > 1
 
     def _step_before(self, node: Node) -> Node | None:
-        """What comes before in the same run: nothing else reads it."""
+        """The step before in the same run: nothing else reads it."""
         name = node.inputs[0] if node.kind == "handed on" else self._operand(node)
         if name is None or len(self.readers[name]) > 1:
             return None
@@ -155,7 +155,7 @@ class Graph:
         return before
 
     def _operand(self, node: Node) -> str | None:
-        """What a step reads of the data, if its other operand is constant."""
+        """Operand of a step that depends on the data, if its other one is constant."""
         data = [name for name in node.inputs if name in self.data]
         if len(node.inputs) != 2 or len(data) != 1:
             return None
@@ -165,7 +165,7 @@ class Graph:
         return next(name for name in node.inputs if name not in self.data)
 
     def size(self, name: str) -> int:
-        """How many numbers a constant has, if they lie along one axis; else 0."""
+        """Size of a constant whose numbers lie along one axis; else 0."""
         if name in self.data or name not in self.nodes:
             return 0
         node = self.nodes[name]

@@ -68,7 +68,7 @@ def nodes_of(function: Any) -> list[Node]:
 
 
 def _shape_of_capture(node: Any) -> tuple[int, ...]:
-    """Of a variable, whose handle it is, or of a tensor."""
+    """Shape of the variable whose handle it is, or of a tensor."""
     for attribute in ("_handle_shapes", "_output_shapes"):
         if attribute in node.attr and node.attr[attribute].list.shape:
             return _sizes(node.attr[attribute].list.shape[0])
@@ -179,7 +179,7 @@ def openvino_nodes(model: Any) -> list[Node]:
 
 
 def openvino_left(model: Any, runtime_model: Any) -> Left:
-    """What is left of a model when OpenVINO runs it.
+    """BatchNormalization that is left of a model when OpenVINO runs it.
 
     The operations of the runtime name those that they came from. What folds a scaling into the
     weights of a convolution has the scaling's name first; what does it on the way out has it

@@ -117,7 +117,7 @@ def _write_tf_keras(model: Any, work: Work) -> None:
 
 
 def convert(key: str, directory: str) -> dict[str, Any]:
-    """What a tool makes of the original: what it leaves, and whether its answers are right."""
+    """Has a tool convert the original; what it leaves, and whether its answers are right."""
     _start_tensorflow()
     return examined(_tool(key), Work(Path(directory)), FLAGS.threads)
 

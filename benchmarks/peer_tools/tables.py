@@ -12,7 +12,7 @@ from mbn_rewrite.tables import table
 
 
 def notes(row: dict[str, Any], rows: Sequence[dict[str, Any]], one_channel: int = 0) -> list[str]:
-    """What a reader should not miss about a row.
+    """Notes that a reader of a row should not miss.
 
     Args:
         row: of one tool.
@@ -37,7 +37,7 @@ def notes(row: dict[str, Any], rows: Sequence[dict[str, Any]], one_channel: int 
 
 
 def _faster(row: dict[str, Any], ours: Sequence[dict[str, Any]]) -> list[str]:
-    """Whether a row is faster than ours, and than which of them."""
+    """Note that a row is faster than ours, if it is, and than which of them."""
     if "milliseconds" not in row or not ours:
         return []
     groups = {
@@ -137,7 +137,7 @@ def draw(models: Sequence[dict[str, Any]], names: Mapping[str, str], path: str) 
 
 
 def heading(data: Mapping[str, Any]) -> str:
-    """Where and with what it was measured."""
+    """Machine, settings and packages of the measurement."""
     machine, settings = data["device"], data["settings"]
     features = ", ".join(machine["features"]) or "no AVX-512"
     packages = ", ".join(f"{name} {version}" for name, version in data["versions"].items())

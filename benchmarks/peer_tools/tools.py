@@ -49,7 +49,7 @@ class Tool:
 
     @property
     def missing(self) -> list[str]:
-        """Which of the packages that it needs are not installed."""
+        """Packages that it needs and that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 

@@ -23,7 +23,7 @@ class Work:
 
     @property
     def keras_file(self) -> Path:
-        """The same as a file of tf_keras, where there is one."""
+        """The original as a file of tf_keras, where there is one."""
         return self.directory / "original.h5"
 
     @property
@@ -33,14 +33,14 @@ class Work:
 
     @property
     def timed(self) -> Path:
-        """The same, of the batch that is timed."""
+        """Inputs by name, of the batch that is timed."""
         return self.directory / "timed.npz"
 
     @property
     def outputs(self) -> Path:
-        """What the original gives for them, by name."""
+        """Outputs of the original for them, by name."""
         return self.directory / "outputs.npz"
 
     def output(self, key: str) -> Path:
-        """Where a tool puts what it makes."""
+        """Path for what a tool makes."""
         return self.directory / key

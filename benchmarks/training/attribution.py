@@ -37,7 +37,7 @@ _BACKWARD_SCOPE = "gradient_tape"
 
 @dataclass(frozen=True)
 class LayerTime:
-    """What ran for one BatchNormalization.
+    """Operations that ran for one BatchNormalization.
 
     Attributes:
         name: that of the layer.
@@ -50,12 +50,12 @@ class LayerTime:
 
     @property
     def forward_milliseconds(self) -> float:
-        """In a call."""
+        """Milliseconds forward in a call."""
         return total(self.forward)
 
     @property
     def backward_milliseconds(self) -> float:
-        """In a call."""
+        """Milliseconds backward in a call."""
         return total(self.backward)
 
 
@@ -151,7 +151,7 @@ _Owner = str | None  # the name of a layer, None for no layer
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the operations of a graph belong.
+    """Owners of the operations of a graph.
 
     Attributes:
         scopes: layers by name scope.

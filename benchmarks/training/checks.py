@@ -54,7 +54,7 @@ def calm(one: Candidate) -> None:
 
 
 def loss_tolerances(original: Candidate, settings: Settings, batch: Batch) -> list[float]:
-    """What rounding may change of each loss, as a part of it, as long as that is not too much."""
+    """Relative tolerance for rounding of each loss, up to the first that would be too large."""
     dtype = settings.compute_dtype
     moved = original.trainer.losses(batch.rounded_otherwise(dtype), CHECKED_STEPS)
     tolerances = []
@@ -109,7 +109,7 @@ def note_operations(one: Candidate, settings: Settings, batch: Batch, directory:
 
 
 def check_operations(row: Row, original: Row) -> str:
-    """What is wrong with the operations that ran for a variant, or ""."""
+    """Fault in the operations that ran for a variant, or ""."""
     mode, stride = check_variant(row.variant)
     if mode == "none":
         return f"RUNS BatchNormalization in {', '.join(row.ops)}" if row.ops else ""

@@ -64,7 +64,7 @@ def as_row(
 
 
 def sampled_fraction(one: Candidate, shape: tuple[int, int, int]) -> float | None:
-    """How much of the input statistics are taken of."""
+    """Fraction of the input positions that statistics are taken of."""
     if not one.strides:
         return None
     return strides.positions(one.strides, shape[:2]) / (shape[0] * shape[1])
@@ -112,7 +112,7 @@ def shape_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def operations_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What ran, once for all shapes where it was the same."""
+    """Table of operations, with one row for all shapes where they are the same."""
     shapes: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         ops = ", ".join(f"{op} x{count}" for op, count in row["ops"].items())

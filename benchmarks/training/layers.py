@@ -78,7 +78,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Data:
-    """What all variants of a shape are given."""
+    """Inputs and weights of one shape, the same for all variants."""
 
     x: tf.Tensor
     dy: tf.Tensor

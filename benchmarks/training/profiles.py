@@ -1,4 +1,4 @@
-"""What ran in a call of a TensorFlow function, and for how long.
+"""Operations that run in a call of a TensorFlow function, and their times.
 
     times = profiled(lambda: step(x, y), calls=10)                   # list[OpTime]
 
@@ -62,7 +62,7 @@ class OpTime:
 
     @property
     def count(self) -> int:
-        """How often it runs in a call. The profiler now and then misses an event."""
+        """Number of runs in a call. The profiler now and then misses an event."""
         return round(len(self.times) / self.calls)
 
     @property
@@ -72,7 +72,7 @@ class OpTime:
 
     @property
     def listed(self) -> bool:
-        """Whether it is worth listing; see UNLISTED."""
+        """True if it is worth listing; see UNLISTED."""
         return self.op not in UNLISTED
 
 
@@ -121,7 +121,7 @@ def profiled(
 
 
 def read(space: Any, calls: int) -> list[OpTime]:
-    """What a profile (XSpace) of some calls says ran.
+    """Operations in a profile (XSpace) of some calls.
 
     Where there are events of a GPU, those alone: what the host does for them is not work.
     """
@@ -179,7 +179,7 @@ def total(ops: Iterable[OpTime]) -> float:
 
 
 def counted(ops: Iterable[OpTime]) -> dict[str, int]:
-    """How often each listed kind of operation, or kernel of a GPU, ran in a call, sorted."""
+    """Number of runs in a call of each listed kind of operation, or kernel of a GPU, sorted."""
     counts: Counter[str] = Counter()
     for op in ops:
         if op.listed:

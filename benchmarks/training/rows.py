@@ -1,4 +1,4 @@
-"""What is known of training steps with each kind of BatchNormalization: a row for each."""
+"""Results of training steps, a row for each kind of BatchNormalization."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_names(
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for all rows; see the flags of the same names."""
+    """Settings of all rows; see the flags of the same names."""
 
     dtype: str = "float32"
     xla: bool = False
@@ -67,24 +67,24 @@ class Settings:
         return self.classes or CLASSES[model]
 
     def batch_for(self, model: str) -> Batch:
-        """What a network is trained with."""
+        """Batch that a network is trained with."""
         return Batch.random(self.batch, self.size_for(model), self.classes_for(model))
 
     def title_for(self, row: Row) -> str:
-        """What all rows of a network and a Keras have in common."""
+        """Title of the rows of a network and a Keras."""
         size = self.size_for(row.model)
         parts = [row.model, row.keras, self.dtype, f"batch {self.batch} of {size}x{size}"]
         return ", ".join(parts + ["XLA"] * self.xla)
 
     @property
     def compute_dtype(self) -> str:
-        """What the model computes in."""
+        """Dtype that the model computes in."""
         return self.dtype.removeprefix("mixed_")
 
 
 @dataclass
 class Row:
-    """What is known of a variant; what could not be measured is None or empty.
+    """Results of a variant; what could not be measured is None or empty.
 
     Attributes:
         model, keras, variant: which.
@@ -123,7 +123,7 @@ class Row:
 
     @property
     def measured(self) -> bool:
-        """Whether it has times that count."""
+        """True if it has times that count."""
         return bool(self.seconds) and not self.failure
 
 
@@ -140,7 +140,7 @@ def as_dict(row: Row, original: Row, settings: Settings) -> dict[str, Any]:
 
 
 def step_ratio(row: Row, original: Row) -> float | None:
-    """How many times as long as the original's a step takes, by medians."""
+    """Time of a step, relative to that of the original, by medians."""
     if not row.measured or not original.measured:
         return None
     return statistics.median(row.seconds) / statistics.median(original.seconds)

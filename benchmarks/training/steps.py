@@ -16,7 +16,7 @@ MOST_SKIPPED = 30  # steps that a loss scale of 2**15 may take to fall to what a
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is given.
+    """Input of a step.
 
     Attributes:
         images: float32, [N, size, size, 3].
@@ -34,7 +34,7 @@ class Batch:
         return cls(tf.constant(images), tf.constant(rng.integers(0, classes, examples, np.int32)))
 
     def rounded_otherwise(self, dtype: str) -> Batch:
-        """The same, but for a unit in the last place of a dtype, up or down at random."""
+        """The same batch, but for a unit in the last place of a dtype, up or down at random."""
         rng = np.random.default_rng(1)
         unit = float(ml_dtypes.finfo(dtype).eps)
         signs = rng.choice(np.array([-1, 1], np.float32), self.images.shape)
@@ -76,7 +76,7 @@ class Trainer:
             variable.assign(np.zeros(variable.shape, np.float32))
 
     def losses(self, batch: Batch, steps: int) -> list[float]:
-        """Those of some steps from the first weights on."""
+        """Losses of some steps from the first weights on."""
         self.restart()
         return [float(self(batch)) for _ in range(steps)]
 
@@ -108,7 +108,7 @@ class Trainer:
 
     @property
     def updates(self) -> int:
-        """How often weights were updated; less than there were steps where a loss overflowed."""
+        """Number of updates of the weights; less than there were steps if a loss overflowed."""
         inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         return int(inner.iterations.numpy())
 
