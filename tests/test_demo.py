@@ -8,6 +8,7 @@ import tf_keras
 from tools import demo
 
 
+@pytest.mark.slow
 def test_demo_shows_decisions_verification_and_latency(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "TIMING", 0.1)
     layers = [
