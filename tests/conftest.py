@@ -37,7 +37,7 @@ def _fresh_keras():
 @pytest.fixture(params=["tf_keras", "keras"])
 def each_keras(request):
     """Runs a test once with each Keras; the value is the package in use."""
-    from tests import kerases
+    from tests.support import kerases
 
     kerases.use(request.param)
     yield kerases.package()

@@ -38,9 +38,9 @@ flags.DEFINE_enum("target", "models", ["models", "kills", "files"], "What to try
 
 
 def _of_models() -> Callable[[int], None]:
-    from tests import kerases
-    from tests.checks import check_rewrite
-    from tests.random_models import random_model
+    from tests.support import kerases
+    from tests.support.checks import check_rewrite
+    from tests.support.random_models import random_model
 
     def check(seed: int) -> None:
         try:
@@ -55,13 +55,13 @@ def _of_models() -> Callable[[int], None]:
 
 
 def _of_kills() -> Callable[[int], None]:
-    from tests.kills import Kills
+    from tests.support.kills import Kills
 
     return Kills().check
 
 
 def _of_files() -> Callable[[int], None]:
-    from tests.damaged_files import Attempts
+    from tests.support.damaged_files import Attempts
 
     return Attempts(seconds=60).check
 

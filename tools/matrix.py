@@ -2,7 +2,7 @@
 """Runs the fast part of the suite with the oldest and the newest supported TensorFlow.
 
     python tools/matrix.py                          # all combinations
-    python tools/matrix.py --only=oldest-3.10 tests/test_planner.py
+    python tools/matrix.py --only=oldest-3.10 tests/unit/test_planner.py
 
 Each combination has an environment of its own in build/matrix, made once, and again when setup.cfg
 changes. A Python that this machine does not have is left out, and the table says so. The exit code

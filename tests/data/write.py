@@ -1,4 +1,4 @@
-"""Writes small files that hold layers of this package, as tests/test_old_files.py reads them.
+"""Writes small files that hold layers of this package, as tests/keras/test_old_files.py reads them.
 
     PYTHONPATH=CHECKOUT_OF_A_RELEASE python tests/data/write.py DIRECTORY
 

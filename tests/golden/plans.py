@@ -18,9 +18,9 @@ import numpy as np
 
 import mbn_rewrite as mbn
 from benchmarks.models.networks import build
-from tests import kerases
-from tests.random_models import random_model
-from tests.saved_models import KINDS
+from tests.support import kerases
+from tests.support.random_models import random_model
+from tests.support.saved_models import KINDS
 
 KEPT = Path(__file__).parent / "plans"
 

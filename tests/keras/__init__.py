@@ -1,0 +1,1 @@
+"""Models of tf_keras and Keras 3, and their files."""

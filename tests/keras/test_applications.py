@@ -1,0 +1,71 @@
+"""The networks that people train: everything that can be folded is, and outputs stay."""
+
+import keras
+import numpy as np
+import pytest
+
+import mbn_rewrite as mbn
+from benchmarks.models.networks import (
+    APPLICATIONS,
+    STATISTICS,
+    build,
+    random_images,
+    set_statistics,
+)
+from mbn_rewrite.comparison import TOLERANCES, compare_outputs
+from tests.support.checks import check_rewrite, outputs
+
+pytestmark = pytest.mark.slow
+
+# (BatchNormalizations, left after fold). What stays in the last two stands behind a value
+# that others read too, and before a ReLU.
+EXPECTED = {
+    "ResNet50": (53, 0),
+    "MobileNet": (27, 0),
+    "MobileNetV2": (52, 0),
+    "MobileNetV3Small": (34, 0),
+    "InceptionV3": (94, 0),
+    "InceptionResNetV2": (204, 0),
+    "EfficientNetB0": (49, 0),
+    "EfficientNetV2B0": (59, 0),
+    "Xception": (40, 0),
+    "NASNetMobile": (192, 0),
+    "ResNet50V2": (49, 17),
+    "DenseNet121": (121, 62),
+}
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_network(name):
+    model = build(name, seed=0, image_size=96)
+    rng = np.random.default_rng(0)
+    # The harder set of statistics; benchmarks/coverage.py compares both, at full size.
+    set_statistics(model, STATISTICS["hard"], rng)
+    images = random_images(model, rng)
+    for mode in ("fold", "depthwise"):
+        check_rewrite(model, images, mode)
+    total, left = EXPECTED[name]
+    plan = mbn.plan(model, "fold")
+    assert (len(plan.decisions), plan.left) == (total, left)
+    assert mbn.plan(model, "depthwise").left == 0
+    check_twin(name, model, images)
+
+
+def check_twin(name, model, images):
+    """The same network of Keras 3 with the same weights fares the same."""
+    twin = build(name, seed=0, image_size=96, keras=keras)
+    twin.set_weights(model.get_weights())
+    both = outputs(model, images), outputs(twin, images)
+    assert compare_outputs(*both, TOLERANCES["float32"]).ok, "not the same network"
+    check_rewrite(twin, images, "fold")
+    for mode in ("fold", "depthwise"):
+        ours, theirs = mbn.plan(model, mode).decisions, mbn.plan(twin, mode).decisions
+        assert [d.action for d in ours] == [d.action for d in theirs]
+        if name != "MobileNetV3Small":  # most of its layers have other names in Keras 3
+            assert list(map(described, ours)) == list(map(described, theirs))
+
+
+def described(decision):
+    """All of a decision; Keras 3 has "_" where tf_keras has "/" in names."""
+    texts = (decision.name, *decision.into, decision.reason)
+    return decision.action, [text.replace("/", "_") for text in texts]

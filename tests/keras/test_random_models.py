@@ -1,0 +1,33 @@
+"""Random models against their rewrites, in both modes. `make fuzz` goes on with this."""
+
+import pytest
+
+from tests.support import kerases
+from tests.support.checks import check_rewrite
+from tests.support.random_models import random_model
+
+pytestmark = pytest.mark.slow
+
+
+def check(seed):
+    case = random_model(seed)
+    for mode in ("fold", "depthwise"):
+        check_rewrite(case.model, case.inputs, mode, compiled=case.needs_xla)
+
+
+@pytest.mark.parametrize("seed", range(240))
+def test_random_model(seed):
+    check(seed)
+
+
+@pytest.fixture
+def _keras_3():
+    kerases.use("keras")
+    yield
+    kerases.use("tf_keras")
+
+
+@pytest.mark.usefixtures("_keras_3")
+@pytest.mark.parametrize("seed", range(1000, 1030))
+def test_random_keras_3_model(seed):
+    check(seed)

@@ -1,0 +1,1 @@
+"""SavedModels of every kind."""
