@@ -56,8 +56,8 @@ def _group_rows(decisions: Sequence[Decision]) -> tuple[list[str], list[list[str
 
 
 def _without_names(reason: str) -> str:
-    """The wording of a reason, without the names in it, which are quoted."""
-    return re.sub(r" ?(?<!\w)'[^']*'", "", reason)
+    """The wording of a reason, without names, which are quoted, and counts in brackets."""
+    return re.sub(r" ?(?<!\w)'[^']*'| \(\d[^)]*\)", "", reason)
 
 
 def _first_names(decisions: Sequence[Decision]) -> str:

@@ -18,7 +18,10 @@ from mbn_rewrite.frontends.source import Footprint
 from mbn_rewrite.plans import Decision, Plan
 from mbn_rewrite.tables import WITHOUT_TERMINAL, Page, laid_out_for, standard_output, table
 
-READ_ELSEWHERE = "Before it, Concatenate 'block{0}_concat' is also read by Add 'add_{0}'."
+READ_ELSEWHERE = (
+    "Before it, Concatenate 'block{0}_concat' is also read by Add 'add_{0}'; after it, ReLU "
+    "'relu_{0}' is an activation, which a negative scale cannot pass ({0} of 999 channels)."
+)
 
 
 def decision(number, action="kept", reason=READ_ELSEWHERE):
