@@ -82,7 +82,7 @@ from benchmarks.training.layer_tables import (
     summary,
     summary_table,
 )
-from benchmarks.training.layers import KERAS, Data, candidate, shape_of, stride_of, variants
+from benchmarks.training.layer_variants import KERAS, Data, candidate, shape_of, stride_of, variants
 
 # The activations of ResNet-50 at 224 pixels that are normalised, but for the first.
 SHAPES = (

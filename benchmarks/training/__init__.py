@@ -8,7 +8,7 @@ measuring.py        their memory and time
 profiles.py         what ran, by TensorFlow's profiler
 attribution.py      for which BatchNormalization it ran
 profile_tables.py   how long each took
-layers.py           single layers: variants, and functions that run them
+layer_variants.py   single layers: variants, and functions that run them
 layer_checks.py     their outputs and operations
 layer_tables.py     their times
 """

@@ -14,7 +14,7 @@ from absl import flags
 
 from benchmarks.common.console import progress
 from benchmarks.common.failures import described
-from benchmarks.training.layers import EPSILON, Candidate, Data
+from benchmarks.training.layer_variants import EPSILON, Candidate, Data
 from benchmarks.training.profiles import UNLISTED, profiled
 from mbn_rewrite.comparison import TOLERANCES
 from mbn_rewrite.errors import RewriteError

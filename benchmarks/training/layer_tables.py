@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import flags
 
 from benchmarks.common.timing import median_ratio
-from benchmarks.training.layers import Candidate, shape_of
+from benchmarks.training.layer_variants import Candidate, shape_of
 from mbn_rewrite.tables import table
 from mbn_rewrite.training import strides
 

@@ -1,7 +1,10 @@
 """Timing in turn and what is concluded from it, on a clock that the tests set. No framework."""
 
+import functools
+
 import pytest
 
+from benchmarks.common.timing import time_rounds
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.measurement import Measurement, Timing, _outside, quartiles, ratio
 from mbn_rewrite.options import RunConfig
@@ -129,3 +132,15 @@ def test_measurement_is_a_table_and_json():
     forms = measurement.to_dict()["forms"]
     assert forms[1]["milliseconds"] == [1.0, 1.0]
     assert forms[1]["times_as_fast"]["median"] == 2.0
+
+
+def test_each_variant_begins_a_round_in_its_turn():
+    said = []
+    variants = {name: functools.partial(said.append, name) for name in "abc"}
+    seconds = time_rounds(variants, 3, 0, prepare=lambda: said.append("-"))
+    assert "".join(said) == "-a-b-c-b-c-a-c-a-b"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_nothing_to_time_takes_no_time():
+    assert time_rounds({}, 3) == {}
