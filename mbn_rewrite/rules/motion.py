@@ -12,7 +12,7 @@ A rule answers `Absorb` (the operation's weights take it), `Through` (it moves o
 docstrings say why they are exact, with s and t for the scale and shift of m.
 
 To add an operation: describe it in graph.py, give it two rules here, say in the front ends'
-describe.py which layers it is, and add its cases to tests/keras/test_exact_motion.py.
+op_table.py which layers it is, and add its cases to tests/keras/test_exact_motion.py.
 """
 
 from __future__ import annotations
