@@ -20,7 +20,7 @@ from mbn_rewrite.training import strides
 if TYPE_CHECKING:
     import tensorflow as tf
 
-    from mbn_rewrite.training.sampled_batch_norm import Moments, Sampling
+    from mbn_rewrite.training.moments import Moments, Sampling
 
 
 class _SampledBatchNormalization:
@@ -114,7 +114,7 @@ class _SampledBatchNormalization:
         return f"{type(self).__name__} '{self.name}'"
 
     def _sampling(self, inputs: tf.Tensor) -> Sampling:
-        from mbn_rewrite.training.sampled_batch_norm import Sampling
+        from mbn_rewrite.training.moments import Sampling
 
         return Sampling(
             axis=self._channel_axis,
