@@ -84,7 +84,7 @@ class _Pair:
     """A written SavedModel beside its original."""
 
     def __init__(self, directory: Path, reference: Reference, tolerance: float | None) -> None:
-        from mbn_rewrite.frontends.saved_model.execution import Served
+        from mbn_rewrite.frontends.saved_model.served import Served
 
         self.served = Served(directory)
         self._directory = directory
@@ -128,7 +128,7 @@ class _Pair:
     def _closer_look(
         self, name: str, exchange: ReferenceIO, plain: Comparison
     ) -> Comparison | None:
-        from mbn_rewrite.frontends.saved_model.stretches import look_closer_at_served
+        from mbn_rewrite.frontends.saved_model.closer_look import look_closer_at_served
 
         original, written = self._both
         return look_closer_at_served(
@@ -138,7 +138,7 @@ class _Pair:
     @cached_property
     def _both(self) -> tuple[Any, Any]:
         """The original and the written model, in the states in which they were saved."""
-        from mbn_rewrite.frontends.saved_model.execution import Served
+        from mbn_rewrite.frontends.saved_model.served import Served
 
         original = self._reference.open_again(self._directory.with_name("original"))
         return original, Served(self._directory)
@@ -156,7 +156,7 @@ def _check_that_it_can_be_verified(
         loaded: the original, loaded again.
         tolerance: that was allowed.
     """
-    from mbn_rewrite.frontends.saved_model.execution import repeated
+    from mbn_rewrite.frontends.saved_model.served import repeated
 
     again = repeated(loaded, name, exchange)
     first, second = list(exchange.outputs.values()), list(again.outputs.values())

@@ -13,9 +13,9 @@ import tensorflow as tf
 import mbn_rewrite as mbn
 from mbn_rewrite import comparison
 from mbn_rewrite.comparison import TOLERANCES, compare_outputs, judged
-from mbn_rewrite.frontends.saved_model.function_graph import view_of
-from mbn_rewrite.frontends.saved_model.jumps import cuts_between
-from mbn_rewrite.frontends.saved_model.stretches import look_closer_at_calls
+from mbn_rewrite.frontends.saved_model.closer_look import look_closer_at_calls
+from mbn_rewrite.frontends.saved_model.discontinuities import cuts_between
+from mbn_rewrite.frontends.saved_model.function_graph import function_graph_of
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.rewrite import VerificationError
 from tests.support import saved_models
@@ -272,8 +272,10 @@ def test_comparisons_of_integers_are_no_jumps():
     def count(x):
         return [tf.while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y * 2.0), (0, x))[1]]
 
-    view = view_of("it", tf.function(count).get_concrete_function(IMAGES), lambda name: None)
-    assert not cuts_between(view, view).cuts
+    graph = function_graph_of(
+        "it", tf.function(count).get_concrete_function(IMAGES), lambda name: None
+    )
+    assert not cuts_between(graph, graph).cuts
 
 
 # ------------------------------------------------------------- where it cannot be looked inside

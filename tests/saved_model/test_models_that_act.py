@@ -11,7 +11,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 import mbn_rewrite as mbn
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends import effects, limits
-from mbn_rewrite.frontends.saved_model import admission, files
+from mbn_rewrite.frontends.saved_model import files, load_checks
 from mbn_rewrite.frontends.saved_model.source import SavedModelDirectory
 from mbn_rewrite.options import Options
 from tests.support.saved_models import KINDS, Network, image_spec
@@ -284,7 +284,7 @@ def test_functions_that_call_each_other_without_end():
             node.attr["f"].func.name = f"f{i + 1 if i < 59 else 0}"  # the last calls the first
     assert effects.inlined_size(meta.graph_def) > limits.INLINED_NODES
     with pytest.raises(RewriteError, match="call each other so often"):
-        admission.check_size(Path("model"), meta)
+        load_checks.check_size(Path("model"), meta)
 
 
 # ------------------------------------------------------------------------------ assets

@@ -15,7 +15,7 @@ import tensorflow as tf
 import tf_keras
 
 import mbn_rewrite as mbn
-from mbn_rewrite.frontends.saved_model.function_graph import View, Writes, op_counts
+from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes, op_counts
 from mbn_rewrite.frontends.saved_model.match_batchnorm import fused_norm
 from mbn_rewrite.frontends.saved_model.weights import Constants
 from tests.support.saved_models import EPSILON, kernel, statistics
@@ -410,8 +410,8 @@ def test_batch_norm_with_global_normalization_is_read(scaled):
     graph_def, scale, shift = old_graph(scaled)
     with tf.Graph().as_default() as graph:
         tf.import_graph_def(graph_def, name="")
-    view = View("old", graph_def, graph, False, ("x",), ("y:0",), {}, {})
-    norm = fused_norm(Constants(view, Writes()), graph.get_operation_by_name("norm"))
+    function = FunctionGraph("old", graph_def, graph, False, ("x",), ("y:0",), {}, {})
+    norm = fused_norm(Constants(function, Writes()), graph.get_operation_by_name("norm"))
     assert norm.ineligible == ""
     assert (norm.axis, norm.rank) == (3, 4)
     assert norm.source.op.type == "Conv2D"

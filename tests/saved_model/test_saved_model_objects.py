@@ -11,9 +11,9 @@ from tensorflow.core.framework import graph_pb2
 from tensorflow.python.saved_model import registration
 
 import mbn_rewrite as mbn
-from mbn_rewrite.frontends.saved_model import execution
-from mbn_rewrite.frontends.saved_model.function_graph import View
-from mbn_rewrite.frontends.saved_model.unseen import notes_on
+from mbn_rewrite.frontends.saved_model import served
+from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph
+from mbn_rewrite.frontends.saved_model.opaque_calls import notes_on
 from mbn_rewrite.plans import Plan
 from tests.saved_model.test_saved_model_hard_cases import (
     INPUTS,
@@ -259,7 +259,9 @@ def test_kinds_of_what_cannot_be_seen_into(kind):
     )
     with tf.Graph().as_default() as graph:
         tf.graph_util.import_graph_def(graph_def, name="")
-    seen = [View(name, graph_def, graph, False, ("x",), ("y:0",), {}, {}) for name in "abcde"]
+    seen = [
+        FunctionGraph(name, graph_def, graph, False, ("x",), ("y:0",), {}, {}) for name in "abcde"
+    ]
     (note,) = notes_on(seen)
     assert note.startswith(f"'a', 'b', 'c' and 2 more run {kind}: ")
     assert words in note
@@ -295,4 +297,4 @@ def test_shapes_of_outputs_may_become_known(tmp_path):
     ],
 )
 def test_interfaces_stay_as_they_are_for_who_is_served(name, original, new, kept):
-    assert execution._keeps({name: original}, {name: new}) == kept
+    assert served._keeps({name: original}, {name: new}) == kept

@@ -118,7 +118,7 @@ def closer_look(
     """See `protocols.FrontEnd`. Only TensorFlow has graphs to look into."""
     if not _on_tensorflow():
         return None
-    from mbn_rewrite.frontends.saved_model.stretches import look_closer_at_calls
+    from mbn_rewrite.frontends.saved_model.closer_look import look_closer_at_calls
 
     calls = [lambda data, each=each: each(data, training=False) for each in (model, new)]
     return look_closer_at_calls(calls[0], calls[1], inputs, plain, rounding)

@@ -37,11 +37,11 @@ from mbn_rewrite.comparison import (
     tolerance_for,
 )
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.frontends.saved_model.execution import Served, method_called, signature_called
-from mbn_rewrite.frontends.saved_model.function_graph import View, view_of
-from mbn_rewrite.frontends.saved_model.jumps import Cuts, can_be_cut, cuts_between
-from mbn_rewrite.frontends.saved_model.loading import Loaded
-from mbn_rewrite.frontends.saved_model.programs import (
+from mbn_rewrite.frontends.saved_model.discontinuities import Cuts, can_be_cut, cuts_between
+from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, function_graph_of
+from mbn_rewrite.frontends.saved_model.loaded_model import Loaded
+from mbn_rewrite.frontends.saved_model.served import Served, method_called, signature_called
+from mbn_rewrite.frontends.saved_model.subgraphs import (
     Program,
     as_wide,
     is_narrow,
@@ -57,11 +57,11 @@ class Side:
     """One of two models.
 
     Attributes:
-        view: its function as a graph.
+        graph: its function as a graph.
         inputs: tensors for its arguments, in order.
     """
 
-    view: View
+    graph: FunctionGraph
     inputs: Sequence[Any]
 
 
@@ -96,7 +96,7 @@ def look_closer(
         outputs agree by chance, what differs before a jump; None where the graphs cannot be cut,
         or not be run in part.
     """
-    if not can_be_cut(original.view) or not can_be_cut(new.view):
+    if not can_be_cut(original.graph) or not can_be_cut(new.graph):
         return None
     for xla in dict.fromkeys((by_xla, True)):
         with suppress(RewriteError):
@@ -107,14 +107,14 @@ def look_closer(
 def _looked(
     original: Side, new: Side, names: Sequence[str], plain: Comparison, rounding: bool, xla: bool
 ) -> Comparison | None:
-    programs = program_of(original.view, xla), program_of(new.view, xla)
+    programs = program_of(original.graph, xla), program_of(new.graph, xla)
     narrow = rounding and is_narrow(programs[0])
-    jumps = cuts_between(original.view, new.view)
+    jumps = cuts_between(original.graph, new.graph)
     looked = _Look(original, new, programs, jumps, names, plain)
     at_jumps = looked.result(narrow)
     if at_jumps.ok:
         return at_jumps
-    deeper = cuts_between(original.view, new.view, steep=True)
+    deeper = cuts_between(original.graph, new.graph, steep=True)
     if len(deeper.cuts) > len(jumps.cuts) and looked.differs_in_few_places:
         found = _Look(original, new, programs, deeper, names, plain).result(narrow)
         if found.ok:
@@ -141,7 +141,7 @@ def look_closer_at_calls(
         sides = [Side(_traced(function, tensors), flat) for function in (original, new)]
     except Exception:  # of a model that can only be called eagerly
         return None
-    names = [f"output {i}" for i in range(len(sides[0].view.results))]
+    names = [f"output {i}" for i in range(len(sides[0].graph.results))]
     return look_closer(sides[0], sides[1], names, plain, rounding)
 
 
@@ -169,17 +169,17 @@ def look_closer_at_served(
     sides = []
     for each in (called, served.called(name, exchange)):
         try:
-            view = view_of(name, each.function, original.variable_in_graph)
+            graph = function_graph_of(name, each.function, original.variable_in_graph)
         except Exception:  # of a graph that cannot be read, which was carried over as it was
             return None
-        sides.append(Side(view, each.inputs))
+        sides.append(Side(graph, each.inputs))
     names = [f"'{output}'" for output in exchange.outputs]
     return look_closer(sides[0], sides[1], names, plain, rounding, exchange.compiled)
 
 
-def _traced(function: Callable[[Any], Any], inputs: Any) -> View:
+def _traced(function: Callable[[Any], Any], inputs: Any) -> FunctionGraph:
     traced = tf.function(lambda data: function(data), autograph=False)
-    return view_of("model", traced.get_concrete_function(inputs), lambda name: None)
+    return function_graph_of("model", traced.get_concrete_function(inputs), lambda name: None)
 
 
 class _Look:
@@ -200,8 +200,8 @@ class _Look:
         self._plain = plain
         self._names = [*(f"what '{cut.node}' reads" for cut in cuts.cuts), *names]
         self._fetched = (
-            [*(cut.original_read for cut in cuts.cuts), *original.view.results],
-            [*(cut.read for cut in cuts.cuts), *new.view.results],
+            [*(cut.original_read for cut in cuts.cuts), *original.graph.results],
+            [*(cut.read for cut in cuts.cuts), *new.graph.results],
         )
         ours = programs[0].run(original.inputs, self._fetched[0])
         self._given = [tf.constant(array) for array in ours[: len(cuts.cuts)]]

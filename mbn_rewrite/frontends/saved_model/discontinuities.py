@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from mbn_rewrite.frontends.saved_model.function_graph import View, source_of
+from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, source_of
 from mbn_rewrite.frontends.saved_model.inlining import bodies_called, called_by
 
 # What jumps, where it reads real numbers.
@@ -77,7 +77,7 @@ class Cuts:
     missed: tuple[str, ...]
 
 
-def cuts_between(original: View, new: View, steep: bool = False) -> Cuts:
+def cuts_between(original: FunctionGraph, new: FunctionGraph, steep: bool = False) -> Cuts:
     """Where to cut two graphs, one of which was rewritten from the other.
 
     Args:
@@ -98,24 +98,24 @@ def cuts_between(original: View, new: View, steep: bool = False) -> Cuts:
     return Cuts(tuple(cuts), tuple(missed))
 
 
-def can_be_cut(view: View) -> bool:
+def can_be_cut(graph: FunctionGraph) -> bool:
     """Whether what is computed where is known: not in the control flow of TensorFlow 1."""
-    return not any(op.type in _FRAMES for op in view.operations)
+    return not any(op.type in _FRAMES for op in graph.operations)
 
 
-def _cut_ops(view: View, steep: bool) -> list[Any]:
+def _cut_ops(graph: FunctionGraph, steep: bool) -> list[Any]:
     """The operations of a graph in front of which it is cut, in the order of `_upstream`."""
-    ops = list(_upstream(view))
+    ops = list(_upstream(graph))
     cut = [op for op in ops if _jumps(op.node_def) or (steep and _is_steep(op))]
-    calls = [op for op in ops if _jumps_inside(view, op, steep)]
+    calls = [op for op in ops if _jumps_inside(graph, op, steep)]
     names = {op.name for op in [*cut, *calls, *(filler for op in calls for filler in _fillers(op))]}
     return [op for op in ops if op.name in names and _real_inputs(op)]
 
 
-def _hides_jumps(view: View, op: Any, steep: bool) -> bool:
+def _hides_jumps(graph: FunctionGraph, op: Any, steep: bool) -> bool:
     """Whether an operation may jump on what is computed inside of it alone."""
     reads_variables = any(tensor.dtype == tf.resource for tensor in op.inputs)
-    return op.type in _OPAQUE or (reads_variables and _jumps_inside(view, op, steep))
+    return op.type in _OPAQUE or (reads_variables and _jumps_inside(graph, op, steep))
 
 
 def _fillers(op: Any) -> Iterator[Any]:
@@ -163,24 +163,24 @@ def _is_steep(op: Any) -> bool:
     return op.type in _STEEP and (op.type not in _DIVISIONS or 1 in _real_inputs(op))
 
 
-def _jumps_inside(view: View, op: Any, steep: bool) -> bool:
+def _jumps_inside(graph: FunctionGraph, op: Any, steep: bool) -> bool:
     """Whether a loop, a branch or a call that stays one jumps: it is cut as a whole."""
     if all(name == op.type for name in called_by(op.node_def)):
         return False
     return any(
         _jumps(node) or (steep and node.op in _STEEP)
-        for body in bodies_called(view.graph_def, op.node_def)
+        for body in bodies_called(graph.graph_def, op.node_def)
         for node in body.node_def
     )
 
 
-def _upstream(view: View) -> Iterator[Any]:
+def _upstream(graph: FunctionGraph) -> Iterator[Any]:
     """The operations that outputs are computed from, each after what it reads.
 
     The order is that of the computation, so that it is the same in two graphs of one model.
     """
     seen: set[str] = set()
-    pending = [(tensor.op, False) for tensor in reversed(view.outputs)]
+    pending = [(tensor.op, False) for tensor in reversed(graph.outputs)]
     while pending:
         op, is_read = pending.pop()
         if is_read:

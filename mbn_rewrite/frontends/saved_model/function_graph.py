@@ -12,8 +12,8 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from mbn_rewrite.frontends.saved_model.inlining import inlined
-from mbn_rewrite.frontends.saved_model.references import variables_in, without_references
-from mbn_rewrite.frontends.saved_model.writes import ALIASES, READS, writes_in
+from mbn_rewrite.frontends.saved_model.ref_variables import variables_in, without_references
+from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES, READS, writes_in
 
 # Stateful operations that change nothing, so that they are needed only where they are read.
 _HARMLESS = READS | {
@@ -30,7 +30,7 @@ SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
 
 
 @dataclass(frozen=True)
-class View:
+class FunctionGraph:
     """A concrete function as one flat graph.
 
     Attributes:
@@ -147,13 +147,13 @@ class Writes:
     by: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, *views: View) -> Writes:
+    def of(cls, *graphs: FunctionGraph) -> Writes:
         """Those of some functions."""
         writes = cls()
-        for view in views:
-            for name, operation in view.written.items():
-                who = f"{operation} of '{view.name}' writes to"
-                writes.by.setdefault(id(view.variables[name]), who)
+        for graph in graphs:
+            for name, operation in graph.written.items():
+                who = f"{operation} of '{graph.name}' writes to"
+                writes.by.setdefault(id(graph.variables[name]), who)
         return writes
 
     def suspect(self, variables: Iterable[Any], name: str) -> None:
@@ -175,7 +175,9 @@ def source_of(tensor: Any) -> Any:
     return tensor
 
 
-def view_of(name: str, function: Any, variable_in_graph: Callable[[str], Any]) -> View:
+def function_graph_of(
+    name: str, function: Any, variable_in_graph: Callable[[str], Any]
+) -> FunctionGraph:
     """Reads a concrete function.
 
     Args:
@@ -205,7 +207,7 @@ def view_of(name: str, function: Any, variable_in_graph: Callable[[str], Any]) -
     with graph.as_default():
         tf.graph_util.import_graph_def(graph_def, name="")
     arguments = function.inputs[: len(function.inputs) - len(externals)]
-    return View(
+    return FunctionGraph(
         name,
         graph_def,
         graph,
@@ -219,7 +221,7 @@ def view_of(name: str, function: Any, variable_in_graph: Callable[[str], Any]) -
 
 
 def _written(graph_def: GraphDef, variables: dict[str, Any]) -> dict[str, str]:
-    """What a function writes to, as `View.written`; takes out writes of what was there.
+    """What a function writes to, as `FunctionGraph.written`; takes out writes of what was there.
 
     FusedBatchNorm gives the statistics that it was given, and some models assign them to the
     variables that they come from. That is a write only beside another one.

@@ -1,25 +1,23 @@
-"""Loads a SavedModel and says which of its functions to carry over.
+"""Loads a SavedModel and decides which of its functions are carried over.
 
-Carried over are the signatures and the methods of the root object; left out, and listed, is
-what only makes sense in training or belongs to inner objects.
+The signatures and the methods of the root object are. What only makes sense in training or belongs
+to inner objects is left out, and listed.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
-from google.protobuf import text_format
-from tensorflow.core.protobuf import saved_model_pb2
 
 from mbn_rewrite.errors import NO_SPACE, RewriteError, cause_of
-from mbn_rewrite.frontends import effects
-from mbn_rewrite.frontends.saved_model import admission
-from mbn_rewrite.frontends.saved_model.files import GRAPH_FILES
+from mbn_rewrite.frontends.saved_model import load_checks
+from mbn_rewrite.frontends.saved_model.loaded_model import Entry, Interface, Loaded, attribute_of
+from mbn_rewrite.frontends.saved_model.meta_graph import check_signatures, read_meta_graph
 from mbn_rewrite.frontends.saved_model.strip_unused import Functions, SlimCopy, functions_of
 
 # Methods that Keras saves for its own loading and training.
@@ -29,138 +27,6 @@ _OF_KERAS = {
 # `variables` is written anew.
 _VARIABLE_LISTS = ("trainable_variables", "non_trainable_variables")
 _TRAINING_ARGUMENTS = {"training", "is_training", "train"}
-
-
-@dataclass(frozen=True)
-class Interface:
-    """How a function is called, without the function.
-
-    Attributes:
-        keywords: the names of the arguments of a signature, in the order of `inputs`.
-        inputs: a tf.TensorSpec for each tensor that it takes.
-        arguments: all that it takes, as (args, kwargs) of tf.TensorSpec and Python values.
-        outputs: a tf.TensorSpec for each tensor that it gives.
-        structure: what it gives, with specifications in the place of tensors.
-    """
-
-    keywords: tuple[str, ...]
-    inputs: tuple[Any, ...]
-    arguments: Any
-    outputs: tuple[Any, ...]
-    structure: Any
-
-    @classmethod
-    def of(cls, function: Any) -> Interface:
-        """That of a tf.ConcreteFunction."""
-        captured = len(function.captured_inputs)
-        inputs = function.inputs[: len(function.inputs) - captured]
-        return cls(
-            tuple(getattr(function, "_arg_keywords", None) or ()),
-            tuple(tf.TensorSpec(t.shape, t.dtype) for t in inputs),
-            function.structured_input_signature,
-            tuple(tf.TensorSpec(t.shape, t.dtype) for t in function.graph.outputs),
-            tf.nest.map_structure(_as_spec, function.structured_outputs),
-        )
-
-    def packed(self, tensors: list[Any]) -> Any:
-        """Flat outputs in the structure that the function gives."""
-        given = iter(tensors)
-        flat = tf.nest.flatten(self.structure, expand_composites=True)
-        filled = [x if x is None else next(given) for x in flat]
-        return tf.nest.pack_sequence_as(self.structure, filled, expand_composites=True)
-
-
-def _as_spec(value: Any) -> Any:
-    """A tensor, or what consists of several, as its specification."""
-    is_tensor = isinstance(value, (tf.Tensor, tf.SparseTensor, tf.RaggedTensor))
-    return tf.type_spec_from_value(value) if is_tensor else value
-
-
-@dataclass
-class Entry:
-    """A function to carry over.
-
-    Attributes:
-        name: the key of a signature, or "method(arguments)".
-        method: the attribute of the root object that it is called by, or "" for a signature.
-        interface: how it is called.
-        function: the tf.ConcreteFunction; None once it is no longer needed.
-    """
-
-    name: str
-    method: str
-    interface: Interface
-    function: Any
-
-
-@dataclass
-class Loaded:
-    """A SavedModel in memory.
-
-    Attributes:
-        root: what tf.saved_model.load gave.
-        meta_graph: its MetaGraphDef as stored, but for the graph.
-        entries: the functions to carry over.
-        left_out: what is not carried over: a name, and why.
-        methods: the methods to carry over, by name, and the arguments that they declare.
-        attributes: the variables that are attributes of the root object, by name.
-        lists: the lists of variables that Keras and TF-Hub modules offer, by name.
-        resources: tables and the like, and assets.
-        asset_paths: the assets of TensorFlow 1, which are arguments of its initializer.
-        copy: what it was loaded from, if not from the SavedModel itself.
-        in_graph: what stands in the place of variables that TensorFlow 1 keeps as nodes of its
-            graph, by name.
-    """
-
-    root: Any
-    meta_graph: Any
-    entries: list[Entry]
-    left_out: dict[str, str] = field(default_factory=dict)
-    methods: dict[str, inspect.Signature] = field(default_factory=dict)
-    attributes: dict[str, Any] = field(default_factory=dict)
-    lists: dict[str, list[Any]] = field(default_factory=dict)
-    resources: list[Any] = field(default_factory=list)
-    asset_paths: list[Any] = field(default_factory=list)
-    copy: SlimCopy | None = None
-    in_graph: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def signatures(self) -> dict[str, Any]:
-        """The signatures to carry over."""
-        return {entry.name: entry.function for entry in self.entries if not entry.method}
-
-    def release(self, names: Iterable[str]) -> None:
-        """Lets go of functions, which hold more memory than small models do."""
-        gone = set(names)
-        for entry in self.entries:
-            if entry.name in gone:
-                entry.function = None
-        if not hasattr(self.root, "prune"):  # TensorFlow 1 keeps variables in its functions
-            self.root = None
-
-    @property
-    def initializer(self) -> Any:
-        """The function that TensorFlow 1 runs before all signatures, or None.
-
-        Its arguments are the paths of the assets. TensorFlow keeps it where it is not public.
-        """
-        return getattr(getattr(self.root, "initializer", None), "_init_fn", None)
-
-    def variable_in_graph(self, name: str) -> Any:
-        """A tf.Variable in the place of one that TensorFlow 1 keeps as a node of its graph.
-
-        Raises:
-            RewriteError: to read its value does more than that.
-        """
-        if name not in self.in_graph:
-            reference = self.root.graph.get_operation_by_name(name).outputs[0]
-            with self.root.graph.as_default(), tf.control_dependencies(None):
-                value = tf.identity(reference)
-            read = self.root.prune([], value)
-            if acts := effects.in_graph(read.graph.as_graph_def()):
-                raise RewriteError(f"to read the variable '{name}' {effects.in_words(acts)}")
-            self.in_graph[name] = tf.Variable(read(), name=name, trainable=False)
-        return self.in_graph[name]
 
 
 def load(
@@ -179,40 +45,22 @@ def load(
         signatures = [signatures]
     if isinstance(tags, str):
         tags = [tags]
-    meta_graph = _meta_graph(source, tags)
+    meta_graph = read_meta_graph(source, tags)
     stored = sorted(key for key in meta_graph.signature_def if not key.startswith("__"))
-    _check_signatures(source, stored, signatures)
+    check_signatures(source, stored, signatures)
     if not trusted:
-        admission.check_assets(source, meta_graph)
+        load_checks.check_assets(source, meta_graph)
     asked_for = [key for key in stored if signatures is None or key in signatures]
     left_out = {f"signature {key}": "not asked for" for key in stored if key not in asked_for}
     methods: list[str] = []
     copy: SlimCopy | None = None
-    try:
-        if meta_graph.HasField("object_graph_def"):
+    if meta_graph.HasField("object_graph_def"):  # TensorFlow 1 has neither methods nor objects
+        with _blaming(source):
             functions = functions_of(meta_graph)
             methods = _methods_of(functions, left_out) if signatures is None else []
-            wanted = [functions.signatures[key] for key in asked_for]
-            wanted += [name for method in methods for name in functions.methods[method]]
-            copy = SlimCopy(source, meta_graph, wanted)
-            admission.check_size(source, meta_graph)
-            if not trusted:
-                admission.check_objects(source, meta_graph)
-            # The checkpoint has values of variables that the copy leaves out.
-            options = tf.saved_model.LoadOptions(allow_partial_checkpoint=copy.has_variables)
-            root = tf.saved_model.load(str(copy.path), options=options)
-        else:  # TensorFlow 1 has neither methods nor objects
-            admission.check_size(source, meta_graph)
-            if not trusted:
-                admission.check_graph(source, meta_graph)
-            root = tf.saved_model.load(str(source), tags=list(meta_graph.meta_info_def.tags))
-    except RewriteError:
-        raise
-    except Exception as error:
-        cause = _cause(error)
-        if copy is not None:
-            cause = cause.replace(str(copy.path), str(source))
-        raise RewriteError(f"{source} cannot be loaded: {cause}") from error
+            copy = _copy_of(source, meta_graph, functions, asked_for, methods)
+    with _blaming(source, copy):
+        root = _root(source, meta_graph, copy, trusted)
     for part in ("graph_def", "object_graph_def"):  # large, and of no more use
         meta_graph.ClearField(part)
     loaded = Loaded(root, meta_graph, [], left_out, copy=copy)
@@ -227,6 +75,42 @@ def load(
             _add_method(loaded, name, function)
     _note_holdings(loaded)
     return loaded
+
+
+@contextmanager
+def _blaming(source: Path, copy: SlimCopy | None = None) -> Iterator[None]:
+    """Context manager that makes errors ones about a SavedModel, even if a copy was loaded."""
+    try:
+        yield
+    except RewriteError:
+        raise
+    except Exception as error:
+        cause = _cause(error)
+        if copy is not None:
+            cause = cause.replace(str(copy.path), str(source))
+        raise RewriteError(f"{source} cannot be loaded: {cause}") from error
+
+
+def _copy_of(
+    source: Path, meta_graph: Any, functions: Functions, signatures: list[str], methods: list[str]
+) -> SlimCopy:
+    """A copy with these signatures and methods alone; see `SlimCopy`."""
+    wanted = [functions.signatures[key] for key in signatures]
+    wanted += [name for method in methods for name in functions.methods[method]]
+    return SlimCopy(source, meta_graph, wanted)
+
+
+def _root(source: Path, meta_graph: Any, copy: SlimCopy | None, trusted: bool) -> Any:
+    """The root object, loaded once it is known what else loading would do."""
+    load_checks.check_size(source, meta_graph)
+    if not trusted:
+        check = load_checks.check_graph if copy is None else load_checks.check_objects
+        check(source, meta_graph)
+    if copy is None:
+        return tf.saved_model.load(str(source), tags=list(meta_graph.meta_info_def.tags))
+    # The checkpoint has values of variables that the copy leaves out.
+    options = tf.saved_model.LoadOptions(allow_partial_checkpoint=copy.has_variables)
+    return tf.saved_model.load(str(copy.path), options=options)
 
 
 def _methods_of(functions: Functions, left_out: dict[str, str]) -> list[str]:
@@ -256,7 +140,7 @@ def _restored(root: Any, path: str) -> Any:
 
 
 def _note_holdings(loaded: Loaded) -> None:
-    """Notes what the root object holds beside functions."""
+    """Notes the variables, tables and assets of the root object."""
     for name, value in vars(loaded.root).items():
         if isinstance(value, tf.Variable):
             loaded.attributes[name] = value
@@ -288,51 +172,6 @@ def _why_not(path: str, traces: Sequence[str]) -> str:
     if not traces:
         return "no graph of it is stored: it was never called, or with what cannot be stored"
     return ""
-
-
-def attribute_of(root: Any, path: str) -> Any:
-    """What an object has under a path such as "encoder.encode"."""
-    for name in path.split("."):
-        root = getattr(root, name)
-    return root
-
-
-def _meta_graph(source: Path, tags: Sequence[str] | None) -> Any:
-    """The MetaGraphDef with these tags, or the only one."""
-    proto = saved_model_pb2.SavedModel()
-    file = next(source / name for name in GRAPH_FILES if (source / name).is_file())
-    try:
-        if file.suffix == ".pb":
-            proto.ParseFromString(file.read_bytes())
-        else:
-            text_format.Parse(file.read_text(), proto)
-    except OSError as error:
-        raise RewriteError(f"{file} cannot be read: {cause_of(error)}") from error
-    except Exception as error:
-        raise RewriteError(f"{file} is damaged; it may be cut short") from error
-    if not proto.meta_graphs:
-        raise RewriteError(f"{file} is damaged or empty: it holds no graph")
-    found = {frozenset(graph.meta_info_def.tags): graph for graph in proto.meta_graphs}
-    listed = " and ".join("{" + ", ".join(sorted(names)) + "}" for names in found)
-    if tags is None:
-        if len(found) > 1 and frozenset({"serve"}) not in found:
-            raise RewriteError(f"{source} has graphs tagged {listed}. Say which: --tags")
-        return found.get(frozenset({"serve"}), proto.meta_graphs[0])
-    if frozenset(tags) not in found:
-        raise RewriteError(f"{source} has no graph tagged {', '.join(tags)}; there is {listed}")
-    return found[frozenset(tags)]
-
-
-def _check_signatures(source: Path, stored: list[str], wanted: Sequence[str] | None) -> None:
-    if not stored:
-        raise RewriteError(f"{source} has no signatures, so there is nothing to serve")
-    if wanted is not None and not wanted:
-        raise RewriteError(f"no signature is asked for; there is {', '.join(stored)}")
-    unknown = sorted(set(wanted or ()) - set(stored))
-    if unknown:
-        raise RewriteError(
-            f"{source} has no signature {', '.join(unknown)}; there is {', '.join(stored)}"
-        )
 
 
 def _cause(error: Exception) -> str:

@@ -1,35 +1,24 @@
-"""Recognises BatchNormalization in graphs, in all the forms that they hold.
+"""Recognises BatchNormalization in graphs.
 
-One operation (FusedBatchNorm, V2, V3, BatchNormWithGlobalNormalization), or arithmetic: a run
-of elementwise operations, each with one operand that is constant per channel,
-
-    y = (x - mean) * rsqrt(variance + epsilon) * gamma + beta
-
-in whatever order and grouping, with casts and reshapes of the constants, or with the constants
-already computed (a multiplication and an addition by vectors). Each step of a run is an
-affine map per channel, so the run is one: nothing needs to be known of its form but where it
-begins and ends.
+It is one operation (FusedBatchNorm, V2, V3, BatchNormWithGlobalNormalization), which is recognised
+here, or arithmetic; see `match_arithmetic`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.frontends.saved_model.function_graph import View, source_of
+from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, source_of
 from mbn_rewrite.frontends.saved_model.weights import Constants
-from mbn_rewrite.ir.algebra import Array, ChannelMap
+from mbn_rewrite.ir.algebra import ChannelMap
 
 FUSED = {
     *("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"),
     "BatchNormWithGlobalNormalization",
 }
-# What an expression of the variance holds if it belongs to a BatchNormalization.
-_ROOTS = {"Rsqrt", "Sqrt", "Pow"}
 
 
 @dataclass(frozen=True)
@@ -42,8 +31,8 @@ class Norm:
         sink: the tensor that it gives.
         rank: the number of axes of both.
         axis: of its channels, or None where `ineligible`.
-        map: what it does, or None where `ineligible`.
-        keys: which stored arrays it reads, and which constants.
+        map: scale and shift of each channel, or None where `ineligible`.
+        keys: the keys of the stored arrays, and of the constants, that it reads.
         ineligible: why it must stay, or "".
     """
 
@@ -57,56 +46,93 @@ class Norm:
     ineligible: str = ""
 
 
-# -------------------------------------------------------------------------- one operation
+@dataclass(frozen=True)
+class _FusedOp:
+    """Operands and attributes of a fused operation, whatever its type.
+
+    Attributes:
+        op: the operation.
+        source: the tensor that it normalises.
+        parameters: gamma, beta, mean and variance.
+        epsilon: what is added to the variance.
+        is_scaled: whether gamma is used.
+        is_training: whether it normalises by the batch.
+    """
+
+    op: Any
+    source: Any
+    parameters: tuple[Any, Any, Any, Any]
+    epsilon: float
+    is_scaled: bool
+    is_training: bool
+
+    @classmethod
+    def of(cls, op: Any) -> _FusedOp:
+        if op.type == "BatchNormWithGlobalNormalization":
+            source, mean, variance, beta, gamma = op.inputs
+            epsilon = op.get_attr("variance_epsilon")
+            is_scaled, is_training = bool(op.get_attr("scale_after_normalization")), False
+        else:
+            source, gamma, beta, mean, variance = op.inputs
+            epsilon, is_scaled = op.get_attr("epsilon"), True
+            is_training = op.get_attr("is_training")
+        parameters = (gamma, beta, mean, variance)
+        return cls(op, source, parameters, epsilon, is_scaled, is_training)
 
 
 def fused_norm(constants: Constants, op: Any) -> Norm | None:
-    """What a fused operation is; None where it is not a BatchNormalization."""
-    rank, axis = _fused_rank(op), _fused_axis(op)
-    if op.type == "BatchNormWithGlobalNormalization":
-        source, mean, variance, beta, gamma = op.inputs
-        training, epsilon = False, op.get_attr("variance_epsilon")
-        scaled = bool(op.get_attr("scale_after_normalization"))
-    else:
-        source, gamma, beta, mean, variance = op.inputs
-        training, epsilon, scaled = op.get_attr("is_training"), op.get_attr("epsilon"), True
-    parameters = [constants.value(tensor) for tensor in (gamma, beta)]
-    keys = tuple(
-        key for tensor in (gamma, beta, mean, variance) for key in _keys(constants, tensor)
-    )
-
-    def ineligible(why: str) -> Norm:
-        return Norm((op,), source, op.outputs[0], rank, None, None, keys, why)
-
-    if training:
-        if any(p is None and not constants.written(t) for p, t in
-               zip(parameters, (gamma, beta), strict=True)):  # fmt: skip
-            return None  # LayerNormalization makes its scale of ones as it runs
-        if source_of(source).op.type == "Reshape" and all(key[0] == "constant" for key in keys):
-            return None  # or beforehand, where the batch size is fixed
-        return ineligible("it is in training mode, so it normalises by the batch it is given")
-    for tensor in (gamma, beta, mean, variance):
-        written = constants.written(tensor)
-        if written is not None:
-            return ineligible(f"{written[1]} its parameters or statistics")
-    parameters += [constants.value(tensor) for tensor in (mean, variance)]
-    arrays = [array for array in parameters if array is not None]
-    if len(arrays) < len(parameters):
-        return ineligible("its parameters or statistics are computed while the model runs")
-    if any(_is_read(constants.view, tensor) for tensor in op.outputs[1:]):
-        return ineligible("its statistics are read as outputs")
-    if not all(np.all(np.isfinite(array)) for array in arrays):
-        return ineligible("its weights or moving statistics hold NaN or infinity")
-    scale, shift, center, spread = arrays
-    scale = scale if scaled else np.ones_like(scale)
-    channel_map = ChannelMap.of_batch_norm(scale, shift, center, spread, epsilon, axis)
-    if not channel_map.is_finite:
-        return ineligible("its moving variance and epsilon give no finite scale")
-    source, sink, casts = _ends(constants.view, source, op.outputs[0])
+    """The BatchNormalization of a fused operation; None where it is no BatchNormalization."""
+    fused = _FusedOp.of(op)
+    rank, axis = _fused_rank(op), channel_axis(op)
+    keys = tuple(key for tensor in fused.parameters for key in keys_of(constants, tensor))
+    if fused.is_training and _is_other_normalization(constants, fused, keys):
+        return None
+    why = _why_ineligible(constants, fused)
+    channel_map = None if why else _map_of(constants, fused, axis)
+    if channel_map is not None and not channel_map.is_finite:
+        why = "its moving variance and epsilon give no finite scale"
+    if why:
+        return Norm((op,), fused.source, op.outputs[0], rank, None, None, keys, why)
+    source, sink, casts = ends_of(constants.function, fused.source, op.outputs[0])
     return Norm((op, *casts), source, sink, rank, axis, channel_map, keys)
 
 
-def _fused_axis(op: Any) -> int:
+def _is_other_normalization(constants: Constants, fused: _FusedOp, keys: tuple[Any, ...]) -> bool:
+    """Whether a fused operation in training mode is part of another normalisation."""
+    gamma_and_beta = fused.parameters[:2]
+    if any(constants.value(t) is None and not constants.written(t) for t in gamma_and_beta):
+        return True  # LayerNormalization makes its scale of ones as it runs
+    # or beforehand, where the batch size is fixed
+    reshaped = source_of(fused.source).op.type == "Reshape"
+    return reshaped and all(key[0] == "constant" for key in keys)
+
+
+def _why_ineligible(constants: Constants, fused: _FusedOp) -> str:
+    """Why a fused operation must stay as it is, or ""; its map is not looked at."""
+    if fused.is_training:
+        return "it is in training mode, so it normalises by the batch it is given"
+    for tensor in fused.parameters:
+        written = constants.written(tensor)
+        if written is not None:
+            return f"{written[1]} its parameters or statistics"
+    arrays = [constants.value(tensor) for tensor in fused.parameters]
+    if any(array is None for array in arrays):
+        return "its parameters or statistics are computed while the model runs"
+    if any(_is_read(constants.function, tensor) for tensor in fused.op.outputs[1:]):
+        return "its statistics are read as outputs"
+    if not all(np.all(np.isfinite(array)) for array in arrays if array is not None):
+        return "its weights or moving statistics hold NaN or infinity"
+    return ""
+
+
+def _map_of(constants: Constants, fused: _FusedOp, axis: int) -> ChannelMap:
+    gamma, beta, mean, variance = (np.asarray(constants.value(t)) for t in fused.parameters)
+    scale = gamma if fused.is_scaled else np.ones_like(gamma)
+    return ChannelMap.of_batch_norm(scale, beta, mean, variance, fused.epsilon, axis)
+
+
+def channel_axis(op: Any) -> int:
+    """The channel axis of a fused operation's input."""
     return 1 if _layout(op) in (b"NCHW", b"NCDHW") else _fused_rank(op) - 1
 
 
@@ -119,239 +145,26 @@ def _layout(op: Any) -> bytes:
     return bytes(op.get_attr("data_format")) if "data_format" in op.node_def.attr else b"NHWC"
 
 
-def _is_read(view: View, tensor: Any) -> bool:
-    return bool(view.readers.get(tensor.name)) or tensor.name in view.output_names
+def _is_read(function: FunctionGraph, tensor: Any) -> bool:
+    return bool(function.readers.get(tensor.name)) or tensor.name in function.output_names
 
 
-def _keys(constants: Constants, tensor: Any) -> tuple[Any, ...]:
+def keys_of(constants: Constants, tensor: Any) -> tuple[Any, ...]:
+    """The keys of all stored arrays in the expression of a parameter."""
     return tuple(stored.key for stored in constants.stored_in(tensor))
 
 
-# ---------------------------------------------------------------------------- arithmetic
+def ends_of(function: FunctionGraph, source: Any, sink: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Source and sink of a BatchNormalization, beyond casts around it that undo each other.
 
-
-@dataclass(frozen=True)
-class Step:
-    """One elementwise operation with one constant operand: scale * x + shift.
-
-    Attributes:
-        op: the operation.
-        data: the operand that is not constant.
-        constant: the operand that is, or None (negation).
-        scale, shift: float64, of the shape that `constant` has when it is broadcast.
-        axis: the axis along which `constant` varies, or None where it is one number.
-        roots: what is stored of the variances that `constant` takes the root of.
+    Returns:
+        The source, the sink, and the casts.
     """
-
-    op: Any
-    data: Any
-    constant: Any
-    scale: Array
-    shift: Array
-    axis: int | None
-    roots: frozenset[Any]
-
-
-def step_of(constants: Constants, op: Any) -> Step | None:
-    """What an elementwise operation does to its only operand that is not constant."""
-    if op.type not in ("Mul", "Add", "AddV2", "Sub", "RealDiv", "Div", "BiasAdd"):
-        return None
-    left, right = op.inputs[0], op.inputs[1]
-    value = constants.value(right)
-    data, constant, flipped = left, right, False
-    if value is None:
-        value = constants.value(left)
-        data, constant, flipped = right, left, True
-    if value is None or constants.value(data) is not None or not data.dtype.is_floating:
-        return None
-    if flipped and op.type in ("RealDiv", "Div"):
-        return None
-    if op.type == "BiasAdd":
-        axis: int | None = _fused_axis(op)
-        fits = True
-    else:
-        axis, fits = _varying_axis(value, data.shape)
-    if not fits:
-        return None
-    vector = value.reshape(-1)
-    one, zero = np.ones_like(vector), np.zeros_like(vector)
-    with np.errstate(all="ignore"):  # a map that is not finite is reported by who uses it
-        scale, shift = {
-            "Mul": (vector, zero),
-            "RealDiv": (one / vector, zero),
-            "Div": (one / vector, zero),
-            "Sub": (-one, vector) if flipped else (one, -vector),
-        }.get(op.type, (one, vector))
-    roots = frozenset(
-        stored.key
-        for name in constants.depends_on(constant, _ROOTS)
-        if _is_root_of_variance(root := constants.view.graph.get_operation_by_name(name))
-        for stored in constants.stored_in(root.outputs[0])
-        if math.prod(stored.shape) > 1 or stored.is_variable
-    )
-    return Step(op, data, constant, scale, shift, axis, roots)
-
-
-def _varying_axis(value: Array, shape: Any) -> tuple[int | None, bool]:
-    """The axis of a tensor along which a broadcast array varies, and whether it fits it."""
-    if value.size == 1:
-        return None, shape.rank is not None and value.ndim <= shape.rank
-    if shape.rank is None or value.ndim > shape.rank:
-        return None, False
-    axes = [axis - value.ndim for axis, size in enumerate(value.shape) if size > 1]
-    if len(axes) != 1 or shape[shape.rank + axes[0]] != value.size:
-        return None, False
-    axis = shape.rank + axes[0]
-    return axis, axis > 0
-
-
-def _is_root_of_variance(op: Any) -> bool:
-    """Whether an operation is 1/sqrt(variance + epsilon), or the square root alone."""
-    if source_of(op.inputs[0]).op.type in ("Add", "AddV2"):
-        return True
-    return op.type == "Rsqrt" and op.outputs[0].shape.num_elements() != 1
-
-
-def arithmetic_norms(constants: Constants, taken: set[str]) -> Iterator[Norm]:
-    """The BatchNormalizations that are written out as arithmetic.
-
-    Args:
-        constants: of the view.
-        taken: names of operations that belong to something else (the biases of linear
-            operations).
-    """
-    view = constants.view
-    steps = {}
-    for op in view.operations:
-        if op.name not in taken:
-            step = step_of(constants, op)
-            if step is not None:
-                steps[op.name] = step
-    for run in _runs(view, steps):
-        norm = _norm_of(constants, run)
-        if norm is not None:
-            yield norm
-
-
-def _runs(view: View, steps: dict[str, Step]) -> Iterator[list[Step]]:
-    """Steps that follow each other and that nothing else reads between."""
-    begun: set[str] = set()
-    for step in steps.values():
-        before = steps.get(source_of(step.data).op.name)
-        if before is not None and _continues(view, before, steps) is step:
-            continue  # it is in the run of the step before it
-        run: list[Step] = [step]
-        following = _continues(view, step, steps)
-        while following is not None and following.op.name not in begun:
-            run.append(following)
-            following = _continues(view, run[-1], steps)
-        begun.update(s.op.name for s in run)
-        yield from _separated(run)
-
-
-def _continues(view: View, step: Step, steps: dict[str, Step]) -> Step | None:
-    reader = view.only_reader(step.op.outputs[0])
-    return steps.get(reader[0].name) if reader else None
-
-
-def _separated(run: list[Step]) -> Iterator[list[Step]]:
-    """A run with the roots of several variances is several BatchNormalizations."""
-    part: list[Step] = []
-    roots: frozenset[Any] = frozenset()
-    for step in run:
-        if part and roots and step.roots and not step.roots & roots:
-            # (y - mean) begins the next one.
-            begun = [part.pop()] if part[-1].op.type == "Sub" and not part[-1].roots else []
-            yield part
-            part, roots = begun, frozenset()
-        part.append(step)
-        roots |= step.roots
-    yield part
-
-
-def _norm_of(constants: Constants, run: list[Step]) -> Norm | None:
-    """The run as one map, if it is a BatchNormalization."""
-    run = _without_preparation(run)
-    if not any(step.roots for step in run) and not _is_precomputed(constants, run):
-        return None
-    axes = {step.axis for step in run if step.axis is not None}
-    source, sink, casts = _ends(constants.view, run[0].data, run[-1].op.outputs[0])
-    keys = tuple(
-        key for step in run if step.constant is not None for key in _keys(constants, step.constant)
-    )
-    rank = source.shape.rank or 0
-    ops = (*(step.op for step in run), *casts)
-
-    def ineligible(why: str) -> Norm:
-        return Norm(ops, source, sink, rank, None, None, keys, why)
-
-    if len(axes) > 1:
-        return ineligible("it scales along one axis and shifts along another")
-    shape = run[0].data.shape
-    axis = axes.pop() if axes else _axis_of_one_channel(shape)
-    if axis is None or shape[axis] is None:
-        return ineligible("its channel axis is not known")
-    scale, shift = np.ones(shape[axis]), np.zeros(shape[axis])
-    with np.errstate(all="ignore"):  # reported just below
-        for step in run:
-            scale, shift = scale * step.scale, shift * step.scale + step.shift
-    channel_map = ChannelMap(scale, shift, axis)
-    if not channel_map.is_finite:
-        return ineligible("its statistics give no finite scale")
-    return Norm(ops, source, sink, rank, axis, channel_map, keys)
-
-
-def _without_preparation(run: list[Step]) -> list[Step]:
-    """A run without what stands around a BatchNormalization: scaling by single numbers."""
-    if all(step.axis is None for step in run):
-        return run
-    while len(run) > 1 and run[0].axis is None and not run[0].roots:
-        run = run[1:]
-    while len(run) > 1 and run[-1].axis is None and not run[-1].roots:
-        run = run[:-1]
-    return run
-
-
-def _is_precomputed(constants: Constants, run: list[Step]) -> bool:
-    """Whether a run is a multiplication and an addition by vectors of the graph.
-
-    That is what is left of a BatchNormalization whose constants were computed beforehand. A
-    normalisation by the data itself (of layers, instances or groups) ends in just the same
-    way, so it is looked for before the run.
-    """
-    kinds = [step.op.type for step in run]
-    if len(run) != 2 or kinds[0] != "Mul" or kinds[1] not in ("Add", "AddV2", "Sub", "BiasAdd"):
-        return False
-    if any(step.axis is None or not _is_constant_of_graph(constants, step) for step in run):
-        return False
-    pending, depth = [source_of(run[0].data)], 0
-    while pending and depth < 8:
-        tensor, depth = pending.pop(), depth + 1
-        if tensor.op.type in ("Rsqrt", "Sqrt", "Mean") or tensor.op.type in FUSED:
-            return False
-        if tensor.op.type in ("Mul", "Add", "AddV2", "Sub", "RealDiv", "Reshape", "Transpose"):
-            pending += [source_of(t) for t in tensor.op.inputs if constants.value(t) is None]
-    return True
-
-
-def _is_constant_of_graph(constants: Constants, step: Step) -> bool:
-    return all(not stored.is_variable for stored in constants.stored_in(step.constant))
-
-
-def _axis_of_one_channel(shape: Any) -> int | None:
-    """The channel axis of a tensor with one channel."""
-    if not shape.rank or shape.rank < 2:
-        return None
-    return next((axis for axis in (shape.rank - 1, 1) if shape[axis] == 1), None)
-
-
-def _ends(view: View, source: Any, sink: Any) -> tuple[Any, Any, tuple[Any, ...]]:
-    """Where a BatchNormalization begins and ends with the casts that undo each other."""
     inner = source_of(source)
-    reader = view.only_reader(sink)
+    reader = function.only_reader(sink)
     if (
         inner.op.type == "Cast"
-        and view.only_reader(inner) is not None
+        and function.only_reader(inner) is not None
         and reader is not None
         and reader[0].type == "Cast"
         and reader[0].outputs[0].dtype == inner.op.inputs[0].dtype

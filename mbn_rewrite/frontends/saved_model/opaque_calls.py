@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mbn_rewrite.frontends.saved_model.function_graph import View
+from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph
 from mbn_rewrite.frontends.saved_model.inlining import bodies_called
 
 _FROM_JAX = (
@@ -33,21 +33,21 @@ _UNSEEN = {
 _NAMED = 3  # functions that a sentence names
 
 
-def notes_on(views: Iterable[View]) -> tuple[str, ...]:
+def notes_on(functions: Iterable[FunctionGraph]) -> tuple[str, ...]:
     """What cannot be seen into, a sentence for each kind of it."""
     found: dict[str, list[str]] = {}
-    for view in views:
-        for kind in sorted(_kinds_in(view) & set(_UNSEEN)):
-            found.setdefault(kind, []).append(f"'{view.name}'")
+    for function in functions:
+        for kind in sorted(_kinds_in(function) & set(_UNSEEN)):
+            found.setdefault(kind, []).append(f"'{function.name}'")
     return tuple(_note(kind, names) for kind, names in sorted(found.items()))
 
 
-def _kinds_in(view: View) -> set[str]:
+def _kinds_in(function: FunctionGraph) -> set[str]:
     """The types of all operations that a function may run."""
     kinds = set()
-    for op in view.operations:
+    for op in function.operations:
         kinds.add(op.type)
-        for body in bodies_called(view.graph_def, op.node_def):
+        for body in bodies_called(function.graph_def, op.node_def):
             kinds.update(node.op for node in body.node_def)
     return kinds
 

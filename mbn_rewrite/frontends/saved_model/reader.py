@@ -7,25 +7,28 @@ are calls of one owner, as the calls of one Keras layer are.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tensorflow as tf
 
-from mbn_rewrite.frontends.saved_model.function_graph import SHAPE_ONLY, View, Writes, source_of
-from mbn_rewrite.frontends.saved_model.inlining import bodies_called, display_name
-from mbn_rewrite.frontends.saved_model.match_batchnorm import (
-    FUSED,
-    Norm,
-    arithmetic_norms,
-    fused_norm,
+from mbn_rewrite.frontends.saved_model import hidden_batchnorm
+from mbn_rewrite.frontends.saved_model.function_graph import (
+    SHAPE_ONLY,
+    FunctionGraph,
+    Writes,
+    source_of,
 )
-from mbn_rewrite.frontends.saved_model.op_table import Described, Site, describe, shape_of
-from mbn_rewrite.frontends.saved_model.unseen import notes_on
+from mbn_rewrite.frontends.saved_model.inlining import display_name
+from mbn_rewrite.frontends.saved_model.match_arithmetic import arithmetic_norms
+from mbn_rewrite.frontends.saved_model.match_batchnorm import FUSED, Norm, fused_norm
+from mbn_rewrite.frontends.saved_model.op_site import Described, Site, shape_of
+from mbn_rewrite.frontends.saved_model.op_table import describe
+from mbn_rewrite.frontends.saved_model.opaque_calls import notes_on
+from mbn_rewrite.frontends.saved_model.scopes import common_scope, shared_scope, without_leaf
+from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
 from mbn_rewrite.frontends.saved_model.weights import Constants, Stored, Weight
-from mbn_rewrite.frontends.saved_model.writes import ALIASES, is_at_inference
 from mbn_rewrite.ir.graph import (
     BatchNorm,
     Graph,
@@ -42,7 +45,7 @@ from mbn_rewrite.ir.graph import (
 class LinearCall:
     """One use of weights: the operation, and what the planner was told of it."""
 
-    view: View
+    function: FunctionGraph
     op: Any
     described: Described
 
@@ -51,7 +54,7 @@ class LinearCall:
 class NormCall:
     """One BatchNormalization in one function."""
 
-    view: View
+    function: FunctionGraph
     norm: Norm
 
 
@@ -86,19 +89,19 @@ class Reading:
         return self.linears[owner][0].described.weights[name].stored
 
 
-def read(views: Iterable[View], writes: Writes, pinned: Iterable[Any] = ()) -> Reading:
+def read(functions: Iterable[FunctionGraph], writes: Writes, pinned: Iterable[Any] = ()) -> Reading:
     """Reads functions.
 
     Args:
-        views: the functions.
+        functions: the functions.
         writes: variables that they, and functions carried over unread, write to.
         pinned: variables that functions carried over unread use.
     """
-    views = list(views)
+    functions = list(functions)
     reader = _Reader(writes, {("variable", id(variable)) for variable in pinned})
-    for view in views:
-        reader.read(view)
-    return replace(reader.finish(), notes=notes_on(views))
+    for function in functions:
+        reader.read(function)
+    return replace(reader.finish(), notes=notes_on(functions))
 
 
 @dataclass
@@ -119,50 +122,51 @@ class _Reader:
 
     # -- one function --------------------------------------------------------------------
 
-    def read(self, view: View) -> None:
-        constants = Constants(view, self.writes)
-        described, norms = self._recognised(view, constants)
-        self.scope = _shared_scope(described, norms)
+    def read(self, function: FunctionGraph) -> None:
+        constants = Constants(function, self.writes)
+        described, norms = self._recognised(function, constants)
+        linear = [name for name, d in described.items() if isinstance(d.op, Linear)]
+        self.scope = shared_scope([*linear, *norms])
         known: dict[str, int] = {}  # tensor name -> value
         inside = {op.name for d in described.values() for op in d.absorbed}
         inside |= {op.name for norm in norms.values() for op in norm.ops}
-        for op in view.operations:
+        for op in function.operations:
             if op.name in norms:
-                self._add_norm(view, norms[op.name], known)
+                self._add_norm(function, norms[op.name], known)
             elif (
                 op.name in described
                 and (op.name not in inside or described[op.name].absorbed)
                 and not self._is_constant(constants, op)
             ):
-                self._add(view, op, described[op.name], known)
-            self._note_uses(view, constants, op)
-            self._add_written(view, constants, op)
-            self._add_hidden(view, op)
-        self._add_constants(view, known)
-        for tensor in view.outputs:
+                self._add(function, op, described[op.name], known)
+            self._note_uses(function, constants, op)
+            self._add_written(function, constants, op)
+            self._add_hidden(function, op)
+        self._add_constants(function, known)
+        for tensor in function.outputs:
             self.outputs.add(self._value(source_of(tensor), known))
             weight = constants.weight(tensor)
             if weight is not None:
                 uses = self.uses.setdefault(weight.stored.key, {})
-                uses[id(tensor)] = f"an output of '{view.name}'"
+                uses[id(tensor)] = f"an output of '{function.name}'"
 
-    def _add_constants(self, view: View, known: dict[str, int]) -> None:
+    def _add_constants(self, function: FunctionGraph, known: dict[str, int]) -> None:
         """Adds what gives the values that operations read, but that was taken for a weight."""
         given = {value for node in self.nodes for value in node.outputs}
         for name, value in known.items():
             if value not in given:
-                op = view.graph.get_tensor_by_name(name).op
+                op = function.graph.get_tensor_by_name(name).op
                 why = Opaque("is a constant")
                 self.nodes.append(Node(self._shown(op.name), op.type, why, (), (value,)))
 
     def _recognised(
-        self, view: View, constants: Constants
+        self, function: FunctionGraph, constants: Constants
     ) -> tuple[dict[str, Described], dict[str, Norm]]:
         """What each operation is, and the BatchNormalizations by the operation they end in."""
         described: dict[str, Described] = {}
         norms: dict[str, Norm] = {}
         absorbed: set[str] = set()
-        for op in view.operations:
+        for op in function.operations:
             norm = fused_norm(constants, op) if op.type in FUSED else None
             if norm is not None:
                 norms[norm.sink.op.name] = norm
@@ -177,21 +181,23 @@ class _Reader:
     def _is_constant(self, constants: Constants, op: Any) -> bool:
         """Whether an operation only serves to compute constants."""
         if not op.outputs or op.type == "Placeholder":
-            return op.name in constants.view.captures
+            return op.name in constants.function.captures
         return constants.weight(op.outputs[0]) is not None or (
             constants.value(op.outputs[0]) is not None
         )
 
-    def _add(self, view: View, op: Any, described: Described, known: dict[str, int]) -> None:
+    def _add(
+        self, function: FunctionGraph, op: Any, described: Described, known: dict[str, int]
+    ) -> None:
         neutral = described.op
         dtype = "float32"
         owner = self._shown(op.name)
         if isinstance(neutral, Linear):
             keys = tuple(weight.stored.key for weight in described.weights.values())
-            owner = self._owner(keys, _without_leaf(owner))
+            owner = self._owner(keys, without_leaf(owner))
             dtype = _narrowest(described.weights.values(), op.outputs[0])
             self.dtypes.add(op.outputs[0].dtype.name)
-            self.linears.setdefault(owner, []).append(LinearCall(view, op, described))
+            self.linears.setdefault(owner, []).append(LinearCall(function, op, described))
         inputs = tuple(self._value(source_of(tensor), known) for tensor in described.data)
         outputs = [described.result] if described.result is not None else []
         if len(op.outputs) > 1:
@@ -200,10 +206,10 @@ class _Reader:
         if results:
             self.nodes.append(Node(owner, op.type, neutral, inputs, results, dtype))
 
-    def _add_norm(self, view: View, norm: Norm, known: dict[str, int]) -> None:
+    def _add_norm(self, function: FunctionGraph, norm: Norm, known: dict[str, int]) -> None:
         stored = tuple(key for key in norm.keys if key[0] != "constant")
-        key = (stored, _digest(norm)) if stored else (view.name, norm.sink.op.name)
-        owner = self._owner(key, _common_scope([self._shown(op.name) for op in norm.ops]))
+        key = (stored, _digest(norm)) if stored else (function.name, norm.sink.op.name)
+        owner = self._owner(key, common_scope([self._shown(op.name) for op in norm.ops]))
         before, after = norm.source.dtype.name, norm.sink.dtype.name
         op = BatchNorm(
             norm.map, norm.ineligible, fusible=_fusible(norm), convolvable=convolvable(norm)
@@ -211,7 +217,7 @@ class _Reader:
         if before != after and not norm.ineligible:
             op = replace(op, pinned=f"it turns {before} into {after}", fusible=False)
         self.dtypes.add(after)
-        self.norms.setdefault(owner, []).append(NormCall(view, norm))
+        self.norms.setdefault(owner, []).append(NormCall(function, norm))
         source = self._value(source_of(norm.source), known)
         result = self._value(norm.sink, known)
         self.nodes.append(
@@ -237,7 +243,7 @@ class _Reader:
             self.taken.add(owner)
         return self.owners[key]
 
-    def _note_uses(self, view: View, constants: Constants, op: Any) -> None:
+    def _note_uses(self, function: FunctionGraph, constants: Constants, op: Any) -> None:
         """Notes which stored arrays an operation reads, past what only puts them in shape."""
         if op.type in SHAPE_ONLY or not op.inputs:
             return
@@ -247,35 +253,28 @@ class _Reader:
             label = f"{op.type} '{self._shown(op.name)}'"
             if weight is not None and not gives_weight:
                 self.uses.setdefault(weight.stored.key, {})[id(op)] = label
-            variable = view.variable(tensor) if tensor.dtype == tf.resource else None
+            variable = function.variable(tensor) if tensor.dtype == tf.resource else None
             if variable is not None and op.type not in ALIASES | {"ReadVariableOp"}:
                 self.uses.setdefault(("variable", id(variable)), {})[id(op)] = label
 
-    def _add_written(self, view: View, constants: Constants, op: Any) -> None:
+    def _add_written(self, function: FunctionGraph, constants: Constants, op: Any) -> None:
         """Lists a BatchNormalization written out as arithmetic whose variance is no constant."""
-        if op.type not in ("Rsqrt", "Sqrt") or constants.value(op.outputs[0]) is not None:
-            return
-        added = source_of(op.inputs[0]).op
-        for tensor in added.inputs if added.type in ("Add", "AddV2") else ():
-            written = constants.written(tensor)
-            if written is None or ("written", id(written[0])) in self.owners:
-                continue
-            owner = self._owner(("written", id(written[0])), _common_scope([self._shown(op.name)]))
-            norm = BatchNorm(None, f"{written[1]} its parameters or statistics")
-            self.hidden.append(HiddenBatchNorm(owner, view.name, norm, None, "float32"))
+        for variable, writer in hidden_batchnorm.written_variances(constants, op):
+            key = ("written", id(variable))
+            if key not in self.owners:
+                owner = self._owner(key, common_scope([self._shown(op.name)]))
+                norm = BatchNorm(None, f"{writer} its parameters or statistics")
+                self.hidden.append(HiddenBatchNorm(owner, function.name, norm, None, "float32"))
 
-    def _add_hidden(self, view: View, op: Any) -> None:
-        """Lists the BatchNormalizations in what an operation calls."""
-        label = f"{op.type} '{self._shown(op.name)}'"
-        for body in bodies_called(view.graph_def, op.node_def):
-            for node in body.node_def:
-                if _is_norm(node, body):
-                    op_ = BatchNorm(None, f"it is in the body of {label}, which stays as it is")
-                    owner = self._owner(
-                        (view.name, body.signature.name, node.name),
-                        f"{self._shown(op.name)}/{_without_leaf(node.name)}",
-                    )
-                    self.hidden.append(HiddenBatchNorm(owner, label, op_, None, "float32"))
+    def _add_hidden(self, function: FunctionGraph, op: Any) -> None:
+        """Lists the BatchNormalizations in the functions that an operation calls."""
+        place = self._shown(op.name)
+        label = f"{op.type} '{place}'"
+        for body, node in hidden_batchnorm.in_functions_called(function, op):
+            norm = BatchNorm(None, f"it is in the body of {label}, which stays as it is")
+            key = (function.name, body, node)
+            owner = self._owner(key, f"{place}/{without_leaf(node)}")
+            self.hidden.append(HiddenBatchNorm(owner, label, norm, None, "float32"))
 
     # -- all functions -------------------------------------------------------------------
 
@@ -342,69 +341,6 @@ def _fusible(norm: Norm) -> bool:
         and norm.ops[0].type not in FUSED
         and fused_operation_takes(norm.source.dtype.name, norm.axis, norm.rank)
     )
-
-
-# ----------------------------------------------------------------------------------- names
-
-
-def _is_norm(node: Any, body: Any) -> bool:
-    """Whether a node of a function is a BatchNormalization at inference, or part of one.
-
-    Arithmetic is known by the root of a variance that is not computed from data: it is
-    read, or handed to the function.
-    """
-    if node.op in FUSED:
-        return is_at_inference(node)
-    if node.op not in ("Rsqrt", "Sqrt"):
-        return False
-    nodes = {inner.name: inner for inner in body.node_def}
-    added = nodes.get(node.input[0].partition(":")[0])
-    if added is None or added.op not in ("Add", "AddV2"):
-        return False
-    return any(_is_given(nodes, source) for source in added.input)
-
-
-def _is_given(nodes: dict[str, Any], source: str) -> bool:
-    node = nodes.get(source.lstrip("^").partition(":")[0])
-    while node is not None and node.op in ALIASES | {"Cast", "Reshape", "ReadVariableOp"}:
-        node = nodes.get(node.input[0].partition(":")[0])
-    return node is None  # an argument of the function
-
-
-def _shared_scope(described: dict[str, Described], norms: dict[str, Norm]) -> str:
-    """The outermost scope, usually the model's name, if all weights and norms are in it."""
-    names = [name for name, found in described.items() if isinstance(found.op, Linear)]
-    first = {display_name(name).partition("/") for name in (*names, *norms)}
-    scopes = {scope + slash for scope, slash, _ in first if slash}
-    inner = all(slash and "/" in rest for _, slash, rest in first)
-    return scopes.pop() if len(scopes) == 1 and inner else ""
-
-
-def _without_leaf(name: str) -> str:
-    """The scope of an operation: what the layer was called that made it."""
-    scope, _, leaf = name.rpartition("/")
-    return scope or leaf
-
-
-def _common_scope(names: list[str]) -> str:
-    """The scope that operations share, without what TensorFlow's own functions add to it."""
-    split = [name.split("/") for name in names]
-    common = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    if len(names) == 1 and len(common) > 1:
-        common = common[:-1]
-    while len(common) > 1 and re.fullmatch(r"(batchnorm|batch_normalization_?)(_\d+)?", common[-1]):
-        if common[-1].startswith("batchnorm") or len(common) > 2:
-            common = common[:-1]
-        else:
-            break
-    return "/".join(common) or names[0]
-
-
-# ------------------------------------------------------------------------------ maps, dtypes
 
 
 def _digest(norm: Norm) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mbn_rewrite.frontends.saved_model.function_graph import View
+from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph
 
 Text = Callable[[np.random.Generator], bytes]
 
@@ -24,9 +24,9 @@ _LISTS = {
 }
 
 
-def texts_for(view: View | None) -> list[Text]:
-    """What to try for strings, the likeliest first; `view` is the signature as a graph."""
-    examples = [] if view is None else _examples(view)
+def texts_for(function: FunctionGraph | None) -> list[Text]:
+    """What to try for strings, the likeliest first; `function` is the signature as a graph."""
+    examples = [] if function is None else _examples(function)
     return [*examples, _word, _png, _jpeg, _in_base64(_jpeg), _in_base64(_png), _number, _wav]
 
 
@@ -63,10 +63,10 @@ def _in_base64(text: Text) -> Text:
 # -------------------------------------------------------------------------------- examples
 
 
-def _examples(view: View) -> list[Text]:
+def _examples(function: FunctionGraph) -> list[Text]:
     """What makes serialized tf.train.Examples with the features that a graph parses."""
-    library = view.graph_def.library.function
-    bodies = [view.graph_def.node, *(function.node_def for function in library)]
+    library = function.graph_def.library.function
+    bodies = [function.graph_def.node, *(each.node_def for each in library)]
     found = (_features(node, body) for body in bodies for node in body)
     parsed = next(filter(None, found), None)
     if parsed is None:

@@ -13,8 +13,8 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.saved_model import fingerprinting_utils
 
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.frontends.saved_model.loading import Entry, Interface, Loaded
-from mbn_rewrite.frontends.saved_model.writer import Rewritten, as_node_name
+from mbn_rewrite.frontends.saved_model.graph_editor import Rewritten, as_node_name
+from mbn_rewrite.frontends.saved_model.loaded_model import Entry, Interface, Loaded
 
 
 def save(

@@ -15,8 +15,14 @@ from mbn_rewrite.frontends.execution import device, give_back_memory, set_up
 from mbn_rewrite.frontends.execution import runner as run_of
 from mbn_rewrite.frontends.protocols import Run
 from mbn_rewrite.frontends.saved_model import execution, saving, writer
-from mbn_rewrite.frontends.saved_model.function_graph import View, Writes, view_of
-from mbn_rewrite.frontends.saved_model.loading import Entry, Loaded, load
+from mbn_rewrite.frontends.saved_model.function_graph import (
+    FunctionGraph,
+    Writes,
+    function_graph_of,
+)
+from mbn_rewrite.frontends.saved_model.graph_editor import unchanged
+from mbn_rewrite.frontends.saved_model.loaded_model import Entry, Loaded
+from mbn_rewrite.frontends.saved_model.loading import load
 from mbn_rewrite.frontends.saved_model.reader import read
 from mbn_rewrite.frontends.saved_model.saving import size_of
 from mbn_rewrite.frontends.source import Footprint, ReferenceIO, bytes_on_disk
@@ -40,43 +46,66 @@ class SavedModelDirectory:
     ) -> None:
         self._source = source
         self._asked_for = (tags, signatures, trusted)
-        self._initializer: View | None = None
         self._loaded = load(source, tags, signatures, trusted)
         self.left_out: dict[str, str] = self._loaded.left_out
         self.as_it_was: dict[str, str] = {}
         self.unverifiable: dict[str, str] = {}
-        self._views: dict[str, View] = {}
+        self._graphs: dict[str, FunctionGraph] = {}
         self._acting: dict[str, str] = {}
+        self._copies: dict[Any, Any] = {}  # weights of forms that were run
+        self._measured_with: Mapping[str, Any] | None = None
+        self._read_functions()
+        self._note_unverifiable(trusted)
+        self._initializer = self._read_initializer()
+        self._leave_out_what_trains()
+        self._writes = self._all_writes()
+        pinned = [v for entry in self._unread for v in entry.function.graph.variables]
+        self._reading = read(self._graphs.values(), self._writes, pinned)
+
+    # -- steps of opening ----------------------------------------------------------------
+
+    def _read_functions(self) -> None:
+        """Reads the graphs of functions; notes those that cannot be read."""
         for entry in self._loaded.entries:
             try:
-                view = view_of(entry.name, entry.function, self._loaded.variable_in_graph)
+                self._graphs[entry.name] = function_graph_of(
+                    entry.name, entry.function, self._loaded.variable_in_graph
+                )
             except RewriteError:
                 raise
             except Exception as error:
                 self.as_it_was[entry.name] = cause_of(error)
-                if not trusted:
-                    self._note_acts(entry.name, entry.function.graph.as_graph_def())
-                continue
-            self._views[entry.name] = view
-            if view.draws_random_numbers:
+
+    def _note_unverifiable(self, trusted: bool) -> None:
+        """Notes the functions whose outputs are random, or that may act when they are called."""
+        for entry in self._loaded.entries:
+            graph = self._graphs.get(entry.name)
+            if graph is not None and graph.draws_random_numbers:
                 self.unverifiable[entry.name] = "it draws random numbers"
             if not trusted:
-                self._note_acts(entry.name, view.graph_def)
+                graph_def = (
+                    entry.function.graph.as_graph_def() if graph is None else graph.graph_def
+                )
+                self._note_acts(entry.name, graph_def)
         self._note_siblings_of_what_acts()
-        if self._loaded.initializer is not None:
-            self._initializer = view_of(
-                "initializer", self._loaded.initializer, self._loaded.variable_in_graph
-            )
-        self._leave_out_what_trains()
-        self._writes = Writes.of(*self._views.values(), *filter(None, [self._initializer]))
-        pinned = []
-        for entry in self._loaded.entries:
-            if entry.name in self.as_it_was:
-                pinned += entry.function.graph.variables
-                self._writes.suspect(entry.function.graph.variables, entry.name)
-        self._reading = read(self._views.values(), self._writes, pinned)
-        self._copies: dict[Any, Any] = {}  # weights of forms that were run
-        self._measured_with: Mapping[str, Any] | None = None
+
+    def _read_initializer(self) -> FunctionGraph | None:
+        function = self._loaded.initializer
+        if function is None:
+            return None
+        return function_graph_of("initializer", function, self._loaded.variable_in_graph)
+
+    def _all_writes(self) -> Writes:
+        """The variables that functions write to, or may because they could not be read."""
+        writes = Writes.of(*self._graphs.values(), *filter(None, [self._initializer]))
+        for entry in self._unread:
+            writes.suspect(entry.function.graph.variables, entry.name)
+        return writes
+
+    @property
+    def _unread(self) -> list[Entry]:
+        """The functions that are carried over as they were."""
+        return [entry for entry in self._loaded.entries if entry.name in self.as_it_was]
 
     def _note_acts(self, name: str, graph_def: Any) -> None:
         """Notes what a function does beyond computing, so that it is not run."""
@@ -102,17 +131,19 @@ class SavedModelDirectory:
     def _leave_out_what_trains(self) -> None:
         """Leaves out methods that write to the weights of other functions."""
         methods = {entry.name for entry in self._loaded.entries if entry.method}
-        written = {name: Writes.of(self._views[name]) for name in methods & set(self._views)}
+        written = {name: Writes.of(self._graphs[name]) for name in methods & set(self._graphs)}
         if not any(writes.by for writes in written.values()):
             return
-        others = [view for name, view in self._views.items() if not written.get(name, _NONE).by]
+        others = [graph for name, graph in self._graphs.items() if not written.get(name, _NONE).by]
         weights = read(others, Writes()).variables
         for name, writes in written.items():
             if weights & set(writes.by):
                 self.left_out[name] = "it trains: it writes to weights of other functions"
-                del self._views[name]
+                del self._graphs[name]
         kept = [entry for entry in self._loaded.entries if entry.name not in self.left_out]
         self._loaded.entries = kept
+
+    # -- the protocol --------------------------------------------------------------------
 
     @property
     def footprint(self) -> Footprint:
@@ -122,7 +153,7 @@ class SavedModelDirectory:
             for variable in entry.function.graph.variables
         } | {id(variable): size_of(variable) for variable in self._loaded.in_graph.values()}
         name = next(iter(sorted(self._loaded.signatures, key=lambda key: key != "serving_default")))
-        ops = self._views[name].op_counts if name in self._views else {}
+        ops = self._graphs[name].op_counts if name in self._graphs else {}
         return Footprint(sum(variables.values()), bytes_on_disk(self._source), ops, name)
 
     @property
@@ -134,8 +165,8 @@ class SavedModelDirectory:
         }
         resized = {
             op.outputs[0].dtype.name  # float32, whatever is given to it
-            for view in self._views.values()
-            for op in view.operations
+            for graph in self._graphs.values()
+            for op in graph.operations
             if op.type.startswith("Resize")
         }
         return set(self._reading.dtypes) | results | resized
@@ -165,17 +196,17 @@ class SavedModelDirectory:
         """See `protocols.OpenModel`: one signature is run."""
         name = self.footprint.signature
         entry = next((e for e in self._loaded.entries if e.name == name), None)
-        views = list(self._views.values())
-        if entry is None or name not in self._views:
+        graphs = list(self._graphs.values())
+        if entry is None or name not in self._graphs:
             raise RewriteError("there is no signature to measure")
         if name in self._acting:
             raise RewriteError(f"it was not run, since it {self._acting[name]}")
-        if any(view.changes_state for view in views):
+        if any(graph.changes_state for graph in graphs):
             raise RewriteError("running it changes its state, which is to be written as it is")
         function = entry.function
         if plan is not None:
-            graphs = writer.rewritten(views, self._reading, plan, self._writes, self._copies)
-            function = saving.signature_of(entry, dict(zip(self._views, graphs, strict=True))[name])
+            new = writer.rewritten(graphs, self._reading, plan, self._writes, self._copies)
+            function = saving.signature_of(entry, dict(zip(self._graphs, new, strict=True))[name])
         if self._measured_with is None:
             self._measured_with = self._inputs_to_measure(entry, options)
         inputs = self._measured_with
@@ -184,8 +215,8 @@ class SavedModelDirectory:
     def _inputs_to_measure(self, entry: Entry, options: Options) -> Mapping[str, Any]:
         name, batch = entry.name, options.run_config.batch_size
         given = execution.given_for(name, entry.function, options.inputs)
-        view = self._views[name]
-        made = execution.exchange(name, entry.function, view, given, batch)
+        graph = self._graphs[name]
+        made = execution.exchange(name, entry.function, graph, given, batch)
         return made.inputs
 
     def check_inputs(self, inputs: Mapping[str, np.ndarray] | None) -> None:
@@ -211,7 +242,7 @@ class SavedModelDirectory:
 
     def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
         self.check_inputs(inputs)
-        if not any(view.has_side_effects for view in self._views.values()):
+        if not any(graph.has_side_effects for graph in self._graphs.values()):
             return self._exchanged(self._loaded, inputs)
         # What the signatures change must not be what is written, nor must a failed attempt
         # to make up inputs count: so find inputs on one copy, and use them on a fresh one.
@@ -230,17 +261,17 @@ class SavedModelDirectory:
         found = {}
         large = self.footprint.weights > _LARGE
         for entry in loaded.entries:
-            name, view = entry.name, self._views.get(entry.name)
+            name, graph = entry.name, self._graphs.get(entry.name)
             if name in self.unverifiable or name in self.left_out:
                 continue
             if large:
                 give_back_memory()  # which running the one before has left
             if not entry.method:
                 given = execution.given_for(name, entry.function, inputs)
-                found[name] = execution.exchange(name, entry.function, view, given)
+                found[name] = execution.exchange(name, entry.function, graph, given)
                 continue
             try:
-                found[name] = execution.method_exchange(entry, loaded.root, view, found.values())
+                found[name] = execution.method_exchange(entry, loaded.root, graph, found.values())
             except RewriteError as error:
                 self.unverifiable[name] = str(error)
         return found
@@ -255,12 +286,12 @@ class SavedModelDirectory:
 
     def write(self, plan: Plan, directory: Path) -> int:
         # The graphs were read; the functions themselves hold more memory than small models do.
-        self._loaded.release(self._views)
+        self._loaded.release(self._graphs)
         give_back_memory()
-        graphs = writer.rewritten(list(self._views.values()), self._reading, plan, self._writes)
-        new = dict(zip(self._views, graphs, strict=True))
-        initializer = None if self._initializer is None else writer.unchanged(self._initializer)
-        del self._reading, self._views, self._initializer
+        rewritten = writer.rewritten(list(self._graphs.values()), self._reading, plan, self._writes)
+        new = dict(zip(self._graphs, rewritten, strict=True))
+        initializer = None if self._initializer is None else unchanged(self._initializer)
+        del self._reading, self._graphs, self._initializer
         self._copies.clear()
         give_back_memory()
         functions = [(entry, new.get(entry.name)) for entry in self._loaded.entries]

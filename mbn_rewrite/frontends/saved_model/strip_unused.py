@@ -1,4 +1,4 @@
-"""A SavedModel with only the functions that are wanted, and what they need, to be loaded.
+"""Slim copies of SavedModels to load: wanted functions and what they need, nothing else.
 
 Loading a SavedModel makes Python objects of all its functions, and Keras saves hundreds: for
 training, and for each layer. They cost more time and memory than the model itself. The slim
@@ -77,58 +77,94 @@ _CONTAINERS = {"trackable_list_wrapper", "trackable_dict_wrapper", "trackable_tu
 
 def functions_of(meta_graph: Any) -> Functions:
     """The functions of a TensorFlow 2 SavedModel."""
-    nodes = meta_graph.object_graph_def.nodes
-    found = Functions()
-    seen: set[int] = set()
-    counted: set[str] = set()  # concrete functions
-    pending: list[tuple[str, int]] = [("", 0)]
-    containers: list[tuple[str, int]] = []
-    while pending:
-        path, i = pending.pop(0)
-        seen.add(i)
-        for child in nodes[i].children:
-            node, name = nodes[child.node_id], f"{path}{child.local_name}"
-            kind = node.WhichOneof("kind")
-            if kind == "function":
-                found.methods[name] = list(node.function.concrete_functions)
-                counted.update(found.methods[name])
-                seen.add(child.node_id)
-            elif kind == "bare_concrete_function":
-                found.bare.append(name)
-            elif i == 0 and name == "signatures":
-                for signature in node.children:
-                    inner = nodes[signature.node_id].bare_concrete_function
-                    found.signatures[signature.local_name] = inner.concrete_function_name
-            elif kind != "user_object" or child.node_id in seen:
-                continue
-            elif node.user_object.identifier in _CONTAINERS:
-                containers.append((name, child.node_id))
-            elif (
-                node.user_object.identifier == "_generic_user_object"
-                and child.local_name.isidentifier()
-                and child.local_name != "keras_api"  # the same again, for Keras's own loading
-            ):
-                pending.append((f"{name}.", child.node_id))
-    for name, i in containers:  # last: what is in there may be an attribute too
-        functions = _contained(nodes, i, seen)
-        if functions:
-            found.contained[name] = len(functions)
-        for function in functions:
-            counted.update(function.concrete_functions)
-    resources = {
-        child.node_id
-        for node in nodes
-        if node.WhichOneof("kind") == "resource"  # carried over with what makes it
-        for child in node.children
-    }
-    found.inner = sum(
-        node.WhichOneof("kind") == "function"
-        and i not in resources
-        and not counted.intersection(node.function.concrete_functions)
-        and bool(node.function.concrete_functions)
-        for i, node in enumerate(nodes)
-    )
-    return found
+    search = _Search(meta_graph.object_graph_def.nodes)
+    search.objects()
+    search.containers()
+    search.count_inner()
+    return search.found
+
+
+@dataclass
+class _Search:
+    """Search for functions in the objects of a SavedModel, from the root object on.
+
+    Attributes:
+        nodes: the objects.
+        found: the functions that were found.
+        seen: the numbers of the objects that were looked at.
+        counted: the names of the concrete functions that `found` lists.
+    """
+
+    nodes: Any
+    found: Functions = field(default_factory=Functions)
+    seen: set[int] = field(default_factory=set)
+    counted: set[str] = field(default_factory=set)
+    _pending: list[tuple[str, int]] = field(default_factory=lambda: [("", 0)])
+    _containers: list[tuple[str, int]] = field(default_factory=list)
+
+    def objects(self) -> None:
+        """Finds the functions of the root object, and of the objects that it holds by name."""
+        while self._pending:
+            path, i = self._pending.pop(0)
+            self.seen.add(i)
+            for child in self.nodes[i].children:
+                self._add(f"{path}{child.local_name}", child)
+
+    def _add_signatures(self, node: Any) -> None:
+        for signature in node.children:
+            inner = self.nodes[signature.node_id].bare_concrete_function
+            self.found.signatures[signature.local_name] = inner.concrete_function_name
+
+    def _add(self, name: str, child: Any) -> None:
+        """Adds a function; notes an object or container to be looked at."""
+        node = self.nodes[child.node_id]
+        kind = node.WhichOneof("kind")
+        if kind == "function":
+            self.found.methods[name] = list(node.function.concrete_functions)
+            self.counted.update(self.found.methods[name])
+            self.seen.add(child.node_id)
+        elif kind == "bare_concrete_function":
+            self.found.bare.append(name)
+        elif name == "signatures":  # of the root object: other names hold a dot
+            self._add_signatures(node)
+        elif kind != "user_object" or child.node_id in self.seen:
+            return
+        elif node.user_object.identifier in _CONTAINERS:
+            self._containers.append((name, child.node_id))
+        elif (
+            node.user_object.identifier == "_generic_user_object"
+            and child.local_name.isidentifier()
+            and child.local_name != "keras_api"  # the same again, for Keras's own loading
+        ):
+            self._pending.append((f"{name}.", child.node_id))
+
+    def containers(self) -> None:
+        """Counts the functions in lists, tuples and dicts.
+
+        This comes after `objects`, since what is in there may be an attribute too.
+        """
+        for name, i in self._containers:
+            functions = _contained(self.nodes, i, self.seen)
+            if functions:
+                self.found.contained[name] = len(functions)
+            for function in functions:
+                self.counted.update(function.concrete_functions)
+
+    def count_inner(self) -> None:
+        """Counts the functions that nothing else has counted."""
+        resources = {
+            child.node_id
+            for node in self.nodes
+            if node.WhichOneof("kind") == "resource"  # carried over with what makes it
+            for child in node.children
+        }
+        self.found.inner = sum(
+            node.WhichOneof("kind") == "function"
+            and i not in resources
+            and not self.counted.intersection(node.function.concrete_functions)
+            and bool(node.function.concrete_functions)
+            for i, node in enumerate(self.nodes)
+        )
 
 
 def _contained(nodes: Any, container: int, seen: set[int]) -> list[Any]:

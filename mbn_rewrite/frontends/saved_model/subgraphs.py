@@ -19,10 +19,10 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 from mbn_rewrite.comparison import NARROW
 from mbn_rewrite.frontends.execution import compiled as run_by_xla
 from mbn_rewrite.frontends.execution import plain
-from mbn_rewrite.frontends.saved_model.function_graph import View
+from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph
+from mbn_rewrite.frontends.saved_model.graph_editor import Rewritten
 from mbn_rewrite.frontends.saved_model.saving import imported
-from mbn_rewrite.frontends.saved_model.writer import Rewritten
-from mbn_rewrite.frontends.saved_model.writes import writes_in
+from mbn_rewrite.frontends.saved_model.variable_writes import writes_in
 
 _WIDE = tf.float32
 _NUMBERS = itertools.count()  # of graphs that are run in part
@@ -124,15 +124,15 @@ def _with_own_names(graph_def: GraphDef) -> None:
                     called.name += mark
 
 
-def program_of(view: View, by_xla: bool = False) -> Program:
-    """The graph of a view; `by_xla` says that nothing else can run it."""
+def program_of(graph: FunctionGraph, by_xla: bool = False) -> Program:
+    """The graph of a graph; `by_xla` says that nothing else can run it."""
     graph_def = GraphDef()
-    graph_def.CopyFrom(view.graph_def)
+    graph_def.CopyFrom(graph.graph_def)
     for node in graph_def.node:
         node.attr.pop("_class", None)  # wants to be placed with nodes that may be gone
     _with_own_names(graph_def)
-    captures = {**view.captures, **view.variables}
-    return Program(graph_def, view.arguments, captures, view.compiled or by_xla)
+    captures = {**graph.captures, **graph.variables}
+    return Program(graph_def, graph.arguments, captures, graph.compiled or by_xla)
 
 
 def is_narrow(program: Program) -> bool:

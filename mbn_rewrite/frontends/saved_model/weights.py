@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mbn_rewrite.frontends.saved_model.function_graph import View, Writes
-from mbn_rewrite.frontends.saved_model.writes import ALIASES
+from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes
+from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
 from mbn_rewrite.ir.algebra import Array, Kernel
 
 # Larger results are no per-channel parameters.
@@ -80,15 +80,15 @@ class Weight:
 
 
 class Constants:
-    """What does not change from run to run, in one view.
+    """What does not change from run to run, in one function.
 
     Args:
-        view: the function.
+        function: the function.
         writes: variables that functions write to, which are no constants.
     """
 
-    def __init__(self, view: View, writes: Writes) -> None:
-        self.view = view
+    def __init__(self, function: FunctionGraph, writes: Writes) -> None:
+        self.function = function
         self._writes = writes
         self._values: dict[str, Array | None] = {}
         self._weights: dict[str, Weight | None] = {}
@@ -131,10 +131,10 @@ class Constants:
             if tensor.dtype == tf.string or not tensor.shape.is_fully_defined():
                 return None
             return Stored(
-                ("constant", id(self.view), op.name), op.name, tuple(tensor.shape),
-                tensor.dtype.name, lambda: _array(op), (self.view, op.name),
+                ("constant", id(self.function), op.name), op.name, tuple(tensor.shape),
+                tensor.dtype.name, lambda: _array(op), (self.function, op.name),
             )  # fmt: skip
-        variable = self.view.variable(op.inputs[0])
+        variable = self.function.variable(op.inputs[0])
         if variable is None or id(variable) in self._writes.by:
             return None
         if not variable.shape.is_fully_defined() or variable.dtype != op.outputs[0].dtype:
@@ -153,7 +153,7 @@ class Constants:
                 continue
             seen.add(op.name)
             if op.type == "ReadVariableOp":
-                variable = self.view.variable(op.inputs[0])
+                variable = self.function.variable(op.inputs[0])
                 who = self._writes.by.get(id(variable))
                 if who is not None:
                     return variable, who

@@ -15,7 +15,7 @@ from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.execution import called, random_tensor, runner
 from mbn_rewrite.frontends.keras_common import execution as shared
 from mbn_rewrite.frontends.sample_inputs import GIVE_REAL_ONES, Made, of_batch, with_batch
-from mbn_rewrite.frontends.saved_model.stretches import look_closer_at_calls
+from mbn_rewrite.frontends.saved_model.closer_look import look_closer_at_calls
 from mbn_rewrite.options import RunConfig
 
 

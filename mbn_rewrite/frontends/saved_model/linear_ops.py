@@ -1,0 +1,187 @@
+"""Describes convolutions, matrix products and einsums, each with the bias added to its output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from mbn_rewrite.frontends.saved_model.op_site import Answer, Described, Site, shape_of
+from mbn_rewrite.frontends.saved_model.weights import Weight
+from mbn_rewrite.ir import layouts
+from mbn_rewrite.ir.algebra import Kernel, Window
+from mbn_rewrite.ir.graph import SPREADS, Linear, Opaque
+
+
+def _linear(
+    site: Site,
+    data: int,
+    kernel: int,
+    layout: Callable[[tuple[int, ...]], Kernel],
+    in_axis: int | None,
+    out_axis: int,
+    pads: bool = False,
+    windows: tuple[Window, ...] = (),
+) -> Answer:
+    """A linear operation with the bias that is added to what it gives."""
+    weight = site.constants.weight(site.op.inputs[kernel])
+    if weight is None:
+        written = site.constants.written(site.op.inputs[kernel])
+        if written is not None:
+            return Opaque(f"has weights that {written[1]}")
+        return Opaque("has a kernel that is computed while the model runs")
+    laid_out = weight.laid_out(layout(weight.shape))
+    if laid_out is None:
+        return Opaque("has a transposed kernel")
+    channels, axis = site.output[out_axis], out_axis
+    result, bias, absorbed = site.op.outputs[0], None, ()
+    found = _bias_after(site, out_axis, channels)
+    if found is not None:
+        result, bias, absorbed, out_axis = found
+    weights = {"kernel": weight} | ({"bias": bias} if bias else {})
+    op = Linear((laid_out,), "bias" if bias else None, in_axis, out_axis, pads, windows=windows)
+    return Described(op, (site.op.inputs[data],), result, weights, absorbed, axis)
+
+
+def _bias_after(
+    site: Site, axis: int, channels: int | None
+) -> tuple[Any, Weight, tuple[Any, ...], int] | None:
+    """The bias added to an operation's output: the sum, the bias, what lies between, and the
+    channel axis of the sum.
+
+    A 1-D convolution takes the axis off again that it was given, and a dilated one puts its
+    blocks together again, before the bias is added.
+    """
+    tensor, between = site.op.outputs[0], []
+    last = axis == len(site.output) - 1
+    while True:
+        reader = site.function.only_reader(tensor)
+        if reader is None:
+            return None
+        op, position = reader
+        shape = shape_of(op.outputs[0]) if op.outputs else ()
+        place = len(shape) - 1 if last else axis
+        if not 0 < place < len(shape) or shape[place] != channels:
+            return None
+        if op.type in ("BiasAdd", "Add", "AddV2"):
+            break
+        # A reshape that keeps the last axis only moves positions.
+        moving = {"Squeeze", "BatchToSpaceND"} | ({"Reshape"} if last else set())
+        if op.type not in moving or position != 0:
+            return None
+        between.append(op)
+        tensor = op.outputs[0]
+    weight = site.constants.weight(op.inputs[1 - position])
+    if weight is None or math.prod(weight.shape) != channels or len(weight.shape) > len(shape):
+        return None
+    if op.type == "BiasAdd":
+        if position != 0 or Site(op, site.constants).channel_axis != place:
+            return None
+    elif ((1,) * (len(shape) - len(weight.shape)) + weight.shape)[place] != channels:
+        return None
+    return op.outputs[0], weight, (*between, op), place
+
+
+def _pads(site: Site, windows: tuple[Window, ...]) -> bool:
+    """Whether a convolution reads padding of what it is given."""
+    first = 2 if site.channels_first else 1
+    sizes = (site.shape(0) or [None] * (len(windows) + 2))[first : first + len(windows)]
+    return any(window.pads(size) for window, size in zip(windows, sizes, strict=True))
+
+
+def _along_positions(site: Site, name: str, axes: int) -> list[int]:
+    """What an attribute says of the axes of positions."""
+    steps = site.attribute(name) if name in site.op.node_def.attr else []
+    first = 2 if site.channels_first else 1
+    return list((steps or [1] * (axes + 2))[first : first + axes])
+
+
+def _windows(site: Site, window: tuple[int, ...]) -> tuple[Window, ...]:
+    """How a convolution reads each axis of positions."""
+    axes = len(window)
+    strides, dilations = (_along_positions(site, name, axes) for name in ("strides", "dilations"))
+    padding, paddings = site.attribute("padding"), [(0, 0)] * axes
+    if padding == b"EXPLICIT":
+        amounts = site.attribute("explicit_paddings")
+        first = 2 if site.channels_first else 1
+        pairs = list(zip(amounts[::2], amounts[1::2], strict=True))
+        paddings = pairs[first : first + axes]
+    return tuple(
+        Window(size, stride, dilation, "same" if padding == b"SAME" else pair)
+        for size, stride, dilation, pair in zip(window, strides, dilations, paddings, strict=True)
+    )
+
+
+def conv(site: Site) -> Answer:
+    """Conv2D and Conv3D, also in groups."""
+    shape, axis = site.kernel_shape, site.channel_axis
+    inputs = site.shape(0)[axis] if site.shape(0) else None
+    if not shape or inputs is None:
+        return Opaque("has a kernel of unknown shape")
+    groups = inputs // shape[-2]
+    windows = _windows(site, shape[:-2])
+    pads = _pads(site, windows)
+    return _linear(
+        site, 0, 1, lambda s: layouts.conv("kernel", s, groups), axis, axis, pads, windows
+    )  # fmt: skip
+
+
+def depthwise_conv(site: Site) -> Answer:
+    """DepthwiseConv2dNative."""
+    shape, axis = site.kernel_shape, site.channel_axis
+    if not shape:
+        return Opaque("has a kernel of unknown shape")
+    windows = _windows(site, shape[:-2])
+    pads = _pads(site, windows)
+    return _linear(
+        site, 0, 1, lambda s: layouts.depthwise("kernel", s), axis, axis, pads, windows
+    )  # fmt: skip
+
+
+def conv_transpose(site: Site) -> Answer:
+    """Transposed convolutions: the gradients of Conv2D and Conv3D with respect to their input."""
+    shape, axis = site.kernel_shape, site.channel_axis
+    if not shape:
+        return Opaque("has a kernel of unknown shape")
+    if (site.shape(2) or site.output)[axis] != shape[-1] or site.output[axis] != shape[-2]:
+        return Opaque("works on groups of channels")
+    # A constant input gives a constant output only if each output reads one input by the
+    # same weights.
+    uneven = any(size != 1 for size in (*shape[:-2], *site.attribute("strides")))
+    answer = _linear(
+        site, 2, 1, lambda s: layouts.conv_transpose("kernel", s), axis, axis, uneven
+    )  # fmt: skip
+    if isinstance(answer, Described) and isinstance(answer.op, Linear):
+        return replace(answer, op=replace(answer.op, uneven=SPREADS))
+    return answer
+
+
+def matmul(site: Site) -> Answer:
+    """MatMul and BatchMatMul with one matrix."""
+    batched = site.op.type != "MatMul"
+    names = ("adj_x", "adj_y") if batched else ("transpose_a", "transpose_b")
+    turned, kernel_turned = (site.attribute(name) for name in names)
+    if len(site.shape(1)) != 2:
+        return Opaque("multiplies by several matrices")
+    if turned:
+        return Opaque("transposes its input")
+    axis = len(site.output) - 1
+    return _linear(
+        site, 0, 1, lambda s: layouts.matrix("kernel", s, kernel_turned), axis, axis
+    )  # fmt: skip
+
+
+def einsum(site: Site) -> Answer:
+    """An Einsum of data and a kernel."""
+    if len(site.op.inputs) != 2 or not site.shape(0):
+        return Opaque()
+    equation = site.attribute("equation").decode()
+    read = layouts.einsum(equation, len(site.shape(0)), len(site.output))
+    if isinstance(read, str):
+        return Opaque(read)
+    if read.out_axis != len(site.output) - 1:
+        return Opaque("does not have its output channels last")
+    return _linear(
+        site, 0, 1, lambda s: read.layout("kernel", s), read.in_axis, read.out_axis
+    )  # fmt: skip
