@@ -1,9 +1,9 @@
-"""Operations of TensorFlow that do more than compute.
+"""TensorFlow operations with effects beyond computing.
 
 A graph is a program: its operations can write and read files, run Python, and talk to other
-machines. Nothing but a list of what is harmless tells the two apart, so an operation that
-TensorFlow calls stateful acts unless it is listed here, and so do those few that it calls
-stateless all the same. Works on graphs as data, so that nothing runs.
+machines. Only a list of harmless operations tells them apart from the rest, so an operation that
+TensorFlow declares stateful counts as acting unless it is listed here, and so do a few that it
+declares stateless. Graphs are read as data, so that nothing runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from tensorflow.python.framework import op_def_registry
 
-# Stateful operations whose state is numbers in memory, or which draw, check or order.
+# Stateful operations that only keep numbers in memory, draw random ones, check, or order others.
 _HARMLESS = re.compile(
     "|".join(
         (
@@ -60,7 +60,7 @@ _ACTING = {
     *("SnapshotNestedDatasetReader", "RegisterDataset", "RegisterDatasetV2"),
     *("GenerateVocabRemapping", "DatasetFromGraph", "MlirPassthroughOp"),  # graphs in strings
 }
-# Those that act by what they are given: an attribute, and the values of it that are harmless.
+# Operations that act depending on an attribute: its name, and the values that are harmless.
 _BY_ATTRIBUTE = {
     "PrintV2": ("output_stream", ("stderr", "stdout", "log(info)", "log(warning)", "log(error)")),
     "FixedUnigramCandidateSampler": ("vocab_file", ("",)),
@@ -99,13 +99,13 @@ class Effect:
     function: str = ""
 
     def __str__(self) -> str:
-        """As in: it ..."""
+        """The effect in words that follow "it", such as "reads files (ReadFile 'read')"."""
         words = next((w for pattern, w in _WORDS if re.fullmatch(pattern, self.op)), "")
         return f"{words or 'does more than compute'} ({self.op} '{self.node}')"
 
 
 def in_words(effects: Iterable[Effect]) -> str:
-    """What some operations do, each kind once, as in: it ..."""
+    """Effects in words that follow "it", each operation type once."""
     first = {effect.op: str(effect) for effect in effects}
     listed = list(first.values())
     more = f" and more ({', '.join(list(first)[3:6])})" if len(listed) > 3 else ""
@@ -144,7 +144,7 @@ def in_functions(library: Mapping[str, Any], names: Iterable[str]) -> list[Effec
 
 
 def in_ancestors(graph_def: Any, names: Iterable[str], assets: Iterable[str] = ()) -> list[Effect]:
-    """As `in_graph`, of what runs where some nodes are fetched."""
+    """The operations that act among those that run when some nodes are fetched; see `in_graph`."""
     nodes = {node.name: node for node in graph_def.node}
     pending, seen = [_node_of(name) for name in names], dict[str, Any]()
     while pending:
@@ -163,7 +163,7 @@ def library_of(graph_def: Any) -> dict[str, Any]:
 
 
 def reached(library: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Functions and those that they call, each once."""
+    """The names of functions and of all that they call, each once."""
     pending, seen = list(names), dict[str, None]()
     while pending:
         name = pending.pop()
@@ -174,7 +174,7 @@ def reached(library: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 
 
 def inlined_size(graph_def: Any) -> int:
-    """How many nodes a graph, or the largest of its functions, has once all calls are inlined.
+    """Number of nodes of a graph, or of its largest function, once all calls are inlined.
 
     Functions that call themselves count once.
     """
@@ -235,7 +235,7 @@ def _node_acts(node: Any, nodes: Mapping[str, Any], assets: set[str]) -> bool:
 
 
 def source_of(name: str, nodes: Mapping[str, Any]) -> str:
-    """The node that a tensor is handed on from."""
+    """The name of the node whose output a tensor is, past operations that only forward it."""
     name = _node_of(name)
     while name in nodes and nodes[name].op in _ALIASES and nodes[name].input:
         name = _node_of(nodes[name].input[0])

@@ -1,4 +1,4 @@
-"""Calling TensorFlow models of any kind, and making up tensors for them."""
+"""Calls of TensorFlow functions and models of any kind, and random tensors for them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def give_back_memory() -> None:
 
 @contextmanager
 def without_saying_where() -> Iterator[None]:
-    """Context manager in which TensorFlow does not log where it writes a SavedModel to."""
+    """Context manager that keeps TensorFlow from logging where it writes a SavedModel."""
 
     def says_more(record: LogRecord) -> bool:
         return not str(record.msg).startswith("Assets written to")
@@ -60,7 +60,7 @@ def random_tensor(spec: Any, rng: np.random.Generator, made: Made) -> Any:
 
 
 def called(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
-    """What a function of tensors gives, as a flat list; by XLA where nothing else can.
+    """The outputs of a function of tensors, as a flat list; run by XLA where nothing else can.
 
     TensorFlow's own kernels take channels-first layouts on GPUs only; XLA takes them
     everywhere, so it is tried where they fail.
@@ -81,9 +81,9 @@ def called(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.nda
 
 
 def xla_may_run(error: RewriteError) -> bool:
-    """Whether XLA might run what could not be called otherwise: no kernel takes its layout.
+    """Whether XLA might run a function that failed because no kernel takes its layout.
 
-    Not where inputs are refused: XLA would not look at them.
+    If the inputs were refused it must not: XLA does not check them.
     """
     cause = error.__cause__
     lacking = isinstance(cause, tf.errors.UnimplementedError) or (
@@ -94,7 +94,7 @@ def xla_may_run(error: RewriteError) -> bool:
 
 
 def compiled(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
-    """As `called`, by XLA alone."""
+    """The outputs of a function as in `called`, run by XLA alone."""
     try:
         with _full_products():
             return _run(tf.function(function, jit_compile=True, autograph=False), inputs)
@@ -103,7 +103,7 @@ def compiled(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.n
 
 
 def plain(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
-    """As `called`, without XLA."""
+    """The outputs of a function as in `called`, run without XLA."""
     try:
         with _full_products():
             return _run(function, inputs)
@@ -113,10 +113,10 @@ def plain(function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndar
 
 @contextmanager
 def _full_products() -> Iterator[None]:
-    """In which GPUs multiply float32 as such.
+    """Context manager that has GPUs multiply float32 in full precision.
 
-    By default they round factors to 11 bits (TensorFloat-32), by which a model that is right may
-    differ from its original as one that is wrong would.
+    By default they round factors to 11 bits (TensorFloat-32), so that a correct model may differ
+    from its original as much as a wrong one.
     """
     before = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(False)
@@ -134,9 +134,9 @@ def _run(function: Callable[[Any], Any], inputs: Any) -> list[np.ndarray]:
 def runner(
     function: Callable[[Any], Any], inputs: Any, run_config: RunConfig
 ) -> Callable[[], list[np.ndarray]]:
-    """What runs a function of tensors in this way, and gives its outputs as a flat list.
+    """A callable that runs a function of tensors as configured and returns its flat outputs.
 
-    RewriteError: the first run says why it cannot.
+    If the function cannot be run, the first call raises RewriteError.
     """
     # A function of one argument, whatever defaults the given one has.
     traced = tf.function(
@@ -144,7 +144,7 @@ def runner(
     )
 
     @cache
-    def concrete() -> Callable[[Any], Any]:  # which TensorFlow does not take for a retracing
+    def concrete() -> Callable[[Any], Any]:  # so that TensorFlow sees no retracing
         return cast("Callable[[Any], Any]", traced.get_concrete_function(inputs))
 
     def run() -> list[np.ndarray]:
@@ -158,7 +158,7 @@ def runner(
 
 @contextmanager
 def set_up(run_config: RunConfig) -> Iterator[None]:
-    """In which functions run with the mixed precision that is asked for.
+    """Context manager that has functions run with the configured mixed precision.
 
     Raises:
         RewriteError: TensorFlow has none of that dtype on this machine.
@@ -185,10 +185,10 @@ def set_up(run_config: RunConfig) -> Iterator[None]:
 
 @contextmanager
 def outside_strategies() -> Iterator[None]:
-    """In which no distribution strategy is in scope, whatever scope the caller is in.
+    """Context manager that leaves the scope of any distribution strategy of the caller.
 
-    Within one, variables that are made or loaded are copies on several devices, which functions
-    cannot be saved with.
+    Within one, variables that are created or loaded are mirrored on several devices, and functions
+    cannot be saved with those.
     """
     if not tf.distribute.has_strategy():
         yield
@@ -199,7 +199,7 @@ def outside_strategies() -> Iterator[None]:
 
 
 def device() -> str:
-    """What functions run on where nothing else is said."""
+    """Name of the device that functions run on by default."""
     gpus = tf.config.get_visible_devices("GPU")
     if not gpus:
         return processor()
@@ -208,7 +208,7 @@ def device() -> str:
 
 
 def as_specified(name: str, array: Any, spec: Any) -> Any:
-    """An array of the caller as a tensor that an input takes.
+    """An array of the caller as a tensor of the dtype that an input takes.
 
     Raises:
         RewriteError: it has another shape, or is of another kind.

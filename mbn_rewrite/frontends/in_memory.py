@@ -1,4 +1,4 @@
-"""A Keras model in memory, opened to be rewritten."""
+"""Keras models in memory, opened for rewriting."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ class ModelInMemory:
 def outputs_of_original(
     front_end: FrontEnd, model: Any, inputs: Any = None, seed: int = 0, pictures: int = 2
 ) -> tuple[Any, list[np.ndarray]]:
-    """What a model is called with, made up where nothing is given, and all that it gives.
+    """Inputs for a model, made up unless they are given, and all of its outputs for them.
 
-    Made-up inputs hold what is rare, unless the model gives NaN for that; see
+    Made-up inputs contain rare values, unless the model gives NaN for those; see
     `sample_inputs.MANNERS`.
 
     Args:

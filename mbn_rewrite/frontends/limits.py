@@ -1,6 +1,6 @@
-"""How large what is read of a model's files may be.
+"""Limits on the size of what is read from model files.
 
-Each limit lies far above what a real model has; what exceeds it was made to exhaust memory or
+Each lies far above what a real model has; a file that exceeds one was made to exhaust memory or
 time. All are checked before anything is read.
 """
 
@@ -10,15 +10,15 @@ MB = 2**20
 # words 15 MB. Parsed it takes up to thirty times as much memory.
 CONFIG_BYTES = 32 * MB
 METADATA_BYTES = MB
-# Models in models are about ten levels each.
+# A model within a model adds about ten levels.
 CONFIG_DEPTH = 400
 # A .keras file has three members, and some for each layer with a vocabulary.
 ARCHIVE_MEMBERS = 20_000
-# Weights may be compressed, those that were pruned well; what expands to more than this
-# is all but empty.
+# Weights may be compressed, and pruned ones compress well; archives that expand further than this
+# hold next to nothing.
 EXPANDED_BYTES = 4096 * MB
 EXPANSION = 50
-# More objects than layers of any network.
+# Far more objects than any network has layers.
 HDF5_OBJECTS = 500_000
 # Protocol buffers are not read beyond this.
 GRAPH_BYTES = 2048 * MB - 1
@@ -28,5 +28,5 @@ INLINED_NODES = 20_000_000
 
 
 def is_bomb(packed: int, expanded: int) -> bool:
-    """Whether so many bytes that expand to so many others were made to exhaust memory."""
+    """Whether an archive, by its size packed and expanded, was made to exhaust memory."""
     return expanded > EXPANDED_BYTES and expanded > EXPANSION * packed

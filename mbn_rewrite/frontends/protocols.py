@@ -34,7 +34,7 @@ class Reading(Protocol):
 
 
 class OpenModel(Reading, Protocol):
-    """A model that has been read, and whose forms can be run; in memory or on disk."""
+    """A model in memory or on disk that has been read and whose forms can be run."""
 
     def running(self, plan: Plan | None, options: Options) -> AbstractContextManager[Run]:
         """A function that runs the form of the model with a plan carried out.
@@ -48,7 +48,7 @@ class OpenModel(Reading, Protocol):
         """
 
     def set_up(self, run_config: RunConfig) -> AbstractContextManager[None]:
-        """Context manager in which models run as it says."""
+        """Context manager that has models run as configured."""
 
     def device(self) -> str:
         """Device name."""
@@ -69,11 +69,11 @@ class FrontEnd(Protocol):
     def random_inputs(self, model: Any, seed: int = 0, made: Made | None = None) -> Any:
         """Inputs of the model's shapes and dtypes, in the structure that it takes.
 
-        RewriteError: they cannot be made up.
+        Raises RewriteError where they cannot be made up.
         """
 
     def inputs_of_batch(self, model: Any, inputs: Any, batch: int) -> Any:
-        """Inputs with so many examples: made up, or of those that are given."""
+        """Inputs with this many examples: made up, or taken from those that are given."""
 
     def running(
         self, model: Any, inputs: Any, run_config: RunConfig
@@ -81,21 +81,21 @@ class FrontEnd(Protocol):
         """A function that runs the model to the end; the model stays as it is."""
 
     def set_up(self, run_config: RunConfig) -> AbstractContextManager[None]:
-        """Context manager in which models run as it says."""
+        """Context manager that has models run as configured."""
 
     def device(self) -> str:
         """Device name."""
 
     def outputs_of(self, model: Any, inputs: Any, who: str) -> list[np.ndarray]:
-        """All outputs at inference; the model stays as it is. `who` is for errors."""
+        """All outputs at inference; the model stays as it is. `who` names it in errors."""
 
     def closer_look(
         self, model: Any, new: Any, inputs: Any, plain: Comparison, rounding: bool
     ) -> Comparison | None:
-        """Whether rounding explains how outputs differ; None where that cannot be seen.
+        """Comparison that tells whether rounding explains a difference; None if that is unknown.
 
-        `plain` says how they differ, and `rounding` whether a narrow dtype may explain more
-        than its tolerance.
+        `plain` compares the outputs as they are; `rounding` says whether the rounding of a narrow
+        dtype may explain more than the tolerance.
         """
 
     def compute_dtypes(self, model: Any) -> set[str]:
@@ -127,20 +127,20 @@ class ModelSource(OpenModel, Protocol):
 
     @property
     def dtypes(self) -> set[str]:
-        """The dtypes that it computes in."""
+        """The names of the dtypes that it computes in."""
 
     def check_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Raises RewriteError where inputs are none that its signatures take."""
+        """Raises RewriteError where no signature takes inputs of these names."""
 
     def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
         """The outputs of its signatures, for these inputs or for made-up ones."""
 
     @property
     def opened_again(self) -> Callable[[Path], Any]:
-        """Loads the original again, as a `loading.Loaded`, to look at it more closely.
+        """A function that loads the original again, as a `loaded_model.Loaded`, for a closer look.
 
-        It is given a path at which there is nothing, to write to if it has to, and holds no
-        part of the opened model.
+        It takes a path where nothing exists, which it may write to, and holds no part of the
+        opened model.
         """
 
     def write(self, plan: Plan, directory: Path) -> int:

@@ -1,4 +1,4 @@
-"""The front end for a model in memory, and the source for a model on disk."""
+"""Choice of the front end for a model in memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Inputs that are made up, for models of any kind. numpy only.
+"""Sample inputs for models of any kind, in numpy alone.
 
-What real inputs hold and random numbers hardly ever do is put in: zeros, values at the ends of
-their range, sequences that end before the others, ids for padding, empty strings. A model that
+They contain values that are common in real inputs and rare among random numbers: zeros, values at
+the ends of their range, sequences that end before others, padding ids, empty strings. A model that
 cannot be called with those, or gives NaN, is tried with milder ones; see `MANNERS` and `tried`.
 """
 
@@ -24,7 +24,7 @@ _BATCH = 4  # examples, where one is smaller than a picture
 _PICTURE = 50_000  # numbers
 GIVE_REAL_ONES = "Give real ones (inputs=... in Python, --verify_inputs on the command line)"
 
-# How inputs are made up, the manner that shows most first.
+# Manners of making inputs up, the one that reveals most first.
 WITH_EMPTY = "with edges and an empty sequence"  # the last example is padding and nothing else
 WITH_EDGES = "with edges"  # zeros, ends of ranges, sequences that end early, empty strings
 PLAIN = "plain"  # nothing but random values
@@ -33,10 +33,10 @@ MANNERS = (WITH_EMPTY, WITH_EDGES, PLAIN, POSITIVE)
 
 _EXTREME = 5.0  # standard deviations: further out, it would hide what is wrong elsewhere
 _EVERY = 32  # one value in so many is 0, and one at the end of the range
-_MOST = 1000  # such values, and rows of zeros
+_MOST = 1000  # of these values, and of rows of zeros
 
-# A tensor of made-up inputs, or one that a model computes from them, may take this part of the
-# machine's memory, and have as many numbers as 32 bits count: kernels of TensorFlow count so.
+# A tensor of made-up inputs, or one that a model computes from them, may take this share of the
+# machine's memory, and have as many elements as kernels of TensorFlow count, in 32 bits.
 MEMORY_SHARE = 1 / 8
 _MOST_NUMBERS = 2**31 - 1
 
@@ -87,7 +87,7 @@ def tried(
     arrays: Callable[[T], Iterable[np.ndarray]],
     manners: Sequence[str] = MANNERS,
 ) -> T:
-    """What a call gives in the first way and manner in which all that it gives is finite.
+    """The result of a call, made in the first way and manner for which all outputs are finite.
 
     Args:
         ways: alternatives for what a model may take; the first that it takes is kept to.
@@ -126,12 +126,12 @@ def tried(
 
 
 def nans(arrays: Iterable[np.ndarray]) -> int:
-    """How many numbers of some arrays are NaN."""
+    """Number of NaN in some arrays."""
     return sum(int(np.isnan(array).sum()) for array in map(_numbers, arrays))
 
 
 def _numbers(array: np.ndarray) -> np.ndarray:
-    """An array as numpy can look for NaN in: none of texts and integers, bfloat16 as float32."""
+    """An array to search for NaN: bfloat16 as float32, empty for strings and integers."""
     if array.dtype.kind in "fc":
         return array
     return array.astype(np.float32) if array.dtype.name in _FLOATS else np.zeros(0)
@@ -212,7 +212,7 @@ def _with_some(
 
 
 def _lengths(sizes: Sequence[int], made: Made) -> list[int]:
-    """At which steps the sequences of a batch end: at different ones."""
+    """The lengths of the sequences of a batch, which differ."""
     examples, steps = sizes[:2]
     lengths = [max(1, round(steps * (examples - i) / (examples + 1))) for i in range(examples)]
     if examples > 2:
@@ -228,14 +228,14 @@ def _padded(array: np.ndarray, lengths: Sequence[int], padding: float | None) ->
     return array
 
 
-# ------------------------------------------------------------------------------ their size
+# ------------------------------------------------------------------------------------ sizes
 
 
 def _sizes(shape: Shape, dtype: str, made: Made) -> list[int]:
-    """A shape without open sizes.
+    """A shape with its open sizes filled in.
 
     Raises:
-        RewriteError: inputs of it, or what is computed from them, would be too large.
+        RewriteError: inputs of that shape, or tensors computed from them, would be too large.
     """
     sizes = [made.open_size if size is None else size for size in shape]
     width = {"float64": 8, "int64": 8, "uint64": 8}.get(dtype, 4)
@@ -261,7 +261,7 @@ def with_batch(made: Made, shapes: Iterable[Shape]) -> Made:
 
 
 def check_size(what: str, numbers: int, width: int) -> None:
-    """Raises RewriteError where a tensor of so many numbers of a width is too large to make up."""
+    """Raises RewriteError where a tensor of so many elements of a width is too large to make up."""
     if numbers > _most_numbers(width):
         raise RewriteError(
             f"{what} would take {numbers * width / 2**30:,.1f} GiB, and made-up inputs take no "
@@ -276,7 +276,7 @@ def _most_numbers(width: int) -> int:
 
 @cache
 def memory() -> int:
-    """How many bytes of memory the machine has, or what this process runs in."""
+    """Memory of the machine, or of the container that this process runs in, in bytes."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -286,7 +286,7 @@ def memory() -> int:
     return total
 
 
-# --------------------------------------------------------------------------- of the caller
+# ---------------------------------------------------------------------- inputs of the caller
 
 
 def is_open(shape: Any) -> bool:
@@ -296,7 +296,7 @@ def is_open(shape: Any) -> bool:
 
 
 def of_batch(array: np.ndarray, batch: int | None) -> np.ndarray:
-    """The first examples of an array, from its beginning again if there are fewer; None for all."""
+    """The first examples of an array, repeated if there are fewer; all if `batch` is None."""
     array = np.asarray(array)
     if batch is None or not array.ndim or not len(array):
         return array
@@ -304,7 +304,7 @@ def of_batch(array: np.ndarray, batch: int | None) -> np.ndarray:
 
 
 def uncallable(who: str, error: Exception) -> RewriteError:
-    """What to raise where a model cannot be called."""
+    """The error to raise where a model cannot be called."""
     if is_out_of_memory(error):
         return RewriteError(f"{who} cannot be called: out of memory. Give fewer examples")
     return RewriteError(

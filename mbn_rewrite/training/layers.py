@@ -1,8 +1,8 @@
-"""The training layers, as far as tf_keras and Keras 3 have them in common.
+"""Training layers with statistics of a sample: the part that tf_keras and Keras 3 share.
 
 A layer of one Keras cannot be used in the other, so each has its own pair of classes, derived
-from its own BatchNormalization. The two classes here are what the pairs have in common, and the
-public names: calling one of them gives a layer of the Keras that is in use.
+from its own BatchNormalization. The two classes here hold what the pairs share, and are the public
+names: calling one of them gives a layer of the Keras that is in use.
 
 Nothing here loads TensorFlow or Keras.
 """
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class _SampledBatchNormalization:
-    """A BatchNormalization with statistics of a sample; comes before one in a class's bases."""
+    """Mixin before a BatchNormalization in a class's bases: statistics of a sample."""
 
     _DEPTHWISE = False
 
-    # What it uses of the BatchNormalization behind it.
+    # Attributes of the BatchNormalization that follows in the bases.
     name: str
     axis: Any
     epsilon: float
@@ -68,13 +68,13 @@ class _SampledBatchNormalization:
         super().__init__(**kwargs)
         self.stride = stride
         self.min_samples = min_samples
-        # What build makes of the axis and the shape of the input.
+        # Set by build, from the axis and the shape of the input.
         self._channel_axis = -1
         self._built_for: tuple[int | None, ...] = ()
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """The stride along each spatial axis for inputs as it was built for; once built."""
+        """The stride along each spatial axis, for inputs of the shape it was built for."""
         return self._strides_for(tuple(self._built_for))
 
     def _strides_for(self, shape: tuple[int | None, ...]) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ class _SampledBatchNormalization:
         )
 
     def _scale_and_offset(self, dtype: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        """Gamma and beta, or what does their work, as tensors of shape [C]."""
+        """Gamma and beta, or the weights in their place, as tensors of shape [C]."""
         import tensorflow as tf
 
         gamma, beta = self._affine_weights()
@@ -232,7 +232,7 @@ class ModifiedBatchNormalization(_SampledBatchNormalization):
 
     _DEPTHWISE = True
 
-    # What `add_weight` of the Keras at hand needs, so that the weight is not cast.
+    # Arguments for `add_weight` of this Keras that keep the weight from being cast.
     _weight_options: Callable[[], dict[str, Any]]
 
     def build(self, input_shape: Any) -> None:
@@ -262,7 +262,7 @@ class ModifiedBatchNormalization(_SampledBatchNormalization):
         return self.depthwise_kernel, self.bias
 
 
-# ------------------------------------------------------------------------- whose layers?
+# ---------------------------------------------------------------------- the Keras in use
 
 _MODULES = {
     "tf_keras": "mbn_rewrite.frontends.tf_keras.training_layers",
@@ -285,7 +285,7 @@ def _plain(stride: Any) -> strides.Stride:
 
 
 def _of_channels(function: Any) -> Any:
-    """A regularizer or constraint of vectors for weights that hold one in more dimensions."""
+    """A regularizer or constraint of vectors, for weights that are vectors in more dimensions."""
     if function is None:
         return None
 

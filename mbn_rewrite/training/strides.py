@@ -1,7 +1,7 @@
-"""Strides of sampled statistics: what may be given, and what of it a layer can use.
+"""Strides of sampled statistics: valid values, and those that a layer can use.
 
 The statistics of a layer with strides (s1, s2, ...) along its spatial axes are those of
-x[:, ::s1, ::s2, ..., :]. numpy and TensorFlow are not needed to say which positions that is.
+x[:, ::s1, ::s2, ..., :]. Neither numpy nor TensorFlow is needed here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Stride = int | tuple[int, int]
 
 DEFAULT_STRIDE = 4  # the least at which large activations gain (see benchmarks/layer.py)
 
-# Positions of one example that statistics are taken from at least, where it has so many: with
+# The fewest positions of one example that statistics are taken from, where it has as many: with
 # a batch of 32, the relative standard error of a variance is then sqrt(2 / 512), about 6%.
 MIN_SAMPLES = 16
 # Where a stride has to be lowered, a sample of more than this saves nothing: taking it and
@@ -114,7 +114,7 @@ def lowered(
 
 
 def positions(strides: Sequence[int], sizes: Sequence[int | None]) -> float:
-    """How many positions of one example are sampled; infinity where a size is not known."""
+    """Number of positions sampled from one example; infinity where a size is not known."""
     if None in sizes:
         return math.inf
     return math.prod(

@@ -1,8 +1,8 @@
-"""Whether what is being traced will be compiled by XLA.
+"""Detection, while a function is traced, that XLA will compile it.
 
 TensorFlow has operations that XLA does not know. A function that would use one has to know,
-while it is traced, who will run its graph; the graph itself says so only for TPUs. What
-`tf.function` was told stands in the objects that are tracing at the time, so those are looked up.
+while it is traced, who will run its graph; the graph itself tells only for TPUs. The arguments of
+`tf.function` are held by the objects that are tracing, so those are looked up on the stack.
 (Leaving the choice to a `Case` on `DeviceIndex` is what TensorFlow itself does, but XLA then
 evaluates whatever leads up to each of them while it compiles, which takes minutes for a network.)
 """
@@ -21,7 +21,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 def will_be_compiled() -> bool:
     """Whether a `tf.function` with jit_compile=True is being traced, or a graph for a TPU.
 
-    A function that was traced before it is called in such a one is not seen.
+    It cannot tell for a function that was traced before such a function calls it.
     """
     if tf.executing_eagerly():
         return False
