@@ -1,19 +1,19 @@
-"""A closer look at outputs that differ: two graphs compared stretch by stretch.
+"""A closer look at outputs that differ: two graphs compared segment by segment.
 
-Both are cut at what jumps (see `jumps`). The original is run once. The rewritten graph is run with
-every real number that something in it jumps on exchanged for the original's, and must give, within
-the tolerance,
+Both are cut at discontinuous operations (see `discontinuities`). The original is run once. The
+rewritten graph is run with the original's values in place of all real numbers that such operations
+read, and must give, within the tolerance,
 
-    before each jump  what the original has there,
-    behind the last   the outputs of the original.
+    before each of them  the values that the original has there,
+    after the last       the outputs of the original.
 
-By induction from one jump to the next, the rewritten graph as it is then differs from the original
-by rounding, and by jumps for whose sides rounding decides. A mistake before a jump, behind it or
-beside it is in one of the stretches.
+By induction from one cut to the next, the rewritten graph as it is then differs from the original
+by rounding, and by jumps whose side rounding decides. A mistake before a discontinuous operation,
+after it or beside it lies in one of the segments.
 
-In narrow dtypes each stretch may be as far from the original as that is from itself in float32,
-a few times; there both are computed in float32 too, where they have to agree as float32 does if
-their weights are kept in it.
+In narrow dtypes each segment may differ from the original by a few times as much as the original
+differs from itself in float32. Both are then computed in float32 too, where they have to agree
+within the tolerance of float32 if their weights are kept in it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Side:
 
 @dataclass(frozen=True)
 class _Run:
-    """The two, run between the same cuts: arrays for each tensor that is compared."""
+    """Arrays of both models for each tensor that is compared, computed between the same cuts."""
 
     original: list[np.ndarray]
     new: list[np.ndarray]
@@ -81,20 +81,20 @@ def look_closer(
     rounding: bool,
     by_xla: bool = False,
 ) -> Comparison | None:
-    """Whether rounding explains how the outputs of two graphs differ, or chance that they agree.
+    """Finds out whether rounding explains a difference of outputs, or chance their agreement.
 
     Args:
         original: the model as it was.
-        new: the rewritten one, whose results are the same in the same order.
-        names: what the results are called.
-        plain: how they compare as they are.
+        new: the rewritten one, with the same results in the same order.
+        names: the names of the results.
+        plain: the comparison of the results as they are.
         rounding: whether the rounding of a narrow dtype may explain more than the tolerance.
         by_xla: whether nothing but XLA can run them.
 
     Returns:
-        What holds between the jumps; the plain comparison where that is no better; where the
-        outputs agree by chance, what differs before a jump; None where the graphs cannot be cut,
-        or not be run in part.
+        The comparison between the cuts; the plain one where that is no better; where the outputs
+        agree by chance, the difference before a cut; None where the graphs cannot be cut or run
+        in part.
     """
     if not can_be_cut(original.graph) or not can_be_cut(new.graph):
         return None
@@ -159,7 +159,7 @@ def look_closer_at_served(
         original: the original, loaded again.
         served: what was written.
         name: of the signature or method.
-        exchange: what the original was given.
+        exchange: the inputs that the original was given, and its outputs.
         plain, rounding: as for `look_closer`.
     """
     if exchange.method:
@@ -183,7 +183,7 @@ def _traced(function: Callable[[Any], Any], inputs: Any) -> FunctionGraph:
 
 
 class _Look:
-    """Two graphs between some cuts."""
+    """Comparison of two graphs between some cuts."""
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ class _Look:
         return program.run(inputs, self._fetched[1], dict(zip(places, given, strict=True)))
 
     def _compared(self, run: _Run, tolerances: Sequence[float]) -> list[Pair] | None:
-        """Each tensor of both; None where their shapes differ."""
+        """The comparison of each tensor; None where shapes differ."""
         arrays = list(zip(run.original, run.new, strict=True))
         if any(a.shape != b.shape for a, b in arrays):
             return None
@@ -224,17 +224,17 @@ class _Look:
 
     @property
     def differs_in_few_places(self) -> bool:
-        """Whether it is but a few entries of each output that differ."""
+        """Whether only a few entries of each tensor differ."""
         pairs = self._pairs
         return pairs is not None and all(p.differing <= SINGULAR * p.size for p in pairs)
 
     def result(self, narrow: bool) -> Comparison:
-        """What holds, or else how they differ."""
+        """The comparison that explains the difference, or else the plain one."""
         pairs = self._pairs
         if pairs is None:
             return self._plain
         if narrow:
-            with suppress(RewriteError):  # what cannot be computed in float32
+            with suppress(RewriteError):  # of a graph that cannot be computed in float32
                 return self._by_rounding(pairs)
         tolerances = [self._plain.tolerance] * len(pairs)
         if not self._cuts.cuts:
@@ -245,7 +245,7 @@ class _Look:
         return self._explained(pairs, tolerances, f"what they are computed from agrees{decides}")
 
     def _by_rounding(self, pairs: list[Pair]) -> Comparison:
-        """What holds where the original may be far from itself in float32."""
+        """The comparison where the original may differ much from itself in float32."""
         cuts, wide = self._cuts.cuts, [as_wide(tensor) for tensor in self._given]
         inputs = [[as_wide(tensor) for tensor in side.inputs] for side in self._sides]
         original, new = map(widened, self._programs)
@@ -270,7 +270,7 @@ class _Look:
         return self._explained(pairs, allowed, why)
 
     def _hold(self, pairs: list[Pair], tolerances: Sequence[float]) -> bool:
-        """Whether all is within the tolerances, but for flips behind jumps that were not cut."""
+        """Whether all is within the tolerances, apart from flips after cuts that were missed."""
         flips = min(1.0, FLIPS * self._plain.tolerance) if self._cuts.missed else 0.0
         return all(
             pair.differing <= flips * pair.size if pair.discrete else pair.rel_error <= tolerance
@@ -278,7 +278,7 @@ class _Look:
         )
 
     def _unexplained(self, pairs: list[Pair], tolerances: Sequence[float]) -> Comparison:
-        """The plain comparison; where outputs agree by chance, what differs before them."""
+        """The plain comparison; where outputs agree by chance, the difference before them."""
         compared = [
             (pair, tolerance)
             for pair, tolerance in zip(pairs, tolerances, strict=True)

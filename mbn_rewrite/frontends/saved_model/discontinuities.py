@@ -1,9 +1,9 @@
-"""Where graphs jump: operations that give something wholly different for almost the same input.
+"""Discontinuous operations, which turn almost equal inputs into wholly different outputs.
 
-An argmax, a threshold or a rounding turns the last bit of what it reads into another class, another
+An argmax, a threshold or a rounding turns the last bit of its input into another class, another
 truth value, another level; a logarithm or a division does so near zero. Two graphs that differ by
-rounding alone agree up to the next jump, and from it on once it is given the same input. So graphs
-are compared stretch by stretch, cut at what such operations read; see `stretches`.
+rounding alone agree up to the next such operation, and after it once it is given the same input.
+So graphs are compared segment by segment, cut at the inputs of such operations; see `closer_look`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tensorflow as tf
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, source_of
 from mbn_rewrite.frontends.saved_model.inlining import bodies_called, called_by
 
-# What jumps, where it reads real numbers.
+# Operations that are discontinuous in the real numbers that they read.
 _JUMPS = frozenset({
     *("ArgMax", "ArgMin", "MaxPoolWithArgmax", "TopK", "TopKV2", "ApproxTopK", "NthElement"),
     *("InTopK", "InTopKV2", "Where", "Sign", "Round", "Rint", "Floor", "Ceil", "FloorDiv"),
@@ -30,19 +30,21 @@ _JUMPS = frozenset({
     *("XlaSort", "XlaVariadicSort", "XlaKeyValueSort", "XlaArgMax", "StringFormat"),
 })  # fmt: skip
 _JUMP_FAMILIES = ("NonMaxSuppression", "FakeQuant", "Quantize", "Unique")
-# What is steep without bound somewhere.
+# Operations whose slope is unbounded somewhere.
 _STEEP = frozenset({
     *("Log", "Log1p", "Reciprocal", "Inv", "RealDiv", "Div", "DivNoNan", "Xdivy", "Xlogy"),
     *("Xlog1py", "Rsqrt", "Sqrt", "Pow", "Atan2", "Acos", "Asin", "Acosh", "Atanh", "Tan"),
     *("Erfinv", "Ndtri", "Lgamma", "Digamma", "Angle", "MatrixInverse", "MatrixSolve"),
     *("Cholesky", "Svd", "Qr", "SelfAdjointEigV2", "Eig", "LogMatrixDeterminant"),
 })  # fmt: skip
-_DIVISIONS = frozenset({"RealDiv", "Div", "DivNoNan", "Xdivy"})  # only by what is computed
-_GIVEN = frozenset({"Const", "ReadVariableOp", "Placeholder"})  # nothing is computed there
-# What is computed in them cannot be seen.
+_DIVISIONS = frozenset(
+    {"RealDiv", "Div", "DivNoNan", "Xdivy"}
+)  # only where the divisor is computed
+_GIVEN = frozenset({"Const", "ReadVariableOp", "Placeholder"})  # operations that compute nothing
+# Operations that hide what they compute.
 _OPAQUE = frozenset({"XlaCallModule", "XlaLaunch", "PyFunc", "PyFuncStateless", "EagerPyFunc"})
 _FRAMES = frozenset({"Switch", "Merge", "Enter", "Exit", "NextIteration"})
-_MOST_CALLS = 4  # how much deeper in calls a written function may lie than the original
+_MOST_CALLS = 4  # levels of calls that a written function may lie deeper than the original
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where two graphs are cut.
+    """Places at which two graphs are cut.
 
     Attributes:
-        cuts: the inputs at which they are.
-        missed: the names of operations at which they had to be, but could not.
+        cuts: the inputs at which they are cut.
+        missed: the names of operations at which they should be cut, but cannot be.
     """
 
     cuts: tuple[Cut, ...]
@@ -78,7 +80,7 @@ class Cuts:
 
 
 def cuts_between(original: FunctionGraph, new: FunctionGraph, steep: bool = False) -> Cuts:
-    """Where to cut two graphs, one of which was rewritten from the other.
+    """The places to cut two graphs, one of which was rewritten from the other.
 
     Args:
         steep: whether to cut in front of operations that are steep, too.
@@ -99,7 +101,7 @@ def cuts_between(original: FunctionGraph, new: FunctionGraph, steep: bool = Fals
 
 
 def can_be_cut(graph: FunctionGraph) -> bool:
-    """Whether what is computed where is known: not in the control flow of TensorFlow 1."""
+    """Whether a graph can be cut: not if it has control flow of TensorFlow 1."""
     return not any(op.type in _FRAMES for op in graph.operations)
 
 
@@ -113,13 +115,13 @@ def _cut_ops(graph: FunctionGraph, steep: bool) -> list[Any]:
 
 
 def _hides_jumps(graph: FunctionGraph, op: Any, steep: bool) -> bool:
-    """Whether an operation may jump on what is computed inside of it alone."""
+    """Whether an operation may be discontinuous in values that are computed inside it alone."""
     reads_variables = any(tensor.dtype == tf.resource for tensor in op.inputs)
     return op.type in _OPAQUE or (reads_variables and _jumps_inside(graph, op, steep))
 
 
 def _fillers(op: Any) -> Iterator[Any]:
-    """What puts numbers into the lists of tensors that an operation is given."""
+    """The operations that fill the lists of tensors that an operation is given."""
     pending = [tensor.op for tensor in op.inputs if tensor.dtype == tf.variant]
     seen: set[str] = set()
     while pending:
@@ -131,7 +133,7 @@ def _fillers(op: Any) -> Iterator[Any]:
 
 
 def _real_inputs(op: Any) -> list[int]:
-    """The inputs that hold real or complex numbers which are computed."""
+    """The numbers of the inputs that are real or complex and computed."""
     return [
         i
         for i, tensor in enumerate(op.inputs)
@@ -144,16 +146,16 @@ def _is_real(dtype: Any) -> bool:
 
 
 def _jumps(node: Any) -> bool:
-    """Whether a node jumps in real numbers that it reads."""
+    """Whether a node is discontinuous in real numbers that it reads."""
     if node.op == "Cast":
         return _reads_real(node, "SrcT") and not _reads_real(node, "DstT")
-    # A comparison of integers, as loops make to count, is none of real numbers.
+    # Comparisons of integers, by which loops count, do not matter.
     known = node.op in _JUMPS or node.op.startswith(_JUMP_FAMILIES)
     return known and _reads_real(node, "T")
 
 
 def _reads_real(node: Any, attribute: str) -> bool:
-    """Whether a dtype of a node is one of real numbers, or not told."""
+    """Whether a dtype of a node is real or complex, or not known."""
     if attribute not in node.attr or not node.attr[attribute].HasField("type"):
         return True
     return _is_real(tf.as_dtype(node.attr[attribute].type))
@@ -164,7 +166,7 @@ def _is_steep(op: Any) -> bool:
 
 
 def _jumps_inside(graph: FunctionGraph, op: Any, steep: bool) -> bool:
-    """Whether a loop, a branch or a call that stays one jumps: it is cut as a whole."""
+    """Whether a loop, a branch or a call that stays one is discontinuous; it is cut as a whole."""
     if all(name == op.type for name in called_by(op.node_def)):
         return False
     return any(
@@ -192,11 +194,11 @@ def _upstream(graph: FunctionGraph) -> Iterator[Any]:
 
 
 def _paired(ops: list[Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """For operations of the new graph, by name, the same of the original's.
+    """The counterparts in the original of operations of the new graph, by name.
 
-    Names stay as they were, but that written functions are called by others. Where there is
-    none of that name, operations of one type are taken in order. A wrong pair can make a right
-    model fail, and never a wrong one pass: what is proved is the same for any pairs.
+    Names stay as they were, except that written functions are called by others. Where no operation
+    has that name, those of one type are paired in order. A wrong pair can make a correct model
+    fail, but never a wrong one pass: the proof is the same for any pairs.
     """
 
     def twin(op: Any, depth: int) -> Any:

@@ -1,4 +1,4 @@
-"""Calls the signatures of SavedModels: with made-up inputs, and without changing states."""
+"""Calls of the signatures and methods of a SavedModel, with given or sample inputs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def exchange(
     Args:
         name: its key.
         function: its concrete function.
-        graph: the same as a graph, if it could be read: for what its inputs look like.
+        graph: its graph, if it could be read, which tells about its inputs.
         given: arrays for its inputs, by name; None to make them up.
         batch: how many examples to call it with; None for all that are given, or a few.
 
@@ -97,7 +97,7 @@ def exchange(
 
 
 def _how_to_give(name: str, specs: Mapping[str, Any]) -> str:
-    """How to give inputs for a signature, or do without."""
+    """Advice on giving inputs for a signature, or on leaving it unverified."""
     takes = ", ".join(
         f"'{name}/{key}' ({spec.dtype.name}, shape {spec.shape})" for key, spec in specs.items()
     )
@@ -113,16 +113,16 @@ def _how_to_give(name: str, specs: Mapping[str, Any]) -> str:
 def method_exchange(
     entry: Entry, root: Any, graph: FunctionGraph | None, known: Iterable[ReferenceIO]
 ) -> ReferenceIO:
-    """Calls a method: with the inputs of a signature that takes alike, or made-up ones.
+    """Calls a method: with the inputs of a signature that takes the same, or with sample inputs.
 
     Args:
         entry: one of its functions.
         root: the object that has the method.
-        graph: the function as a graph, if it could be read.
-        known: what signatures were given.
+        graph: the graph of the function, if it could be read.
+        known: the inputs and outputs of signatures.
 
     Raises:
-        RewriteError: no inputs can be made up that it takes, or it gives what is no number.
+        RewriteError: no inputs can be made up that it takes, or it gives NaN or infinity.
     """
     arguments = entry.interface.arguments
     flat = tf.nest.flatten(arguments, expand_composites=True)
@@ -144,7 +144,7 @@ def method_exchange(
 
 
 def _suitable(inputs: Any, specs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The inputs of a signature in the place of others, if they are as those have to be."""
+    """The inputs of a signature by other names, if they match these specifications."""
     if not isinstance(inputs, dict) or len(inputs) != len(specs):
         return None
     pairs = dict(zip(sorted(specs), (inputs[name] for name in sorted(inputs)), strict=True))
@@ -158,7 +158,7 @@ def _suitable(inputs: Any, specs: Mapping[str, Any]) -> dict[str, Any] | None:
 def called_method(
     root: Any, path: str, arguments: Any, who: str, by_xla: bool | None = None
 ) -> ReferenceIO:
-    """What a method gives for these arguments; see `exchanged`."""
+    """The inputs and outputs of a call of a method; see `exchanged`."""
     method = attribute_of(root, path)
     arrays, by_xla = _run(lambda given: method(*given[0], **given[1]), arguments, who, by_xla)
     outputs = {str(i): array for i, array in enumerate(arrays)}
@@ -171,10 +171,10 @@ def _first_that_fits(
     call: Callable[[dict[str, Any], bool], ReferenceIO],
     batch: int | None = None,
 ) -> ReferenceIO:
-    """Makes up inputs in one way after the other until they can be used.
+    """Calls a function with one kind of sample inputs after the other until it takes them.
 
-    `call` is told whether XLA is to run the function: only where nothing else can in any way,
-    since it does not check what others do, and compiles for long.
+    The second argument of `call` has XLA run the function. That is tried last, since XLA checks
+    less than TensorFlow does and takes long to compile.
     """
 
     def made_up(made: Made) -> dict[str, Any]:
@@ -200,12 +200,12 @@ def _outputs(found: ReferenceIO) -> Iterable[np.ndarray]:
 def exchanged(
     function: Any, inputs: Mapping[str, Any], who: str, by_xla: bool | None = None
 ) -> ReferenceIO:
-    """What a signature gives for these inputs.
+    """The inputs and outputs of a call of a signature.
 
     Args:
         function: its concrete function.
         inputs: tensors by name.
-        who: it, for errors.
+        who: the name of the function in errors.
         by_xla: whether XLA runs it; by default only where nothing else can.
     """
     names = sorted(function.structured_outputs)
@@ -227,7 +227,7 @@ def exchanged(
 def _run(
     function: Callable[[Any], Any], inputs: Any, who: str, by_xla: bool | None
 ) -> tuple[list[np.ndarray], bool]:
-    """What a function gives, and whether XLA ran it."""
+    """The outputs of a function, and whether XLA ran it."""
     if by_xla is not None:
         return (compiled if by_xla else plain)(function, inputs, who), by_xla
     try:

@@ -1,4 +1,4 @@
-"""Finds out whether a directory may be a SavedModel, without TensorFlow.
+"""Checks of the files of a SavedModel, without TensorFlow.
 
 The graph and the variables may be links: caches of model hubs keep files elsewhere. Assets are
 copied into what is written, so one that lies elsewhere could be any file of the host: they must
@@ -21,7 +21,7 @@ _COPIED = ("assets", "assets.extra")
 
 
 def check(source: Path, trusted: bool = False) -> None:
-    """Finds what is wrong with a directory.
+    """Checks that a directory can be read as a SavedModel.
 
     Raises:
         RewriteError: it is no SavedModel, parts of it are missing, cannot be read or are larger
@@ -52,7 +52,7 @@ _MOST = dict(zip(GRAPH_FILES, (limits.GRAPH_BYTES, limits.GRAPH_TEXT_BYTES), str
 
 
 def check_inside(source: Path, asset: Path) -> None:
-    """Finds out whether what is to be copied from a SavedModel lies in it.
+    """Checks that an asset, which will be copied, lies in its SavedModel.
 
     Raises:
         RewriteError: it lies elsewhere.
@@ -68,7 +68,7 @@ def check_inside(source: Path, asset: Path) -> None:
 
 
 def _places(source: Path) -> Iterator[Path]:
-    """Where the assets of a SavedModel may lie."""
+    """Directories in which the assets of a SavedModel may lie."""
     inside = source.resolve()
     yield inside
     for parent in inside.parents:
@@ -77,7 +77,7 @@ def _places(source: Path) -> Iterator[Path]:
 
 
 def _files_in(source: Path, directory: Path, trusted: bool) -> Iterator[Path]:
-    """All that lies in a directory, but for directories; links are followed if they may be."""
+    """All files below a directory; links are followed where that is allowed."""
     entered: set[Path] = set()
     pending = [directory] if directory.exists() or directory.is_symlink() else []
     while pending:

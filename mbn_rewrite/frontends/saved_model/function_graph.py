@@ -1,4 +1,4 @@
-"""One function of a SavedModel, flat, with what its graph reads from outside."""
+"""The flat graph of a function of a SavedModel, with the variables and tensors it captures."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mbn_rewrite.frontends.saved_model.inlining import inlined
 from mbn_rewrite.frontends.saved_model.ref_variables import variables_in, without_references
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES, READS, writes_in
 
-# Stateful operations that change nothing, so that they are needed only where they are read.
+# Stateful operations that change nothing, so that they are needed only where their output is read.
 _HARMLESS = READS | {
     *("VarHandleOp", "Placeholder", "HashTableV2", "HashTable"),
     *("LookupTableFindV2", "LookupTableFind", "LookupTableSizeV2", "LookupTableExportV2"),
     *("RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal"),
 }
-# Stateful operations that check or say something.
+# Stateful operations that check or print.
 _ONLY_SPEAK = {"Assert", "Print", "PrintV2", "CheckNumerics", "CheckNumericsV2"}
-# Operations that cost nothing where the model runs.
+# Operations that cost nothing at run time.
 _FREE = {"Placeholder", "Const", "Identity", "IdentityN", "NoOp", "ReadVariableOp", "VariableV2"}
 # Operations whose results do not depend on the values that they read, only on shapes.
 SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
@@ -34,7 +34,7 @@ class FunctionGraph:
     """A concrete function as one flat graph.
 
     Attributes:
-        name: what its user calls it: the key of a signature, or the name of a method.
+        name: the key of a signature, or the name of a method.
         graph_def: its graph, inlined.
         graph: the same, imported: for shapes, dtypes and who reads what.
         compiled: whether XLA must compile all of it.
@@ -63,7 +63,7 @@ class FunctionGraph:
 
     @cached_property
     def output_names(self) -> frozenset[str]:
-        """The names of its outputs, past what only hands them on."""
+        """The names of its outputs, past operations that only forward them."""
         return frozenset(source_of(tensor).name for tensor in self.outputs)
 
     @cached_property
@@ -82,13 +82,13 @@ class FunctionGraph:
 
     @property
     def op_counts(self) -> dict[str, int]:
-        """How many operations of each type it runs; what costs nothing is left out."""
+        """Number of operations of each type that it runs, apart from those that cost nothing."""
         needed = {op.name for op in self.operations}
         return counts_of(node for node in self.graph_def.node if node.name in needed)
 
     @property
     def has_side_effects(self) -> bool:
-        """Whether it leaves anything changed behind."""
+        """Whether it does anything beyond computing its outputs."""
         return any(has_side_effect(op) for op in self.operations)
 
     @property
@@ -107,7 +107,7 @@ class FunctionGraph:
 
     @cached_property
     def readers(self) -> dict[str, list[tuple[Any, int]]]:
-        """Tensor name -> the operations that read its values, past what only hands it on."""
+        """Tensor name -> the operations that read its values, past those that only forward it."""
         readers: dict[str, list[tuple[Any, int]]] = {}
         for op in self.operations:
             if op.type not in SHAPE_ONLY and op.type not in ALIASES:
@@ -116,7 +116,7 @@ class FunctionGraph:
         return readers
 
     def only_reader(self, tensor: Any) -> tuple[Any, int] | None:
-        """Who alone reads a tensor, unless it is an output."""
+        """The only operation that reads a tensor, and by which input; None if it is an output."""
         found = self.readers.get(tensor.name, [])
         return found[0] if len(found) == 1 and tensor.name not in self.output_names else None
 
@@ -126,12 +126,12 @@ class FunctionGraph:
 
 
 def counts_of(nodes: Iterable[Any]) -> dict[str, int]:
-    """How many nodes there are of each operation type; what costs nothing is left out."""
+    """Number of nodes of each operation type, apart from those that cost nothing."""
     return dict(Counter(node.op for node in nodes if node.op not in _FREE))
 
 
 def op_counts(function: Any) -> dict[str, int]:
-    """How many operations of each type a concrete function runs."""
+    """Number of operations of each type that a concrete function runs."""
     return counts_of(inlined(function)[0].node)
 
 
@@ -140,15 +140,15 @@ class Writes:
     """The variables that functions write to, or may.
 
     Attributes:
-        by: id(variable) -> who does, as the beginning of a sentence that goes on with the
-            variable.
+        by: id(variable) -> the function that does, as the beginning of a sentence that goes on
+            with the variable.
     """
 
     by: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, *graphs: FunctionGraph) -> Writes:
-        """Those of some functions."""
+        """The variables that some functions write to."""
         writes = cls()
         for graph in graphs:
             for name, operation in graph.written.items():
@@ -169,7 +169,7 @@ def has_side_effect(op: Any) -> bool:
 
 
 def source_of(tensor: Any) -> Any:
-    """The tensor that this one is handed on from."""
+    """The tensor that this one forwards."""
     while tensor.op.type in ALIASES or tensor.op.type == "IdentityN":
         tensor = tensor.op.inputs[tensor.value_index]
     return tensor
@@ -181,13 +181,13 @@ def function_graph_of(
     """Reads a concrete function.
 
     Args:
-        name: what its user calls it.
-        function: it.
-        variable_in_graph: gives a tf.Variable in the place of a variable of TensorFlow 1, which
-            is a node of the graph.
+        name: the key of a signature, or the name of a method.
+        function: the concrete function.
+        variable_in_graph: gives a tf.Variable in place of a variable of TensorFlow 1, which is a
+            node of the graph.
 
     Raises:
-        RewriteError: it uses such a variable in a way that there is none in the place of.
+        RewriteError: it uses such a variable in a way that a tf.Variable cannot be used.
     """
     graph_def, compiled = inlined(function)
     externals = function.captured_inputs
@@ -221,10 +221,11 @@ def function_graph_of(
 
 
 def _written(graph_def: GraphDef, variables: dict[str, Any]) -> dict[str, str]:
-    """What a function writes to, as `FunctionGraph.written`; takes out writes of what was there.
+    """The variables that a function writes to, as `FunctionGraph.written`.
 
-    FusedBatchNorm gives the statistics that it was given, and some models assign them to the
-    variables that they come from. That is a write only beside another one.
+    Writes of a value that a variable already has are taken out: FusedBatchNorm returns the
+    statistics that it was given, and some models assign them to the variables they come from. Such
+    a write counts only beside another one.
     """
     writes = writes_in(graph_def, variables)
     written: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Edits the graph of a function: redirects tensors, adds nodes, leaves out what nothing needs."""
+"""Editor of function graphs: redirects tensors, adds nodes, drops nodes that nothing needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Rewritten:
         graph_def: its new graph.
         compiled: whether XLA must compile it.
         arguments: the names of the Placeholders of its arguments, in order.
-        outputs: the names of the tensors that it gives, in order.
+        outputs: the names of its output tensors, in order.
         captures: Placeholder name -> the tf.Variable or tensor that it stands for.
     """
 
@@ -41,7 +41,7 @@ class Rewritten:
 
 
 def unchanged(function: FunctionGraph) -> Rewritten | None:
-    """A function without what nothing needs; None where then nothing is left to run."""
+    """A function without nodes that nothing needs; None if nothing is left to run."""
     if not any(has_side_effect(op) for op in function.operations):
         return None
     return GraphEditor(function, Writes()).finished()
@@ -66,7 +66,7 @@ class GraphEditor:
     def __post_init__(self) -> None:
         ops = self.function.graph.get_operations()
         writes_none = not any(has_side_effect(op) for op in ops)
-        # There, waiting for a node puts one into its loop or branch.
+        # In those, waiting for a node places an operation in its loop or branch.
         waits = any(op.type in _CONTROL_FLOW for op in ops)
         for node in self.function.graph_def.node:
             self._taken.add(node.name)
@@ -79,11 +79,11 @@ class GraphEditor:
                 self._handed_on[f"{node.name}:0"] = source if ":" in source else f"{source}:0"
 
     def redirect(self, tensor: str, to: str) -> None:
-        """Lets all who read a tensor read another."""
+        """Has all readers of a tensor read another one."""
         self._redirected[tensor] = to
 
     def set_input(self, node: str, index: int, tensor: str) -> None:
-        """Lets one node read a tensor, wherever that is redirected for others."""
+        """Has one node read a tensor, even if that is redirected for others."""
         self._inputs[node.partition(":")[0], index] = tensor
 
     def set_constant(self, node: str, value: Array) -> None:
@@ -99,11 +99,11 @@ class GraphEditor:
         return f"{name}:0"
 
     def const(self, name: str, value: Array) -> str:
-        """A tensor with a value that is no weight."""
+        """A constant tensor that is no weight."""
         return self.add(name, "Const", [], dtype=tf.as_dtype(value.dtype), value=value)
 
     def read(self, variable: Any, as_variable: bool) -> str:
-        """A tensor with a variable's value, which is a constant in a frozen graph."""
+        """A tensor with a variable's value; a constant in graphs whose weights are constants."""
         if id(variable) not in self._reads:
             name = variable.name.partition(":")[0]
             if as_variable:
@@ -124,7 +124,7 @@ class GraphEditor:
         return result
 
     def finished(self) -> Rewritten:
-        """The graph with all edits, without what is no longer needed."""
+        """The graph with all edits, without nodes that are no longer needed."""
         old = self.function.graph_def
         nodes = {node.name: node for node in old.node} | self._added
         outputs = [self._target(name) for name in self.function.results]
@@ -171,7 +171,7 @@ class GraphEditor:
         return variable is None or id(variable) in self.writes.by
 
     def _target(self, tensor: str) -> str:
-        """What to read in place of a tensor; nodes that only hand it on are passed by."""
+        """The tensor to read in place of a tensor, past nodes that only forward it."""
         name = tensor if ":" in tensor else f"{tensor}:0"
         while True:
             if name in self._redirected:
@@ -182,7 +182,7 @@ class GraphEditor:
                 return name
 
     def _control(self, node: str) -> str:
-        """What to wait for in place of a node that is taken out."""
+        """The node to wait for in place of one that is taken out."""
         tensor = f"{node}:0"
         while tensor in self._redirected:
             tensor = self._redirected[tensor]
@@ -190,7 +190,7 @@ class GraphEditor:
 
 
 def as_node_name(name: str) -> str:
-    """A name with what TensorFlow does not allow in names exchanged."""
+    """A name with the characters replaced that TensorFlow does not allow."""
     name = re.sub(r"[^A-Za-z0-9_.\\/>-]", "_", name)
     return name if re.match(r"[A-Za-z0-9.]", name) else f"n{name}"
 

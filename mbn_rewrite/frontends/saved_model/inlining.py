@@ -1,8 +1,8 @@
-"""One flat GraphDef for a function of a SavedModel: calls inlined, dead branches gone.
+"""Flat graphs of the functions of a SavedModel: calls inlined, dead branches removed.
 
 Calls that have to stay calls are loops, branches that are decided while the model runs,
-functions compiled by XLA in the midst of others, and those that TensorFlow exchanges by
-device (GRU and LSTM).
+functions compiled by XLA in the midst of others, and those that TensorFlow replaces by device
+(GRU and LSTM).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tensorflow.python.training.saver import export_meta_graph
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _BRANCHES = {"If", "StatelessIf"}
-# What a function may hold beside a call that XLA compiles, to be compiled with it.
+# Operations that may stand beside a call that XLA compiles, and be compiled with it.
 _EMPTY = {"Placeholder", "Identity", "NoOp", "Const", "ReadVariableOp"}
-# What inlining puts before the names of nodes.
+# Prefix that inlining gives to the names of nodes.
 _CALL = re.compile(r"^(Func/)?((Stateful)?PartitionedCall(_\d+)?)/")
 
 
@@ -40,7 +40,7 @@ def inlined(function: Any) -> tuple[GraphDef, bool]:
     arguments = {tensor.op.name for tensor in function.inputs}
     for node in graph_def.node:
         if node.op == "PlaceholderWithDefault" and node.name in arguments:
-            node.op = "Placeholder"  # the caller gives it, so its default is not used
+            node.op = "Placeholder"  # callers always give it, so the default is not used
             del node.input[:]
     compiled = _is_marked(function.function_def, "_XlaMustCompile")
     compiled = compiled or _is_compiled_whole(graph_def)
@@ -114,7 +114,7 @@ def _optimized(graph_def: GraphDef, function: Any) -> GraphDef:
     # Side effects that nothing else waits for.
     fetches.node_list.value.extend(op.name for op in function.graph.control_outputs)
     if not fetches.node_list.value:
-        return graph_def  # it takes and gives nothing, so that it has no shapes either
+        return graph_def  # it has no inputs and outputs, so no shapes either
     meta_graph.collection_def["train_op"].CopyFrom(fetches)
     config = config_pb2.ConfigProto()
     options = config.graph_options.rewrite_options
@@ -169,11 +169,11 @@ def _is_marked(node_or_function: Any, attribute: str) -> bool:
     return attribute in node_or_function.attr and bool(node_or_function.attr[attribute].b)
 
 
-# ---------------------------------------------------------------- branches that are decided
+# ------------------------------------------------------------- branches decided beforehand
 
 
 def _decide_branches(graph_def: GraphDef) -> bool:
-    """Makes calls of branches whose condition is a constant; whether there were any."""
+    """Turns branches with constant conditions into calls; returns whether there were any."""
     nodes = {node.name: node for node in graph_def.node}
     decided = False
     for node in graph_def.node:

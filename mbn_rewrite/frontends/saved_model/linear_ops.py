@@ -1,4 +1,4 @@
-"""Describes convolutions, matrix products and einsums, each with the bias added to its output."""
+"""Convolutions, matrix products and einsums, with the biases that are added to their outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _linear(
     pads: bool = False,
     windows: tuple[Window, ...] = (),
 ) -> Answer:
-    """A linear operation with the bias that is added to what it gives."""
+    """A linear operation with the bias that is added to its output."""
     weight = site.constants.weight(site.op.inputs[kernel])
     if weight is None:
         written = site.constants.written(site.op.inputs[kernel])
@@ -47,11 +47,13 @@ def _linear(
 def _bias_after(
     site: Site, axis: int, channels: int | None
 ) -> tuple[Any, Weight, tuple[Any, ...], int] | None:
-    """The bias added to an operation's output: the sum, the bias, what lies between, and the
-    channel axis of the sum.
+    """The bias added to an operation's output.
 
-    A 1-D convolution takes the axis off again that it was given, and a dilated one puts its
-    blocks together again, before the bias is added.
+    A 1-D convolution first removes the axis that was added for it, and a dilated one first puts its
+    blocks together again.
+
+    Returns:
+        The sum, the bias, the operations up to the sum, and the channel axis of the sum.
     """
     tensor, between = site.op.outputs[0], []
     last = axis == len(site.output) - 1
@@ -84,21 +86,21 @@ def _bias_after(
 
 
 def _pads(site: Site, windows: tuple[Window, ...]) -> bool:
-    """Whether a convolution reads padding of what it is given."""
+    """Whether a convolution reads padding around its input."""
     first = 2 if site.channels_first else 1
     sizes = (site.shape(0) or [None] * (len(windows) + 2))[first : first + len(windows)]
     return any(window.pads(size) for window, size in zip(windows, sizes, strict=True))
 
 
 def _along_positions(site: Site, name: str, axes: int) -> list[int]:
-    """What an attribute says of the axes of positions."""
+    """The values of an attribute for the spatial axes."""
     steps = site.attribute(name) if name in site.op.node_def.attr else []
     first = 2 if site.channels_first else 1
     return list((steps or [1] * (axes + 2))[first : first + axes])
 
 
 def _windows(site: Site, window: tuple[int, ...]) -> tuple[Window, ...]:
-    """How a convolution reads each axis of positions."""
+    """The window of a convolution along each spatial axis."""
     axes = len(window)
     strides, dilations = (_along_positions(site, name, axes) for name in ("strides", "dilations"))
     padding, paddings = site.attribute("padding"), [(0, 0)] * axes

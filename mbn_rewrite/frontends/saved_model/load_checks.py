@@ -1,8 +1,7 @@
-"""What loading a SavedModel would do beyond reading it, found in its MetaGraphDef.
+"""Checks of a MetaGraphDef before TensorFlow loads it, since loading runs parts of a model.
 
-TensorFlow runs parts of a model when it loads it: what makes and fills tables, what puts the
-values of a checkpoint into variables, and the initializer of TensorFlow 1. They are looked at
-before, as data.
+These are the functions that make and fill tables, those that restore variables from a checkpoint,
+and the initializer of TensorFlow 1. They are inspected as data.
 """
 
 from __future__ import annotations
@@ -57,10 +56,10 @@ def _assets(meta_graph: Any) -> list[Any]:
 
 
 def check_objects(source: Path, meta_graph: Any) -> None:
-    """Finds what loading a SavedModel of TensorFlow 2 would do.
+    """Checks the functions that loading a SavedModel of TensorFlow 2 would run.
 
     Raises:
-        RewriteError: it would do more than make and fill what the model consists of.
+        RewriteError: they do more than make and fill the objects of the model.
     """
     objects = meta_graph.object_graph_def
     library = effects.library_of(meta_graph.graph_def)
@@ -108,10 +107,10 @@ def _reads_elsewhere(objects: Any, library: dict[str, Any], name: str) -> list[E
 
 
 def check_graph(source: Path, meta_graph: Any) -> None:
-    """Finds what loading a SavedModel of TensorFlow 1 would do.
+    """Checks the operations that loading a SavedModel of TensorFlow 1 would run.
 
     Raises:
-        RewriteError: it would do more than put values into variables and fill tables.
+        RewriteError: they do more than restore variables and fill tables.
     """
     graph_def = meta_graph.graph_def
     assets = [asset.tensor_info.name.partition(":")[0] for asset in _assets(meta_graph)]

@@ -1,4 +1,4 @@
-"""A SavedModel in memory: the functions to carry over, how they are called, what they use."""
+"""A loaded SavedModel: the functions to carry over, their interfaces, and their resources."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mbn_rewrite.frontends.saved_model.strip_unused import SlimCopy
 
 @dataclass(frozen=True)
 class Interface:
-    """How a function is called, without the function.
+    """The interface of a function, without the function.
 
     Attributes:
         keywords: the names of the arguments of a signature, in the order of `inputs`.
         inputs: a tf.TensorSpec for each tensor that it takes.
-        arguments: all that it takes, as (args, kwargs) of tf.TensorSpec and Python values.
+        arguments: all arguments, as (args, kwargs) of tf.TensorSpec and Python values.
         outputs: a tf.TensorSpec for each tensor that it gives.
-        structure: what it gives, with specifications in the place of tensors.
+        structure: its outputs, with specifications in place of tensors.
     """
 
     keywords: tuple[str, ...]
@@ -34,7 +34,7 @@ class Interface:
 
     @classmethod
     def of(cls, function: Any) -> Interface:
-        """That of a tf.ConcreteFunction."""
+        """The interface of a tf.ConcreteFunction."""
         captured = len(function.captured_inputs)
         inputs = function.inputs[: len(function.inputs) - captured]
         return cls(
@@ -54,7 +54,7 @@ class Interface:
 
 
 def _as_spec(value: Any) -> Any:
-    """A tensor, or what consists of several, as its specification."""
+    """The specification of a tensor, of whatever kind; other values as they are."""
     is_tensor = isinstance(value, (tf.Tensor, tf.SparseTensor, tf.RaggedTensor))
     return tf.type_spec_from_value(value) if is_tensor else value
 
@@ -66,7 +66,7 @@ class Entry:
     Attributes:
         name: the key of a signature, or "method(arguments)".
         method: the attribute of the root object that it is called by, or "" for a signature.
-        interface: how it is called.
+        interface: its arguments and outputs.
         function: the tf.ConcreteFunction; None once it is no longer needed.
     """
 
@@ -81,18 +81,18 @@ class Loaded:
     """A SavedModel in memory.
 
     Attributes:
-        root: what tf.saved_model.load gave.
+        root: the object that tf.saved_model.load gave.
         meta_graph: its MetaGraphDef as stored, but for the graph.
         entries: the functions to carry over.
-        left_out: what is not carried over: a name, and why.
+        left_out: name of a function that is not carried over -> why.
         methods: the methods to carry over, by name, and the arguments that they declare.
         attributes: the variables that are attributes of the root object, by name.
         lists: the lists of variables that Keras and TF-Hub modules offer, by name.
         resources: tables and the like, and assets.
         asset_paths: the assets of TensorFlow 1, which are arguments of its initializer.
-        copy: what it was loaded from, if not from the SavedModel itself.
-        in_graph: what stands in the place of variables that TensorFlow 1 keeps as nodes of its
-            graph, by name.
+        copy: the copy that it was loaded from, if any.
+        in_graph: tf.Variables in place of those that TensorFlow 1 keeps as nodes of its graph, by
+            name.
     """
 
     root: Any
@@ -130,10 +130,10 @@ class Loaded:
         return getattr(getattr(self.root, "initializer", None), "_init_fn", None)
 
     def variable_in_graph(self, name: str) -> Any:
-        """A tf.Variable in the place of one that TensorFlow 1 keeps as a node of its graph.
+        """A tf.Variable in place of one that TensorFlow 1 keeps as a node of its graph.
 
         Raises:
-            RewriteError: to read its value does more than that.
+            RewriteError: reading its value would have other effects.
         """
         if name not in self.in_graph:
             reference = self.root.graph.get_operation_by_name(name).outputs[0]
@@ -147,7 +147,7 @@ class Loaded:
 
 
 def attribute_of(root: Any, path: str) -> Any:
-    """What an object has under a path such as "encoder.encode"."""
+    """The attribute of an object under a path such as "encoder.encode"."""
     for name in path.split("."):
         root = getattr(root, name)
     return root

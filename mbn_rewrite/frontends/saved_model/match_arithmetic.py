@@ -1,4 +1,4 @@
-"""Recognises BatchNormalization that is written out as arithmetic.
+"""Recognises BatchNormalization written out as arithmetic.
 
 A run of elementwise operations, each with one operand that is constant per channel,
 
@@ -30,7 +30,7 @@ from mbn_rewrite.frontends.saved_model.match_batchnorm import (
 from mbn_rewrite.frontends.saved_model.weights import Constants
 from mbn_rewrite.ir.algebra import Array, ChannelMap
 
-# What an expression of the variance holds if it belongs to a BatchNormalization.
+# Operations in the expression of the variance of a BatchNormalization.
 _ROOTS = {"Rsqrt", "Sqrt", "Pow"}
 
 
@@ -44,7 +44,7 @@ class Step:
         constant: the operand that is, or None (negation).
         scale, shift: float64, of the shape that `constant` has when it is broadcast.
         axis: the axis along which `constant` varies, or None where it is one number.
-        roots: what is stored of the variances that `constant` takes the root of.
+        roots: the keys of the variances, as stored, that `constant` takes the root of.
     """
 
     op: Any
@@ -57,7 +57,7 @@ class Step:
 
 
 def step_of(constants: Constants, op: Any) -> Step | None:
-    """What an elementwise operation does to its only operand that is not constant."""
+    """The step of an elementwise operation that has one operand that is not constant, or None."""
     if op.type not in ("Mul", "Add", "AddV2", "Sub", "RealDiv", "Div", "BiasAdd"):
         return None
     left, right = op.inputs[0], op.inputs[1]
@@ -79,7 +79,7 @@ def step_of(constants: Constants, op: Any) -> Step | None:
         return None
     vector = value.reshape(-1)
     one, zero = np.ones_like(vector), np.zeros_like(vector)
-    with np.errstate(all="ignore"):  # a map that is not finite is reported by who uses it
+    with np.errstate(all="ignore"):  # the caller reports a map that is not finite
         scale, shift = {
             "Mul": (vector, zero),
             "RealDiv": (one / vector, zero),
@@ -209,7 +209,7 @@ def _norm_of(constants: Constants, run: list[Step]) -> Norm | None:
 
 
 def _without_preparation(run: list[Step]) -> list[Step]:
-    """A run without what stands around a BatchNormalization: scaling by single numbers."""
+    """A run without the scaling by single numbers around a BatchNormalization."""
     if all(step.axis is None for step in run):
         return run
     while len(run) > 1 and run[0].axis is None and not run[0].roots:
@@ -222,9 +222,9 @@ def _without_preparation(run: list[Step]) -> list[Step]:
 def _is_precomputed(constants: Constants, run: list[Step]) -> bool:
     """Whether a run is a multiplication and an addition by vectors of the graph.
 
-    That is what is left of a BatchNormalization whose constants were computed beforehand. A
-    normalisation by the data itself (of layers, instances or groups) ends in just the same
-    way, so it is looked for before the run.
+    A BatchNormalization whose constants were computed beforehand is left as that. A normalisation
+    by the data itself (of layers, instances or groups) ends in the same way, so it is looked for
+    before the run.
     """
     kinds = [step.op.type for step in run]
     if len(run) != 2 or kinds[0] != "Mul" or kinds[1] not in ("Add", "AddV2", "Sub", "BiasAdd"):

@@ -1,4 +1,4 @@
-"""An operation where it stands in its graph, and what describing it gives."""
+"""Operations in their graphs, and their descriptions for the planner."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Described:
-    """What an operation is to the planner.
+    """Description of an operation for the planner.
 
     Attributes:
         op: the neutral operation.
         data: the tensors that it works on; weights are left out.
-        result: the tensor that it gives.
+        result: its output.
         weights: by the names that `op` uses.
-        absorbed: operations that it takes in: what adds its bias, and what lies between.
-        axis: of a linear operation: the channel axis of its own output, before any bias.
+        absorbed: operations that belong to it: the addition of its bias, and those in between.
+        axis: of a linear operation, the channel axis of its own output, before any bias.
     """
 
     op: Op

@@ -1,7 +1,7 @@
-"""Describes graph operations as operations of the neutral graph.
+"""Graph operations as operations of the neutral graph.
 
-`_DESCRIBERS` lists every operation that is known. Each describer takes a `Site` and says what
-that operation does; `Opaque` for all that is not known.
+`_DESCRIBERS` lists every operation that is known. Each describer takes a `Site` and returns the
+neutral operation; what is not known is `Opaque`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mbn_rewrite.ir.graph import (
 
 
 def describe(site: Site) -> Described:
-    """What an operation does."""
+    """The description of an operation for the planner."""
     op = site.op
     describer = _DESCRIBERS.get(op.type)
     described = describer(site) if describer and op.outputs and site.output else Opaque()

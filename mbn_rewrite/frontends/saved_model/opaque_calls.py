@@ -1,4 +1,4 @@
-"""Operations whose work cannot be seen in the graph, and what to do about them."""
+"""Operations that hide what they compute, with advice for the user."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _OF_TENSORRT = ("an engine of TensorRT", "Rewrite the model that it was built fr
 _OF_PYTHON = ("Python code", "Write what it does as operations of TensorFlow, and save that")
 _OF_DEVICES = ("code compiled for a device", "Rewrite the model that it was compiled from")
 
-# Operation -> what it runs, and how to have that rewritten.
-_UNSEEN = {
+# Operation -> the code that it runs, and advice for having that rewritten.
+_OPAQUE = {
     "XlaCallModule": _FROM_JAX,
     **dict.fromkeys(("XlaCustomCall", "XlaCustomCallV2", "_XlaRun", "_XlaCompile"), _OF_XLA),
     **dict.fromkeys(
@@ -34,10 +34,10 @@ _NAMED = 3  # functions that a sentence names
 
 
 def notes_on(functions: Iterable[FunctionGraph]) -> tuple[str, ...]:
-    """What cannot be seen into, a sentence for each kind of it."""
+    """Notes for the user on opaque operations, a sentence for each type."""
     found: dict[str, list[str]] = {}
     for function in functions:
-        for kind in sorted(_kinds_in(function) & set(_UNSEEN)):
+        for kind in sorted(_kinds_in(function) & set(_OPAQUE)):
             found.setdefault(kind, []).append(f"'{function.name}'")
     return tuple(_note(kind, names) for kind, names in sorted(found.items()))
 
@@ -57,7 +57,7 @@ def _note(kind: str, names: list[str]) -> str:
     if more > 0:
         listed.append(f"{more} more")
     who = " and ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))
-    what, way_out = _UNSEEN[kind]
+    what, way_out = _OPAQUE[kind]
     verb = "runs" if len(names) == 1 else "run"
     return (
         f"{who} {verb} {kind}: {what}, which cannot be seen into, so that what "

@@ -1,4 +1,4 @@
-"""Describes operations that pool, pad, crop, resize and move positions or axes."""
+"""Operations that pool, pad, crop, resize and move positions or axes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def reduction(kind: type[Affine] | type[Monotone]) -> Callable[[Site], Answer]:
 
 
 def _untouched(site: Site, untouched: list[int], kind: type[ChannelPreserving]) -> Answer:
-    """An operation that works along some axes; channels lie on one that it leaves alone."""
+    """An operation along some axes, with the channels on one that it leaves alone."""
     axes = [axis for axis in untouched if axis > 0]
     return kind(axes[-1], axes[-1]) if axes else Opaque("works along every axis")
 
@@ -145,7 +145,7 @@ def reshape(site: Site) -> Answer:
 
 
 def _size_needed(site: Site) -> int | None:
-    """The last size of a result, as the matrix says that it is multiplied by."""
+    """The last size of a result, as the matrix that it is multiplied by requires it."""
     reader = site.function.only_reader(site.op.outputs[0])
     if reader is None or reader[0].type != "MatMul" or reader[1] != 0:
         return None

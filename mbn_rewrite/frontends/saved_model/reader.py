@@ -43,7 +43,7 @@ from mbn_rewrite.ir.graph import (
 
 @dataclass(frozen=True)
 class LinearCall:
-    """One use of weights: the operation, and what the planner was told of it."""
+    """One use of weights: the operation, and its description for the planner."""
 
     function: FunctionGraph
     op: Any
@@ -67,7 +67,7 @@ class Reading:
         linears: owner -> its calls.
         norms: owner -> its calls.
         dtypes: the names of the dtypes in which weights are used.
-        notes: what the user should know of any copy of the model, in sentences.
+        notes: sentences that the user should know of any copy of the model.
     """
 
     graph: Graph
@@ -151,7 +151,7 @@ class _Reader:
                 uses[id(tensor)] = f"an output of '{function.name}'"
 
     def _add_constants(self, function: FunctionGraph, known: dict[str, int]) -> None:
-        """Adds what gives the values that operations read, but that was taken for a weight."""
+        """Adds nodes for values that operations read but that were taken for weights."""
         given = {value for node in self.nodes for value in node.outputs}
         for name, value in known.items():
             if value not in given:
@@ -162,7 +162,7 @@ class _Reader:
     def _recognised(
         self, function: FunctionGraph, constants: Constants
     ) -> tuple[dict[str, Described], dict[str, Norm]]:
-        """What each operation is, and the BatchNormalizations by the operation they end in."""
+        """Descriptions of operations, and the BatchNormalizations, by the operation they end in."""
         described: dict[str, Described] = {}
         norms: dict[str, Norm] = {}
         absorbed: set[str] = set()
@@ -244,7 +244,7 @@ class _Reader:
         return self.owners[key]
 
     def _note_uses(self, function: FunctionGraph, constants: Constants, op: Any) -> None:
-        """Notes which stored arrays an operation reads, past what only puts them in shape."""
+        """Notes the stored arrays that an operation reads, past reshapes and casts."""
         if op.type in SHAPE_ONLY or not op.inputs:
             return
         gives_weight = op.outputs and constants.weight(op.outputs[0]) is not None

@@ -1,9 +1,9 @@
-"""Variables that TensorFlow 1 keeps as nodes of its graph, made variables outside of it.
+"""Conversion of variables that TensorFlow 1 keeps in its graph to variables outside of it.
 
 Such a node (`VariableV2`) gives a reference, which operations read as a value or write through.
-A variable outside gives a handle, for which there are twins of those operations: of `Assign`
-`AssignVariableOp`, of `ScatterAdd` `ResourceScatterAdd`. With those in their place, nothing else
-needs to know of references.
+A variable outside gives a handle, for which those operations have counterparts, such as
+`AssignVariableOp` for `Assign` and `ResourceScatterAdd` for `ScatterAdd`. Once they are replaced by
+those, nothing else needs to know of references.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tensorflow.python.framework import op_def_registry
 from mbn_rewrite.errors import RewriteError
 
 _VARIABLES = {"VariableV2", "Variable"}
-# What hands a reference on, and its twin.
+# Operations that forward a reference, and their counterparts.
 _HANDS_ON = {
     "RefIdentity": "Identity",
     "RefSwitch": "Switch",
@@ -28,7 +28,7 @@ _HANDS_ON = {
     "RefExit": "Exit",
     "RefNextIteration": "NextIteration",
 }
-# Other twins; that of an operation that is not here is called "Resource" and the same.
+# Other counterparts; that of an operation not listed here is named "Resource" and the same.
 _TWINS = {
     "Assign": "AssignVariableOp",
     "AssignAdd": "AssignAddVariableOp",
@@ -44,15 +44,15 @@ def without_references(
 
     Args:
         graph_def: the graph.
-        results: the names of the tensors that it gives.
+        results: the names of its outputs.
         runs: the names of other nodes that are run.
 
     Returns:
         The graph, and its results. Nodes that were variables are Placeholders of handles, by the
-        same names. Of a graph that had any, what is never run is left out.
+        same names. If there were any, nodes that are never run are left out.
 
     Raises:
-        RewriteError: an operation takes a reference that has no twin.
+        RewriteError: an operation that takes a reference has no counterpart.
     """
     if not any(node.op in _VARIABLES for node in graph_def.node):
         return graph_def, list(results)
@@ -67,7 +67,7 @@ def variables_in(graph_def: GraphDef) -> set[str]:
 
 
 def _run_by(graph_def: GraphDef, roots: set[str]) -> GraphDef:
-    """What is run: a graph of TensorFlow 1 also holds what gave its variables their values."""
+    """The nodes that are run: graphs of TensorFlow 1 also hold the initializers of variables."""
     nodes = {node.name: node for node in graph_def.node}
     needed: set[str] = set()
     pending = [name for name in roots if name in nodes]
@@ -87,7 +87,7 @@ class _Converter:
 
     Attributes:
         old: the graph.
-        new: the same with handles in the place of references.
+        new: the same with handles in place of references.
     """
 
     old: GraphDef
@@ -173,7 +173,7 @@ class _Converter:
         self.new.node.append(new)
 
     def _become_read(self, node: Any) -> None:
-        """Makes of a node one that reads what its input refers to."""
+        """Turns a node into one that reads the variable that its input refers to."""
         node.op = "ReadVariableOp"
         node.attr.clear()
         node.attr["dtype"].type = self._dtype_behind(node.input[0])
@@ -200,13 +200,13 @@ class _Converter:
                 node.attr[attribute.name].CopyFrom(before[source])
 
     def _take_handle(self, node: Any, index: int) -> None:
-        """Gives a node a handle as input, and has it wait for what gave the reference."""
+        """Gives a node a handle as input, and has it wait for the node that gave the reference."""
         source, writers = self._handle(node.input[index])
         node.input[index] = source
         node.input.extend(f"^{name}" for name in writers if f"^{name}" not in node.input)
 
     def _handle(self, source: str) -> tuple[str, list[str]]:
-        """The handle in the place of a reference, and the writers that handed that on."""
+        """The handle in place of a reference, and the writers that forwarded the reference."""
         writers = []
         node = self._nodes[source.partition(":")[0]]
         while node.op not in _VARIABLES and node.op not in _HANDS_ON:

@@ -1,4 +1,4 @@
-"""Strings that signatures may take: words, numbers, files of images and sound, examples."""
+"""Sample strings for signatures: words, numbers, files of images and sound, tf.train.Examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Text = Callable[[np.random.Generator], bytes]
 
 _STEPS = 3  # values of a feature whose number is left open
 _SIDE, _SAMPLES, _RATE = 64, 1600, 16_000
-# What encodes a list of values of each dtype that examples hold.
+# Encoders of the lists of values that examples hold, by dtype.
 _LISTS = {
     tf.int64: lambda values: tf.train.Feature(int64_list=tf.train.Int64List(value=values)),
     tf.float32: lambda values: tf.train.Feature(float_list=tf.train.FloatList(value=values)),
@@ -25,7 +25,7 @@ _LISTS = {
 
 
 def texts_for(function: FunctionGraph | None) -> list[Text]:
-    """What to try for strings, the likeliest first; `function` is the signature as a graph."""
+    """Kinds of strings to try, the likeliest first; `function` is the graph of the signature."""
     examples = [] if function is None else _examples(function)
     return [*examples, _word, _png, _jpeg, _in_base64(_jpeg), _in_base64(_png), _number, _wav]
 
@@ -64,7 +64,7 @@ def _in_base64(text: Text) -> Text:
 
 
 def _examples(function: FunctionGraph) -> list[Text]:
-    """What makes serialized tf.train.Examples with the features that a graph parses."""
+    """Makers of serialized tf.train.Examples with the features that a graph parses."""
     library = function.graph_def.library.function
     bodies = [function.graph_def.node, *(each.node_def for each in library)]
     found = (_features(node, body) for body in bodies for node in body)

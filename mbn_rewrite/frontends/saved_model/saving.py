@@ -1,4 +1,4 @@
-"""Writes functions, rewritten or as they were, as a SavedModel with all that they need."""
+"""Writes functions, rewritten or as they were, as a SavedModel with the resources they need."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ def save(
 
     Args:
         loaded: the original.
-        initializer: what TensorFlow 1 runs before all signatures, or None.
-        functions: what to write: each function with its new graph, or None where it is carried
-            over as it was.
-        source: where the original lies.
-        directory: what to write.
+        functions: each function with its new graph, or None where it is carried over as it was.
+        initializer: the function that TensorFlow 1 runs before all signatures, or None.
+        source: the directory of the original.
+        directory: the directory to write.
 
     Raises:
         RewriteError: the disk is full, or a function cannot be traced.
@@ -61,7 +60,7 @@ def save(
 
 
 def imported(new: Rewritten, interface: Interface | None, tensors: list[Any]) -> Any:
-    """Puts a graph into the function that is being traced; gives what the function gives."""
+    """Imports a graph into the function that is being traced; returns its outputs."""
     graph = tf.compat.v1.get_default_graph()
     inputs = {
         f"{name}:0": graph.capture(tensor)
@@ -167,7 +166,7 @@ def _described(value: Any) -> Any:
     return value if parts == [value] else [_described(part) for part in parts]
 
 
-# ------------------------------------------------------------------------- what they need
+# ------------------------------------------------------------------------------ resources
 
 
 def _owner_of(root: Any, path: str) -> tuple[Any, str]:
@@ -181,7 +180,7 @@ def _owner_of(root: Any, path: str) -> tuple[Any, str]:
 
 
 def size_of(variable: Any) -> int:
-    """How many numbers a variable holds."""
+    """Number of elements of a variable."""
     known = variable.shape.num_elements()
     return int(tf.size(variable)) if known is None else known
 
@@ -217,7 +216,7 @@ def _track(root: Any, loaded: Loaded, functions: list[tuple[Entry, Rewritten | N
 
 
 class _Initializer(tf.saved_model.experimental.TrackableResource):
-    """What has to run when the model is loaded: TensorFlow 1 fills its tables in the graph."""
+    """Initializer to run when the model is loaded: TensorFlow 1 fills its tables in the graph."""
 
     def __init__(self, initializer: Rewritten, assets: list[Any]) -> None:
         super().__init__()
@@ -241,7 +240,7 @@ def _is_used(resource: Any, captured: Mapping[int, Any]) -> bool:
 
 
 def _finish(meta_graph: Any, source: Path, directory: Path) -> None:
-    """Gives the written model what `tf.saved_model.save` has no argument for."""
+    """Gives the written model the properties that `tf.saved_model.save` has no argument for."""
     if (source / "assets.extra").is_dir():
         shutil.copytree(source / "assets.extra", directory / "assets.extra")
     file = directory / "saved_model.pb"

@@ -1,4 +1,4 @@
-"""Scopes of operations, after which the planner's owners of weights are called."""
+"""Scopes of operations, which give the owners of weights their names."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def shared_scope(names: Iterable[str]) -> str:
 
 
 def without_leaf(name: str) -> str:
-    """The scope of an operation: what the layer was called that made it."""
+    """The scope of an operation: the name of the layer that it comes from."""
     scope, _, leaf = name.rpartition("/")
     return scope or leaf
 
 
 def common_scope(names: list[str]) -> str:
-    """The scope that operations share, without what TensorFlow's own functions add to it."""
+    """The scope that operations share, without parts that TensorFlow's own functions add."""
     split = [name.split("/") for name in names]
     common = []
     for parts in zip(*split, strict=False):

@@ -25,7 +25,7 @@ class Called:
 
 
 def signature_called(function: Any, exchange: ReferenceIO) -> Called:
-    """A signature with the inputs of an exchange; a lone input may have another name."""
+    """A signature with reference inputs; a lone input may have another name."""
     inputs = exchange.inputs
     if len(inputs) == 1:
         return Called(function, list(inputs.values()))
@@ -33,7 +33,7 @@ def signature_called(function: Any, exchange: ReferenceIO) -> Called:
 
 
 def method_called(root: Any, exchange: ReferenceIO) -> Called:
-    """A method with the arguments of an exchange."""
+    """A method with reference arguments."""
     args, kwargs = exchange.inputs
     function = attribute_of(root, exchange.method).get_concrete_function(*args, **kwargs)
     flat = tf.nest.flatten(exchange.inputs, expand_composites=True)
@@ -41,7 +41,7 @@ def method_called(root: Any, exchange: ReferenceIO) -> Called:
 
 
 def _for_signature(signature: Any, exchange: ReferenceIO) -> Mapping[str, Any]:
-    """The inputs of an exchange by the names that a signature has; a lone one by its name."""
+    """Reference inputs by the names of a signature; a lone one may have had another name."""
     specs, inputs = specs_of(signature), exchange.inputs
     if len(specs) == len(inputs) == 1:
         return dict(zip(specs, inputs.values(), strict=True))
@@ -49,7 +49,7 @@ def _for_signature(signature: Any, exchange: ReferenceIO) -> Mapping[str, Any]:
 
 
 def repeated(loaded: Loaded, name: str, exchange: ReferenceIO) -> ReferenceIO:
-    """What a signature or method of the original gives for the same inputs another time."""
+    """A second call of a signature or method of the original, with the same inputs."""
     by_xla = exchange.compiled
     if exchange.method:
         return called_method(loaded.root, exchange.method, exchange.inputs, name, by_xla)
@@ -72,13 +72,13 @@ class Served:
             raise RewriteError(f"{directory} cannot be served: {cause_of(error)}") from error
 
     def called(self, name: str, exchange: ReferenceIO) -> Called:
-        """What is called for an exchange."""
+        """The function to call with reference inputs, and the tensors for it."""
         if exchange.method:
             return method_called(self._owner, exchange)
         return signature_called(self.signatures[name], exchange)
 
     def __call__(self, name: str, exchange: ReferenceIO) -> Mapping[str, np.ndarray]:
-        """What a signature or method gives for the inputs of an exchange.
+        """The outputs of a signature or method for reference inputs.
 
         The lone input of a signature may have another name.
         """
@@ -104,9 +104,9 @@ class Served:
 
 
 def _keeps(original: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether who is served what one interface declares is served by another.
+    """Whether clients of one interface are served by another.
 
-    More may be known of the shapes of outputs, never less, and inputs have to be the same.
+    The shapes of outputs may be known better, never less well, and inputs have to be the same.
     """
     return original.keys() == new.keys() and all(
         new[name].is_subtype_of(spec) if name.startswith("output ") else new[name] == spec

@@ -1,4 +1,4 @@
-"""Sample inputs for signatures and methods: what their graphs tell of the values they take."""
+"""Sample inputs for signatures and methods, after the hints that their graphs give."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mbn_rewrite.frontends.sample_inputs import Made, with_batch
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, source_of
 from mbn_rewrite.frontends.saved_model.sample_strings import Text, texts_for
 
-# What is tried for sizes that a signature leaves open: networks have least sizes.
+# Sizes to try where a signature leaves them open: networks have a minimum.
 _OPEN_SIZES = (64, 224, 16, 1)
 
 
@@ -36,7 +36,7 @@ def ways_to_make_inputs(
 
 
 def _made_for(function: FunctionGraph, batch: int | None) -> Made:
-    """How inputs that suit a graph are made up."""
+    """The recipe for inputs that suit a graph."""
     compared = list(_compared_with_constants(function))
     padding = [value for tensor, value in compared if tensor.dtype.is_floating]
     ids = [value for tensor, value in compared if tensor.dtype.is_integer]
@@ -53,7 +53,7 @@ def _made_for(function: FunctionGraph, batch: int | None) -> Made:
 
 
 def _compared_with_constants(function: FunctionGraph) -> Iterator[tuple[Any, Any]]:
-    """Arguments that are compared with one number, as masks are made; and that number."""
+    """Arguments that are compared with one number, as masks are made, with that number."""
     arguments = {function.graph.get_tensor_by_name(f"{name}:0").name for name in function.arguments}
     for op in function.operations:
         if op.type not in ("NotEqual", "Equal", "Greater"):
@@ -65,7 +65,7 @@ def _compared_with_constants(function: FunctionGraph) -> Iterator[tuple[Any, Any
 
 
 def _cast_from(tensor: Any) -> Any:
-    """A tensor before its dtype was changed."""
+    """The tensor that a tensor was cast from."""
     tensor = source_of(tensor)
     while tensor.op.type == "Cast":
         tensor = source_of(tensor.op.inputs[0])
@@ -73,7 +73,7 @@ def _cast_from(tensor: Any) -> Any:
 
 
 def _scales_down(function: FunctionGraph) -> bool:
-    """Whether an input is first multiplied by one number: the pixels of images are."""
+    """Whether an input is multiplied by one number first, as the pixels of images are."""
     for name in function.arguments:
         tensor = function.graph.get_tensor_by_name(f"{name}:0")
         for op, _ in function.readers.get(tensor.name, []):
@@ -86,7 +86,7 @@ def _scales_down(function: FunctionGraph) -> bool:
 
 
 def _words(function: FunctionGraph) -> int:
-    """The fewest rows of what integers look things up in."""
+    """Number of rows of the smallest embedding, which integers index."""
     rows = [256]
     for op in function.operations:
         shape = None

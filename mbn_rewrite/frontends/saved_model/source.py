@@ -1,4 +1,4 @@
-"""A SavedModel on disk, to be rewritten as SavedModel."""
+"""SavedModels on disk, opened for rewriting."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class SavedModelDirectory:
         return [entry for entry in self._loaded.entries if entry.name in self.as_it_was]
 
     def _note_acts(self, name: str, graph_def: Any) -> None:
-        """Notes what a function does beyond computing, so that it is not run."""
+        """Notes the effects of a function beyond computing, so that it is not run."""
         found = effects.in_graph(graph_def)
         if found:
             self._acting[name] = effects.in_words(found)
@@ -118,7 +118,7 @@ class SavedModelDirectory:
             )
 
     def _note_siblings_of_what_acts(self) -> None:
-        """Notes functions of one method with what acts: which of them a call runs, it decides."""
+        """Notes functions beside one that acts in a method, which picks the one to run."""
         methods = {e.method: e.name for e in self._loaded.entries if e.name in self._acting}
         for entry in self._loaded.entries:
             if entry.method and entry.method in methods and entry.name not in self._acting:
@@ -186,7 +186,7 @@ class SavedModelDirectory:
         return device()
 
     def _notes(self) -> list[str]:
-        """What the user should know of functions that act, in sentences."""
+        """Notes for the user on functions that act, in sentences."""
         return [
             f"'{name}' {acts} when it runs: it is rewritten, but was not run to verify it."
             for name, acts in self._acting.items()
@@ -244,8 +244,8 @@ class SavedModelDirectory:
         self.check_inputs(inputs)
         if not any(graph.has_side_effects for graph in self._graphs.values()):
             return self._exchanged(self._loaded, inputs)
-        # What the signatures change must not be what is written, nor must a failed attempt
-        # to make up inputs count: so find inputs on one copy, and use them on a fresh one.
+        # Calls change state, which must not be written, and failed attempts to make up inputs must
+        # not count: so inputs are found on one copy and used on a fresh one.
         found = self._exchanged(self._loaded_again(), inputs)
         fresh = self._loaded_again()
         return {

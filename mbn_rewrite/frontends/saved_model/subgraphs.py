@@ -1,6 +1,6 @@
-"""A function's graph as something to run: in part, with values put in the place of others.
+"""Graphs of functions that can be run in part, with given values in place of computed ones.
 
-And the same computed in float32 where it computes in a narrower dtype.
+They can also be widened, so that they compute in float32 instead of narrower dtypes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NARROW = frozenset(tf.as_dtype(name).as_datatype_enum for name in NARROW)
 
 @dataclass(frozen=True)
 class Program:
-    """A graph, and what it reads from outside.
+    """A graph with the variables and tensors that it captures.
 
     Attributes:
         graph_def: the graph.
@@ -56,7 +56,7 @@ class Program:
         Args:
             inputs: tensors for its arguments.
             fetches: the names of the tensors.
-            given: (node, number of an input) -> what that node reads in place of that input.
+            given: (node, number of an input) -> value that the node reads in place of that input.
 
         Raises:
             RewriteError: it cannot be run with these.
@@ -81,7 +81,7 @@ class Program:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """In which variables may be written to without lasting effect."""
+        """Context manager that undoes all writes to variables."""
         variables = {n: x for n, x in self.captures.items() if isinstance(x, tf.Variable)}
         written = {write.handle for write in writes_in(self.graph_def, variables)}
         before = [(variables[name], tf.identity(variables[name])) for name in sorted(written)]
@@ -93,19 +93,19 @@ class Program:
 
 
 def _traced(function: Rewritten, tensors: Sequence[Any]) -> Any:
-    """What runs a graph, without the order that a tf.function gives to operations with an effect.
+    """A function that runs a graph, without the order that tf.function gives to side effects.
 
-    The graph has that order already, and to find it once more does not end where a data set is
-    reduced over a variable.
+    The graph has that order already, and finding it once more does not terminate where a data set
+    is reduced over a variable.
     """
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
     return tf.compat.v1.wrap_function(lambda *data: imported(function, None, list(data)), specs)
 
 
 def _with_own_names(graph_def: GraphDef) -> None:
-    """Renames the functions of a graph, so that they are nobody else's.
+    """Gives the functions of a graph names that no other graph uses.
 
-    TensorFlow keeps functions by name, and forgets a name when who has brought it first is gone.
+    TensorFlow keeps functions by name, and drops a name once the graph that brought it is gone.
     """
     mark = f"_{next(_NUMBERS)}_in_part"
     own = {function.signature.name for function in graph_def.library.function}
@@ -155,7 +155,7 @@ def weight_dtypes(program: Program) -> set[str]:
 
 
 def widened(program: Program) -> Program:
-    """The same with float32 in the place of every narrower dtype, with the same weights."""
+    """The same graph with float32 in place of every narrower dtype, with the same weights."""
     graph_def = GraphDef()
     graph_def.CopyFrom(program.graph_def)
     for node in graph_def.node:

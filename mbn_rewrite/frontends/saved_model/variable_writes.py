@@ -1,9 +1,9 @@
-"""Which variables a graph writes to, through all that it calls.
+"""The variables that a graph writes to, in itself and in all functions that it calls.
 
-An operation that takes the handle of a variable and is not known to read it is taken to write:
-there are many that do (of optimisers, by index, by slices), and more with every version of
-TensorFlow. Of a function that is called with handles only those count as written that its body
-writes to, or hands to others that do.
+An operation that takes the handle of a variable and is not known to only read it counts as writing:
+many do (of optimisers, by index, by slices), and more with every version of TensorFlow. Of the
+handles that a function is called with, only those count as written that its body writes to, or
+passes to others that do.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ READS = {
     *("ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp"),
     *("IsResourceHandleRefCounting", "NoOp"),
 }
-# Operations that hand a handle on.
+# Operations that forward a handle.
 _HAND_ON = ALIASES | {"IdentityN", "Switch", "Merge", "Enter", "Exit", "NextIteration"}
-# Calls, and how many inputs come before the arguments of what they call.
+# Calls, and the number of inputs before the arguments of the function.
 _CALLS = {
     **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall", "BatchFunction"), 0),
     **dict.fromkeys(("While", "StatelessWhile", "XlaLaunch"), 0),
     **dict.fromkeys(("If", "StatelessIf", "Case", "StatelessCase"), 1),
 }
 _FUSED_NORMS = {"FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"}
-# The outputs of a fused operation that are inputs of it where it does not train.
+# The outputs of a fused operation at inference that are its inputs, with their numbers.
 _HANDED_THROUGH = {"1": 3, "batch_mean": 3, "2": 4, "batch_variance": 4}
 _MOST_ELEMENTS = 1 << 16
 
@@ -49,7 +49,7 @@ class Write:
         node: its name.
         handle: the Placeholder of the variable's handle.
         operation: the operation that writes, in words: the node, or one that it calls.
-        puts_back: whether it only writes what it has read.
+        puts_back: whether it only writes the value that the variable has.
     """
 
     node: str
@@ -59,7 +59,7 @@ class Write:
 
 
 def writes_in(graph_def: GraphDef, handles: Iterable[str]) -> list[Write]:
-    """What in a flat graph writes to variables; `handles` are the Placeholders of those."""
+    """The writes to variables in a flat graph; `handles` are their Placeholders."""
     return list(_Body(graph_def.node, frozenset(handles), _Library(graph_def)).writes())
 
 
@@ -101,7 +101,7 @@ class _Body:
     """The nodes of a graph or function.
 
     Args:
-        nodes: them.
+        nodes: the nodes.
         roots: the Placeholders or arguments that are handles.
         library: the functions that may be called.
     """
@@ -122,7 +122,7 @@ class _Body:
                 yield Write(node.name, handle, operation, puts_back)
 
     def _written_by(self, node: Any, taken: list[frozenset[str]]) -> Iterator[tuple[str, str]]:
-        """The handles that a node writes to, of those that it takes, and what does it."""
+        """The handles that a node writes to, of those that it takes, each with the operation."""
         passed = frozenset[str]().union(*taken)
         if not passed:
             return

@@ -1,7 +1,7 @@
-"""Weights of a SavedModel: variables and constants, and what a graph makes of them.
+"""Weights of a SavedModel: variables and constants, and values computed from them.
 
-A graph rarely feeds a variable straight to an operation: it is read, cast, and put into
-another shape on the way. `Constants.weight` follows that way back to what is stored, and
+A graph rarely feeds a variable straight to an operation: it is read, cast, and reshaped on the
+way. `Constants.weight` follows that way back to the stored array, and
 `Constants.value` computes small expressions such as the gamma * rsqrt(variance + epsilon)
 of a BatchNormalization, in float64.
 """
@@ -28,12 +28,12 @@ class Stored:
     """An array that the model stores: a variable, or a constant of its graph.
 
     Attributes:
-        key: tells it from all others.
-        name: what its user calls it.
+        key: identifies it.
+        name: its name for the user.
         shape: its shape.
         dtype: the name of its dtype.
         read: gives its value.
-        place: the tf.Variable, or the (view, name of the node) of a constant.
+        place: the tf.Variable, or the (function, name of the node) of a constant.
     """
 
     key: Any
@@ -80,7 +80,7 @@ class Weight:
 
 
 class Constants:
-    """What does not change from run to run, in one function.
+    """Tensors of one function that do not change from run to run function.
 
     Args:
         function: the function.
@@ -145,7 +145,7 @@ class Constants:
         )  # fmt: skip
 
     def written(self, tensor: Any) -> tuple[Any, str] | None:
-        """A variable in the expression of a parameter that something writes to, and who does."""
+        """A variable in the expression of a parameter that functions write to, and who does."""
         pending, seen = [tensor.op], set()
         while pending:
             op = pending.pop()

@@ -1,8 +1,8 @@
 """Carries out a plan on the graphs of a SavedModel's functions.
 
 Graphs are edited as they are stored: readers of a removed BatchNormalization read its input
-instead, weights that absorbed something get their new values, and what then nothing needs is
-left out. Variables that were not edited stay the same objects.
+instead, weights that absorbed something get their new values, and nodes that are no longer needed
+are left out. Variables that were not edited stay the same objects.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mbn_rewrite.ir.algebra import Array, ChannelMap, fold
 from mbn_rewrite.ir.graph import Linear
 from mbn_rewrite.plans import Fold, Form, Plan, Remap, Remove, Replace
 
-_EPSILON = 1e-3  # of fused operations that are put in, whose variance is 1 less this
+_EPSILON = 1e-3  # of inserted fused operations, whose variance is 1 less this
 
 
 def rewritten(
@@ -70,7 +70,7 @@ class _Writer:
         self.plan = plan
         self.editors = {id(function): GraphEditor(function, writes) for function in functions}
         self.done: set[str] = set()
-        self._variables: dict[Any, Any] = {}  # new ones, by what they are for
+        self._variables: dict[Any, Any] = {}  # new ones, by owner, name, dtype and shape
 
     def carry_out(self) -> None:
         for owner, calls in self.reading.norms.items():
@@ -92,7 +92,7 @@ class _Writer:
         self._editor(call.function).redirect(call.norm.sink.name, call.norm.source.name)
 
     def _replace(self, owner: str, call: NormCall, action: Replace) -> None:
-        """By a depthwise 1x1 convolution, a multiplication and an addition, or one operation."""
+        """Puts a depthwise 1x1 convolution, scale and shift, or a fused operation in its place."""
         editor, norm, m = self._editor(call.function), call.norm, action.map
         dtype = norm.source.dtype
         stored = _is_stored_in_variables(norm)
@@ -130,7 +130,7 @@ class _Writer:
         return editor.add(f"{place}/shift", "AddV2", [name, editor.read(shift, stored)], T=dtype)
 
     def _fused(self, owner: str, call: NormCall, m: ChannelMap, stored: bool) -> str:
-        """The fused operation, on what looks like images to it."""
+        """A fused operation, on the input reshaped to images; returns its output."""
         editor, norm = self._editor(call.function), call.norm
         place, source, dtype = norm.sink.op.name, norm.source.name, norm.source.dtype
         if norm.rank != 4:
@@ -160,7 +160,7 @@ class _Writer:
         )
 
     def _remap(self, owner: str, call: NormCall, action: Remap) -> None:
-        """Gives a BatchNormalization another map: by its gamma and beta, if it is fused."""
+        """Gives a BatchNormalization another map, by its gamma and beta if it is fused."""
         editor, norm, m = self._editor(call.function), call.norm, action.map
         stored = _is_stored_in_variables(norm)
         op = norm.ops[0]
@@ -184,7 +184,7 @@ class _Writer:
             )
         return self._variables[key]
 
-    # -- layers that absorb --------------------------------------------------------------
+    # -- linear operations that absorb ----------------------------------------------------
 
     def _fold(self, owner: str, edit: Fold) -> None:
         op = edit.op
@@ -231,7 +231,7 @@ class _Writer:
             self._editor(function).set_constant(name, array)
 
     def _add_border(self, owner: str, call: LinearCall, border: Array, as_variable: bool) -> None:
-        """Adds a border map right behind a convolution, in place of the bias that it holds."""
+        """Adds a border map right after a convolution, in place of its bias."""
         editor, result = self._editor(call.function), call.op.outputs[0]
         if call.described.axis == 1:  # channels first
             border = np.moveaxis(border, -1, 0)
@@ -245,12 +245,12 @@ class _Writer:
         )
         editor.redirect(result.name, name)
         editor.set_input(name, 0, result.name)
-        if call.described.absorbed:  # what adds the bias, and before it what lies between
+        if call.described.absorbed:  # the operations before the bias, and the addition of it
             *between, _ = [result, *(op.outputs[0] for op in call.described.absorbed)]
             editor.redirect(call.described.result.name, between[-1].name)
 
     def _add_bias(self, owner: str, call: LinearCall, bias: Array, as_variable: bool) -> None:
-        """Adds a bias right behind an operation that has none."""
+        """Adds a bias right after an operation that has none."""
         editor, result = self._editor(call.function), call.op.outputs[0]
         axis, rank = call.described.axis, result.shape.rank
         layout = b"NHWC" if axis == rank - 1 else b"NCHW"
@@ -271,8 +271,8 @@ class _Writer:
         editor.set_input(name, 0, result.name)
 
 
-# How an action on a BatchNormalization is carried out at one of its calls. Layers that absorb
-# something (`Fold`) are edited at all calls at once.
+# Action on a BatchNormalization -> method that carries it out at one of its calls. `Fold` is not
+# here: linear operations are edited at all their calls at once.
 _WRITERS: dict[type, Callable[..., None]] = {
     Remove: _Writer._remove,
     Remap: _Writer._remap,
@@ -281,7 +281,7 @@ _WRITERS: dict[type, Callable[..., None]] = {
 
 
 def _parameters(m: ChannelMap, epsilon: float) -> list[tuple[str, Array]]:
-    """What has a fused operation do a map: gamma / sqrt(1 - epsilon + epsilon) (x - 0) + beta"""
+    """Parameters of a fused operation: gamma / sqrt(1 - epsilon + epsilon) (x - 0) + beta"""
     return [
         ("gamma", m.scale),
         ("beta", m.shift),
