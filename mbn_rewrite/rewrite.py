@@ -127,8 +127,8 @@ def rewrite_saved_model(
 
     options.progress("running the original")
     give_back_memory()
-    exchanges = model.exchanges(options.inputs)
-    reference = Reference(exchanges, options.inputs is None, model.dtypes, model.opened_again)
+    calls = model.reference_io(options.inputs)
+    reference = Reference(calls, options.inputs is None, model.dtypes, model.opened_again)
     not_compared = {**model.unverifiable, **reference.not_compared}
     give_back_memory()
     with output_dir.working_folder(destination) as folder:

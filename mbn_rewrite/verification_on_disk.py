@@ -20,13 +20,13 @@ class Reference:
     """Outputs of an original, to compare with.
 
     Attributes:
-        exchanges: the inputs and outputs of each signature and method that was run.
+        calls: the inputs and outputs of each signature and method that was run.
         made_up: whether the inputs were made up.
         dtypes: the names of the dtypes that the original computes in.
         open_again: loads the original again; see `protocols.ModelSource.opened_again`.
     """
 
-    exchanges: Mapping[str, ReferenceIO]
+    calls: Mapping[str, ReferenceIO]
     made_up: bool
     dtypes: set[str]
     open_again: Callable[[Path], Any]
@@ -36,19 +36,19 @@ class Reference:
         """The signatures and methods that were run, but give nothing to compare."""
         return {
             name: "it gives not one value to compare"
-            for name, exchange in self.exchanges.items()
-            if self.gives_nothing(exchange)
+            for name, call in self.calls.items()
+            if self.gives_nothing(call)
         }
 
     @property
     def by_xla(self) -> tuple[str, ...]:
         """The signatures and methods that only XLA could run on this machine."""
-        return tuple(name for name, exchange in self.exchanges.items() if exchange.compiled)
+        return tuple(name for name, call in self.calls.items() if call.compiled)
 
-    def gives_nothing(self, exchange: ReferenceIO) -> bool:
+    def gives_nothing(self, call: ReferenceIO) -> bool:
         """Whether there is nothing to compare, which for inputs of the caller is a mistake."""
-        empty = not any(array.size for array in exchange.outputs.values())
-        return empty and (self.made_up or not exchange.outputs)
+        empty = not any(array.size for array in call.outputs.values())
+        return empty and (self.made_up or not call.outputs)
 
 
 def verified(
@@ -72,9 +72,9 @@ def verified(
 
     pair = _Pair(directory, reference, tolerance)
     comparisons = {
-        name: pair.compared(name, exchange)
-        for name, exchange in reference.exchanges.items()
-        if pair.runs(name, exchange)
+        name: pair.compared(name, call)
+        for name, call in reference.calls.items()
+        if pair.runs(name, call)
     }
     counts = op_counts(pair.served.signatures[counted]) if counted else {}
     return comparisons, counts
@@ -93,13 +93,13 @@ class _Pair:
         self._tolerance = tolerance_for(reference.dtypes) if tolerance is None else tolerance
         self._outputs: dict[str, list[tuple[str, np.ndarray, np.ndarray]]] = {}
 
-    def runs(self, name: str, exchange: ReferenceIO) -> bool:
+    def runs(self, name: str, call: ReferenceIO) -> bool:
         """Runs a signature of the written model; whether there is something to compare.
 
         Raises:
             RewriteError: it cannot be run, or names its outputs otherwise than the original.
         """
-        results, expected = dict(self.served(name, exchange)), dict(exchange.outputs)
+        results, expected = dict(self.served(name, call)), dict(call.outputs)
         if len(expected) == len(results) == 1:
             expected = dict(zip(results, expected.values(), strict=True))
         if set(expected) != set(results):
@@ -108,31 +108,29 @@ class _Pair:
                 f"that of the original {sorted(expected)}"
             )
         self._outputs[name] = [(key, expected[key], results[key]) for key in sorted(expected)]
-        return not self._reference.gives_nothing(exchange)
+        return not self._reference.gives_nothing(call)
 
-    def compared(self, name: str, exchange: ReferenceIO) -> Comparison:
+    def compared(self, name: str, call: ReferenceIO) -> Comparison:
         """Compares the outputs of a signature that was run."""
         outputs = self._outputs.pop(name)
         comparison = judged(
             [expected for _, expected, _ in outputs],
             [result for _, _, result in outputs],
             self._tolerance,
-            partial(self._closer_look, name, exchange),
+            partial(self._closer_look, name, call),
             [f"'{key}'" for key, _, _ in outputs],
         )
         if not comparison.ok:
             loaded = self._reference.open_again(self._directory.with_name("original_again"))
-            _check_that_it_can_be_verified(name, exchange, comparison, loaded, self._tolerance)
+            _check_that_it_can_be_verified(name, call, comparison, loaded, self._tolerance)
         return comparison
 
-    def _closer_look(
-        self, name: str, exchange: ReferenceIO, plain: Comparison
-    ) -> Comparison | None:
+    def _closer_look(self, name: str, call: ReferenceIO, plain: Comparison) -> Comparison | None:
         from mbn_rewrite.frontends.saved_model.closer_look import look_closer_at_served
 
         original, written = self._both
         return look_closer_at_served(
-            original, written, name, exchange, plain, rounding=self._for_rounding
+            original, written, name, call, plain, rounding=self._for_rounding
         )
 
     @cached_property
@@ -145,21 +143,21 @@ class _Pair:
 
 
 def _check_that_it_can_be_verified(
-    name: str, exchange: ReferenceIO, comparison: Comparison, loaded: Any, tolerance: float
+    name: str, call: ReferenceIO, comparison: Comparison, loaded: Any, tolerance: float
 ) -> None:
     """Raises RewriteError where outputs differ, but not by a mistake of ours.
 
     Args:
         name: of the signature or method.
-        exchange: what the original gave.
+        call: the inputs that the original was given, and its outputs.
         comparison: of that and what the rewritten model gave.
         loaded: the original, loaded again.
         tolerance: that was allowed.
     """
-    from mbn_rewrite.frontends.saved_model.served import repeated
+    from mbn_rewrite.frontends.saved_model.served import called_again
 
-    again = repeated(loaded, name, exchange)
-    first, second = list(exchange.outputs.values()), list(again.outputs.values())
+    again = called_again(loaded, name, call)
+    first, second = list(call.outputs.values()), list(again.outputs.values())
     if not comparison.compared:
         why = f"{comparison.note} (give inputs for which the original gives numbers)"
     elif not compare_outputs(first, second, tolerance).ok:

@@ -132,7 +132,7 @@ class ModelSource(OpenModel, Protocol):
     def check_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Raises RewriteError where no signature takes inputs of these names."""
 
-    def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
+    def reference_io(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
         """The outputs of its signatures, for these inputs or for made-up ones."""
 
     @property

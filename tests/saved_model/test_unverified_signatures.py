@@ -184,7 +184,7 @@ def test_masks_are_found_in_graphs(tmp_path):
     tf.saved_model.save(network, str(tmp_path / "in"), signatures=serve)
     from mbn_rewrite.frontends.saved_model.source import SavedModelDirectory
 
-    found = SavedModelDirectory(tmp_path / "in", None, None).exchanges(None)["serving_default"]
+    found = SavedModelDirectory(tmp_path / "in", None, None).reference_io(None)["serving_default"]
     steps = found.outputs["mask"].sum(1)
     assert steps[0] == 8
     assert steps[-1] == 0

@@ -94,7 +94,7 @@ class KerasFile(ABC):
     def check_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
         self.structured(inputs)
 
-    def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
+    def reference_io(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
         if SERVING in self.unverifiable:
             return {}
         given = None if inputs is None else self.structured(inputs)

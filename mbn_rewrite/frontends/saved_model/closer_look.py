@@ -40,15 +40,15 @@ from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.saved_model.discontinuities import Cuts, can_be_cut, cuts_between
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, function_graph_of
 from mbn_rewrite.frontends.saved_model.loaded_model import Loaded
-from mbn_rewrite.frontends.saved_model.served import Served, method_called, signature_called
-from mbn_rewrite.frontends.saved_model.subgraphs import (
-    Program,
+from mbn_rewrite.frontends.saved_model.runnable_graph import (
+    RunnableGraph,
     as_wide,
     is_narrow,
-    program_of,
+    runnable_graph_of,
     weight_dtypes,
     widened,
 )
+from mbn_rewrite.frontends.saved_model.served import Served, method_call, signature_call
 from mbn_rewrite.frontends.source import ReferenceIO
 
 
@@ -100,26 +100,26 @@ def look_closer(
         return None
     for xla in dict.fromkeys((by_xla, True)):
         with suppress(RewriteError):
-            return _looked(original, new, names, plain, rounding, xla)
+            return _compared_by_segments(original, new, names, plain, rounding, xla)
     return None
 
 
-def _looked(
+def _compared_by_segments(
     original: Side, new: Side, names: Sequence[str], plain: Comparison, rounding: bool, xla: bool
 ) -> Comparison | None:
-    programs = program_of(original.graph, xla), program_of(new.graph, xla)
-    narrow = rounding and is_narrow(programs[0])
-    jumps = cuts_between(original.graph, new.graph)
-    looked = _Look(original, new, programs, jumps, names, plain)
-    at_jumps = looked.result(narrow)
-    if at_jumps.ok:
-        return at_jumps
+    runnable = runnable_graph_of(original.graph, xla), runnable_graph_of(new.graph, xla)
+    narrow = rounding and is_narrow(runnable[0])
+    cuts = cuts_between(original.graph, new.graph)
+    compared = _SegmentComparison(original, new, runnable, cuts, names, plain)
+    at_cuts = compared.result(narrow)
+    if at_cuts.ok:
+        return at_cuts
     deeper = cuts_between(original.graph, new.graph, steep=True)
-    if len(deeper.cuts) > len(jumps.cuts) and looked.differs_in_few_places:
-        found = _Look(original, new, programs, deeper, names, plain).result(narrow)
+    if len(deeper.cuts) > len(cuts.cuts) and compared.differs_in_few_places:
+        found = _SegmentComparison(original, new, runnable, deeper, names, plain).result(narrow)
         if found.ok:
             return found
-    return None if jumps.missed else at_jumps
+    return None if cuts.missed else at_cuts
 
 
 def look_closer_at_calls(
@@ -149,7 +149,7 @@ def look_closer_at_served(
     original: Loaded,
     served: Served,
     name: str,
-    exchange: ReferenceIO,
+    reference: ReferenceIO,
     plain: Comparison,
     rounding: bool,
 ) -> Comparison | None:
@@ -159,22 +159,22 @@ def look_closer_at_served(
         original: the original, loaded again.
         served: what was written.
         name: of the signature or method.
-        exchange: the inputs that the original was given, and its outputs.
+        reference: the inputs that the original was given, and its outputs.
         plain, rounding: as for `look_closer`.
     """
-    if exchange.method:
-        called = method_called(original.root, exchange)
+    if reference.method:
+        call = method_call(original.root, reference)
     else:
-        called = signature_called(original.signatures[name], exchange)
+        call = signature_call(original.signatures[name], reference)
     sides = []
-    for each in (called, served.called(name, exchange)):
+    for each in (call, served.call(name, reference)):
         try:
             graph = function_graph_of(name, each.function, original.variable_in_graph)
         except Exception:  # of a graph that cannot be read, which was carried over as it was
             return None
         sides.append(Side(graph, each.inputs))
-    names = [f"'{output}'" for output in exchange.outputs]
-    return look_closer(sides[0], sides[1], names, plain, rounding, exchange.compiled)
+    names = [f"'{output}'" for output in reference.outputs]
+    return look_closer(sides[0], sides[1], names, plain, rounding, reference.compiled)
 
 
 def _traced(function: Callable[[Any], Any], inputs: Any) -> FunctionGraph:
@@ -182,20 +182,20 @@ def _traced(function: Callable[[Any], Any], inputs: Any) -> FunctionGraph:
     return function_graph_of("model", traced.get_concrete_function(inputs), lambda name: None)
 
 
-class _Look:
+class _SegmentComparison:
     """Comparison of two graphs between some cuts."""
 
     def __init__(
         self,
         original: Side,
         new: Side,
-        programs: tuple[Program, Program],
+        runnable: tuple[RunnableGraph, RunnableGraph],
         cuts: Cuts,
         names: Sequence[str],
         plain: Comparison,
     ) -> None:
         self._sides = original, new
-        self._programs = programs
+        self._runnable = runnable
         self._cuts = cuts
         self._plain = plain
         self._names = [*(f"what '{cut.node}' reads" for cut in cuts.cuts), *names]
@@ -203,14 +203,14 @@ class _Look:
             [*(cut.original_read for cut in cuts.cuts), *original.graph.results],
             [*(cut.read for cut in cuts.cuts), *new.graph.results],
         )
-        ours = programs[0].run(original.inputs, self._fetched[0])
+        ours = runnable[0].run(original.inputs, self._fetched[0])
         self._given = [tf.constant(array) for array in ours[: len(cuts.cuts)]]
-        self._run = _Run(ours, self._rewritten(programs[1], new.inputs, self._given))
+        self._run = _Run(ours, self._rewritten(runnable[1], new.inputs, self._given))
         self._pairs = self._compared(self._run, [plain.tolerance] * len(ours))
 
-    def _rewritten(self, program: Program, inputs: Sequence[Any], given: list[Any]) -> Any:
+    def _rewritten(self, graph: RunnableGraph, inputs: Sequence[Any], given: list[Any]) -> Any:
         places = [(cut.node, cut.index) for cut in self._cuts.cuts]
-        return program.run(inputs, self._fetched[1], dict(zip(places, given, strict=True)))
+        return graph.run(inputs, self._fetched[1], dict(zip(places, given, strict=True)))
 
     def _compared(self, run: _Run, tolerances: Sequence[float]) -> list[Pair] | None:
         """The comparison of each tensor; None where shapes differ."""
@@ -248,7 +248,7 @@ class _Look:
         """The comparison where the original may differ much from itself in float32."""
         cuts, wide = self._cuts.cuts, [as_wide(tensor) for tensor in self._given]
         inputs = [[as_wide(tensor) for tensor in side.inputs] for side in self._sides]
-        original, new = map(widened, self._programs)
+        original, new = map(widened, self._runnable)
         places = [(cut.original_node, cut.index) for cut in cuts]
         exact = original.run(inputs[0], self._fetched[0], dict(zip(places, wide, strict=True)))
         run = _Run(exact, self._rewritten(new, inputs[1], wide))
@@ -256,7 +256,7 @@ class _Look:
         if any(a.shape != b.shape for a, b in arrays):
             return self._plain
         allowed = [rounding_tolerance([a], [b], self._plain.tolerance) for a, b in arrays]
-        kept = set().union(*map(weight_dtypes, self._programs))
+        kept = set().union(*map(weight_dtypes, self._runnable))
         # Weights that are kept in a narrow dtype are rounded as often as values are.
         in_float32 = allowed if kept & set(NARROW) else [tolerance_for({"float32"})] * len(allowed)
         exact_pairs = self._compared(run, in_float32)

@@ -19,7 +19,7 @@ from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, sour
 from mbn_rewrite.frontends.saved_model.inlining import bodies_called, called_by
 
 # Operations that are discontinuous in the real numbers that they read.
-_JUMPS = frozenset({
+_DISCONTINUOUS = frozenset({
     *("ArgMax", "ArgMin", "MaxPoolWithArgmax", "TopK", "TopKV2", "ApproxTopK", "NthElement"),
     *("InTopK", "InTopKV2", "Where", "Sign", "Round", "Rint", "Floor", "Ceil", "FloorDiv"),
     *("FloorMod", "Mod", "TruncateDiv", "TruncateMod", "Bucketize", "LowerBound", "UpperBound"),
@@ -29,7 +29,7 @@ _JUMPS = frozenset({
     *("CTCGreedyDecoder", "CTCBeamSearchDecoder", "HistogramFixedWidth", "AsString"),
     *("XlaSort", "XlaVariadicSort", "XlaKeyValueSort", "XlaArgMax", "StringFormat"),
 })  # fmt: skip
-_JUMP_FAMILIES = ("NonMaxSuppression", "FakeQuant", "Quantize", "Unique")
+_DISCONTINUOUS_FAMILIES = ("NonMaxSuppression", "FakeQuant", "Quantize", "Unique")
 # Operations whose slope is unbounded somewhere.
 _STEEP = frozenset({
     *("Log", "Log1p", "Reciprocal", "Inv", "RealDiv", "Div", "DivNoNan", "Xdivy", "Xlogy"),
@@ -89,7 +89,7 @@ def cuts_between(original: FunctionGraph, new: FunctionGraph, steep: bool = Fals
     theirs = {op.name: op for op in _cut_ops(original, steep)}
     pairs = _paired(ops, theirs)
     cuts = []
-    missed = [op.name for op in _upstream(new) if _hides_jumps(new, op, steep)]
+    missed = [op.name for op in _upstream(new) if _hides_discontinuity(new, op, steep)]
     for op in ops:
         twin = pairs.get(op.name)
         if twin is None or [t.dtype for t in twin.inputs] != [t.dtype for t in op.inputs]:
@@ -108,16 +108,16 @@ def can_be_cut(graph: FunctionGraph) -> bool:
 def _cut_ops(graph: FunctionGraph, steep: bool) -> list[Any]:
     """The operations of a graph in front of which it is cut, in the order of `_upstream`."""
     ops = list(_upstream(graph))
-    cut = [op for op in ops if _jumps(op.node_def) or (steep and _is_steep(op))]
-    calls = [op for op in ops if _jumps_inside(graph, op, steep)]
+    cut = [op for op in ops if _is_discontinuous(op.node_def) or (steep and _is_steep(op))]
+    calls = [op for op in ops if _is_discontinuous_inside(graph, op, steep)]
     names = {op.name for op in [*cut, *calls, *(filler for op in calls for filler in _fillers(op))]}
     return [op for op in ops if op.name in names and _real_inputs(op)]
 
 
-def _hides_jumps(graph: FunctionGraph, op: Any, steep: bool) -> bool:
+def _hides_discontinuity(graph: FunctionGraph, op: Any, steep: bool) -> bool:
     """Whether an operation may be discontinuous in values that are computed inside it alone."""
     reads_variables = any(tensor.dtype == tf.resource for tensor in op.inputs)
-    return op.type in _OPAQUE or (reads_variables and _jumps_inside(graph, op, steep))
+    return op.type in _OPAQUE or (reads_variables and _is_discontinuous_inside(graph, op, steep))
 
 
 def _fillers(op: Any) -> Iterator[Any]:
@@ -145,12 +145,12 @@ def _is_real(dtype: Any) -> bool:
     return bool(dtype.is_floating or dtype.is_complex)
 
 
-def _jumps(node: Any) -> bool:
+def _is_discontinuous(node: Any) -> bool:
     """Whether a node is discontinuous in real numbers that it reads."""
     if node.op == "Cast":
         return _reads_real(node, "SrcT") and not _reads_real(node, "DstT")
     # Comparisons of integers, by which loops count, do not matter.
-    known = node.op in _JUMPS or node.op.startswith(_JUMP_FAMILIES)
+    known = node.op in _DISCONTINUOUS or node.op.startswith(_DISCONTINUOUS_FAMILIES)
     return known and _reads_real(node, "T")
 
 
@@ -165,12 +165,12 @@ def _is_steep(op: Any) -> bool:
     return op.type in _STEEP and (op.type not in _DIVISIONS or 1 in _real_inputs(op))
 
 
-def _jumps_inside(graph: FunctionGraph, op: Any, steep: bool) -> bool:
+def _is_discontinuous_inside(graph: FunctionGraph, op: Any, steep: bool) -> bool:
     """Whether a loop, a branch or a call that stays one is discontinuous; it is cut as a whole."""
     if all(name == op.type for name in called_by(op.node_def)):
         return False
     return any(
-        _jumps(node) or (steep and node.op in _STEEP)
+        _is_discontinuous(node) or (steep and node.op in _STEEP)
         for body in bodies_called(graph.graph_def, op.node_def)
         for node in body.node_def
     )

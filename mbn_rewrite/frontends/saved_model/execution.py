@@ -51,7 +51,7 @@ def _interface_of(function: Any) -> dict[str, Any]:
     }
 
 
-def exchange(
+def signature_reference(
     name: str,
     function: Any,
     graph: FunctionGraph | None,
@@ -78,10 +78,10 @@ def exchange(
                 for key, array in given.items()
             }
         inputs = {key: as_specified(key, given[key], spec) for key, spec in specs.items()}
-        return exchanged(function, inputs, who)
+        return call_signature(function, inputs, who)
 
     def call(inputs: dict[str, Any], by_xla: bool) -> ReferenceIO:
-        return exchanged(function, inputs, who, by_xla)
+        return call_signature(function, inputs, who, by_xla)
 
     try:
         found = _first_that_fits(specs, graph, call, batch)
@@ -110,7 +110,7 @@ def _how_to_give(name: str, specs: Mapping[str, Any]) -> str:
     )
 
 
-def method_exchange(
+def method_reference(
     entry: Entry, root: Any, graph: FunctionGraph | None, known: Iterable[ReferenceIO]
 ) -> ReferenceIO:
     """Calls a method: with the inputs of a signature that takes the same, or with sample inputs.
@@ -133,7 +133,7 @@ def method_exchange(
     def call(inputs: Mapping[str, Any], by_xla: bool | None = None) -> ReferenceIO:
         filled = [inputs.get(f"{i:04}", x) for i, x in enumerate(flat)]
         packed = tf.nest.pack_sequence_as(arguments, filled, expand_composites=True)
-        return called_method(root, entry.method, packed, f"method '{entry.name}'", by_xla)
+        return call_method(root, entry.method, packed, f"method '{entry.name}'", by_xla)
 
     inputs = next((x for e in known if (x := _suitable(e.inputs, specs)) is not None), None)
     found = _first_that_fits(specs, graph, call) if inputs is None else call(inputs)
@@ -155,10 +155,10 @@ def _suitable(inputs: Any, specs: Mapping[str, Any]) -> dict[str, Any] | None:
     return pairs if fit else None
 
 
-def called_method(
+def call_method(
     root: Any, path: str, arguments: Any, who: str, by_xla: bool | None = None
 ) -> ReferenceIO:
-    """The inputs and outputs of a call of a method; see `exchanged`."""
+    """The inputs and outputs of a call of a method; see `call_signature`."""
     method = attribute_of(root, path)
     arrays, by_xla = _run(lambda given: method(*given[0], **given[1]), arguments, who, by_xla)
     outputs = {str(i): array for i, array in enumerate(arrays)}
@@ -197,7 +197,7 @@ def _outputs(found: ReferenceIO) -> Iterable[np.ndarray]:
     return found.outputs.values()
 
 
-def exchanged(
+def call_signature(
     function: Any, inputs: Mapping[str, Any], who: str, by_xla: bool | None = None
 ) -> ReferenceIO:
     """The inputs and outputs of a call of a signature.

@@ -11,50 +11,50 @@ import numpy as np
 import tensorflow as tf
 
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.frontends.saved_model.execution import called_method, exchanged, specs_of
+from mbn_rewrite.frontends.saved_model.execution import call_method, call_signature, specs_of
 from mbn_rewrite.frontends.saved_model.loaded_model import Interface, Loaded, attribute_of
 from mbn_rewrite.frontends.source import ReferenceIO
 
 
 @dataclass(frozen=True)
-class Called:
+class Call:
     """A concrete function, and tensors for its arguments in their order."""
 
     function: Any
     inputs: Sequence[Any]
 
 
-def signature_called(function: Any, exchange: ReferenceIO) -> Called:
+def signature_call(function: Any, reference: ReferenceIO) -> Call:
     """A signature with reference inputs; a lone input may have another name."""
-    inputs = exchange.inputs
+    inputs = reference.inputs
     if len(inputs) == 1:
-        return Called(function, list(inputs.values()))
-    return Called(function, [inputs[name] for name in Interface.of(function).keywords])
+        return Call(function, list(inputs.values()))
+    return Call(function, [inputs[name] for name in Interface.of(function).keywords])
 
 
-def method_called(root: Any, exchange: ReferenceIO) -> Called:
+def method_call(root: Any, reference: ReferenceIO) -> Call:
     """A method with reference arguments."""
-    args, kwargs = exchange.inputs
-    function = attribute_of(root, exchange.method).get_concrete_function(*args, **kwargs)
-    flat = tf.nest.flatten(exchange.inputs, expand_composites=True)
-    return Called(function, [value for value in flat if isinstance(value, tf.Tensor)])
+    args, kwargs = reference.inputs
+    function = attribute_of(root, reference.method).get_concrete_function(*args, **kwargs)
+    flat = tf.nest.flatten(reference.inputs, expand_composites=True)
+    return Call(function, [value for value in flat if isinstance(value, tf.Tensor)])
 
 
-def _for_signature(signature: Any, exchange: ReferenceIO) -> Mapping[str, Any]:
+def _for_signature(signature: Any, reference: ReferenceIO) -> Mapping[str, Any]:
     """Reference inputs by the names of a signature; a lone one may have had another name."""
-    specs, inputs = specs_of(signature), exchange.inputs
+    specs, inputs = specs_of(signature), reference.inputs
     if len(specs) == len(inputs) == 1:
         return dict(zip(specs, inputs.values(), strict=True))
     return dict(inputs)
 
 
-def repeated(loaded: Loaded, name: str, exchange: ReferenceIO) -> ReferenceIO:
+def called_again(loaded: Loaded, name: str, reference: ReferenceIO) -> ReferenceIO:
     """A second call of a signature or method of the original, with the same inputs."""
-    by_xla = exchange.compiled
-    if exchange.method:
-        return called_method(loaded.root, exchange.method, exchange.inputs, name, by_xla)
+    by_xla = reference.compiled
+    if reference.method:
+        return call_method(loaded.root, reference.method, reference.inputs, name, by_xla)
     function = loaded.signatures[name]
-    return exchanged(function, _for_signature(function, exchange), name, by_xla)
+    return call_signature(function, _for_signature(function, reference), name, by_xla)
 
 
 class Served:
@@ -71,34 +71,34 @@ class Served:
         except Exception as error:
             raise RewriteError(f"{directory} cannot be served: {cause_of(error)}") from error
 
-    def called(self, name: str, exchange: ReferenceIO) -> Called:
+    def call(self, name: str, reference: ReferenceIO) -> Call:
         """The function to call with reference inputs, and the tensors for it."""
-        if exchange.method:
-            return method_called(self._owner, exchange)
-        return signature_called(self.signatures[name], exchange)
+        if reference.method:
+            return method_call(self._owner, reference)
+        return signature_call(self.signatures[name], reference)
 
-    def __call__(self, name: str, exchange: ReferenceIO) -> Mapping[str, np.ndarray]:
+    def __call__(self, name: str, reference: ReferenceIO) -> Mapping[str, np.ndarray]:
         """The outputs of a signature or method for reference inputs.
 
         The lone input of a signature may have another name.
         """
         who = "the rewritten model"
-        if exchange.method:
-            return called_method(
-                self._owner, exchange.method, exchange.inputs, who, exchange.compiled
+        if reference.method:
+            return call_method(
+                self._owner, reference.method, reference.inputs, who, reference.compiled
             ).outputs
         signature = self.signatures[name]
-        specs, inputs = specs_of(signature), _for_signature(signature, exchange)
+        specs, inputs = specs_of(signature), _for_signature(signature, reference)
         if set(inputs) != set(specs):
             raise RewriteError(
                 f"signature '{name}' of the rewritten model names its inputs {sorted(specs)}, "
                 f"the original {sorted(inputs)}"
             )
-        result = exchanged(signature, inputs, who, exchange.compiled)
-        if exchange.interface and not _keeps(exchange.interface, result.interface):
+        result = call_signature(signature, inputs, who, reference.compiled)
+        if reference.interface and not _keeps(reference.interface, result.interface):
             raise RewriteError(
                 f"signature '{name}' would declare {dict(result.interface)}, the original "
-                f"declares {dict(exchange.interface)}; please report this"
+                f"declares {dict(reference.interface)}; please report this"
             )
         return result.outputs
 

@@ -216,7 +216,7 @@ class SavedModelDirectory:
         name, batch = entry.name, options.run_config.batch_size
         given = execution.given_for(name, entry.function, options.inputs)
         graph = self._graphs[name]
-        made = execution.exchange(name, entry.function, graph, given, batch)
+        made = execution.signature_reference(name, entry.function, graph, given, batch)
         return made.inputs
 
     def check_inputs(self, inputs: Mapping[str, np.ndarray] | None) -> None:
@@ -240,22 +240,22 @@ class SavedModelDirectory:
     def names(self) -> list[str]:
         return [entry.name for entry in self._loaded.entries]
 
-    def exchanges(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
+    def reference_io(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
         self.check_inputs(inputs)
         if not any(graph.has_side_effects for graph in self._graphs.values()):
-            return self._exchanged(self._loaded, inputs)
+            return self._reference_io(self._loaded, inputs)
         # Calls change state, which must not be written, and failed attempts to make up inputs must
         # not count: so inputs are found on one copy and used on a fresh one.
-        found = self._exchanged(self._loaded_again(), inputs)
+        found = self._reference_io(self._loaded_again(), inputs)
         fresh = self._loaded_again()
         return {
-            name: execution.called_method(fresh.root, e.method, e.inputs, name, e.compiled)
+            name: execution.call_method(fresh.root, e.method, e.inputs, name, e.compiled)
             if e.method
-            else execution.exchanged(fresh.signatures[name], e.inputs, name, e.compiled)
+            else execution.call_signature(fresh.signatures[name], e.inputs, name, e.compiled)
             for name, e in found.items()
         }
 
-    def _exchanged(
+    def _reference_io(
         self, loaded: Loaded, inputs: Mapping[str, np.ndarray] | None
     ) -> dict[str, ReferenceIO]:
         found = {}
@@ -268,10 +268,10 @@ class SavedModelDirectory:
                 give_back_memory()  # which running the one before has left
             if not entry.method:
                 given = execution.given_for(name, entry.function, inputs)
-                found[name] = execution.exchange(name, entry.function, graph, given)
+                found[name] = execution.signature_reference(name, entry.function, graph, given)
                 continue
             try:
-                found[name] = execution.method_exchange(entry, loaded.root, graph, found.values())
+                found[name] = execution.method_reference(entry, loaded.root, graph, found.values())
             except RewriteError as error:
                 self.unverifiable[name] = str(error)
         return found

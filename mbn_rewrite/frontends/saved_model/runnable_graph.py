@@ -30,7 +30,7 @@ _NARROW = frozenset(tf.as_dtype(name).as_datatype_enum for name in NARROW)
 
 
 @dataclass(frozen=True)
-class Program:
+class RunnableGraph:
     """A graph with the variables and tensors that it captures.
 
     Attributes:
@@ -124,7 +124,7 @@ def _with_own_names(graph_def: GraphDef) -> None:
                     called.name += mark
 
 
-def program_of(graph: FunctionGraph, by_xla: bool = False) -> Program:
+def runnable_graph_of(graph: FunctionGraph, by_xla: bool = False) -> RunnableGraph:
     """The graph of a graph; `by_xla` says that nothing else can run it."""
     graph_def = GraphDef()
     graph_def.CopyFrom(graph.graph_def)
@@ -132,32 +132,32 @@ def program_of(graph: FunctionGraph, by_xla: bool = False) -> Program:
         node.attr.pop("_class", None)  # wants to be placed with nodes that may be gone
     _with_own_names(graph_def)
     captures = {**graph.captures, **graph.variables}
-    return Program(graph_def, graph.arguments, captures, graph.compiled or by_xla)
+    return RunnableGraph(graph_def, graph.arguments, captures, graph.compiled or by_xla)
 
 
-def is_narrow(program: Program) -> bool:
-    """Whether a program computes in a dtype narrower than float32."""
+def is_narrow(graph: RunnableGraph) -> bool:
+    """Whether a graph computes in a dtype narrower than float32."""
     return any(
         attribute.type in _NARROW
-        for node in program.graph_def.node
+        for node in graph.graph_def.node
         for attribute in node.attr.values()
     )
 
 
-def weight_dtypes(program: Program) -> set[str]:
-    """The names of the dtypes in which a program's weights are kept."""
-    stored = {tf.as_dtype(x.dtype).name for x in program.captures.values() if hasattr(x, "dtype")}
+def weight_dtypes(graph: RunnableGraph) -> set[str]:
+    """The names of the dtypes in which a graph's weights are kept."""
+    stored = {tf.as_dtype(x.dtype).name for x in graph.captures.values() if hasattr(x, "dtype")}
     return stored | {
         tf.as_dtype(node.attr["dtype"].type).name
-        for node in program.graph_def.node
+        for node in graph.graph_def.node
         if node.op == "Const" and len(node.attr["value"].tensor.tensor_shape.dim)
     }
 
 
-def widened(program: Program) -> Program:
+def widened(graph: RunnableGraph) -> RunnableGraph:
     """The same graph with float32 in place of every narrower dtype, with the same weights."""
     graph_def = GraphDef()
-    graph_def.CopyFrom(program.graph_def)
+    graph_def.CopyFrom(graph.graph_def)
     for node in graph_def.node:
         _widen(node)
     for function in graph_def.library.function:
@@ -166,8 +166,8 @@ def widened(program: Program) -> Program:
                 argument.type = _WIDE.as_datatype_enum
         for node in function.node_def:
             _widen(node)
-    captures = {name: as_wide(external) for name, external in program.captures.items()}
-    return Program(graph_def, program.arguments, captures, program.compiled)
+    captures = {name: as_wide(external) for name, external in graph.captures.items()}
+    return RunnableGraph(graph_def, graph.arguments, captures, graph.compiled)
 
 
 def as_wide(value: Any) -> Any:
