@@ -26,9 +26,11 @@ from mbn_rewrite.frontends.saved_model.match_batchnorm import FUSED, Norm, fused
 from mbn_rewrite.frontends.saved_model.op_site import Described, Site, shape_of
 from mbn_rewrite.frontends.saved_model.op_table import describe
 from mbn_rewrite.frontends.saved_model.opaque_calls import notes_on
+from mbn_rewrite.frontends.saved_model.reading import LinearCall, NormCall, Reading
 from mbn_rewrite.frontends.saved_model.scopes import common_scope, shared_scope, without_leaf
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
-from mbn_rewrite.frontends.saved_model.weights import Constants, Stored, Weight
+from mbn_rewrite.frontends.saved_model.weight_uses import WeightUses
+from mbn_rewrite.frontends.saved_model.weights import Constants, Weight
 from mbn_rewrite.ir.graph import (
     BatchNorm,
     Graph,
@@ -41,54 +43,6 @@ from mbn_rewrite.ir.graph import (
 )
 
 
-@dataclass(frozen=True)
-class LinearCall:
-    """One use of weights: the operation, and its description for the planner."""
-
-    function: FunctionGraph
-    op: Any
-    described: Described
-
-
-@dataclass(frozen=True)
-class NormCall:
-    """One BatchNormalization in one function."""
-
-    function: FunctionGraph
-    norm: Norm
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The functions of a SavedModel as the planner sees them, and the way back.
-
-    Attributes:
-        graph: the neutral graph.
-        linears: owner -> its calls.
-        norms: owner -> its calls.
-        dtypes: the names of the dtypes in which weights are used.
-        notes: sentences that the user should know of any copy of the model.
-    """
-
-    graph: Graph
-    linears: dict[str, list[LinearCall]]
-    norms: dict[str, list[NormCall]]
-    dtypes: frozenset[str]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def variables(self) -> set[int]:
-        """The variables, by id, that linear operations and BatchNormalizations read."""
-        keys = {key for calls in self.norms.values() for call in calls for key in call.norm.keys}
-        for calls in self.linears.values():
-            keys |= {w.stored.key for call in calls for w in call.described.weights.values()}
-        return {key[1] for key in keys if key[0] == "variable"}
-
-    def weight(self, owner: str, name: str) -> Stored:
-        """The stored array that an owner calls by a name."""
-        return self.linears[owner][0].described.weights[name].stored
-
-
 def read(functions: Iterable[FunctionGraph], writes: Writes, pinned: Iterable[Any] = ()) -> Reading:
     """Reads functions.
 
@@ -98,7 +52,8 @@ def read(functions: Iterable[FunctionGraph], writes: Writes, pinned: Iterable[An
         pinned: variables that functions carried over unread use.
     """
     functions = list(functions)
-    reader = _Reader(writes, {("variable", id(variable)) for variable in pinned})
+    keys = {("variable", id(variable)) for variable in pinned}
+    reader = _Reader(writes, WeightUses(writes, keys))
     for function in functions:
         reader.read(function)
     return replace(reader.finish(), notes=notes_on(functions))
@@ -107,7 +62,7 @@ def read(functions: Iterable[FunctionGraph], writes: Writes, pinned: Iterable[An
 @dataclass
 class _Reader:
     writes: Writes
-    pinned: set[Any]
+    uses: WeightUses
     values: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     outputs: set[int] = field(default_factory=set)
@@ -115,7 +70,6 @@ class _Reader:
     linears: dict[str, list[LinearCall]] = field(default_factory=dict)
     norms: dict[str, list[NormCall]] = field(default_factory=dict)
     dtypes: set[str] = field(default_factory=set)
-    uses: dict[Any, dict[int, str]] = field(default_factory=dict)  # stored key -> id(op) -> label
     owners: dict[Any, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     scope: str = ""  # what all names of the function at hand begin with
@@ -139,16 +93,13 @@ class _Reader:
                 and not self._is_constant(constants, op)
             ):
                 self._add(function, op, described[op.name], known)
-            self._note_uses(function, constants, op)
+            self.uses.note(constants, op, f"{op.type} '{self._shown(op.name)}'")
             self._add_written(function, constants, op)
             self._add_hidden(function, op)
         self._add_constants(function, known)
         for tensor in function.outputs:
             self.outputs.add(self._value(source_of(tensor), known))
-            weight = constants.weight(tensor)
-            if weight is not None:
-                uses = self.uses.setdefault(weight.stored.key, {})
-                uses[id(tensor)] = f"an output of '{function.name}'"
+            self.uses.note_output(constants, tensor)
 
     def _add_constants(self, function: FunctionGraph, known: dict[str, int]) -> None:
         """Adds nodes for values that operations read but that were taken for weights."""
@@ -243,20 +194,6 @@ class _Reader:
             self.taken.add(owner)
         return self.owners[key]
 
-    def _note_uses(self, function: FunctionGraph, constants: Constants, op: Any) -> None:
-        """Notes the stored arrays that an operation reads, past reshapes and casts."""
-        if op.type in SHAPE_ONLY or not op.inputs:
-            return
-        gives_weight = op.outputs and constants.weight(op.outputs[0]) is not None
-        for tensor in op.inputs:
-            weight = constants.weight(tensor)
-            label = f"{op.type} '{self._shown(op.name)}'"
-            if weight is not None and not gives_weight:
-                self.uses.setdefault(weight.stored.key, {})[id(op)] = label
-            variable = function.variable(tensor) if tensor.dtype == tf.resource else None
-            if variable is not None and op.type not in ALIASES | {"ReadVariableOp"}:
-                self.uses.setdefault(("variable", id(variable)), {})[id(op)] = label
-
     def _add_written(self, function: FunctionGraph, constants: Constants, op: Any) -> None:
         """Lists a BatchNormalization written out as arithmetic whose variance is no constant."""
         for variable, writer in hidden_batchnorm.written_variances(constants, op):
@@ -279,12 +216,12 @@ class _Reader:
     # -- all functions -------------------------------------------------------------------
 
     def finish(self) -> Reading:
-        shared = {owner: self._shared(owner) for owner in self.linears}
+        fixed = {owner: self.uses.why_fixed(calls) for owner, calls in self.linears.items()}
         nodes = []
         for node in self.nodes:
             if isinstance(node.op, Linear):
-                if shared[node.owner]:
-                    node = replace(node, op=Opaque(shared[node.owner]))
+                if fixed[node.owner]:
+                    node = replace(node, op=Opaque(fixed[node.owner]))
             elif not isinstance(node.op, BatchNorm) and node.owner in self.taken:
                 # It is called as the scope of an operation that has weights.
                 node = replace(node, owner=f"{node.owner}:0")
@@ -298,35 +235,6 @@ class _Reader:
             lambda owner, name: linears[owner][0].described.weights[name].stored.read(),
         )
         return Reading(graph, linears, self.norms, frozenset(self.dtypes))
-
-    def _shared(self, owner: str) -> str:
-        """Why the weights of an owner cannot be edited, or ""."""
-        calls = self.linears[owner]
-        first = calls[0].described
-        expected: dict[Any, set[int]] = {}
-        for call in calls:
-            described = call.described
-            assert isinstance(described.op, Linear)
-            if described.op != first.op:
-                return "uses its weights in several ways"
-            sum_op = described.result.op
-            for name, weight in described.weights.items():
-                user = call.op if name == "kernel" else sum_op
-                expected.setdefault(weight.stored.key, set()).add(id(user))
-        stored = {weight.stored.key: weight.stored for weight in first.weights.values()}
-        if len(stored) < len(first.weights):
-            return "has one array as kernel and bias"
-        for key, array in stored.items():
-            if key in self.pinned:
-                return f"shares '{array.name}' with a function that is carried over as it was"
-            if id(array.place) in self.writes.by:
-                return f"has weights that {self.writes.by[id(array.place)]}"
-            others = [
-                label for op, label in self.uses.get(key, {}).items() if op not in expected[key]
-            ]
-            if others:
-                return f"shares its weights with {others[0]}"
-        return ""
 
 
 def convolvable(norm: Norm) -> bool:

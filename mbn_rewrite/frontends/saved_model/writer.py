@@ -16,7 +16,7 @@ import tensorflow as tf
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes
 from mbn_rewrite.frontends.saved_model.graph_editor import GraphEditor, Rewritten, as_node_name
-from mbn_rewrite.frontends.saved_model.reader import LinearCall, NormCall, Reading
+from mbn_rewrite.frontends.saved_model.reading import LinearCall, NormCall, Reading
 from mbn_rewrite.frontends.saved_model.weights import Stored
 from mbn_rewrite.ir.algebra import Array, ChannelMap, fold
 from mbn_rewrite.ir.graph import Linear
