@@ -16,7 +16,7 @@ from mbn_rewrite.tables import encodable, html_table, table
 
 if TYPE_CHECKING:  # which import this module
     from mbn_rewrite.comparison import Comparison
-    from mbn_rewrite.frontends.source import Footprint
+    from mbn_rewrite.frontends.footprint import Footprint
     from mbn_rewrite.plans import Decision, Plan
     from mbn_rewrite.report import Report
 

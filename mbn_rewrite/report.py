@@ -9,7 +9,7 @@ from typing import Any
 
 from mbn_rewrite import display
 from mbn_rewrite.comparison import Comparison
-from mbn_rewrite.frontends.source import Footprint
+from mbn_rewrite.frontends.footprint import Footprint
 from mbn_rewrite.plans import Plan
 
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from mbn_rewrite import output_dir
 from mbn_rewrite.errors import RewriteError, VerificationError, cause_of
+from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import ModelSource
 from mbn_rewrite.frontends.registry import check_source, open_source
-from mbn_rewrite.frontends.source import Footprint, bytes_on_disk
 from mbn_rewrite.options import TRAINING_MODES, Mode, Options, checked_options
 from mbn_rewrite.report import Report
 from mbn_rewrite.tuning.auto import plan_for

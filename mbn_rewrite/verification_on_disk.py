@@ -12,7 +12,7 @@ import numpy as np
 
 from mbn_rewrite.comparison import Comparison, compare_outputs, judged, tolerance_for
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.frontends.source import ReferenceIO
+from mbn_rewrite.frontends.reference_io import ReferenceIO
 
 
 @dataclass(frozen=True)

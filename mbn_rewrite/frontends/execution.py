@@ -17,7 +17,12 @@ from tensorflow.python.eager.context import eager_mode
 
 from mbn_rewrite.device import processor
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.frontends.sample_inputs import GIVE_REAL_ONES, Made, random_array, uncallable
+from mbn_rewrite.frontends.sample_inputs import (
+    GIVE_REAL_ONES,
+    InputRecipe,
+    random_array,
+    uncallable,
+)
 from mbn_rewrite.options import RunConfig
 
 
@@ -44,7 +49,7 @@ def without_saying_where() -> Iterator[None]:
         logger.removeFilter(says_more)
 
 
-def random_tensor(spec: Any, rng: np.random.Generator, made: Made) -> Any:
+def random_tensor(spec: Any, rng: np.random.Generator, recipe: InputRecipe) -> Any:
     """A tensor of a spec's shape and dtype.
 
     Raises:
@@ -55,7 +60,7 @@ def random_tensor(spec: Any, rng: np.random.Generator, made: Made) -> Any:
     if isinstance(kind, (tf.SparseTensorSpec, tf.RaggedTensorSpec)) or spec.shape.rank is None:
         what = " of unknown rank" if spec.shape.rank is None else ", not dense"
         raise RewriteError(f"cannot make up inputs of dtype {dtype.name}{what}. {GIVE_REAL_ONES}")
-    array = random_array(tuple(spec.shape), dtype.name, rng, made)
+    array = random_array(tuple(spec.shape), dtype.name, rng, recipe)
     return tf.constant(array, tf.string) if dtype == tf.string else tf.cast(array, dtype)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.frontends.protocols import FrontEnd, Run
-from mbn_rewrite.frontends.sample_inputs import Made, tried
+from mbn_rewrite.frontends.sample_inputs import InputRecipe, tried
 from mbn_rewrite.ir.graph import Graph
 from mbn_rewrite.options import Options, RunConfig
 from mbn_rewrite.plans import Plan
@@ -84,9 +84,9 @@ def outputs_of_original(
     if inputs is not None:
         return inputs, front_end.outputs_of(model, inputs, "the original")
 
-    def call(made: Made) -> tuple[Any, list[np.ndarray]]:
-        inputs = front_end.random_inputs(model, seed, made)
+    def call(recipe: InputRecipe) -> tuple[Any, list[np.ndarray]]:
+        inputs = front_end.random_inputs(model, seed, recipe)
         return inputs, front_end.outputs_of(model, inputs, "the original")
 
-    way = replace(front_end.made_for(model), pictures=pictures)
+    way = replace(front_end.recipe_for(model), pictures=pictures)
     return tried([way], call, lambda found: found[1])

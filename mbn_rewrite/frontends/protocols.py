@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mbn_rewrite.frontends.sample_inputs import Made
+from mbn_rewrite.frontends.sample_inputs import InputRecipe
 from mbn_rewrite.ir.graph import Graph
 from mbn_rewrite.options import Options, RunConfig
 from mbn_rewrite.plans import Plan
 
 if TYPE_CHECKING:
     from mbn_rewrite.comparison import Comparison
-    from mbn_rewrite.frontends.source import Footprint, ReferenceIO
+    from mbn_rewrite.frontends.footprint import Footprint
+    from mbn_rewrite.frontends.reference_io import ReferenceIO
 
 Run = Callable[[], object]  # runs a form of a model once, to the end
 
@@ -63,10 +64,10 @@ class FrontEnd(Protocol):
     def write(self, model: Any, reading: Any, plan: Plan) -> Any:
         """A copy of the model with the plan carried out."""
 
-    def made_for(self, model: Any, batch: int | None = None) -> Made:
-        """How inputs that suit the model are made up."""
+    def recipe_for(self, model: Any, batch: int | None = None) -> InputRecipe:
+        """The recipe for inputs that suit the model."""
 
-    def random_inputs(self, model: Any, seed: int = 0, made: Made | None = None) -> Any:
+    def random_inputs(self, model: Any, seed: int = 0, recipe: InputRecipe | None = None) -> Any:
         """Inputs of the model's shapes and dtypes, in the structure that it takes.
 
         Raises RewriteError where they cannot be made up.

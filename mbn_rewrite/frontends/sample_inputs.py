@@ -47,22 +47,22 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Made:
-    """How inputs are made up.
+class InputRecipe:
+    """Recipe for sample inputs.
 
     Attributes:
-        open_size: what stands for a size that the model leaves open.
+        open_size: the size of axes that the model leaves open.
         top: floats are uniform from 0 to this (pixels), or normally distributed if None.
         words: integers are less than this.
-        text: makes strings, or None where they cannot be made up.
+        text: function that makes strings, or None where they cannot be made up.
         batch: how many examples; None for a few, as `with_batch` says.
         pictures: how many are a few, where one is as large as a picture.
         manner: one of `MANNERS`.
-        padding: what the steps of a sequence of vectors hold that are left out; None if it is
-            not known that any are.
-        pad_id: what stands in the place of integers that are left out; None likewise.
-        largest: how many numbers the largest tensor has that the model computes from one
-            example, as far as is known.
+        padding: value of padded steps in sequences of vectors; None if they are not known to be
+            padded.
+        pad_id: value of padded steps in sequences of integers; None likewise.
+        largest: number of elements of the largest tensor that the model computes from one
+            example, as far as it is known.
     """
 
     open_size: int = 64
@@ -82,8 +82,8 @@ class Made:
 
 
 def tried(
-    ways: Sequence[Made],
-    call: Callable[[Made], T],
+    ways: Sequence[InputRecipe],
+    call: Callable[[InputRecipe], T],
     arrays: Callable[[T], Iterable[np.ndarray]],
     manners: Sequence[str] = MANNERS,
 ) -> T:
@@ -137,7 +137,9 @@ def _numbers(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.name in _FLOATS else np.zeros(0)
 
 
-def random_array(shape: Shape, dtype: str, rng: np.random.Generator, made: Made) -> np.ndarray:
+def random_array(
+    shape: Shape, dtype: str, rng: np.random.Generator, recipe: InputRecipe
+) -> np.ndarray:
     """An array for an input of this shape and dtype.
 
     Args:
@@ -147,62 +149,64 @@ def random_array(shape: Shape, dtype: str, rng: np.random.Generator, made: Made)
     Raises:
         RewriteError: it cannot be made up, or would be too large for this machine.
     """
-    sizes = _sizes(shape, dtype, made)
-    if dtype == "string" and made.text is not None:
-        strings = [made.text(rng) for _ in range(math.prod(sizes))]
-        if made.has_edges and len(strings) > 1:
+    sizes = _sizes(shape, dtype, recipe)
+    if dtype == "string" and recipe.text is not None:
+        strings = [recipe.text(rng) for _ in range(math.prod(sizes))]
+        if recipe.has_edges and len(strings) > 1:
             strings[-1] = b""
         return np.array(strings, object).reshape(sizes)
     if dtype == "bool":
-        return _with_some(rng.integers(0, 2, sizes, dtype=bool), (False, True), rng, made)
+        return _with_some(rng.integers(0, 2, sizes, dtype=bool), (False, True), rng, recipe)
     if dtype in _INTEGERS:
-        return _integers(sizes, dtype, rng, made)
+        return _integers(sizes, dtype, rng, recipe)
     if dtype in _FLOATS:
-        return _floats(sizes, np.dtype("float64" if dtype == "float64" else "float32"), rng, made)
+        return _floats(sizes, np.dtype("float64" if dtype == "float64" else "float32"), rng, recipe)
     raise RewriteError(f"cannot make up inputs of dtype {dtype}. {GIVE_REAL_ONES}")
 
 
-def _integers(sizes: list[int], dtype: str, rng: np.random.Generator, made: Made) -> np.ndarray:
-    end = made.words
-    if dtype == "uint8" and made.top is not None:
-        end = int(made.top) + 1  # pixels
+def _integers(
+    sizes: list[int], dtype: str, rng: np.random.Generator, recipe: InputRecipe
+) -> np.ndarray:
+    end = recipe.words
+    if dtype == "uint8" and recipe.top is not None:
+        end = int(recipe.top) + 1  # pixels
     end = min(end, int(np.iinfo(dtype).max) + 1)
-    least = 1 if made.manner == POSITIVE and end > 1 else 0
+    least = 1 if recipe.manner == POSITIVE and end > 1 else 0
     array = rng.integers(least, end, sizes, dtype=dtype)
-    pads = made.pad_id is not None and array.ndim > 1 and 0 <= made.pad_id < end
-    if pads and array.size and made.has_edges:
-        lengths = _lengths(sizes, made)
-        _with_some(array[0, : lengths[0]], (0, end - 1), rng, made)
-        return _padded(array, lengths, made.pad_id)
-    return _with_some(array, (0, end - 1), rng, made)
+    pads = recipe.pad_id is not None and array.ndim > 1 and 0 <= recipe.pad_id < end
+    if pads and array.size and recipe.has_edges:
+        lengths = _lengths(sizes, recipe)
+        _with_some(array[0, : lengths[0]], (0, end - 1), rng, recipe)
+        return _padded(array, lengths, recipe.pad_id)
+    return _with_some(array, (0, end - 1), rng, recipe)
 
 
 def _floats(
-    sizes: list[int], dtype: np.dtype[Any], rng: np.random.Generator, made: Made
+    sizes: list[int], dtype: np.dtype[Any], rng: np.random.Generator, recipe: InputRecipe
 ) -> np.ndarray:
-    if made.manner == POSITIVE:  # above 0, up to 1 or to the top
-        return np.multiply(1 - rng.random(sizes, dtype), made.top or 1, dtype=dtype)
-    if made.top is None:
+    if recipe.manner == POSITIVE:  # above 0, up to 1 or to the top
+        return np.multiply(1 - rng.random(sizes, dtype), recipe.top or 1, dtype=dtype)
+    if recipe.top is None:
         array, ends = rng.standard_normal(sizes, dtype), (-_EXTREME, _EXTREME)
     else:
-        array, ends = rng.random(sizes, dtype) * dtype.type(made.top), (0.0, made.top)
-    if not made.has_edges or not array.size:
+        array, ends = rng.random(sizes, dtype) * dtype.type(recipe.top), (0.0, recipe.top)
+    if not recipe.has_edges or not array.size:
         return array
     rows = array.reshape(-1, sizes[-1] if sizes else 1)
     if len(rows) >= _BATCH:  # where there are fewer, none is given away
         rows[rng.integers(0, len(rows), min(max(1, len(rows) // _EVERY), _MOST))] = 0
-    if made.padding is None or array.ndim < 3 or not array.size:
-        return _with_some(array, (0.0, *ends), rng, made)
-    lengths = _lengths(sizes, made)
-    _with_some(array[0, : lengths[0]], (0.0, *ends), rng, made)
-    return _padded(array, lengths, made.padding)
+    if recipe.padding is None or array.ndim < 3 or not array.size:
+        return _with_some(array, (0.0, *ends), rng, recipe)
+    lengths = _lengths(sizes, recipe)
+    _with_some(array[0, : lengths[0]], (0.0, *ends), rng, recipe)
+    return _padded(array, lengths, recipe.padding)
 
 
 def _with_some(
-    array: np.ndarray, values: Sequence[Any], rng: np.random.Generator, made: Made
+    array: np.ndarray, values: Sequence[Any], rng: np.random.Generator, recipe: InputRecipe
 ) -> np.ndarray:
     """Puts each of these values at a few places of an array; returns it."""
-    if made.has_edges and array.size >= len(values):
+    if recipe.has_edges and array.size >= len(values):
         times = min(max(1, array.size // _EVERY), _MOST)
         places = rng.integers(0, array.size, times * len(values))
         # Each is there at least once: the last to be put there.
@@ -211,13 +215,13 @@ def _with_some(
     return array
 
 
-def _lengths(sizes: Sequence[int], made: Made) -> list[int]:
+def _lengths(sizes: Sequence[int], recipe: InputRecipe) -> list[int]:
     """The lengths of the sequences of a batch, which differ."""
     examples, steps = sizes[:2]
     lengths = [max(1, round(steps * (examples - i) / (examples + 1))) for i in range(examples)]
     if examples > 2:
         lengths[0] = steps
-    if examples > 1 and made.manner == WITH_EMPTY:
+    if examples > 1 and recipe.manner == WITH_EMPTY:
         lengths[-1] = 0
     return lengths
 
@@ -231,33 +235,33 @@ def _padded(array: np.ndarray, lengths: Sequence[int], padding: float | None) ->
 # ------------------------------------------------------------------------------------ sizes
 
 
-def _sizes(shape: Shape, dtype: str, made: Made) -> list[int]:
+def _sizes(shape: Shape, dtype: str, recipe: InputRecipe) -> list[int]:
     """A shape with its open sizes filled in.
 
     Raises:
         RewriteError: inputs of that shape, or tensors computed from them, would be too large.
     """
-    sizes = [made.open_size if size is None else size for size in shape]
+    sizes = [recipe.open_size if size is None else size for size in shape]
     width = {"float64": 8, "int64": 8, "uint64": 8}.get(dtype, 4)
     if not is_open(shape):
         check_size(f"an input of the shape {sizes}", math.prod(sizes), width)
-        check_size("what the model computes", made.largest, width)
+        check_size("what the model computes", recipe.largest, width)
         return sizes
-    sizes[0] = made.batch or _BATCH
+    sizes[0] = recipe.batch or _BATCH
     check_size(f"an input of the shape {sizes}", math.prod(sizes), width)
-    check_size("what the model computes", sizes[0] * made.largest, width)
+    check_size("what the model computes", sizes[0] * recipe.largest, width)
     return sizes
 
 
-def with_batch(made: Made, shapes: Iterable[Shape]) -> Made:
+def with_batch(recipe: InputRecipe, shapes: Iterable[Shape]) -> InputRecipe:
     """The same, with as many examples as all inputs of these shapes will have."""
-    if made.batch is not None:
-        return made
-    sizes = [[made.open_size if size is None else size for size in shape[1:]] for shape in shapes]
+    if recipe.batch is not None:
+        return recipe
+    sizes = [[recipe.open_size if size is None else size for size in shape[1:]] for shape in shapes]
     one = max(map(math.prod, sizes), default=1)
-    few = _BATCH if one < _PICTURE else made.pictures
-    fits = few * max(one, made.largest) <= _most_numbers(4)
-    return replace(made, batch=few if fits else 1)
+    few = _BATCH if one < _PICTURE else recipe.pictures
+    fits = few * max(one, recipe.largest) <= _most_numbers(4)
+    return replace(recipe, batch=few if fits else 1)
 
 
 def check_size(what: str, numbers: int, width: int) -> None:

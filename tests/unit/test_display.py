@@ -14,7 +14,7 @@ import tf_keras
 import mbn_rewrite as mbn
 from mbn_rewrite.comparison import Comparison
 from mbn_rewrite.display import MOST_ROWS
-from mbn_rewrite.frontends.source import Footprint
+from mbn_rewrite.frontends.footprint import Footprint
 from mbn_rewrite.plans import Decision, Plan
 from mbn_rewrite.tables import WITHOUT_TERMINAL, Page, laid_out_for, standard_output, table
 

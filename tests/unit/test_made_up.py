@@ -12,7 +12,7 @@ from mbn_rewrite.frontends.sample_inputs import (
     POSITIVE,
     WITH_EDGES,
     WITH_EMPTY,
-    Made,
+    InputRecipe,
     nans,
     random_array,
     tried,
@@ -21,13 +21,13 @@ from mbn_rewrite.frontends.sample_inputs import (
 from tests.support.kerases import K, Model, package
 
 
-def made(shape, dtype, manner=WITH_EDGES, **how):
-    return random_array(shape, dtype, np.random.default_rng(0), Made(manner=manner, **how))
+def recipe(shape, dtype, manner=WITH_EDGES, **how):
+    return random_array(shape, dtype, np.random.default_rng(0), InputRecipe(manner=manner, **how))
 
 
 @pytest.mark.parametrize("shape", [(None,), (None, 7), (1, 5), (None, 6, 6, 3), (2, 40, 2)])
 def test_floats_hold_zeros_and_both_ends(shape):
-    array = made(shape, "float32")
+    array = recipe(shape, "float32")
     assert {-5.0, 0.0, 5.0} <= set(array.ravel())
     assert np.abs(array).max() == 5
 
@@ -36,37 +36,37 @@ def test_floats_hold_zeros_and_both_ends(shape):
 @pytest.mark.parametrize("top", [None, 255.0])
 @pytest.mark.parametrize("manner", MANNERS)
 def test_floats_are_made_in_their_own_dtype(dtype, top, manner):
-    array = made((None, 5, 3), dtype, manner, top=top, padding=0.0)
+    array = recipe((None, 5, 3), dtype, manner, top=top, padding=0.0)
     assert array.dtype == dtype
     if top:
         assert np.all((array >= 0) & (array <= top))
 
 
 def test_pixels_are_black_and_white_too():
-    array = made((None, 8, 8, 3), "float32", top=255.0)
+    array = recipe((None, 8, 8, 3), "float32", top=255.0)
     assert (array.min(), array.max()) == (0, 255)
-    assert set(made((None, 8, 8, 3), "uint8", top=255.0).ravel()) >= {0, 255}
+    assert set(recipe((None, 8, 8, 3), "uint8", top=255.0).ravel()) >= {0, 255}
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "int64", "uint16"])
 def test_integers_are_the_first_and_the_last_too(dtype):
-    array = made((None, 9), dtype, words=100)
+    array = recipe((None, 9), dtype, words=100)
     assert array.dtype == dtype
     assert (array.min(), array.max()) == (0, 99)
 
 
 def test_integers_fit_their_dtype():
-    assert made((None, 9), "int8", words=1000).max() <= 127
+    assert recipe((None, 9), "int8", words=1000).max() <= 127
 
 
 def test_booleans_are_both():
-    assert set(made((None, 2), "bool").ravel()) == {False, True}
+    assert set(recipe((None, 2), "bool").ravel()) == {False, True}
 
 
 def test_one_string_is_empty():
-    strings = made((None,), "string", text=lambda rng: b"word")
+    strings = recipe((None,), "string", text=lambda rng: b"word")
     assert list(strings) == [b"word", b"word", b"word", b""]
-    assert b"" not in made((None,), "string", PLAIN, text=lambda rng: b"word")
+    assert b"" not in recipe((None,), "string", PLAIN, text=lambda rng: b"word")
 
 
 def lengths_of(array, padding):
@@ -82,33 +82,33 @@ def lengths_of(array, padding):
 )
 def test_sequences_end_at_several_steps(shape, dtype, how):
     padding = how.get("padding", how.get("pad_id"))
-    lengths = lengths_of(made(shape, dtype, **how), padding)
+    lengths = lengths_of(recipe(shape, dtype, **how), padding)
     assert lengths[0] > lengths[1] > lengths[2] > lengths[3] > 0
-    assert np.all(made(shape, dtype, WITH_EMPTY, **how)[-1] == padding)
-    assert np.all(made((1, *shape[1:]), dtype, **how)[0, -1] == padding)
+    assert np.all(recipe(shape, dtype, WITH_EMPTY, **how)[-1] == padding)
+    assert np.all(recipe((1, *shape[1:]), dtype, **how)[0, -1] == padding)
 
 
 def test_positive_inputs_have_no_zeros():
-    assert made((None, 50), "float32", POSITIVE).min() > 0
-    assert made((None, 50), "float32", POSITIVE).max() <= 1
-    assert made((None, 50), "int32", POSITIVE, words=9).min() == 1
+    assert recipe((None, 50), "float32", POSITIVE).min() > 0
+    assert recipe((None, 50), "float32", POSITIVE).max() <= 1
+    assert recipe((None, 50), "int32", POSITIVE, words=9).min() == 1
 
 
 @pytest.mark.parametrize("manner", MANNERS)
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bool"])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (0, 3), (2, 0, 3), (None, 1, 1)])
 def test_small_shapes_are_what_they_are(shape, dtype, manner):
-    array = made(shape, dtype, manner, padding=0.0, pad_id=0)
+    array = recipe(shape, dtype, manner, padding=0.0, pad_id=0)
     assert array.shape == tuple(4 if size is None else size for size in shape)
 
 
 def test_the_same_seed_gives_the_same():
-    np.testing.assert_array_equal(made((None, 9), "float32"), made((None, 9), "float32"))
+    np.testing.assert_array_equal(recipe((None, 9), "float32"), recipe((None, 9), "float32"))
 
 
 def test_all_inputs_have_as_many_examples():
-    way = with_batch(Made(), [(None, 224, 224, 3), (None, 5)])
-    assert made((None, 5), "float32", batch=way.batch).shape == (2, 5)
+    way = with_batch(InputRecipe(), [(None, 224, 224, 3), (None, 5)])
+    assert recipe((None, 5), "float32", batch=way.batch).shape == (2, 5)
 
 
 # ------------------------------------------------------------------------------- the manners
@@ -125,12 +125,12 @@ def numbers_for(manners):
 
 @pytest.mark.parametrize("manner", MANNERS)
 def test_the_first_manner_without_nan_is_taken(manner):
-    found = tried([Made(padding=0.0)], numbers_for({manner, POSITIVE}), lambda x: [x[1]])
+    found = tried([InputRecipe(padding=0.0)], numbers_for({manner, POSITIVE}), lambda x: [x[1]])
     assert found[0] == manner
 
 
 def test_nan_in_every_manner_is_given_as_it_is():
-    found = tried([Made()], numbers_for(()), lambda x: [x[1]])
+    found = tried([InputRecipe()], numbers_for(()), lambda x: [x[1]])
     assert (found[0], nans([found[1]])) == (WITH_EDGES, 1)
 
 
@@ -140,9 +140,9 @@ def test_what_fails_with_edges_is_tried_without():
             raise mbn.RewriteError(way.manner)
         return np.zeros(1)
 
-    assert tried([Made(64), Made(16)], call, lambda x: [x]).shape == (1,)
+    assert tried([InputRecipe(64), InputRecipe(16)], call, lambda x: [x]).shape == (1,)
     with pytest.raises(mbn.RewriteError, match=WITH_EDGES):
-        tried([Made(1)], call, lambda x: [x])
+        tried([InputRecipe(1)], call, lambda x: [x])
 
 
 # ---------------------------------------------------------------------------------- sizes
@@ -150,23 +150,23 @@ def test_what_fails_with_edges_is_tried_without():
 
 def test_inputs_that_would_fill_the_memory_are_not_made(monkeypatch):
     monkeypatch.setattr(sample_inputs, "memory", lambda: 2**30)
-    assert made((1, 4000, 4000), "float32").nbytes < 2**27
+    assert recipe((1, 4000, 4000), "float32").nbytes < 2**27
     with pytest.raises(mbn.RewriteError, match=r"1\.5 GiB.*0\.1 GiB.*inputs=.*--verify_inputs"):
-        made((1, 20_000, 20_000), "float32")
+        recipe((1, 20_000, 20_000), "float32")
     with pytest.raises(mbn.RewriteError, match="what the model computes"):
-        made((None, 3), "float32", largest=2**26)
+        recipe((None, 3), "float32", largest=2**26)
 
 
 def test_no_tensor_has_more_numbers_than_kernels_count(monkeypatch):
     monkeypatch.setattr(sample_inputs, "memory", lambda: 2**50)
     with pytest.raises(mbn.RewriteError, match="an input of the shape"):
-        made((1, 40_000, 40_000, 3), "uint8")
+        recipe((1, 40_000, 40_000, 3), "uint8")
 
 
 def test_fewer_examples_are_made_where_many_would_fill_the_memory(monkeypatch):
     monkeypatch.setattr(sample_inputs, "memory", lambda: 2**30)
-    assert with_batch(Made(largest=2**25), [(None, 3)]).batch == 1
-    assert with_batch(Made(largest=2**22), [(None, 3)]).batch == 4
+    assert with_batch(InputRecipe(largest=2**25), [(None, 3)]).batch == 1
+    assert with_batch(InputRecipe(largest=2**22), [(None, 3)]).batch == 4
 
 
 def test_a_layer_whose_output_would_fill_the_memory(each_keras, monkeypatch):

@@ -17,7 +17,7 @@ from mbn_rewrite.frontends.keras_common import execution as shared
 from mbn_rewrite.frontends.keras_common.cloning import parts
 from mbn_rewrite.frontends.sample_inputs import (
     GIVE_REAL_ONES,
-    Made,
+    InputRecipe,
     of_batch,
     random_array,
     uncallable,
@@ -31,12 +31,12 @@ def compute_dtypes(model: Any) -> set[str]:
     return shared.compute_dtypes(model, keras)
 
 
-def made_for(model: Any, batch: int | None = None) -> Made:
+def recipe_for(model: Any, batch: int | None = None) -> InputRecipe:
     """How inputs for a model are made up."""
-    return shared.made_for(model, keras, batch)
+    return shared.recipe_for(model, keras, batch)
 
 
-def random_inputs(model: Any, seed: int = 0, made: Made | None = None) -> Any:
+def random_inputs(model: Any, seed: int = 0, recipe: InputRecipe | None = None) -> Any:
     """Random inputs in the structure in which the model takes them.
 
     Raises:
@@ -45,7 +45,7 @@ def random_inputs(model: Any, seed: int = 0, made: Made | None = None) -> Any:
     rng = np.random.default_rng(seed)
     taken = _taken_by(model)
     way = with_batch(
-        made or made_for(model), [tuple(s.shape) for s in keras.tree.flatten(taken) if s.shape]
+        recipe or recipe_for(model), [tuple(s.shape) for s in keras.tree.flatten(taken) if s.shape]
     )
 
     def made_up(spec: Any) -> Any:
@@ -90,7 +90,7 @@ def outputs_of(model: Any, inputs: Any, who: str = "the model") -> list[np.ndarr
 def inputs_of_batch(model: Any, inputs: Any, batch: int) -> Any:
     """Inputs with so many examples: made up, or of those that are given."""
     if inputs is None:
-        return random_inputs(model, made=made_for(model, batch))
+        return random_inputs(model, recipe=recipe_for(model, batch))
     size = batch if shared.takes_any_batch(model) else None
     return keras.tree.map_structure(
         lambda array: keras.ops.convert_to_tensor(

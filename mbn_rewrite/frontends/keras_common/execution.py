@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from mbn_rewrite.frontends.keras_common.cloning import parts
-from mbn_rewrite.frontends.sample_inputs import Made, is_open
+from mbn_rewrite.frontends.sample_inputs import InputRecipe, is_open
 
 
 def compute_dtypes(model: Any, keras: Any) -> set[str]:
@@ -26,14 +26,14 @@ def takes_any_batch(model: Any) -> bool:
     return all(is_open(tensor.shape) for tensor in getattr(model, "inputs", None) or ())
 
 
-def made_for(model: Any, keras: Any, batch: int | None = None) -> Made:
+def recipe_for(model: Any, keras: Any, batch: int | None = None) -> InputRecipe:
     """How inputs that suit the model's layers are made up; `keras` is its package."""
     layers = list(parts(model))
     embeddings = [layer for layer in layers if isinstance(layer, keras.layers.Embedding)]
     masking = [layer for layer in layers if isinstance(layer, keras.layers.Masking)]
     # What a model scales down first are the pixels of images.
     pixels = any(isinstance(layer, keras.layers.Rescaling) for layer in layers)
-    return Made(
+    return InputRecipe(
         top=255.0 if pixels else None,
         words=min((layer.input_dim for layer in embeddings), default=2),
         batch=batch,

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.in_memory import ModelInMemory, outputs_of_original
 from mbn_rewrite.frontends.keras_common import files
 from mbn_rewrite.frontends.protocols import FrontEnd, Run
-from mbn_rewrite.frontends.source import Footprint, ReferenceIO, bytes_on_disk
+from mbn_rewrite.frontends.reference_io import ReferenceIO
 from mbn_rewrite.ir.graph import Graph
 from mbn_rewrite.options import Options, RunConfig
 from mbn_rewrite.plans import Plan

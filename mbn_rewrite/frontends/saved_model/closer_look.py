@@ -37,6 +37,7 @@ from mbn_rewrite.comparison import (
     tolerance_for,
 )
 from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.frontends.reference_io import ReferenceIO
 from mbn_rewrite.frontends.saved_model.discontinuities import Cuts, can_be_cut, cuts_between
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, function_graph_of
 from mbn_rewrite.frontends.saved_model.loaded_model import Loaded
@@ -49,7 +50,6 @@ from mbn_rewrite.frontends.saved_model.runnable_graph import (
     widened,
 )
 from mbn_rewrite.frontends.saved_model.served import Served, method_call, signature_call
-from mbn_rewrite.frontends.source import ReferenceIO
 
 
 @dataclass(frozen=True)

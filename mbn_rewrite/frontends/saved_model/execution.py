@@ -18,10 +18,11 @@ from mbn_rewrite.frontends.execution import (
     random_tensor,
     xla_may_run,
 )
+from mbn_rewrite.frontends.reference_io import ReferenceIO
 from mbn_rewrite.frontends.sample_inputs import (
     PLAIN,
     WITH_EDGES,
-    Made,
+    InputRecipe,
     is_open,
     nans,
     of_batch,
@@ -29,8 +30,7 @@ from mbn_rewrite.frontends.sample_inputs import (
 )
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph
 from mbn_rewrite.frontends.saved_model.loaded_model import Entry, attribute_of
-from mbn_rewrite.frontends.saved_model.signature_inputs import ways_to_make_inputs
-from mbn_rewrite.frontends.source import ReferenceIO
+from mbn_rewrite.frontends.saved_model.signature_inputs import input_recipes
 
 
 def specs_of(function: Any) -> dict[str, Any]:
@@ -177,19 +177,19 @@ def _first_that_fits(
     less than TensorFlow does and takes long to compile.
     """
 
-    def made_up(made: Made) -> dict[str, Any]:
+    def made_up(recipe: InputRecipe) -> dict[str, Any]:
         rng = np.random.default_rng(0)
-        return {key: random_tensor(specs[key], rng, made) for key in sorted(specs)}
+        return {key: random_tensor(specs[key], rng, recipe) for key in sorted(specs)}
 
-    ways = ways_to_make_inputs(specs, graph, batch)
+    ways = input_recipes(specs, graph, batch)
     try:
-        return tried(ways, lambda made: call(made_up(made), False), _outputs)
+        return tried(ways, lambda recipe: call(made_up(recipe), False), _outputs)
     except RewriteError as error:
         if not xla_may_run(error) or any(spec.dtype == tf.string for spec in specs.values()):
             raise
         with suppress(RewriteError):
             by_xla = (WITH_EDGES, PLAIN)
-            return tried(ways, lambda made: call(made_up(made), True), _outputs, by_xla)
+            return tried(ways, lambda recipe: call(made_up(recipe), True), _outputs, by_xla)
         raise
 
 

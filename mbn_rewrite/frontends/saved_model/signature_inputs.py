@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mbn_rewrite.frontends.sample_inputs import Made, with_batch
+from mbn_rewrite.frontends.sample_inputs import InputRecipe, with_batch
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, source_of
 from mbn_rewrite.frontends.saved_model.sample_strings import Text, texts_for
 
@@ -18,31 +18,31 @@ from mbn_rewrite.frontends.saved_model.sample_strings import Text, texts_for
 _OPEN_SIZES = (64, 224, 16, 1)
 
 
-def ways_to_make_inputs(
+def input_recipes(
     specs: Mapping[str, Any], function: FunctionGraph | None, batch: int | None
-) -> list[Made]:
+) -> list[InputRecipe]:
     """Ways to make up inputs, the likeliest first."""
-    made = Made(batch=batch) if function is None else _made_for(function, batch)
+    recipe = InputRecipe(batch=batch) if function is None else _recipe_for(function, batch)
     texts: list[Text | None] = [None]
     if any(spec.dtype == tf.string for spec in specs.values()):
         texts = [*texts_for(function)]
     shapes = [tuple(spec.shape) for spec in specs.values() if spec.shape.rank]
     is_open = any(None in shape[1:] for shape in shapes)
     return [
-        with_batch(replace(made, open_size=size, text=text), shapes)
+        with_batch(replace(recipe, open_size=size, text=text), shapes)
         for size in (_OPEN_SIZES if is_open else _OPEN_SIZES[:1])
         for text in texts
     ]
 
 
-def _made_for(function: FunctionGraph, batch: int | None) -> Made:
+def _recipe_for(function: FunctionGraph, batch: int | None) -> InputRecipe:
     """The recipe for inputs that suit a graph."""
     compared = list(_compared_with_constants(function))
     padding = [value for tensor, value in compared if tensor.dtype.is_floating]
     ids = [value for tensor, value in compared if tensor.dtype.is_integer]
     shapes = [tensor.shape for op in function.operations for tensor in op.outputs]
     known = [[size or 1 for size in shape.as_list()] for shape in shapes if shape.rank is not None]
-    return Made(
+    return InputRecipe(
         top=255.0 if _scales_down(function) else None,
         words=_words(function),
         batch=batch,

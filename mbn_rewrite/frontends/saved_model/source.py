@@ -13,7 +13,9 @@ from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends import effects
 from mbn_rewrite.frontends.execution import device, give_back_memory, set_up
 from mbn_rewrite.frontends.execution import runner as run_of
+from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import Run
+from mbn_rewrite.frontends.reference_io import ReferenceIO
 from mbn_rewrite.frontends.saved_model import execution, saving, writer
 from mbn_rewrite.frontends.saved_model.function_graph import (
     FunctionGraph,
@@ -25,7 +27,6 @@ from mbn_rewrite.frontends.saved_model.loaded_model import Entry, Loaded
 from mbn_rewrite.frontends.saved_model.loading import load
 from mbn_rewrite.frontends.saved_model.reader import read
 from mbn_rewrite.frontends.saved_model.saving import size_of
-from mbn_rewrite.frontends.source import Footprint, ReferenceIO, bytes_on_disk
 from mbn_rewrite.ir.graph import Graph
 from mbn_rewrite.options import Options, RunConfig
 from mbn_rewrite.plans import Plan

@@ -14,7 +14,7 @@ from mbn_rewrite.comparison import Comparison
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.execution import called, random_tensor, runner
 from mbn_rewrite.frontends.keras_common import execution as shared
-from mbn_rewrite.frontends.sample_inputs import GIVE_REAL_ONES, Made, of_batch, with_batch
+from mbn_rewrite.frontends.sample_inputs import GIVE_REAL_ONES, InputRecipe, of_batch, with_batch
 from mbn_rewrite.frontends.saved_model.closer_look import look_closer_at_calls
 from mbn_rewrite.options import RunConfig
 
@@ -24,12 +24,12 @@ def compute_dtypes(model: Any) -> set[str]:
     return shared.compute_dtypes(model, tf_keras)
 
 
-def made_for(model: Any, batch: int | None = None) -> Made:
+def recipe_for(model: Any, batch: int | None = None) -> InputRecipe:
     """How inputs for a model are made up."""
-    return shared.made_for(model, tf_keras, batch)
+    return shared.recipe_for(model, tf_keras, batch)
 
 
-def random_inputs(model: Any, seed: int = 0, made: Made | None = None) -> Any:
+def random_inputs(model: Any, seed: int = 0, recipe: InputRecipe | None = None) -> Any:
     """Random inputs in the structure in which the model takes them.
 
     Raises:
@@ -47,8 +47,8 @@ def random_inputs(model: Any, seed: int = 0, made: Made | None = None) -> Any:
         specs = spec[0][0]
     rng = np.random.default_rng(seed)
     shapes = [tuple(s.shape) for s in tf.nest.flatten(specs) if s.shape.rank]
-    made = with_batch(made or made_for(model), shapes)
-    return tf.nest.map_structure(lambda spec: random_tensor(spec, rng, made), specs)
+    recipe = with_batch(recipe or recipe_for(model), shapes)
+    return tf.nest.map_structure(lambda spec: random_tensor(spec, rng, recipe), specs)
 
 
 def outputs_of(model: Any, inputs: Any, who: str = "the model") -> list[np.ndarray]:
@@ -64,7 +64,7 @@ def outputs_of(model: Any, inputs: Any, who: str = "the model") -> list[np.ndarr
 def inputs_of_batch(model: Any, inputs: Any, batch: int) -> Any:
     """Inputs with so many examples: made up, or of those that are given."""
     if inputs is None:
-        return random_inputs(model, made=made_for(model, batch))
+        return random_inputs(model, recipe=recipe_for(model, batch))
     size = batch if shared.takes_any_batch(model) else None
 
     def cut(array: Any) -> Any:

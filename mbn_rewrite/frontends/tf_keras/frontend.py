@@ -5,9 +5,9 @@ from mbn_rewrite.frontends.tf_keras.execution import (
     closer_look,
     compute_dtypes,
     inputs_of_batch,
-    made_for,
     outputs_of,
     random_inputs,
+    recipe_for,
     running,
 )
 from mbn_rewrite.frontends.tf_keras.reader import read
@@ -18,10 +18,10 @@ __all__ = [
     "compute_dtypes",
     "device",
     "inputs_of_batch",
-    "made_for",
     "outputs_of",
     "random_inputs",
     "read",
+    "recipe_for",
     "running",
     "set_up",
     "write",
