@@ -1,1 +1,1 @@
-"""Front ends: what reads, writes and runs models of one kind. They decide nothing."""
+"""Front ends, each of which reads, writes and runs models of one kind. They decide nothing."""

@@ -1,4 +1,4 @@
-"""Choice of the front end for a model in memory."""
+"""Registry of the front ends, for models in memory and on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moments of a sample, per channel: their description, their use, and their sum over replicas."""
+"""Moments of a sample, per channel, and their sum over replicas."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Side:
     """One of two models.
 
     Attributes:
-        graph: its function as a graph.
+        graph: the graph of its function.
         inputs: tensors for its arguments, in order.
     """
 

@@ -79,7 +79,7 @@ def load(
 
 @contextmanager
 def _blaming(source: Path, copy: SlimCopy | None = None) -> Iterator[None]:
-    """Context manager that makes errors ones about a SavedModel, even if a copy was loaded."""
+    """Context manager that reports errors as those of a SavedModel, even if a copy is loaded."""
     try:
         yield
     except RewriteError:

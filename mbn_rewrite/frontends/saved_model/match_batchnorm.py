@@ -108,7 +108,7 @@ def _is_other_normalization(constants: Constants, fused: _FusedOp, keys: tuple[A
 
 
 def _why_ineligible(constants: Constants, fused: _FusedOp) -> str:
-    """Why a fused operation must stay as it is, or ""; its map is not looked at."""
+    """Why a fused operation must stay as it is, apart from its map, or ""."""
     if fused.is_training:
         return "it is in training mode, so it normalises by the batch it is given"
     for tensor in fused.parameters:
@@ -132,12 +132,12 @@ def _map_of(constants: Constants, fused: _FusedOp, axis: int) -> ChannelMap:
 
 
 def channel_axis(op: Any) -> int:
-    """The channel axis of a fused operation's input."""
+    """The channel axis of an operation that has a data format."""
     return 1 if _layout(op) in (b"NCHW", b"NCDHW") else _fused_rank(op) - 1
 
 
 def _fused_rank(op: Any) -> int:
-    """The rank of what it normalises, which is told by its layout where it is not known."""
+    """The rank of an operation's input, by its layout where the shape is not known."""
     return op.inputs[0].shape.rank or (5 if _layout(op) in (b"NDHWC", b"NCDHW") else 4)
 
 

@@ -19,7 +19,7 @@ class Site:
 
     Attributes:
         op: the tf.Operation.
-        constants: of its function.
+        constants: the constants of its function.
     """
 
     op: Any

@@ -95,7 +95,7 @@ def crop(site: Site) -> Answer:
 
 
 def strided_slice(site: Site) -> Answer:
-    """StridedSlice, which also indexes and adds axes."""
+    """StridedSlice; opaque where it adds or removes axes."""
     shape, step = site.shape(0), site.number(3)
     masks = [site.attribute(f"{name}_mask") for name in ("ellipsis", "new_axis", "shrink_axis")]
     if step is None or any(masks) or len(step) > len(shape):
@@ -129,7 +129,7 @@ def move_blocks(site: Site) -> Answer:
 
 
 def reshape(site: Site) -> Answer:
-    """Reshape: sizes that stay apart from those that mix."""
+    """Reshape; opaque where channels mix with positions."""
     before, after = site.shape(0), site.output
     if not before or not after:
         return Opaque("gives a tensor of unknown shape")
@@ -171,7 +171,7 @@ def one_axis(site: Site) -> Answer:
 
 
 def transpose(site: Site) -> Answer:
-    """Transpose."""
+    """Transpose; opaque where it moves the batch."""
     order = site.number(1)
     if order is None:
         return Opaque("transposes in an order that is computed while the model runs")

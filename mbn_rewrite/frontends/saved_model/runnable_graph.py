@@ -125,7 +125,7 @@ def _with_own_names(graph_def: GraphDef) -> None:
 
 
 def runnable_graph_of(graph: FunctionGraph, by_xla: bool = False) -> RunnableGraph:
-    """The graph of a graph; `by_xla` says that nothing else can run it."""
+    """A function graph made runnable; `by_xla` says that nothing else can run it."""
     graph_def = GraphDef()
     graph_def.CopyFrom(graph.graph_def)
     for node in graph_def.node:

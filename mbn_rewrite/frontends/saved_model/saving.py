@@ -24,7 +24,7 @@ def save(
     source: Path,
     directory: Path,
 ) -> int:
-    """Writes a SavedModel; returns how many numbers its variables hold.
+    """Writes a SavedModel; returns the number of elements of its variables.
 
     Args:
         loaded: the original.

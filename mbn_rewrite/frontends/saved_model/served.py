@@ -12,8 +12,8 @@ import tensorflow as tf
 
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends.reference_io import ReferenceIO
-from mbn_rewrite.frontends.saved_model.execution import call_method, call_signature, specs_of
 from mbn_rewrite.frontends.saved_model.loaded_model import Interface, Loaded, attribute_of
+from mbn_rewrite.frontends.saved_model.signature_calls import call_method, call_signature, specs_of
 
 
 @dataclass(frozen=True)

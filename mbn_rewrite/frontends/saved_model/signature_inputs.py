@@ -21,7 +21,7 @@ _OPEN_SIZES = (64, 224, 16, 1)
 def input_recipes(
     specs: Mapping[str, Any], function: FunctionGraph | None, batch: int | None
 ) -> list[InputRecipe]:
-    """Ways to make up inputs, the likeliest first."""
+    """Recipes for the inputs of a signature or method, the likeliest first."""
     recipe = InputRecipe(batch=batch) if function is None else _recipe_for(function, batch)
     texts: list[Text | None] = [None]
     if any(spec.dtype == tf.string for spec in specs.values()):

@@ -16,7 +16,7 @@ from mbn_rewrite.frontends.execution import runner as run_of
 from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import Run
 from mbn_rewrite.frontends.reference_io import ReferenceIO
-from mbn_rewrite.frontends.saved_model import execution, saving, writer
+from mbn_rewrite.frontends.saved_model import saving, writer
 from mbn_rewrite.frontends.saved_model.function_graph import (
     FunctionGraph,
     Writes,
@@ -27,6 +27,14 @@ from mbn_rewrite.frontends.saved_model.loaded_model import Entry, Loaded
 from mbn_rewrite.frontends.saved_model.loading import load
 from mbn_rewrite.frontends.saved_model.reader import read
 from mbn_rewrite.frontends.saved_model.saving import size_of
+from mbn_rewrite.frontends.saved_model.signature_calls import (
+    call_method,
+    call_signature,
+    given_for,
+    method_reference,
+    signature_reference,
+    specs_of,
+)
 from mbn_rewrite.ir.graph import Graph
 from mbn_rewrite.options import Options, RunConfig
 from mbn_rewrite.plans import Plan
@@ -215,9 +223,9 @@ class SavedModelDirectory:
 
     def _inputs_to_measure(self, entry: Entry, options: Options) -> Mapping[str, Any]:
         name, batch = entry.name, options.run_config.batch_size
-        given = execution.given_for(name, entry.function, options.inputs)
+        given = given_for(name, entry.function, options.inputs)
         graph = self._graphs[name]
-        made = execution.signature_reference(name, entry.function, graph, given, batch)
+        made = signature_reference(name, entry.function, graph, given, batch)
         return made.inputs
 
     def check_inputs(self, inputs: Mapping[str, np.ndarray] | None) -> None:
@@ -226,13 +234,13 @@ class SavedModelDirectory:
         taken = {
             path
             for name, function in signatures.items()
-            for key in execution.specs_of(function)
+            for key in specs_of(function)
             for path in (key, f"{name}/{key}")
         }
         unknown = sorted(set(inputs or ()) - taken)
         if unknown:
             listed = "; ".join(
-                f"'{name}' takes {sorted(execution.specs_of(function))}"
+                f"'{name}' takes {sorted(specs_of(function))}"
                 for name, function in signatures.items()
             )
             raise RewriteError(f"the inputs are named {sorted(inputs or ())}; {listed}")
@@ -250,9 +258,9 @@ class SavedModelDirectory:
         found = self._reference_io(self._loaded_again(), inputs)
         fresh = self._loaded_again()
         return {
-            name: execution.call_method(fresh.root, e.method, e.inputs, name, e.compiled)
+            name: call_method(fresh.root, e.method, e.inputs, name, e.compiled)
             if e.method
-            else execution.call_signature(fresh.signatures[name], e.inputs, name, e.compiled)
+            else call_signature(fresh.signatures[name], e.inputs, name, e.compiled)
             for name, e in found.items()
         }
 
@@ -268,11 +276,11 @@ class SavedModelDirectory:
             if large:
                 give_back_memory()  # which running the one before has left
             if not entry.method:
-                given = execution.given_for(name, entry.function, inputs)
-                found[name] = execution.signature_reference(name, entry.function, graph, given)
+                given = given_for(name, entry.function, inputs)
+                found[name] = signature_reference(name, entry.function, graph, given)
                 continue
             try:
-                found[name] = execution.method_reference(entry, loaded.root, graph, found.values())
+                found[name] = method_reference(entry, loaded.root, graph, found.values())
             except RewriteError as error:
                 self.unverifiable[name] = str(error)
         return found

@@ -32,7 +32,7 @@ class SlimCopy:
     """
 
     def __init__(self, source: Path, meta_graph: Any, wanted: Iterable[str]) -> None:
-        """Makes it.
+        """Makes the copy.
 
         Args:
             source: the SavedModel.

@@ -230,7 +230,7 @@ class _Body:
 
 
 def _gives_handle(node: Any, output: str) -> bool:
-    """Whether a call gives one."""
+    """Whether an output of a call is a handle."""
     if node.op not in _CALLS:
         return False
     types = node.attr["T" if "While" in node.op else "Tout"].list.type

@@ -80,7 +80,7 @@ class Weight:
 
 
 class Constants:
-    """Tensors of one function that do not change from run to run function.
+    """Tensors of one function that do not change from run to run.
 
     Args:
         function: the function.
