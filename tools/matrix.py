@@ -4,9 +4,9 @@
     python tools/matrix.py                          # all combinations
     python tools/matrix.py --only=oldest-3.10 tests/unit/test_planner.py
 
-Each combination has an environment of its own in build/matrix, made once, and again when setup.cfg
-changes. A Python that this machine does not have is left out, and the table says so. The exit code
-is 1 if tests of a combination failed, or none could be run.
+Each combination has an environment of its own in build/matrix, made once, and brought up to date
+when what setup.cfg asks for changes. A Python that this machine does not have is left out, and the
+table says so. The exit code is 1 if tests of a combination failed, or none could be run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from configparser import ConfigParser
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,21 +129,27 @@ def pythons(version: str) -> Iterator[Path]:
 
 def installed(one: Combination, python: Path, environment: Path) -> bool:
     """Whether there is an environment with all that a combination needs, after making it."""
-    wanted = "\n".join([*one.requirements, (ROOT / "setup.cfg").read_text()])
+    wanted = "\n".join([*one.requirements, *asked_for()])
     ready = environment / "ready"
     if ready.exists() and ready.read_text() == wanted:
         return True
-    shutil.rmtree(environment, ignore_errors=True)
     PLACE.mkdir(parents=True, exist_ok=True)
     pip = [environment / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check"]
     for command in (
         [python, "-m", "venv", environment],
-        [*pip, *one.requirements, "-e", f"{ROOT}[test]"],
+        [*pip, "--upgrade", *one.requirements, "-e", f"{ROOT}[test]"],
     ):
         if run(command, logged(environment, "install"))[0]:
             return False
     ready.write_text(wanted)
     return True
+
+
+def asked_for() -> list[str]:
+    """What setup.cfg asks for, to run the package and to test it."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return [setup["options"]["install_requires"], setup["options.extras_require"]["test"]]
 
 
 def version_of(package: str, python: Path) -> str:
