@@ -30,16 +30,16 @@ def front_end_of(model: Any) -> FrontEnd:
         import tf_keras
 
         _check_model(model, tf_keras.Model, "tf_keras")
-        from mbn_rewrite.frontends.tf_keras import frontend as tf_keras_entry
+        from mbn_rewrite.frontends.tf_keras.frontend import TfKerasFrontEnd
 
-        return tf_keras_entry
+        return TfKerasFrontEnd()
     if "keras" in packages:
         import keras
 
         _check_model(model, keras.Model, "keras")
-        from mbn_rewrite.frontends.keras3 import frontend as keras_entry
+        from mbn_rewrite.frontends.keras3.frontend import Keras3FrontEnd
 
-        return keras_entry
+        return Keras3FrontEnd()
     raise RewriteError(
         f"a model of tf_keras or Keras 3 is needed, not {type(model).__name__}. "
         "Give a tf_keras.Model or keras.Model, Functional, Sequential or subclassed"

@@ -16,7 +16,8 @@ from mbn_rewrite.frontends.keras3.inference_layers import (
     BorderedConvolution,
     ScaleAndShift,
 )
-from mbn_rewrite.frontends.keras_common.op_table import Call, describe
+from mbn_rewrite.frontends.keras_common.calls import Call
+from mbn_rewrite.frontends.keras_common.op_table import describe
 from mbn_rewrite.ir.graph import BatchNorm
 
 K = keras.layers
@@ -316,7 +317,7 @@ def test_only_channels_first_of_one_width_is_in_doubt():
 
 
 def test_what_is_held_out_of_sight_is_in_doubt_in_any_size():
-    from mbn_rewrite.frontends.keras_common.op_table import batch_norm
+    from mbn_rewrite.frontends.keras_common.batch_norm import batch_norm
 
     layers = [K.BatchNormalization(axis) for axis in (1, 3)]
     for layer in layers:

@@ -407,7 +407,7 @@ def test_a_model_that_was_not_changed_is_saved_and_loaded(own, each_keras, tmp_p
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 def test_attributes_of_keras_are_known(kind, each_keras, tmp_path):
     """What compiling, running and saving leave on a model is not taken for its user's."""
-    from mbn_rewrite.frontends.keras_common.own_classes import attributes
+    from mbn_rewrite.frontends.keras_common.custom_models import attributes
 
     x = K.Input((4,))
     model = Model(x, K.Dense(2)(x)) if kind == "functional" else each_keras.Sequential(

@@ -420,7 +420,7 @@ def test_models_on_disk(each_keras, file, right, tmp_path, monkeypatch):
     options = {"save_format": "tf"} if file == "saved" else {}
     model.save(tmp_path / file, **options)
     if not right:
-        for module in ("keras_common.writer", "saved_model.writer"):
+        for module in ("keras_common.folded_layers", "saved_model.writer"):
             monkeypatch.setattr(f"mbn_rewrite.frontends.{module}.fold", _fold_wrongly)
     arguments = (tmp_path / file, tmp_path / "out", "fold")
     if not right:

@@ -16,8 +16,8 @@ import tf_keras
 
 from mbn_rewrite.frontends.keras3.adapter import KERAS_3
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.frontends.keras_common.batch_norm import is_batch_norm
 from mbn_rewrite.frontends.keras_common.cloning import parts
-from mbn_rewrite.frontends.keras_common.op_table import is_batch_norm
 from mbn_rewrite.frontends.keras_common.weights import numpy_dtype
 from mbn_rewrite.frontends.tf_keras.adapter import TF_KERAS
 

@@ -1,4 +1,4 @@
-"""In what Keras 3 differs from tf_keras; see `keras_common.adapter`."""
+"""Adapter of Keras 3: its differences from tf_keras; see `keras_common.adapter`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from mbn_rewrite.frontends.keras3.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
 )
-from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter, Record
+from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Record
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, parts
-from mbn_rewrite.frontends.keras_common.op_table import Call, Describer, layer_table
+from mbn_rewrite.frontends.keras_common.op_table import layer_table
 from mbn_rewrite.ir.graph import (
     Affine,
     Concat,
@@ -45,11 +46,12 @@ from mbn_rewrite.ir.graph import (
 
 
 class Keras3(KerasAdapter):
-    """Keras 3, on any backend."""
+    """Adapter of Keras 3, on any backend."""
 
     package = "keras"
     layers = keras.layers
     model = keras.Model
+    functional = Functional
     sequential = keras.Sequential
     batch_norms = (keras.layers.BatchNormalization,)
     batch_norm_base = keras.layers.BatchNormalization
@@ -65,7 +67,7 @@ class Keras3(KerasAdapter):
     bordered_convolution = BorderedConvolution
     biased_convolution = BiasedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
-    # `_layers` lists what the other attributes hold.
+    # `_layers` lists the layers in the other attributes.
     private = ("_self_", "_layers", "_functional", "_operations")
     model_attributes = frozenset(
         {
@@ -110,14 +112,17 @@ class Keras3(KerasAdapter):
     def has_calls_on_record(self, layer: Any) -> bool:
         return isinstance(layer, (Functional, keras.Sequential))
 
-    def is_made_alike(self, kind: type) -> bool:
+    def has_stock_constructor(self, kind: type) -> bool:
         if issubclass(kind, keras.Sequential):
             return kind.__init__ is keras.Sequential.__init__  # type: ignore[misc]
         return bool(functional_like_constructor(kind))
 
+    def interface_of(self, model: Any) -> tuple[Any, Any]:
+        return model._inputs_struct, model._outputs_struct
+
     def calls_of(self, model: Any) -> Iterator[Record]:
         graph = functional_of(model)
-        # Not all of them: what only computes masks is done again where masks are passed on.
+        # Not all nodes of the graph: masks are computed again where they are passed on.
         records: dict[int, Record] = {}
         pending = [*graph.inputs, *graph.outputs]
         while pending:
@@ -134,16 +139,16 @@ class Keras3(KerasAdapter):
         return [_record(node) for node in layer._inbound_nodes]
 
     def training(self, own: Any, inherited: bool | None) -> Any:
-        # What a Functional model is told, it tells all its layers, whatever is on record.
+        # A Functional model passes its own argument on to all its layers, whatever is on record.
         return own if inherited is False and own is not None else inherited
 
-    def takes_as_it_is(self, model: Any, record: Record) -> bool:
-        # A model of a list of inputs takes a dictionary too, by their names.
+    def takes_inputs_in_order(self, model: Any, record: Record) -> bool:
+        # A model with a list of inputs also takes a dictionary, by their names.
         structure = functional_of(model)._inputs_struct
         given = record.args[0] if record.args else record.kwargs.get("inputs")
         return isinstance(given, dict) == isinstance(structure, dict)
 
-    def everything_in(self, layer: Any) -> list[Any]:
+    def all_layers_in(self, layer: Any) -> list[Any]:
         return parts(layer)[1:] if isinstance(layer, keras.layers.Layer) else []
 
     # -- descriptions ----------------------------------------------------------------------
@@ -157,7 +162,7 @@ class Keras3(KerasAdapter):
         return None
 
     def ineligible(self, layer: Any) -> str:
-        # Releases before 3.14 have no such attribute.
+        # Releases before 3.14 lack this attribute.
         return "it uses batch renormalisation" if getattr(layer, "renorm", False) else ""
 
     def axis_of(self, layer: Any) -> int:
@@ -173,8 +178,8 @@ class Keras3(KerasAdapter):
         return self.may_misplace_bias(axis, shape) and _adds_along_the_last_axis()
 
     def may_misplace_bias(self, axis: int, shape: Shape) -> bool:
-        # On TensorFlow, `keras.ops.add` takes what holds one axis of channels for a bias, and
-        # adds it along the last axis wherever that is as long.
+        # On TensorFlow, `keras.ops.add` takes a tensor with nothing but a channel axis for a
+        # bias, and adds it along the last axis wherever that is as long.
         *_, last = shape
         return axis != len(shape) - 1 and shape[axis] != 1 and last in (None, shape[axis])
 
@@ -182,13 +187,13 @@ class Keras3(KerasAdapter):
 
     def config_of(self, layer: Any) -> dict[str, Any]:
         with warnings.catch_warnings():
-            # The function itself is taken over; it is not made again of its byte code.
+            # The function itself is shared with the copy, not deserialized from its byte code.
             warnings.filterwarnings("ignore", ".*includes a `lambda`", UserWarning)
             config = layer.get_config()
         if "dtype" in config and isinstance(layer.dtype_policy, DTypePolicyMap):
-            config["dtype"] = layer.dtype_policy  # whose own configuration loses its policies
+            config["dtype"] = layer.dtype_policy  # its own configuration would lose its policies
         if not is_stock(type(layer)):
-            return _without_what_init_does_not_take(type(layer), config)
+            return _without_unknown_arguments(type(layer), config)
         return config
 
     def without_functions(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -200,14 +205,14 @@ class Keras3(KerasAdapter):
     def scope(self, objects: dict[str, Any]) -> AbstractContextManager[Any]:
         scope = ExitStack()
         scope.enter_context(keras.saving.CustomObjectScope(objects))
-        # Whatever code the model holds is running already.
+        # Any code that the model contains is already running.
         scope.enter_context(SafeModeScope(safe_mode=False))
         return scope
 
     def rename(self, layer: Any, name: str) -> None:
         layer.name = name
 
-    def copy_of_operation(self, operation: Any) -> Any:
+    def copy_operation(self, operation: Any) -> Any:
         if isinstance(operation, keras.Function):
             raise RewriteError(
                 f"{label(operation)} cannot be copied: it shares its layers with the function "
@@ -218,27 +223,27 @@ class Keras3(KerasAdapter):
         return new
 
     @contextmanager
-    def exchanging(self, holder: Any, old: Any, new: Any) -> Iterator[None]:
-        tracker = holder._tracker
+    def replacing(self, parent: Any, old: Any, new: Any) -> Iterator[None]:
+        tracker = parent._tracker
         was_locked = tracker.locked
         tracker.unlock()
         if tracker.is_in_store("layers", old) and not tracker.is_in_store("layers", new):
-            tracker.replace_tracked_value("layers", old, new)  # so that their order stays
+            tracker.replace_tracked_value("layers", old, new)  # keeps their order
         yield
         tracker.locked = was_locked
 
-    def build_alike(self, old: Any, new: Any) -> None:
+    def build_copy(self, old: Any, new: Any) -> None:
         if not new.built:
             new.build_from_config(old.get_build_config() or {})
 
-    def made_again(self, model: Any, classes: dict[str, type]) -> Any:
+    def reloaded(self, model: Any, classes: dict[str, type]) -> Any:
         with self.scope(classes):
             return keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(model))
 
     def is_variable(self, value: Any) -> bool:
         return isinstance(value, keras.Variable)
 
-    def copy_of_variable(self, variable: Any) -> Any:
+    def copy_variable(self, variable: Any) -> Any:
         value = keras.ops.convert_to_numpy(variable)
         return keras.Variable(
             value, dtype=variable.dtype, trainable=variable.trainable, name=variable.name
@@ -259,9 +264,6 @@ class Keras3(KerasAdapter):
         target.assign(source)
         target.trainable = source.trainable
 
-    def traced(self, layer: Any) -> bool:
-        return hasattr(type(layer).call, "get_concrete_function")
-
 
 @cache
 def _adds_along_the_last_axis() -> bool:
@@ -272,25 +274,26 @@ def _adds_along_the_last_axis() -> bool:
 
 
 def functional_of(model: Any) -> Any:
-    """The Functional model that a visible model is or, where it is Sequential, has."""
+    """The Functional model that a visible model is, or has inside if it is Sequential."""
     return model._functional if isinstance(model, keras.Sequential) else model
 
 
 def _record(node: Any) -> Record:
     args, kwargs = tuple(node.arguments.args), dict(node.arguments.kwargs)
     for name in [name for name in kwargs if name == "mask" or name.endswith("_mask")]:
-        if _comes_by_itself(name, kwargs[name], node.operation, args, kwargs):
+        if _comes_with_inputs(name, kwargs[name], node.operation, args, kwargs):
             del kwargs[name]
     inputs = [t for t in keras.tree.flatten((args, kwargs)) if isinstance(t, keras.KerasTensor)]
     return Record(node.operation, args, kwargs, tuple(inputs), tuple(node.outputs))
 
 
-def _comes_by_itself(
+def _comes_with_inputs(
     name: str, mask: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
-    """Whether a mask on record is only what came with the tensors that it is for.
+    """Whether a recorded mask is just the one that came with the tensors it belongs to.
 
-    Keras finds such masks when a layer is called, and records them as if they were given.
+    Keras finds such masks when a layer is called, and records them as if the caller had passed
+    them.
     """
     data = args[0] if args else None
     if name != "mask":
@@ -300,8 +303,8 @@ def _comes_by_itself(
     return all(value is None for value in given) or list(map(id, given)) == list(map(id, carried))
 
 
-def _without_what_init_does_not_take(kind: type, config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that Keras made itself, for a class that takes less than that."""
+def _without_unknown_arguments(kind: type, config: dict[str, Any]) -> dict[str, Any]:
+    """An automatic configuration, reduced to the arguments that the constructor accepts."""
     parameters = inspect.signature(kind).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return config
@@ -309,7 +312,7 @@ def _without_what_init_does_not_take(kind: type, config: dict[str, Any]) -> dict
     return {key: value for key, value in config.items() if key not in common}
 
 
-# ------------------------------------------------------ operations among a model's layers
+# -------------------------------------------------- operations called like layers
 
 
 def _merge(kind: MergeKind) -> Describer:

@@ -1,4 +1,4 @@
-"""A file of Keras 3, to be rewritten as SavedModel, which takes its TensorFlow backend."""
+"""Model files of Keras 3, to be rewritten as SavedModels, which takes its TensorFlow backend."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from keras.src.export.export_utils import get_input_signature
 
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.execution import as_specified
-from mbn_rewrite.frontends.keras3 import frontend
 from mbn_rewrite.frontends.keras3.adapter import KERAS_3, functional_of
+from mbn_rewrite.frontends.keras3.frontend import Keras3FrontEnd
 from mbn_rewrite.frontends.keras_common.source import KerasFile, check_names, lone
 
 
@@ -27,7 +27,7 @@ class Keras3File(KerasFile):
                 f"Keras runs on {keras.backend.backend()}, and only its TensorFlow backend writes "
                 "SavedModels. Set KERAS_BACKEND=tensorflow"
             )
-        super().__init__(source, trusted, keras, frontend)
+        super().__init__(source, trusted, keras, Keras3FrontEnd())
 
     def save(self, model: Any, directory: Path) -> None:
         # As `model.export` does, which stores each variable twice: once as a variable of Keras's,

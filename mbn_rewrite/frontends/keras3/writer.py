@@ -6,25 +6,18 @@ import warnings
 from typing import Any
 
 import keras
-from keras.src.models.functional import Functional
 
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.frontends.keras3.adapter import KERAS_3
 from mbn_rewrite.frontends.keras_common.cloning import label
-from mbn_rewrite.frontends.keras_common.own_classes import made_without_constructor
-from mbn_rewrite.frontends.keras_common.reader import Reading
+from mbn_rewrite.frontends.keras_common.custom_models import made_without_constructor
 from mbn_rewrite.frontends.keras_common.writer import Writer
-from mbn_rewrite.plans import Plan
 
 _DEFINE = "Define build(), or get_build_config() and build_from_config()"
 
 
-def write(model: Any, reading: Reading, plan: Plan) -> Any:
-    """A rewritten copy of a model; see `protocols.FrontEnd`."""
-    return _Keras3Writer(KERAS_3, reading, plan).write(model)
+class Keras3Writer(Writer):
+    """Writer of one Keras 3 model."""
 
-
-class _Keras3Writer(Writer):
     def copied(self, old: Any) -> Any:
         new = super().copied(old)
         if isinstance(old, keras.layers.InputLayer):
@@ -39,18 +32,12 @@ class _Keras3Writer(Writer):
             if not self.is_removed(layer):
                 layers.append(self.layer(records[id(layer)]))
             elif layer is old._layers[-1]:
-                layers.append(self.standing_in_for(layer))
+                layers.append(self.identity_in_place_of(layer))
         new = made_without_constructor(old, keras.Sequential, layers, name=old.name)
         self.finish()
         return new
 
-    def functional(self, old: Any, tensors: dict[int, Any]) -> Any:
-        inputs, outputs = keras.tree.map_structure(
-            lambda t: tensors[id(t)], (old._inputs_struct, old._outputs_struct)
-        )
-        return made_without_constructor(old, Functional, inputs, outputs, name=old.name)
-
-    def built_as(self, old: Any, new: Any) -> None:
+    def build_subclassed(self, old: Any, new: Any) -> None:
         config = old.get_build_config()
         if not config:
             raise RewriteError(f"it is not known how to build a copy of {label(old)}. {_DEFINE}")

@@ -1,67 +1,48 @@
-"""In what one Keras differs from the other, as far as reading and rewriting models goes."""
+"""Differences between the Kerases that reading, copying and rewriting models has to know of."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Record
 from mbn_rewrite.ir.graph import Op, Shape
-
-if TYPE_CHECKING:
-    from mbn_rewrite.frontends.keras_common.op_table import Call, Describer
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """One call of a layer, as a model has it on record.
-
-    Attributes:
-        layer: the layer, or what else was called.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        inputs: the Keras tensors among the arguments, flat.
-        outputs: the Keras tensors that it gave, flat; alone those of an input layer.
-    """
-
-    layer: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    inputs: tuple[Any, ...]
-    outputs: tuple[Any, ...]
 
 
 class KerasAdapter(ABC):
-    """One Keras.
+    """Adapter of one Keras.
 
     Attributes:
         package: the name of its package.
         layers: its module of layer classes.
-        model: its class of models.
+        model: its base class of models.
+        functional: its class of Functional models.
         sequential: its class of Sequential models.
-        batch_norms: the classes of BatchNormalization that are known.
-        training_layers: our layer classes for training, the strided and the modified one.
-        batch_norm_base: the class that every BatchNormalization is derived from.
-        linear: the function that does nothing.
+        batch_norms: the known BatchNormalization classes.
+        training_layers: this package's layer classes for training, the strided and the modified
+            one.
+        batch_norm_base: the class from which every BatchNormalization is derived.
+        linear: the identity activation.
         homogeneous: activation functions with f(s x) = s f(x) for s >= 0.
-        depthwise_kernel: what depthwise convolutions call their kernel.
-        scale_and_shift: our layer class of that name.
+        depthwise_kernel: the attribute in which depthwise convolutions keep their kernel.
+        scale_and_shift: this package's layer class of that name.
         bordered_convolution: likewise.
         biased_convolution: likewise; only where `may_misplace_bias`.
-        private: attributes that begin like one of these hold nothing of the user's; `held`
-            looks at all others.
-        model_attributes: attributes that Keras gives a Functional or Sequential model when it
+        private: prefixes of attributes that hold nothing of the user's; `sublayers` searches all
+            others.
+        model_attributes: attributes that Keras sets on a Functional or Sequential model when it
             is compiled or run, and those in which it keeps its inputs and outputs.
         metric: the base class of metrics.
-        how_to_export: what to do to write a SavedModel, in words.
-        describers: the table of known layer classes; see `describe.layer_table`.
+        how_to_export: advice on writing a SavedModel, in words.
+        describers: the table of known layer classes; see `op_table.layer_table`.
     """
 
     package: str
     layers: Any
     model: type
+    functional: type
     sequential: type
     batch_norms: tuple[type, ...]
     training_layers: tuple[type, type]
@@ -82,7 +63,7 @@ class KerasAdapter(ABC):
 
     @abstractmethod
     def flatten(self, structure: Any) -> list[Any]:
-        """The leaves of nested lists, tuples and dictionaries."""
+        """Leaves of nested lists, tuples and dictionaries."""
 
     @abstractmethod
     def map_structure(self, function: Callable[[Any], Any], structure: Any) -> Any:
@@ -90,145 +71,150 @@ class KerasAdapter(ABC):
 
     @abstractmethod
     def shape_of(self, tensor: Any) -> Shape:
-        """A Keras tensor's shape; () where not even the rank is known."""
+        """Shape of a Keras tensor; () if not even its rank is known."""
 
     @abstractmethod
     def dtype_of(self, tensor: Any) -> str:
-        """The name of a Keras tensor's dtype."""
+        """Name of a Keras tensor's dtype."""
 
     def carries_mask(self, tensor: Any) -> bool:
-        """Whether a Keras tensor has a mask with it."""
+        """Whether a Keras tensor comes with a mask."""
         return getattr(tensor, "_keras_mask", None) is not None
 
     def may_pass_mask(self, layer: Any) -> bool:
-        """Whether a mask may go through a layer although no Keras tensor shows it."""
+        """Whether a layer may pass a mask on although no Keras tensor shows it."""
         return False
 
     # -- models ----------------------------------------------------------------------------
 
     @abstractmethod
     def is_visible(self, layer: Any) -> bool:
-        """Whether this is a model whose calls Keras has on record, and that does only these."""
+        """Whether this is a model that does nothing but the calls that Keras has recorded."""
 
     @abstractmethod
     def has_calls_on_record(self, layer: Any) -> bool:
         """Whether this is a Functional or Sequential model, perhaps with a `call` of its own."""
 
     @abstractmethod
-    def is_made_alike(self, kind: type) -> bool:
-        """Whether a class of models is made as the Functional or Sequential models of Keras."""
+    def has_stock_constructor(self, kind: type) -> bool:
+        """Whether a model class is constructed as Keras's Functional or Sequential models are."""
+
+    @abstractmethod
+    def interface_of(self, model: Any) -> tuple[Any, Any]:
+        """Inputs and outputs of a Functional model, as the structures of Keras tensors it has."""
 
     @abstractmethod
     def calls_of(self, model: Any) -> Iterator[Record]:
-        """A visible model's inputs and the calls that its outputs depend on, in order.
+        """Inputs of a visible model and the calls on which its outputs depend, in order.
 
-        Each call comes after those it depends on. Leaves out what only serves training.
+        Every call comes after those on which it depends. Calls that only serve training are left
+        out.
         """
 
     @abstractmethod
     def all_calls_of(self, layer: Any) -> list[Record]:
-        """All calls of a layer on record, in whatever model."""
+        """All recorded calls of a layer, in whatever model."""
 
     def training(self, own: Any, inherited: bool | None) -> Any:
-        """Whether a call on record is in training.
+        """Whether a recorded call is in training.
 
         Args:
             own: the call's own argument, or None.
-            inherited: what its model is told; see `describe.Call`.
+            inherited: the argument passed to its model; see `calls.Call`.
         """
         return inherited if own is None else own
 
-    def takes_as_it_is(self, model: Any, record: Record) -> bool:
-        """Whether a nested model is given its inputs in the order in which it takes them."""
+    def takes_inputs_in_order(self, model: Any, record: Record) -> bool:
+        """Whether a nested model is called with its inputs in the order in which it has them."""
         return True
 
     @abstractmethod
-    def everything_in(self, layer: Any) -> list[Any]:
-        """All that a layer holds, at any depth and by whatever means, as far as is known."""
+    def all_layers_in(self, layer: Any) -> list[Any]:
+        """Everything that a layer is known to contain, at any depth and however it is kept."""
 
     # -- descriptions ----------------------------------------------------------------------
 
     def describe(self, call: Call) -> Op | None:
-        """What a call does where this Keras has a word to say about it, or else None."""
+        """Operation that a call performs, if this Keras has a special case for it; else None."""
         return None
 
     @abstractmethod
     def ineligible(self, layer: Any) -> str:
-        """Why a BatchNormalization of a known class must stay, beside reasons of any Keras."""
+        """Reason, specific to this Keras, why a known BatchNormalization must stay; or ""."""
 
     @abstractmethod
     def axis_of(self, layer: Any) -> int:
-        """The channel axis of a built BatchNormalization, from 0 up."""
+        """Channel axis of a built BatchNormalization, from 0 up."""
 
     @abstractmethod
     def epsilon_of(self, layer: Any) -> float:
-        """The epsilon that a BatchNormalization really uses."""
+        """Epsilon that a BatchNormalization actually uses."""
 
     def fuses(self, layer: Any) -> bool:
-        """Whether a BatchNormalization runs as one fused operation as it is."""
+        """Whether a BatchNormalization already runs as one fused operation."""
         return False
 
     def has_fused_operation(self) -> bool:
-        """Whether there is one."""
+        """Whether the backend has a fused operation for BatchNormalization."""
         return True
 
     def misplaces_bias(self, axis: int, shape: Shape) -> bool:
-        """Whether layers here may add the bias of their output along another axis than this.
+        """Whether layers may add the bias of their output along another axis than this.
 
         Args:
-            axis: the axis of the channels.
-            shape: that of the output.
+            axis: the channel axis.
+            shape: the shape of the output.
         """
         return False
 
     def may_misplace_bias(self, axis: int, shape: Shape) -> bool:
-        """The same on any backend that a saved model may be loaded on."""
+        """As `misplaces_bias`, on any backend on which a saved model may be loaded."""
         return False
 
     # -- copies ----------------------------------------------------------------------------
 
     def config_of(self, layer: Any) -> dict[str, Any]:
-        """A layer's configuration."""
+        """Configuration of a layer."""
         return layer.get_config()
 
     @abstractmethod
     def scope(self, objects: dict[str, Any]) -> AbstractContextManager[Any]:
-        """In which layers are made from configurations that name these classes and functions."""
+        """Context manager in which configurations may name these classes and functions."""
 
     @abstractmethod
     def rename(self, layer: Any, name: str) -> None:
-        """Gives a layer a name."""
+        """Renames a layer."""
 
-    def makes_its_call(self, layer: Any) -> bool:
-        """Whether a layer gets its `call` when it is made, so that it is no user's doing."""
+    def assigns_its_own_call(self, layer: Any) -> bool:
+        """Whether Keras itself, and not the user, sets `call` on layers like this one."""
         return False
 
-    def copy_of_operation(self, operation: Any) -> Any:
-        """A copy of something that is called in a model and is no layer."""
-        raise NotImplementedError  # where all that is called is a layer
+    def copy_operation(self, operation: Any) -> Any:
+        """A copy of something that is called in a model without being a layer."""
+        raise NotImplementedError  # where everything that is called is a layer
 
     def without_functions(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A stock layer's configuration without functions that only this Keras has in it."""
+        """Configuration of a stock layer without the functions that only this Keras puts there."""
         return config
 
-    def settle(self, layer: Any) -> None:  # noqa: B027  (where nothing is kept so)
-        """Has what a copy keeps for its configuration alone agree with what it does."""
+    def sync_config(self, layer: Any) -> None:  # noqa: B027  (most layers keep nothing like that)
+        """Updates what a copy keeps solely for its configuration to match what it does."""
 
     @abstractmethod
-    def build_alike(self, old: Any, new: Any) -> None:
-        """Builds the copy of a layer that was built."""
+    def build_copy(self, old: Any, new: Any) -> None:
+        """Builds the copy of a built layer."""
 
     @abstractmethod
-    def made_again(self, model: Any, classes: dict[str, type]) -> Any:
-        """What loading makes of a model's configuration, before its weights are set.
+    def reloaded(self, model: Any, classes: dict[str, type]) -> Any:
+        """A model as loading its configuration would create it, before its weights are set.
 
         Args:
             model: the model.
-            classes: its classes that are not Keras's own, by name.
+            classes: its custom classes, by name.
         """
 
     def network_config(self, model: Any) -> dict[str, Any] | None:
-        """The configuration of a model's network, where one is to be written without its class."""
+        """Configuration of a model's network, if it is being saved without its class; else None."""
         return None
 
     @abstractmethod
@@ -236,29 +222,29 @@ class KerasAdapter(ABC):
         """Whether something is a variable."""
 
     @abstractmethod
-    def copy_of_variable(self, variable: Any) -> Any:
-        """A variable of the same name, value and flags."""
+    def copy_variable(self, variable: Any) -> Any:
+        """A variable with the same name, value and flags."""
 
     @abstractmethod
     def own_variables(self, layer: Any) -> list[Any]:
-        """The variables of a layer itself, in the order in which it made them."""
+        """Variables of a layer itself, in the order in which it created them."""
 
     @abstractmethod
     def variables(self, layer: Any) -> list[Any]:
-        """The variables of a layer and of all that it holds."""
+        """Variables of a layer and of everything it contains."""
 
     @abstractmethod
     def states(self, layer: Any) -> list[Any]:
-        """What a layer itself keeps from call to call beside its weights; None if not made."""
+        """State that a layer itself keeps between calls beside its weights; None if not created."""
 
     @abstractmethod
     def assign(self, target: Any, source: Any) -> None:
         """Sets a variable to the value and the flags of another."""
 
-    def exchanging(self, holder: Any, old: Any, new: Any) -> AbstractContextManager[Any]:
-        """In which a built layer, which held `old`, takes `new` for it."""
+    def replacing(self, parent: Any, old: Any, new: Any) -> AbstractContextManager[Any]:
+        """Context manager in which one sublayer of a built layer may be replaced by another."""
         return nullcontext()
 
-    @abstractmethod
-    def traced(self, layer: Any) -> bool:
-        """Whether a layer's call goes on calling the layers that it was traced with."""
+    def is_traced(self, layer: Any) -> bool:
+        """Whether a layer's call goes on calling the sublayers with which it was traced."""
+        return hasattr(type(layer).call, "get_concrete_function")

@@ -1,11 +1,10 @@
-"""Copies layers, with everything of theirs that their configuration leaves out.
+"""Copies layers, including everything that their configuration leaves out.
 
-A configuration names functions and classes, and a name can stand for something else where
-it is looked up. So functions, initializers, regularizers and constraints are taken over from
-the original layer itself, and classes are looked up among those that the layer holds. What a
-layer keeps for its configuration alone is made to agree with what it does.
-Weights are matched layer by layer inside a layer: the order of `layer.weights` depends on
-what is frozen.
+A configuration refers to functions and classes by name, and a name may be looked up as something
+else. So the copy shares functions, initializers, regularizers and constraints with the original,
+and classes are looked up among those of the layer and its sublayers. Whatever a layer keeps solely
+for its configuration is updated to match what it does. Weights are matched sublayer by sublayer,
+because the order of `layer.weights` depends on which of them are frozen.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.weights import numpy_dtype
 
 _FUNCTIONS = ("activation", "recurrent_activation")
-# What configurations leave out, or what cannot be made again from what they hold.
+# Attributes that configurations leave out, or do not describe well enough to restore.
 _LEFT_OUT = ("bin_boundaries", "use_cudnn")
 _OBJECTS = ("_regularizer", "_constraint")
 _INITIALIZER = "_initializer"
@@ -31,18 +30,18 @@ _OF_LAMBDA = (
     "_fn_expects_training_arg",
     "_fn_expects_mask_arg",
 )
-# Under which keys configurations hold those of other layers.
-_HELD = ("layer", "backward_layer", "cell", "cells")
+# Keys under which a configuration has those of other layers.
+_NESTED = ("layer", "backward_layer", "cell", "cells")
 _PACKAGES = ("tf_keras", "keras")
 
 
 def label(layer: Any) -> str:
-    """A layer's class and name, for messages."""
+    """Class and name of a layer, for messages."""
     return f"{type(layer).__name__} '{layer.name}'"
 
 
 def config_of(layer: Any, keras: KerasAdapter) -> dict[str, Any]:
-    """A layer's configuration.
+    """Configuration of a layer.
 
     Raises:
         RewriteError: it has none.
@@ -57,44 +56,44 @@ def config_of(layer: Any, keras: KerasAdapter) -> dict[str, Any]:
 
 
 def from_config(layer: Any, config: dict[str, Any], keras: KerasAdapter, kind: Any = None) -> Any:
-    """A new layer of a layer's class, not built yet, from a configuration of it.
+    """A new layer, not yet built, from a configuration of an existing one.
 
     Args:
         layer: the original.
-        config: its configuration, or a changed one.
-        keras: its Keras.
-        kind: the class to make a layer of, if not that of the original.
+        config: its configuration, or an edited one.
+        keras: the adapter of its Keras.
+        kind: the class of the new layer, if not that of the original.
 
     Raises:
-        RewriteError: it cannot be made, or would not be the same.
+        RewriteError: it cannot be created, or would not be the same.
     """
     check_call(layer, keras)
     if is_stock(type(layer)):
-        config = _without_objects(config, keras)
+        config = _with_placeholders(config, keras)
     try:
-        with keras.scope({**_own_functions(layer), **own_classes(layer)}):
+        with keras.scope({**_custom_functions(layer), **custom_classes(layer)}):
             new = (kind or type(layer)).from_config(config)
     except RewriteError:
         raise
     except Exception as error:
-        if isinstance(error.__context__, RewriteError):  # Keras 3 says its own about errors
+        if isinstance(error.__context__, RewriteError):  # Keras 3 wraps errors
             raise error.__context__ from None
         raise RewriteError(
             f"{label(layer)} cannot be copied from its configuration: {cause_of(error)} "
             "Define get_config() so that it returns the arguments of __init__"
         ) from error
     keras.rename(new, layer.name)
-    # Parts that a layer makes when it is built follow in `copy_weights`.
+    # Sublayers that are created when the layer is built follow in `copy_weights`.
     complete = kind is None and _kinds(parts(layer), keras) == _kinds(parts(new), keras)
     for old_part, new_part in paired(layer, new, keras) if complete else [(layer, new)]:
-        _take_over(old_part, new_part, keras)
+        _share_objects(old_part, new_part, keras)
     return new
 
 
 def check_copy(layer: Any, keras: KerasAdapter) -> None:
-    """Raises RewriteError where a layer, or what else is called, cannot be copied."""
+    """Raises RewriteError if a layer, or whatever else is called, cannot be copied."""
     if not isinstance(layer, keras.layers.Layer):
-        keras.copy_of_operation(layer)
+        keras.copy_operation(layer)
     elif not is_stock(type(layer)):
         from_config(layer, config_of(layer, keras), keras)
     else:
@@ -102,10 +101,10 @@ def check_copy(layer: Any, keras: KerasAdapter) -> None:
 
 
 def check_call(layer: Any, keras: KerasAdapter) -> None:
-    """Raises RewriteError where what a layer does is not what its class does."""
-    own_call = vars(layer).get("call")  # saving leaves that of the class there
+    """Raises RewriteError if a layer does something else than its class."""
+    own_call = vars(layer).get("call")  # saving leaves the class's method there
     is_own = own_call is not None and getattr(own_call, "__func__", None) is not type(layer).call
-    if is_own and not keras.makes_its_call(layer):
+    if is_own and not keras.assigns_its_own_call(layer):
         raise RewriteError(
             f"{label(layer)} cannot be copied: its call method was exchanged on the object. Make "
             "a subclass of its class that has the method"
@@ -115,7 +114,7 @@ def check_call(layer: Any, keras: KerasAdapter) -> None:
 def copy_weights(old: Any, new: Any, keras: KerasAdapter) -> None:
     """Sets all weights, flags and states of a built layer to those of the original.
 
-    The copy may have a bias that the original has not; that is set to zero.
+    The copy may have a bias that the original lacks, which is set to zero.
 
     Raises:
         RewriteError: the two do not have the same weights.
@@ -128,7 +127,7 @@ def copy_weights(old: Any, new: Any, keras: KerasAdapter) -> None:
     copied: set[int] = set()
     pairs: list[tuple[Any, Any]] = []
     for old_part, new_part in paired(old, new, keras):
-        if type(old_part) is not type(new_part):  # to be exchanged, see `paired`
+        if type(old_part) is not type(new_part):  # to be replaced, see `paired`
             copied |= {id(v) for part in (old_part, new_part) for v in part.weights}
             continue
         new_own = keras.own_variables(new_part)
@@ -142,29 +141,29 @@ def copy_weights(old: Any, new: Any, keras: KerasAdapter) -> None:
         states = zip(keras.states(old_part), keras.states(new_part), strict=True)
         pairs += [(a, b) for a, b in states if a is not None and b is not None]
         new_part._trainable = old_part._trainable
-        _take_over(old_part, new_part, keras)
-        # Not before: tf_keras warns where one initializer is used for two layers.
-        take_over_initializers(old_part, new_part, keras)
+        _share_objects(old_part, new_part, keras)
+        # Not earlier: tf_keras warns if one initializer is used for two layers.
+        share_initializers(old_part, new_part, keras)
         _copy_vocabulary(old_part, new_part)
     copied |= {id(variable) for pair in pairs for variable in pair}
-    # What remains is held out of Keras's sight, which both have in the same order.
+    # The rest is kept where Keras does not look, in the same order in both.
     rest = ([v for v in keras.variables(layer) if id(v) not in copied] for layer in (old, new))
     for source, target in [*pairs, *_zipped(old, *rest)]:
         keras.assign(target, source)
     for part in parts(new):
-        keras.settle(part)
+        keras.sync_config(part)
         if isinstance(part, keras.layers.Normalization):
             part.finalize_state()  # its mean and variance are computed from its weights
 
 
 def paired(old: Any, new: Any, keras: KerasAdapter) -> Iterator[tuple[Any, Any]]:
-    """A layer and all that it holds, each with its copy.
+    """A layer and all its sublayers, each with its copy.
 
-    A training layer that was put into a layer for a BatchNormalization may come with a
-    BatchNormalization: that is what the code of its holder makes.
+    A training layer that took the place of a BatchNormalization may be paired with a
+    BatchNormalization: that is what the constructor of its parent creates.
 
     Raises:
-        RewriteError: the copy holds other layers.
+        RewriteError: the copy has other sublayers.
     """
     olds, news = parts(old), parts(new)
     if _kinds(olds, keras) != _kinds(news, keras):
@@ -177,7 +176,7 @@ def paired(old: Any, new: Any, keras: KerasAdapter) -> Iterator[tuple[Any, Any]]
 
 
 def parts(layer: Any) -> list[Any]:
-    """A layer and all layers that it holds, at any depth."""
+    """A layer and its sublayers at any depth."""
     return list(layer._flatten_layers(include_self=True, recursive=True))
 
 
@@ -195,8 +194,8 @@ def is_stock(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in _PACKAGES
 
 
-def own_classes(layer: Any) -> dict[str, type]:
-    """The classes that are not Keras's own among a layer and those that it holds."""
+def custom_classes(layer: Any) -> dict[str, type]:
+    """Custom classes of a layer and its sublayers, by name."""
     classes: dict[str, type] = {}
     for part in parts(layer):
         kind = type(part)
@@ -208,10 +207,10 @@ def own_classes(layer: Any) -> dict[str, type]:
     return classes
 
 
-def _own_functions(layer: Any) -> dict[str, Any]:
-    """The functions, and the classes of objects, that configurations of a layer name.
+def _custom_functions(layer: Any) -> dict[str, Any]:
+    """Custom functions and classes of objects that a layer's configurations refer to, by name.
 
-    Of two of one name it is the last; `_take_over` brings the right one in the end.
+    Of two with one name this has the last; `_share_objects` sets the right one in the end.
     """
     found: dict[str, Any] = {}
     for part in parts(layer):
@@ -223,8 +222,8 @@ def _own_functions(layer: Any) -> dict[str, Any]:
     return found
 
 
-def _without_objects(config: dict[str, Any], keras: KerasAdapter) -> dict[str, Any]:
-    """A stock layer's configuration with placeholders for what `_take_over` brings."""
+def _with_placeholders(config: dict[str, Any], keras: KerasAdapter) -> dict[str, Any]:
+    """Configuration of a stock layer, with placeholders for what `_share_objects` sets."""
     result = dict(config)
     for key, value in config.items():
         if key in _FUNCTIONS:
@@ -234,55 +233,55 @@ def _without_objects(config: dict[str, Any], keras: KerasAdapter) -> dict[str, A
             result[key] = None
         elif key.endswith(_INITIALIZER) and value is not None:
             result[key] = "zeros"  # all weights are set anyway
-        elif key in _HELD:
-            result[key] = _held_without_objects(value, keras)
+        elif key in _NESTED:
+            result[key] = _nested_with_placeholders(value, keras)
     return keras.without_functions(result)
 
 
-def _held_without_objects(value: Any, keras: KerasAdapter) -> Any:
-    """The same for what configurations hold: those of other layers, and lists of them."""
+def _nested_with_placeholders(value: Any, keras: KerasAdapter) -> Any:
+    """The same for the configurations of other layers in a configuration, and lists of them."""
     if isinstance(value, (list, tuple)):
-        return type(value)(_held_without_objects(item, keras) for item in value)
+        return type(value)(_nested_with_placeholders(item, keras) for item in value)
     config = value.get("config") if isinstance(value, dict) else None
     if not isinstance(config, dict) or "layers" in config:
-        return value  # a model calls its layers as soon as it is made, so they must be complete
+        return value  # a model calls its layers as soon as it is created, so they must be complete
     if str(value.get("module", "")).partition(".")[0] not in _PACKAGES:
         return value
-    # Not to be built before it has its own regularizers and constraints.
+    # It must not be built before it has its regularizers and constraints.
     kept = {key: item for key, item in value.items() if key != "build_config"}
-    return {**kept, "config": _without_objects(config, keras)}
+    return {**kept, "config": _with_placeholders(config, keras)}
 
 
 def _describes_a_layer(value: Any) -> bool:
-    """Whether a configured activation is a layer, and no function."""
+    """Whether a configured activation is a layer rather than a function."""
     functions = (None, "function", "__lambda__")
     return isinstance(value, dict) and value.get("class_name") not in functions
 
 
-def _take_over(old: Any, new: Any, keras: KerasAdapter) -> None:
-    """Gives a copy the very functions and objects of the original."""
+def _share_objects(old: Any, new: Any, keras: KerasAdapter) -> None:
+    """Makes a copy use the very functions and objects of the original."""
     names = [name for name in vars(old) if name in _FUNCTIONS or name.endswith(_OBJECTS)]
     if isinstance(old, keras.layers.Lambda):
         names += _OF_LAMBDA
     names += [name for name in _LEFT_OUT if name in vars(old)]
-    _take_over_attributes(old, new, names, keras)
+    _share_attributes(old, new, names, keras)
     new._supports_masking = old._supports_masking
 
 
-def agree(kept: Any, layer: Any, keras: KerasAdapter) -> None:
-    """Gives a layer that is kept for its configuration alone the objects of what works by it."""
+def share_config_objects(kept: Any, layer: Any, keras: KerasAdapter) -> None:
+    """Makes a layer that only serves configurations use the objects of the one that runs."""
     for part, other in zip(parts(kept), parts(layer), strict=True):
-        _take_over(other, part, keras)
-        take_over_initializers(other, part, keras)
+        _share_objects(other, part, keras)
+        share_initializers(other, part, keras)
 
 
-def take_over_initializers(old: Any, new: Any, keras: KerasAdapter) -> None:
-    """Gives a built copy the very initializers of the original, for configurations of it."""
+def share_initializers(old: Any, new: Any, keras: KerasAdapter) -> None:
+    """Makes a built copy use the very initializers of the original, for its configuration."""
     initializers = [name for name in vars(old) if name.endswith(_INITIALIZER)]
-    _take_over_attributes(old, new, initializers, keras)
+    _share_attributes(old, new, initializers, keras)
 
 
-def _take_over_attributes(old: Any, new: Any, names: list[str], keras: KerasAdapter) -> None:
+def _share_attributes(old: Any, new: Any, names: list[str], keras: KerasAdapter) -> None:
     for name in names:
         value = getattr(old, name)
         if isinstance(value, keras.layers.Layer) or getattr(new, name, None) is value:
@@ -301,7 +300,7 @@ def _zipped(layer: Any, old: list[Any], new: list[Any]) -> list[tuple[Any, Any]]
 
 
 def _copy_vocabulary(old: Any, new: Any) -> None:
-    """Gives a lookup layer the words that the original was adapted to."""
+    """Copies the vocabulary to which a lookup layer was adapted."""
     if not hasattr(old, "set_vocabulary") or new.get_vocabulary() == old.get_vocabulary():
         return
     if getattr(old, "output_mode", getattr(old, "_output_mode", "")) == "tf_idf":

@@ -1,9 +1,9 @@
 """Reads a model made of layers into the neutral graph. Decides nothing, changes nothing.
 
-Functional and Sequential models are read call by call; nested ones are read in place, as
-if their layers were the outer model's. What a custom layer or a subclassed model does with
-the layers it holds is not visible: the Functional models among them are read as parts of
-their own, whose outputs are outputs, and the BatchNormalizations are listed as hidden.
+Functional and Sequential models are read call by call; nested ones are read in place, as if their
+layers belonged to the outer model. Calls that a custom layer or a subclassed model makes of its
+sublayers cannot be seen: Functional models among those are read as separate parts, whose outputs
+count as outputs of the model, and their BatchNormalizations are listed as hidden.
 """
 
 from __future__ import annotations
@@ -16,29 +16,31 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.frontends.keras_common import weights
-from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter, Record
+from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.frontends.keras_common.batch_norm import batch_norm, is_batch_norm
+from mbn_rewrite.frontends.keras_common.calls import Call, Record
 from mbn_rewrite.frontends.keras_common.cloning import check_call, check_copy, label, parts
-from mbn_rewrite.frontends.keras_common.nested import held
-from mbn_rewrite.frontends.keras_common.op_table import Call, batch_norm, describe, is_batch_norm
-from mbn_rewrite.frontends.keras_common.own_classes import (
+from mbn_rewrite.frontends.keras_common.custom_models import (
     attributes,
     leaves,
     needs_check,
     note_on_files,
 )
-from mbn_rewrite.ir.graph import BatchNorm, Graph, HiddenBatchNorm, Input, Node, Value
+from mbn_rewrite.frontends.keras_common.op_table import describe
+from mbn_rewrite.frontends.keras_common.sublayers import sublayers
+from mbn_rewrite.ir.graph import BatchNorm, Graph, HiddenBatchNorm, Input, Node, Op, Value
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A model as the planner sees it, and the way back to its layers.
+    """A model as passes see it, and the way back to its layers.
 
     Attributes:
         graph: the neutral graph.
         layers: the layer of each owner named in the graph.
         owners: id(layer) -> owner.
-        masked: owners of layers that some call gives a mask.
-        notes: what the user should know of any copy of the model, in sentences.
+        masked: owners of layers that are called with a mask at least once.
+        notes: sentences that the user should know about any copy of the model.
     """
 
     graph: Graph
@@ -56,9 +58,9 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         reader.outputs.update(reader.read_calls(model, "", training=False))
     else:
         check_copy(model, keras)
-        reader.read_held(model, "", label(model), training=False)
-    reader.account_for_the_rest(model)
-    reader.root_what_is_also_held()
+        reader.read_sublayers(model, "", label(model), training=False)
+    reader.list_unreachable(model)
+    reader.pin_hidden_calls()
     layers = reader.layers
     graph = Graph(
         tuple(reader.values),
@@ -67,7 +69,7 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         tuple(reader.hidden),
         lambda owner, name: weights.read(layers[owner], name),
     )
-    notes = tuple(note_on_files(each, keras) for each in reader.with_class.values())
+    notes = tuple(note_on_files(each, keras) for each in reader.unsure.values())
     any_norm = reader.hidden or any(isinstance(node.op, BatchNorm) for node in reader.nodes)
     return Reading(
         graph, layers, reader.owners, frozenset(reader.masked), notes if any_norm else ()
@@ -84,9 +86,9 @@ class _Reader:
     layers: dict[str, Any] = field(default_factory=dict)
     owners: dict[int, str] = field(default_factory=dict)
     masked: set[str] = field(default_factory=set)
-    with_mask: set[int] = field(default_factory=set)  # values that may have one with them
-    holders: dict[int, str] = field(default_factory=dict)  # id(held layer) -> who holds it
-    with_class: dict[int, Any] = field(default_factory=dict)  # models of classes to be checked
+    with_mask: set[int] = field(default_factory=set)  # values that may come with a mask
+    parents: dict[int, str] = field(default_factory=dict)  # id(sublayer) -> its parent's label
+    unsure: dict[int, Any] = field(default_factory=dict)  # models whose configuration may mislead
 
     def read_calls(
         self,
@@ -99,16 +101,17 @@ class _Reader:
         """Reads a visible model; returns the values of its outputs.
 
         Args:
-            prefix: what to put before the names of its layers.
-            training: how it is called; see `describe.Call`.
-            inputs: the values it is called with; None for one that is not called.
-            seen: id(a Keras tensor) -> its value, of a model that may have tensors in common.
+            model: the model.
+            prefix: the prefix of its layers' names.
+            training: how it is called; see `calls.Call`.
+            inputs: the values it is called with; None if it is not called.
+            seen: id(Keras tensor) -> value, for tensors it may share with a model read before.
         """
         check_call(model, self.keras)
         seen = {} if seen is None else seen
         if inputs is not None:
             seen = {id(t): v for t, v in zip(model.inputs, inputs, strict=True)}
-        # Sequential models take inputs of other sizes than they declare.
+        # Sequential models accept inputs of other sizes than they declare.
         sizes_hold = not isinstance(model, self.keras.sequential)
         for record in self.keras.calls_of(model):
             if all(id(t) in seen for t in record.outputs):
@@ -122,15 +125,15 @@ class _Reader:
     def _read_attributes(
         self, model: Any, prefix: str, training: bool | None, seen: dict[int, int]
     ) -> None:
-        """Reads what a visible model holds beside its calls, for its methods to use.
+        """Reads what a visible model keeps in addition to its calls, for its methods to use.
 
-        What tensors it holds are to keep their values, as the outputs of models do.
+        Tensors among that have to keep their values, as outputs of the model do.
         """
         for value in attributes(model, self.keras).values():
             self.outputs |= {seen[id(leaf)] for leaf in leaves(value) if id(leaf) in seen}
-        self.read_held(model, prefix, label(model), training, seen)
-        if needs_check(model, self.keras) and id(model) not in self.with_class:
-            self.with_class[id(model)] = model
+        self.read_sublayers(model, prefix, label(model), training, seen)
+        if needs_check(model, self.keras) and id(model) not in self.unsure:
+            self.unsure[id(model)] = model
 
     def _read_call(
         self,
@@ -148,60 +151,81 @@ class _Reader:
             check_copy(layer, self.keras)
         results = [self._add_value(t) for t in record.outputs]
         owner = self._owner(layer, prefix)
-        op = describe(
-            Call(
-                self.keras,
-                layer,
-                tuple(self.values[value].shape for value in sources),
-                self.values[results[0]].shape,
-                training,
-                self._other_arguments(record),
-                sizes_hold,
-            )
+        op = self._operation(record, training, sources, results, sizes_hold)
+        self._follow_masks(record, owner, sources, results)
+        node = Node(owner, type(layer).__name__, op, tuple(sources), tuple(results), _dtype(layer))
+        self.nodes.append(node)
+        if not isinstance(op, (Input, BatchNorm)):
+            worst = self._worst_training(layer, training)
+            self.read_sublayers(layer, f"{owner}/", node.label, worst)
+        return results
+
+    def _operation(
+        self,
+        record: Record,
+        training: bool | None,
+        sources: list[int],
+        results: list[int],
+        sizes_hold: bool,
+    ) -> Op:
+        """Operation of a call; a BatchNormalization is pinned if no other could stand in for it."""
+        call = Call(
+            self.keras,
+            record.layer,
+            tuple(self.values[value].shape for value in sources),
+            self.values[results[0]].shape,
+            training,
+            self._other_arguments(record),
+            sizes_hold,
         )
-        if isinstance(op, BatchNorm) and not op.ineligible:
-            before, after = self.values[sources[0]].dtype, self.values[results[0]].dtype
-            if before != after:
-                op = replace(op, pinned=f"it turns {before} into {after}")
-            elif len(sources) > 1:
-                op = replace(op, pinned="it is given a mask, which others read from it")
+        op = describe(call)
+        if not isinstance(op, BatchNorm) or op.ineligible:
+            return op
+        before, after = self.values[sources[0]].dtype, self.values[results[0]].dtype
+        if before != after:
+            return replace(op, pinned=f"it turns {before} into {after}")
+        if len(sources) > 1:
+            return replace(op, pinned="it is given a mask, which others read from it")
+        return op
+
+    def _follow_masks(
+        self, record: Record, owner: str, sources: list[int], results: list[int]
+    ) -> None:
+        """Notes whether a call is given a mask, and whether its results may pass it on."""
         with_mask = self.with_mask & set(sources) or any(
             map(self.keras.carries_mask, record.inputs)
         )
         if with_mask or len(sources) > 1:
             self.masked.add(owner)
-        if with_mask and self.keras.may_pass_mask(layer):
+        if with_mask and self.keras.may_pass_mask(record.layer):
             self.with_mask.update(results)
-        self.nodes.append(
-            Node(owner, type(layer).__name__, op, tuple(sources), tuple(results), _dtype(layer))
-        )
-        if not isinstance(op, (Input, BatchNorm)):
-            calls = [self._training_of(call, training) for call in self.keras.all_calls_of(layer)]
-            worst = False if all(value is False for value in calls) else (True in calls or None)
-            self.read_held(layer, f"{owner}/", self.nodes[-1].label, worst)
-        return results
 
-    def read_held(
+    def _worst_training(self, layer: Any, training: bool | None) -> bool | None:
+        """Whether any call of a layer is in training; None if that is not known."""
+        calls = [self._training_of(call, training) for call in self.keras.all_calls_of(layer)]
+        return False if all(value is False for value in calls) else (True in calls or None)
+
+    def read_sublayers(
         self,
-        holder: Any,
+        parent: Any,
         prefix: str,
         who: str,
         training: bool | None,
         seen: dict[int, int] | None = None,
     ) -> None:
-        """Reads what a layer holds whose calls cannot be seen.
+        """Reads the sublayers of a layer, whose calls cannot be seen.
 
         Args:
-            holder: the layer.
-            prefix: what to put before the names of the layers that it holds.
+            parent: the layer.
+            prefix: the prefix of its sublayers' names.
             who: its label.
-            training: how the holder itself is called; see `describe.Call`.
-            seen: of a holder that is visible itself; see `read_calls`.
+            training: how it is called itself; see `calls.Call`.
+            seen: for a parent that is visible itself; see `read_calls`.
         """
-        is_visible = self.keras.is_visible(holder)
-        for _, layer in held(holder, self.keras):
-            if not is_visible:  # in whose copy the layer's copy takes its place
-                self.holders.setdefault(id(layer), who)
+        is_visible = self.keras.is_visible(parent)
+        for _, layer in sublayers(parent, self.keras):
+            if not is_visible:  # in a visible parent's copy, the sublayer's copy takes its place
+                self.parents.setdefault(id(layer), who)
             if id(layer) in self.owners:
                 continue
             if is_batch_norm(layer, self.keras):
@@ -212,17 +236,17 @@ class _Reader:
                 self.outputs.update(self.read_calls(layer, path, training, seen=seen))
             else:
                 owner = self._owner(layer, prefix)
-                self.read_held(layer, f"{owner}/", label(layer), training)
+                self.read_sublayers(layer, f"{owner}/", label(layer), training)
         if not is_visible:
-            self._account_for(self.keras.everything_in(holder), who)
+            self._list_unreachable(self.keras.all_layers_in(parent), who)
 
-    def account_for_the_rest(self, model: Any) -> None:
-        """Lists the BatchNormalizations that are nowhere to be found, so that none is lost."""
+    def list_unreachable(self, model: Any) -> None:
+        """Lists BatchNormalizations that were not found in any attribute, so that none is lost."""
         for part in parts(model):
             direct = part._flatten_layers(include_self=False, recursive=False)
-            self._account_for(direct, label(part))
+            self._list_unreachable(direct, label(part))
 
-    def _account_for(self, modules: Iterable[Any], who: str) -> None:
+    def _list_unreachable(self, modules: Iterable[Any], who: str) -> None:
         for layer in modules:
             if is_batch_norm(layer, self.keras) and id(layer) not in self.owners:
                 why = (
@@ -232,9 +256,9 @@ class _Reader:
                 op = BatchNorm(None, why, not_trainable=why)
                 self._add_hidden(layer, "", who, op)
 
-    def root_what_is_also_held(self) -> None:
-        """A BatchNormalization that is called in sight and held out of sight cannot move."""
-        nodes = [(node, self.holders.get(id(self.layers[node.owner]))) for node in self.nodes]
+    def pin_hidden_calls(self) -> None:
+        """Pins BatchNormalizations that are called visibly and are also sublayers of a parent."""
+        nodes = [(node, self.parents.get(id(self.layers[node.owner]))) for node in self.nodes]
         seen = {node.owner for node in self.nodes}
         self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
         self.nodes = [
@@ -257,7 +281,7 @@ class _Reader:
         return value
 
     def _other_arguments(self, record: Record) -> tuple[Any, ...]:
-        """What a call was given beside Keras tensors; names, flags and Nones left out."""
+        """Arguments of a call other than Keras tensors, without names, flags and Nones."""
         arguments = (record.args, {k: v for k, v in record.kwargs.items() if k != "name"})
         tensors = {id(t) for t in record.inputs}
         return tuple(
@@ -270,7 +294,7 @@ class _Reader:
         return f"{prefix}{model.name}/"
 
     def _owner(self, layer: Any, prefix: str) -> str:
-        """The unique name of a layer: its path of names, with a number if that is taken."""
+        """Unique name of a layer: its path of names, with a number if that is taken."""
         if id(layer) not in self.owners:
             name = path = f"{prefix}{layer.name}"
             number = 2
@@ -281,7 +305,7 @@ class _Reader:
         return self.owners[id(layer)]
 
     def _training_of(self, record: Record, inherited: bool | None) -> bool | None:
-        """Whether a call is in training; see `describe.Call`."""
+        """Whether a call is in training; see `calls.Call`."""
         value = record.kwargs.get("training")
         if value is None and len(record.args) > 1:
             names = list(inspect.signature(record.layer.call).parameters)
@@ -291,11 +315,11 @@ class _Reader:
         return bool(value) if isinstance(value, (bool, int, np.bool_)) else None
 
     def _fits(self, record: Record, sources: list[int]) -> bool:
-        """Whether a nested model takes these values as they are."""
+        """Whether a nested model accepts these values as they are."""
         inputs = record.layer.inputs
         return (
             len(inputs) == len(sources)
-            and self.keras.takes_as_it_is(record.layer, record)
+            and self.keras.takes_inputs_in_order(record.layer, record)
             and all(
                 len(self.values[value].shape) == len(self.keras.shape_of(tensor))
                 and self.values[value].dtype == self.keras.dtype_of(tensor)
@@ -308,6 +332,6 @@ _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}  # of dtypes narrower than 
 
 
 def _dtype(layer: Any) -> str:
-    """The narrowest dtype that a layer's weights are stored or used in."""
+    """The narrowest dtype in which a layer's weights are stored or used."""
     names = [getattr(layer, name, None) for name in ("compute_dtype", "dtype")]
     return min(filter(None, names), key=lambda name: _SIZES.get(name, 8), default="float32")

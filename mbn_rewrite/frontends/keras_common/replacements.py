@@ -1,8 +1,7 @@
-"""What takes the place of a layer, under its name.
+"""Layers that take the place of a BatchNormalization, under its name.
 
-What makes the layer that takes the place of a BatchNormalization also gives a function that
-sets its weights. That is to be called once the layer is built, and builds a layer that no call
-has built because another holds it.
+Each function that makes such a layer also returns a function that sets its weights. It is to be
+called once the layer is built, and itself builds a sublayer, which no call has built.
 """
 
 from __future__ import annotations
@@ -14,32 +13,42 @@ import numpy as np
 
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.frontends.keras_common.batch_norm import affine_weights
 from mbn_rewrite.frontends.keras_common.cloning import (
     config_of,
     from_config,
-    take_over_initializers,
+    share_initializers,
 )
-from mbn_rewrite.frontends.keras_common.op_table import affine_weights
+from mbn_rewrite.frontends.keras_common.folded_layers import drop_regularizers
 from mbn_rewrite.ir.algebra import ChannelMap
-from mbn_rewrite.plans import Form, Replace, Sample
+from mbn_rewrite.plans import Form, Remap, Replace, Sample
 
 
 def replacement(
     keras: KerasAdapter, old: Any, planned: Replace, rank: int, masked: bool
 ) -> tuple[Any, Callable[[], None]]:
-    """The layer that does a BatchNormalization's map in its place.
+    """The layer that computes a BatchNormalization's map in its place.
 
     Args:
-        keras: its Keras.
+        keras: the adapter of its Keras.
         old: the BatchNormalization.
-        planned: the map, and in what form.
+        planned: the map, and the form it takes.
         rank: the number of dimensions of its input.
-        masked: whether a mask may come with its input, which convolutions stop.
+        masked: whether its input may come with a mask, which convolutions do not pass on.
     """
-    m = planned.map
     if planned.form is Form.FUSED:
-        return _fused(keras, old, m)
-    convolved = planned.form is Form.DEPTHWISE and not masked
+        new, finish = _fused(keras, old, planned.map)
+    else:
+        convolved = planned.form is Form.DEPTHWISE and not masked
+        new, finish = _scale_and_shift(keras, old, planned.map, rank, convolved)
+    drop_regularizers(new)
+    return new, finish
+
+
+def _scale_and_shift(
+    keras: KerasAdapter, old: Any, m: ChannelMap, rank: int, convolved: bool
+) -> tuple[Any, Callable[[], None]]:
+    """A depthwise convolution, or a layer of ours, that scales and shifts each channel."""
     common: dict[str, Any] = {
         "name": old.name,
         "dtype": old.dtype_policy,
@@ -67,58 +76,48 @@ def replacement(
 
 
 def _fused(keras: KerasAdapter, old: Any, m: ChannelMap) -> tuple[Any, Callable[[], None]]:
-    """A BatchNormalization that runs the fused operation: with stride 1 it is no other."""
+    """A BatchNormalization that runs the fused operation: the strided layer, with stride 1."""
     own = {"stride": 1, "scale": True, "center": True}
     new = from_config(old, config_of(old, keras) | own, keras, keras.training_layers[0])
 
     def finish() -> None:
         build_like(keras, old, new)
         new.trainable = old.trainable
-        take_over_initializers(old, new, keras)
-        set_map(keras, old, new, m)
+        share_initializers(old, new, keras)
+        _set_map(keras, old, new, m)
 
     return new, finish
 
 
-def standing_for(keras: KerasAdapter, kind: type, old: Any) -> Any:
-    """What takes the place of a convolution and adds a border map, or its bias, for it.
-
-    What it adds comes before the activation, which therefore moves out of the convolution.
-
-    Args:
-        keras: its Keras.
-        kind: the class of what takes its place.
-        old: the convolution.
-    """
-    inner = from_config(old, config_of(old, keras) | {"use_bias": False}, keras)
-    activation, inner.activation = inner.activation, keras.linear
-    inner.activity_regularizer = None  # of what the convolution gives no longer
-    return kind(
-        inner, activation=activation, name=old.name, dtype=old.dtype_policy, trainable=old.trainable
-    )
+def remapped_layer(keras: KerasAdapter, old: Any, remap: Remap) -> tuple[Any, Callable[[], None]]:
+    """A BatchNormalization that computes another map, by way of its gamma and beta."""
+    config = config_of(old, keras) | {"scale": True, "center": True}
+    new = from_config(old, config, keras)
+    drop_regularizers(new)
+    return new, lambda: _set_map(keras, old, new, remap.map)
 
 
-def set_map(keras: KerasAdapter, old: Any, new: Any, m: ChannelMap) -> None:
-    """Has a BatchNormalization do a map: by its gamma and beta, with another's statistics."""
+def _set_map(keras: KerasAdapter, old: Any, new: Any, m: ChannelMap) -> None:
+    """Makes a BatchNormalization compute a map by its gamma and beta, with another's statistics."""
     mean, variance = (
         weights.read(old, f"moving_{name}").astype(np.float64) for name in ("mean", "variance")
     )
     new.moving_mean.assign(old.moving_mean)
     new.moving_variance.assign(old.moving_variance)
     gamma, beta = affine_weights(new, keras)
-    set_affine(new, gamma, m.scale * np.sqrt(variance + keras.epsilon_of(old)))
-    set_affine(new, beta, m.shift + mean * m.scale)
+    _set_affine(new, gamma, m.scale * np.sqrt(variance + keras.epsilon_of(old)))
+    _set_affine(new, beta, m.shift + mean * m.scale)
 
 
 def training_layer(
     keras: KerasAdapter, old: Any, sampled: Sample
 ) -> tuple[Any, Callable[[], None]]:
-    """The layer that trains in the place of a BatchNormalization, with the weights that it had.
+    """The layer that trains in the place of a BatchNormalization, with its weights.
 
     Args:
-        keras: its Keras.
+        keras: the adapter of its Keras.
         old: the BatchNormalization, which is built.
-        sampled: which layer, and its stride.
+        sampled: the layer to put there, and its stride.
     """
     own = {"stride": sampled.stride, "synchronized": bool(getattr(old, "synchronized", False))}
     kind = keras.training_layers[sampled.depthwise]
@@ -131,20 +130,20 @@ def training_layer(
         names = zip(affine_weights(old, keras), affine_weights(new, keras), strict=True)
         for old_name, new_name in names:
             if new_name:
-                set_affine(new, new_name, weights.read(old, old_name))
-        take_over_initializers(old, new, keras)
+                _set_affine(new, new_name, weights.read(old, old_name))
+        share_initializers(old, new, keras)
         new.trainable = old.trainable
 
     return new, finish
 
 
 def build_like(keras: KerasAdapter, old: Any, new: Any) -> None:
-    """Builds a BatchNormalization for what another takes, if no call has built it."""
+    """Builds a BatchNormalization for the inputs of another, unless a call has built it."""
     if not new.built:
         channels, axis = old.moving_mean.shape[0], keras.axis_of(old)
         new.build(tuple(channels if i == axis else None for i in range(old.input_spec.ndim)))
 
 
-def set_affine(layer: Any, name: str, array: np.ndarray) -> None:
-    """Sets what scales or shifts the channels, whatever rank the layer keeps it in."""
+def _set_affine(layer: Any, name: str, array: np.ndarray) -> None:
+    """Sets the weight that scales or shifts the channels, whatever its rank in the layer."""
     weights.write(layer, name, array.reshape(tuple(getattr(layer, name).shape)))

@@ -1,4 +1,4 @@
-"""In what tf_keras differs from Keras 3; see `keras_common.adapter`."""
+"""Adapter of tf_keras: its differences from Keras 3; see `keras_common.adapter`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from tf_keras.src.layers.normalization.batch_normalization import BatchNormaliza
 from tf_keras.src.saving.legacy.saved_model.utils import in_tf_saved_model_scope
 from tf_keras.src.saving.serialization_lib import SafeModeScope
 
-from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter, Record
-from mbn_rewrite.frontends.keras_common.cloning import agree
-from mbn_rewrite.frontends.keras_common.op_table import Call, layer_table
+from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.frontends.keras_common.calls import Call, Record
+from mbn_rewrite.frontends.keras_common.cloning import share_config_objects
+from mbn_rewrite.frontends.keras_common.op_table import layer_table
 from mbn_rewrite.frontends.tf_keras.inference_layers import BorderedConvolution, ScaleAndShift
 from mbn_rewrite.frontends.tf_keras.training_layers import (
     ModifiedBatchNormalization,
@@ -41,16 +42,17 @@ from mbn_rewrite.ir.graph import (
     Shape,
 )
 
-# Layers that Keras makes of TensorFlow functions get their call method when they are made.
+# Layers that Keras makes of TensorFlow functions have their `call` set by their constructor.
 _CALL_IS_MADE = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
 
 
 class TfKeras(KerasAdapter):
-    """tf_keras, that is Keras 2."""
+    """Adapter of tf_keras, that is, Keras 2."""
 
     package = "tf_keras"
     layers = tf_keras.layers
     model = tf_keras.Model
+    functional = Functional
     sequential = tf_keras.Sequential
     batch_norms = (
         tf_keras.layers.BatchNormalization,
@@ -108,13 +110,16 @@ class TfKeras(KerasAdapter):
     def has_calls_on_record(self, layer: Any) -> bool:
         return isinstance(layer, Functional)
 
-    def is_made_alike(self, kind: type) -> bool:
+    def has_stock_constructor(self, kind: type) -> bool:
         if issubclass(kind, Sequential):
             return kind.__init__ is Sequential.__init__  # type: ignore[misc]
         return bool(has_functional_like_constructor(kind))
 
+    def interface_of(self, model: Any) -> tuple[Any, Any]:
+        return model._nested_inputs, model._nested_outputs
+
     def calls_of(self, model: Any) -> Iterator[Record]:
-        # Not all of them: the layers behind `add_loss` are among the model's nodes too.
+        # Not all nodes of the model: the layers behind `add_loss` are among them too.
         needed: set[int] = set()
         pending = [t._keras_history for t in (*model.inputs, *model.outputs)]
         while pending:
@@ -129,7 +134,7 @@ class TfKeras(KerasAdapter):
     def all_calls_of(self, layer: Any) -> list[Record]:
         return [_record(node) for node in layer._inbound_nodes]
 
-    def everything_in(self, layer: Any) -> list[Any]:
+    def all_layers_in(self, layer: Any) -> list[Any]:
         return list(layer.submodules)
 
     # -- descriptions ----------------------------------------------------------------------
@@ -153,10 +158,10 @@ class TfKeras(KerasAdapter):
         return int(axis)
 
     def epsilon_of(self, layer: Any) -> float:
-        """The epsilon that TensorFlow uses for this layer.
+        """Epsilon that TensorFlow uses for this layer.
 
         Earlier releases raise the epsilon of the fused operation to 1.001e-5, the least that
-        cuDNN takes; later ones take it as it is.
+        cuDNN accepts; later ones use it as it is.
         """
         epsilon = float(layer.epsilon)
         is_raised = layer.fused and epsilon < 1.001e-5
@@ -170,29 +175,29 @@ class TfKeras(KerasAdapter):
     def config_of(self, layer: Any) -> dict[str, Any]:
         config = layer.get_config()
         if getattr(layer, "virtual_batch_size", None) is not None:
-            # Building such a BatchNormalization counts its axes from one further on.
+            # Building such a BatchNormalization shifts its axes by one.
             config["axis"] = [axis - 1 for axis in layer.axis]
         return config
 
     def scope(self, objects: dict[str, Any]) -> AbstractContextManager[Any]:
         scope = ExitStack()
         scope.enter_context(tf_keras.utils.custom_object_scope(objects))
-        # Whatever code the model holds is running already.
+        # Any code that the model contains is already running.
         scope.enter_context(SafeModeScope(safe_mode=False))
         return scope
 
     def rename(self, layer: Any, name: str) -> None:
         layer._name = name
 
-    def makes_its_call(self, layer: Any) -> bool:
+    def assigns_its_own_call(self, layer: Any) -> bool:
         return isinstance(layer, _CALL_IS_MADE)
 
-    def build_alike(self, old: Any, new: Any) -> None:
+    def build_copy(self, old: Any, new: Any) -> None:
         if not new.built:
             with tf.init_scope():
                 new.build_from_config(old.get_build_config() or {})
 
-    def made_again(self, model: Any, classes: dict[str, type]) -> Any:
+    def reloaded(self, model: Any, classes: dict[str, type]) -> Any:
         with self.scope(classes):
             config = tf_keras.saving.serialize_keras_object(model)
             return tf_keras.saving.deserialize_keras_object(config, safe_mode=False)
@@ -207,14 +212,14 @@ class TfKeras(KerasAdapter):
     def is_variable(self, value: Any) -> bool:
         return isinstance(value, tf.Variable)
 
-    def copy_of_variable(self, variable: Any) -> Any:
+    def copy_variable(self, variable: Any) -> Any:
         name = variable.name.partition(":")[0]
         return tf.Variable(variable, trainable=variable.trainable, name=name)
 
-    def settle(self, layer: Any) -> None:
+    def sync_config(self, layer: Any) -> None:
         if not isinstance(layer, tf_keras.layers.Bidirectional):
             return
-        agree(layer.layer, layer.forward_layer, self)
+        share_config_objects(layer.layer, layer.forward_layer, self)
         kept = getattr(layer, "_backward_layer_config", None)
         if kept is not None:
             config = {**self.config_of(layer.backward_layer), "name": kept["config"]["name"]}
@@ -235,19 +240,16 @@ class TfKeras(KerasAdapter):
         target.assign(source)
 
     @contextmanager
-    def exchanging(self, holder: Any, old: Any, new: Any) -> Iterator[None]:
-        before = list(holder._self_tracked_trackables)
+    def replacing(self, parent: Any, old: Any, new: Any) -> Iterator[None]:
+        before = list(parent._self_tracked_trackables)
         yield
-        # What was set comes last among what the holder tracks; the order of weights is to stay.
-        tracked = holder._self_tracked_trackables
+        # The new layer is tracked last, but the order of the weights must not change.
+        tracked = parent._self_tracked_trackables
         gone = [i for i, x in enumerate(before) if not any(x is other for other in tracked)]
         come = [x for x in tracked if not any(x is other for other in before)]
         if len(gone) == len(come) == 1:
             tracked[:] = [x for x in tracked if x is not come[0]]
             tracked.insert(gone[0], come[0])
-
-    def traced(self, layer: Any) -> bool:
-        return hasattr(type(layer).call, "get_concrete_function")
 
 
 def _record(node: Any) -> Record:
@@ -261,7 +263,7 @@ def _variables(things: list[Any]) -> list[Any]:
 
 @cache
 def _least_fused_epsilon() -> float:
-    """What the installed TensorFlow makes of a fused epsilon of 0, seen in a result."""
+    """Least epsilon that the installed TensorFlow uses if fused, as a result of it shows."""
     one, zero = np.ones((1,), np.float32), np.zeros((1,), np.float32)
     variance = np.full((1,), 1e-5, np.float32)
     y, *_ = tf.compat.v1.nn.fused_batch_norm(
@@ -283,7 +285,7 @@ _TF_MERGES = {
 
 
 def _function(call: Call) -> Op:
-    """A function of tensors alone; a constant among the arguments makes it opaque."""
+    """Function of tensors only; a constant among its arguments makes it opaque."""
     symbol = call.layer.symbol
     if symbol == "concat" and len(call.arguments) == 1 and isinstance(call.arguments[0], int):
         return Concat(call.arguments[0] % len(call.output))

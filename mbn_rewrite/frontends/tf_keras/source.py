@@ -1,4 +1,4 @@
-"""A file of tf_keras, to be rewritten as SavedModel."""
+"""Model files of tf_keras, to be rewritten as SavedModels."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import tf_keras
 
 from mbn_rewrite.frontends.execution import as_specified
 from mbn_rewrite.frontends.keras_common.source import KerasFile, check_names, lone
-from mbn_rewrite.frontends.tf_keras import frontend
+from mbn_rewrite.frontends.tf_keras.frontend import TfKerasFrontEnd
 
 
 class TfKerasFile(KerasFile):
     """See `protocols.ModelSource`."""
 
     def __init__(self, source: Path, trusted: bool) -> None:
-        super().__init__(source, trusted, tf_keras, frontend)
+        super().__init__(source, trusted, tf_keras, TfKerasFrontEnd())
 
     def save(self, model: Any, directory: Path) -> None:
         tf_keras.models.save_model(model, directory, save_format="tf", include_optimizer=False)

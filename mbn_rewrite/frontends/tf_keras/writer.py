@@ -6,23 +6,16 @@ from typing import Any
 
 import tensorflow as tf
 import tf_keras
-from tf_keras.src.engine.functional import Functional
 
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.keras_common.cloning import label, parts
-from mbn_rewrite.frontends.keras_common.own_classes import made_without_constructor
-from mbn_rewrite.frontends.keras_common.reader import Reading
+from mbn_rewrite.frontends.keras_common.custom_models import made_without_constructor
 from mbn_rewrite.frontends.keras_common.writer import Writer, called
-from mbn_rewrite.frontends.tf_keras.adapter import TF_KERAS
-from mbn_rewrite.plans import Plan
 
 
-def write(model: Any, reading: Reading, plan: Plan) -> Any:
-    """A rewritten copy of a model; see `protocols.FrontEnd`."""
-    return _TfKerasWriter(TF_KERAS, reading, plan).write(model)
+class TfKerasWriter(Writer):
+    """Writer of one tf_keras model."""
 
-
-class _TfKerasWriter(Writer):
     def sequential(self, old: Any) -> Any:
         new = made_without_constructor(old, tf_keras.Sequential, name=old.name)
         records = {id(record.layer): record for record in self.keras.calls_of(old)}
@@ -34,20 +27,14 @@ class _TfKerasWriter(Writer):
                 if new.built:
                     self.finish()
             elif layer is old.layers[-1]:
-                new.add(self.standing_in_for(layer))
+                new.add(self.identity_in_place_of(layer))
         if not new.built:
             # As `build` does, which has no argument for the dtype.
             new._build_graph_network_for_inferred_shape(old.input_shape, old.inputs[0].dtype)
         self.finish()
         return new
 
-    def functional(self, old: Any, tensors: dict[int, Any]) -> Any:
-        inputs, outputs = tf.nest.map_structure(
-            lambda t: tensors[id(t)], (old._nested_inputs, old._nested_outputs)
-        )
-        return made_without_constructor(old, Functional, inputs, outputs, name=old.name)
-
-    def built_as(self, old: Any, new: Any) -> None:
+    def build_subclassed(self, old: Any, new: Any) -> None:
         spec = old.save_spec(dynamic_batch=False)
         if spec is None:
             raise RewriteError(

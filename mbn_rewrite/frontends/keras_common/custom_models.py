@@ -1,10 +1,10 @@
-"""Models that are made as Functional or Sequential models are, with more to them than that.
+"""Models of custom classes that are otherwise Functional or Sequential models.
 
-A class of its own builds its network in its constructor and adds methods and attributes. Its
-configuration, if it has one, says how to build the network as it was, not as it is rewritten.
-So a copy is made without that constructor: as a Functional or Sequential model is, but of the
-class of the original. What the original has in attributes beside its network follows, with
-whatever was copied exchanged for its copy.
+Such a class builds its network in its constructor, and adds methods and attributes. Its
+configuration, if there is one, describes the network as it was, not as it is rewritten. So a copy
+is created without that constructor: as a Functional or Sequential model, but with the original's
+class. Attributes that the original has in addition to its network are copied after that, with
+references to whatever was copied pointing to the copies.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, own_classes, parts
+from mbn_rewrite.frontends.keras_common.cloning import custom_classes, is_stock, label, parts
 
 _FRAMEWORKS = ("keras", "tf_keras", "tensorflow")
-_BUILT_IN = (*_FRAMEWORKS, "builtins", "numpy")  # whose objects refer to no layer of a model
+_BUILT_IN = (*_FRAMEWORKS, "builtins", "numpy")  # their objects refer to no layer of a model
 
 
 def made_without_constructor(old: Any, base: type, *args: Any, **kwargs: Any) -> Any:
-    """An object of a model's class, of which only the constructor of a base class was run."""
+    """An instance of a model's class for which only the constructor of a base class was run."""
     kind: Any = type(old)
     new = kind.__new__(kind)
     base.__init__(new, *args, **kwargs)  # type: ignore[misc]
@@ -35,9 +35,9 @@ def made_without_constructor(old: Any, base: type, *args: Any, **kwargs: Any) ->
 
 
 def attributes(model: Any, keras: KerasAdapter) -> dict[str, Any]:
-    """What a model has in attributes that Keras did not set when it was made or used.
+    """Attributes of a model that were not set by Keras when it was created or used.
 
-    Models of Keras's own classes have no private attributes but Keras's.
+    In models of Keras's own classes, all private attributes are Keras's.
     """
     private = ("_",) if is_stock(type(model)) else keras.private
     return {
@@ -50,7 +50,7 @@ def attributes(model: Any, keras: KerasAdapter) -> dict[str, Any]:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What is in lists, tuples, sets and dictionaries within one another."""
+    """Leaves of nested lists, tuples, sets and dictionaries."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -63,19 +63,19 @@ def leaves(value: Any) -> Iterator[Any]:
 # ---------------------------------------------------------------------------- attributes
 
 
-class Belongings:
-    """What a copy has in place of what its original has in attributes.
+class AttributeCopier:
+    """Copies what a model has in its attributes.
 
-    Layers and Keras tensors give way to their copies; variables, metrics and arrays are copied,
-    and so are lists, tuples, sets and dictionaries. Methods, functions and other objects that
-    refer to something copied are made anew to refer to the copy. All else is shared: losses,
-    optimizers, tokenizers, layers without weights. So is a metric that cannot be made again
-    from its configuration.
+    Layers and Keras tensors are replaced by their copies; variables, metrics and arrays are
+    copied, and so are lists, tuples, sets and dictionaries. Methods, functions and other objects
+    that refer to something copied are recreated to refer to the copy. Everything else is shared:
+    losses, optimizers, tokenizers, layers without weights, and metrics that cannot be recreated
+    from their configuration.
 
     Args:
-        keras: the Keras of the model.
-        layer: gives the copy of a layer.
-        tensors: id(a Keras tensor of the original) -> that of the copy.
+        keras: the adapter of the model's Keras.
+        layer: maps a layer to its copy.
+        tensors: id(Keras tensor of the original) -> that of the copy.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class Belongings:
     ) -> None:
         self._keras = keras
         self._layer = layer
-        self._made = dict(tensors)
+        self._copies = dict(tensors)
 
-    def exchanged(self, value: Any) -> Any:
-        """What the copy has for a value."""
-        if id(value) not in self._made:
-            self._made[id(value)] = self._of(value)
-        return self._made[id(value)]
+    def copied(self, value: Any) -> Any:
+        """The copy's counterpart of a value."""
+        if id(value) not in self._copies:
+            self._copies[id(value)] = self._of(value)
+        return self._copies[id(value)]
 
     def _of(self, value: Any) -> Any:
         if isinstance(value, self._keras.metric):  # in tf_keras a layer too
@@ -103,39 +103,39 @@ class Belongings:
         if isinstance(value, np.ndarray):
             return value.copy()
         if self._keras.is_variable(value):
-            return self._keras.copy_of_variable(value)
+            return self._keras.copy_variable(value)
         if isinstance(value, MethodType):
-            owner = self.exchanged(value.__self__)
+            owner = self.copied(value.__self__)
             return value if owner is value.__self__ else MethodType(value.__func__, owner)
         if isinstance(value, FunctionType):
             return self._function(value)
         if hasattr(value, "python_function"):  # a tf.function, to be traced again
-            function = self.exchanged(value.python_function)
+            function = self.copied(value.python_function)
             return value if function is value.python_function else value._clone(function)
         return self._object(value)
 
     def _metric(self, value: Any) -> Any:
         try:
             new = type(value).from_config(value.get_config())
-        except Exception:  # whatever a class of the user's raises
+        except Exception:  # the user's class may raise anything
             return value
         for old_state, state in zip(value.variables, new.variables, strict=False):
             state.assign(old_state)
         return new
 
     def _frozen(self, value: Any) -> Any:
-        items = [self.exchanged(item) for item in value]
-        kind = type(getattr(value, "__wrapped__", value))  # which tf_keras wraps
+        items = [self.copied(item) for item in value]
+        kind = type(getattr(value, "__wrapped__", value))  # tf_keras wraps containers
         return kind(*items) if hasattr(kind, "_fields") else kind(items)
 
     def _container(self, value: Any) -> Any:
-        new = self._made[id(value)] = _emptied(getattr(value, "__wrapped__", value))
+        new = self._copies[id(value)] = _emptied(getattr(value, "__wrapped__", value))
         if isinstance(new, dict):
-            new.update({key: self.exchanged(item) for key, item in value.items()})
+            new.update({key: self.copied(item) for key, item in value.items()})
         elif isinstance(new, list):
-            new.extend(map(self.exchanged, value))
+            new.extend(map(self.copied, value))
         else:
-            new.update(map(self.exchanged, value))
+            new.update(map(self.copied, value))
         return new
 
     def _function(self, value: Any) -> Any:
@@ -147,31 +147,31 @@ class Belongings:
             value.__code__, value.__globals__, value.__name__, value.__defaults__, closure
         )
         new.__kwdefaults__ = value.__kwdefaults__
-        self._made[id(value)] = new  # which may be in its own closure
+        self._copies[id(value)] = new  # a function may be in its own closure
         for old_cell, cell in zip(value.__closure__, closure, strict=True):
             if _is_filled(old_cell):
-                cell.cell_contents = self.exchanged(old_cell.cell_contents)
+                cell.cell_contents = self.copied(old_cell.cell_contents)
         return new
 
     def _object(self, value: Any) -> Any:
         is_users = type(value).__module__.partition(".")[0] not in _BUILT_IN
         if not (is_users and hasattr(value, "__dict__") and self._refers(vars(value))):
             return value
-        new = self._made[id(value)] = copy.copy(value)
-        vars(new).update({name: self.exchanged(inner) for name, inner in vars(value).items()})
+        new = self._copies[id(value)] = copy.copy(value)
+        vars(new).update({name: self.copied(inner) for name, inner in vars(value).items()})
         return new
 
     def _refers(self, values: Any) -> bool:
-        """Whether something copied is among values, or in containers among them."""
+        """Whether values, or leaves of containers among them, have copies of their own."""
         return any(
-            (isinstance(leaf, self._keras.layers.Layer) or id(leaf) in self._made)
-            and self.exchanged(leaf) is not leaf
+            (isinstance(leaf, self._keras.layers.Layer) or id(leaf) in self._copies)
+            and self.copied(leaf) is not leaf
             for leaf in leaves(values)
         )
 
 
 def _emptied(container: Any) -> Any:
-    """A container of the same kind with nothing in it; a plain one for those of frameworks."""
+    """An empty container of the same kind; a plain one in place of a framework's."""
     if type(container).__module__.partition(".")[0] in _FRAMEWORKS:
         plain = (OrderedDict, dict, list, set)
         return next(kind for kind in plain if isinstance(container, kind))()
@@ -194,13 +194,12 @@ def _is_filled(cell: CellType) -> bool:
 class CheckedConfig:
     """The `get_config` of a copy whose class has a constructor of its own.
 
-    What is asked for a configuration is asked for a file. If the class would make another
-    network of it than the copy has, that is said instead of writing a file that cannot be
-    loaded.
+    A configuration is wanted for a file. If the class would create another network from it than
+    the copy has, this raises an error, rather than let a file be written that cannot be loaded.
 
     Args:
         model: the copy.
-        keras: its Keras.
+        keras: the adapter of its Keras.
     """
 
     def __init__(self, model: Any, keras: KerasAdapter) -> None:
@@ -212,13 +211,13 @@ class CheckedConfig:
         """The configuration.
 
         Raises:
-            RewriteError: the class does not make the copy of it.
+            RewriteError: the class does not recreate the copy from it.
         """
         model = self._model
         network = self._keras.network_config(model)
         if network is not None:
             return network
-        del vars(model)["get_config"]  # Keras looks whether that is the class's own
+        del vars(model)["get_config"]  # Keras checks whether it is the class's own
         try:
             self._is_good = self._is_good or self._check()
             config: dict[str, Any] = model.get_config()
@@ -231,7 +230,7 @@ class CheckedConfig:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                made = self._keras.made_again(model, own_classes(model))
+                made = self._keras.reloaded(model, custom_classes(model))
         except RewriteError:
             raise
         except Exception as error:
@@ -253,7 +252,7 @@ _WHAT_WORKS = (
 
 
 def _structure(model: Any, keras: KerasAdapter) -> list[tuple[type, list[tuple[int, ...]]]]:
-    """The class and the shapes of the own variables of a model and of all that it holds."""
+    """Classes of a model and its sublayers, with the shapes of their own variables."""
     return [
         (type(part), [tuple(variable.shape) for variable in keras.own_variables(part)])
         for part in parts(model)
@@ -261,19 +260,19 @@ def _structure(model: Any, keras: KerasAdapter) -> list[tuple[type, list[tuple[i
 
 
 def needs_check(model: Any, keras: KerasAdapter) -> bool:
-    """Whether a class may make another network of a copy's configuration than the copy has."""
+    """Whether a class may create another network from a copy's configuration than it has."""
     kind = type(model)
     if is_stock(kind):
         return False
     defined = {name for cls in kind.__mro__ if not is_stock(cls) for name in vars(cls)}
-    return not keras.is_made_alike(kind) or bool({"get_config", "from_config"} & defined)
+    return not keras.has_stock_constructor(kind) or bool({"get_config", "from_config"} & defined)
 
 
 def note_on_files(model: Any, keras: KerasAdapter) -> str:
-    """What becomes of files of a rewritten model whose class may not make it again."""
+    """Note on saving a rewritten model that its class may not be able to recreate."""
     try:
         describes_parts = any(_is_configuration(part) for part in _dicts(keras.config_of(model)))
-    except Exception:  # of which saving the original would tell
+    except Exception:  # saving the original would report it
         describes_parts = False
     rule = (
         "from a configuration that may describe it as it was. If so, saving it as .keras or .h5 "
@@ -297,6 +296,6 @@ def _dicts(value: Any) -> Iterator[dict[Any, Any]]:
 
 
 def _is_configuration(value: dict[Any, Any]) -> bool:
-    """Whether a dictionary is how Keras writes down a layer or model."""
+    """Whether a dictionary is a serialized layer or model."""
     inner = value.get("config")
     return "class_name" in value and isinstance(inner, dict) and "trainable" in inner

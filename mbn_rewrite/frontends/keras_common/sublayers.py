@@ -1,8 +1,7 @@
-"""Layers that hold other layers, found and exchanged where they are held.
+"""Sublayers: layers in the attributes of another, found and replaced where they are kept.
 
-A custom layer, a wrapper or a subclassed model calls the layers that it holds in Python
-code, which cannot be seen. What can be done is to exchange one of them, in a copy of its
-holder, for another that does the same.
+A custom layer, a wrapper or a subclassed model calls its sublayers in Python code, which cannot be
+seen. In a copy of it, though, a sublayer can be replaced by another that does the same.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer is held.
+    """Place of a sublayer within its parent.
 
     Attributes:
-        attribute: the attribute of its holder.
-        keys: indices and keys within that attribute, where it is a list, tuple or dict.
+        attribute: the attribute of the parent.
+        keys: indices and keys within that attribute, if it is a list, tuple or dict.
     """
 
     attribute: str
     keys: tuple[Any, ...] = ()
 
 
-def held(layer: Any, keras: KerasAdapter) -> Iterator[tuple[Place, Any]]:
-    """The layers that a layer holds in its attributes, with their places."""
-    # What a Functional model with a `call` of its own keeps of the calls on record is private.
+def sublayers(layer: Any, keras: KerasAdapter) -> Iterator[tuple[Place, Any]]:
+    """Layers in the attributes of a layer, with their places."""
+    # A Functional model with a `call` of its own keeps its recorded calls in private attributes.
     calls_itself = keras.has_calls_on_record(layer) and not keras.is_visible(layer)
     private = ("_",) if calls_itself else keras.private
     for attribute, value in list(vars(layer).items()):
@@ -51,29 +50,34 @@ def _layers_in(
             yield from _layers_in(inner, (*keys, i), base)
 
 
-def at(holder: Any, place: Place) -> Any:
-    """The layer at a place."""
-    value = getattr(holder, place.attribute)
+def sublayer_at(parent: Any, place: Place) -> Any:
+    """The sublayer at a place.
+
+    Raises:
+        AttributeError, KeyError, IndexError: the parent has no such place.
+    """
+    value = getattr(parent, place.attribute)
     for key in place.keys:
         value = value[key]
     return value
 
 
-def exchange(holder: Any, place: Place, layer: Any, keras: KerasAdapter) -> None:
+def replace_sublayer(parent: Any, place: Place, layer: Any, keras: KerasAdapter) -> None:
     """Puts a layer at a place.
 
-    Containers are made anew: tf_keras refuses to save a list in which an item was replaced.
+    Containers are created anew: tf_keras refuses to save a list in which an item was replaced.
     """
-    value = getattr(holder, place.attribute)
-    with keras.exchanging(holder, at(holder, place), layer):
-        setattr(holder, place.attribute, _with(value, place.keys, layer))
+    value = getattr(parent, place.attribute)
+    with keras.replacing(parent, sublayer_at(parent, place), layer):
+        setattr(parent, place.attribute, _with_item(value, place.keys, layer))
 
 
-def _with(value: Any, keys: tuple[Any, ...], layer: Any) -> Any:
+def _with_item(value: Any, keys: tuple[Any, ...], layer: Any) -> Any:
+    """A copy of nested containers with a layer at the place that the keys lead to."""
     if not keys:
         return layer
     key, *rest = keys
-    new = _with(value[key], tuple(rest), layer)
+    new = _with_item(value[key], tuple(rest), layer)
     if isinstance(value, dict):
         return {k: new if k == key else inner for k, inner in value.items()}
     items = [new if i == key else inner for i, inner in enumerate(value)]

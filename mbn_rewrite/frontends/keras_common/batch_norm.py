@@ -1,0 +1,105 @@
+"""BatchNormalization layers as operations of the neutral graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mbn_rewrite.frontends.keras_common import weights
+from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.ir.algebra import ChannelMap
+from mbn_rewrite.ir.graph import BatchNorm, Shape, fused_operation_takes
+
+# Reasons that hold for layers that are not frozen: frozen ones use their moving statistics anyway.
+_BY_THE_BATCH = "it is called with training=True, so it normalises by the batch it is given"
+_BY_THE_BATCH_NOT_A_SAMPLE = (
+    f"{_BY_THE_BATCH}, at inference too, where statistics of a sample would give other outputs"
+)
+
+
+def is_batch_norm(layer: Any, keras: KerasAdapter) -> bool:
+    """Whether a layer is a BatchNormalization or derived from one."""
+    return isinstance(layer, keras.batch_norm_base)
+
+
+def batch_norm(
+    layer: Any, training: bool | None, keras: KerasAdapter, shape: Shape | None = None
+) -> BatchNorm:
+    """A BatchNormalization as an operation, with the reason if it must stay as it is.
+
+    Args:
+        layer: the layer.
+        training: how it is called; see `Call`.
+        keras: the adapter of its Keras.
+        shape: the shape of its output; None if its calls cannot be seen.
+    """
+    reason = _irreplaceable(layer, keras)
+    if reason:
+        return BatchNorm(None, reason, not_trainable=reason)
+    axis = keras.axis_of(layer)
+    if training and layer.trainable:
+        return BatchNorm(None, _BY_THE_BATCH, not_trainable=_BY_THE_BATCH_NOT_A_SAMPLE, axis=axis)
+    if training is None and layer.trainable:
+        return BatchNorm(None, "whether it trains is decided when the model is called", axis=axis)
+    parameters = _parameters(layer, keras)
+    if not all(np.all(np.isfinite(array.astype(np.float64))) for array in parameters):
+        why = "its weights or moving statistics hold NaN or infinity"
+        return BatchNorm(None, why, axis=axis)
+    channel_map = ChannelMap.of_batch_norm(*parameters, keras.epsilon_of(layer), axis)
+    if not channel_map.is_finite:
+        why = "its moving variance and epsilon give no finite scale"
+        return BatchNorm(None, why, axis=axis)
+    return BatchNorm(
+        channel_map,
+        axis=axis,
+        fusible=_fusible(layer, axis, keras),
+        convolvable=_convolvable(axis, shape or (None,) * layer.input_spec.ndim, keras),
+    )
+
+
+def affine_weights(layer: Any, keras: KerasAdapter) -> tuple[str, str]:
+    """Names of the weights that scale and shift; "" for one that the layer does not have."""
+    _, modified = keras.training_layers
+    names = ("depthwise_kernel", "bias") if type(layer) is modified else ("gamma", "beta")
+    return names[0] if layer.scale else "", names[1] if layer.center else ""
+
+
+def _parameters(
+    layer: Any, keras: KerasAdapter
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Gamma, beta, moving mean and moving variance, each of shape [channels]."""
+    channels = layer.moving_mean.shape
+    gamma, beta = affine_weights(layer, keras)
+    return (
+        weights.read(layer, gamma).reshape(-1) if gamma else np.ones(channels),
+        weights.read(layer, beta) if beta else np.zeros(channels),
+        weights.read(layer, "moving_mean"),
+        weights.read(layer, "moving_variance"),
+    )
+
+
+def _irreplaceable(layer: Any, keras: KerasAdapter) -> str:
+    """Reason why no other layer can do a BatchNormalization's work, even in training, or ""."""
+    if type(layer) not in (*keras.batch_norms, *keras.training_layers):
+        return f"{type(layer).__name__} is a class of its own, which may compute something else"
+    if not layer.built:
+        return "it was never called, so it has no weights"
+    return keras.ineligible(layer)
+
+
+def _fusible(layer: Any, axis: int, keras: KerasAdapter) -> bool:
+    """Whether the fused operation could replace the separate arithmetic that runs now."""
+    return (
+        keras.has_fused_operation()
+        and not keras.fuses(layer)
+        and type(layer) not in keras.training_layers  # which run it themselves
+        and fused_operation_takes(layer.compute_dtype, axis, layer.input_spec.ndim)
+    )
+
+
+def _convolvable(axis: int, shape: Shape, keras: KerasAdapter) -> bool:
+    """Whether there is a depthwise convolution for inputs of this rank and layout."""
+    if (len(shape), axis) not in ((4, 1), (4, 3), (3, 2)):
+        return False
+    return not keras.may_misplace_bias(axis, shape)

@@ -1,0 +1,117 @@
+"""The layers of rewritten models for inference, as far as the Kerases have them in common.
+
+A layer of one Keras cannot be used in another, so each front end derives its own classes from
+these and from a layer class of its Keras. Nothing here loads TensorFlow or Keras.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class _Layer:
+    """What the layers below use of Keras; comes before one of its layer classes in the bases."""
+
+    _activations: Any  # the module of activation functions
+    _cast: Callable[[Any, Any], Any]
+    _reshape: Callable[[Any, Any], Any]
+
+    name: str
+    add_weight: Callable[..., Any]
+
+
+class ScaleAndShift(_Layer):
+    """y = scale * x + shift, per channel: what is left of a BatchNormalization.
+
+    Takes the place of the depthwise 1x1 convolution where there is none (ranks 2 and 5, channels
+    first in rank 3) and where a mask has to be passed on, which convolutions do not do.
+
+    Args:
+        axis: the channel axis.
+
+    Input: any shape, any floating dtype. Output: the same shape; the layer's compute dtype.
+    """
+
+    def __init__(self, axis: int = -1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.axis = axis
+        self.supports_masking = True
+
+    def build(self, input_shape: Any) -> None:
+        channels = tuple(input_shape)[self.axis]
+        if channels is None:
+            raise ValueError(
+                f"{self.name} needs to know how many channels axis {self.axis} has; "
+                f"it was given an input of shape {input_shape}"
+            )
+        self.scale = self.add_weight(name="scale", shape=(channels,), initializer="ones")
+        self.shift = self.add_weight(name="shift", shape=(channels,), initializer="zeros")
+        super().build(input_shape)  # type: ignore[misc]
+
+    def call(self, inputs: Any, mask: Any = None) -> Any:
+        shape = [1] * len(inputs.shape)
+        shape[self.axis] = -1
+        scale, shift = (self._reshape(weight, shape) for weight in (self.scale, self.shift))
+        # Operators of the tensors, since `keras.ops.add` may take the shift for a bias.
+        return inputs * scale + shift
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "axis": self.axis}  # type: ignore[misc]
+
+
+class ConvolutionPlusOffset(_Layer):
+    """y = activation(convolution(x) + offset); comes before `Wrapper` in the bases."""
+
+    layer: Any
+
+    def __init__(self, layer: Any, activation: Any = None, **kwargs: Any) -> None:
+        super().__init__(layer, **kwargs)  # type: ignore[call-arg]
+        self.activation = self._activations.get(activation)
+        self.supports_masking = layer.supports_masking
+
+    def _offset(self) -> Any:
+        """The offset, of a shape that broadcasts over the batch."""
+        raise NotImplementedError
+
+    def call(self, inputs: Any) -> Any:
+        convolved = self.layer(inputs)
+        # The operator of the tensors, since `keras.ops.add` may take the offset for a bias.
+        return self.activation(convolved + self._cast(self._offset(), convolved.dtype))
+
+    def get_config(self) -> dict[str, Any]:
+        activation = self._activations.serialize(self.activation)
+        return {**super().get_config(), "activation": activation}  # type: ignore[misc]
+
+
+class BorderedConvolution(ConvolutionPlusOffset):
+    """y = activation(convolution(x) + border): a convolution that absorbed a shift before it.
+
+    Where a convolution pads with zeros, a shift of its input adds less at the border than inside.
+    The sum that it adds does not depend on x, and takes the place of the bias.
+
+    Args:
+        layer: the convolution, which has neither a bias nor an activation of its own.
+        activation: the activation, as convolutions take it.
+
+    Input: as the convolution's, with all sizes known except that of the batch. Output: as the
+    convolution's. Its weight `border` has the shape of the output without the batch.
+    """
+
+    _specification: Callable[..., Any]  # the class of specifications of inputs
+
+    def build(self, input_shape: Any) -> None:
+        sizes = tuple(input_shape)[1:]
+        if None in sizes:
+            raise ValueError(
+                f"{self.name} needs to know all sizes of its input but that of the batch; it was "
+                f"given an input of shape {input_shape}"
+            )
+        super().build(input_shape)  # type: ignore[misc]
+        shape = tuple(self.layer.compute_output_shape((None, *sizes)))[1:]
+        self.border = self.add_weight(name="border", shape=shape, initializer="zeros")
+        # With other sizes, an output of size 1 would be broadcast without a word.
+        self.input_spec = self._specification(shape=(None, *sizes))
+
+    def _offset(self) -> Any:
+        return self.border
