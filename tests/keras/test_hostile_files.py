@@ -13,7 +13,7 @@ import tf_keras
 import mbn_rewrite.rewrite  # noqa: F401  (which files name as what must not be called)
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends import limits
-from mbn_rewrite.frontends.keras_common import files, trust
+from mbn_rewrite.frontends.keras_common import files, pure_functions, resolved_names
 
 KERASES = {"tf_keras": tf_keras, "keras": keras}
 
@@ -291,7 +291,7 @@ def test_operations_that_compute_are_taken(kind, originals, tmp_path):
     node = {"name": "relu", "op": "Relu", "input": ["dense"], "attr": {"T": {"type": "DT_FLOAT"}}}
     edit = adding("TensorFlowOpLayer", node_def=node)
     path = edited(originals["tf_keras", kind], edit, tmp_path)
-    trust.check_objects(path, [files._config_of(path)[0]], tf_keras)
+    resolved_names.check_objects(path, [files._config_of(path)[0]], tf_keras)
 
 
 @pytest.mark.parametrize("kind", ["keras", "h5"])
@@ -321,7 +321,7 @@ def test_functions_of_tensorflow_that_compute_are_called(tmp_path):
      "strings.lower", "signal.stft", "io.decode_jpeg", "random.normal", "tensor_scatter_nd_add"],
 )  # fmt: skip
 def test_symbols_that_compute(symbol):
-    assert trust.computes(symbol)
+    assert pure_functions.computes(symbol)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_symbols_that_compute(symbol):
      "compat.v1.nn.fixed_unigram_candidate_sampler", "random.set_seed", "compat.v1.read_file"],
 )  # fmt: skip
 def test_symbols_that_are_not_known_to_compute(symbol):
-    assert not trust.computes(symbol)
+    assert not pure_functions.computes(symbol)
 
 
 def test_how_the_whole_model_was_compiled_is_not_loaded(originals, tmp_path):

@@ -154,10 +154,10 @@ class Keras3(KerasAdapter):
     # -- descriptions ----------------------------------------------------------------------
 
     def describe(self, call: Call) -> Op | None:
-        held = parts(call.layer) if isinstance(call.layer, keras.layers.Layer) else []
-        if any(getattr(part, "lora_enabled", False) for part in held):
+        layers = parts(call.layer) if isinstance(call.layer, keras.layers.Layer) else []
+        if any(getattr(part, "lora_enabled", False) for part in layers):
             return Opaque("computes its kernel from LoRA weights")
-        if any(part.quantization_mode is not None for part in held):
+        if any(part.quantization_mode is not None for part in layers):
             return Opaque("is quantized")
         return None
 

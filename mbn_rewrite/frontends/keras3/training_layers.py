@@ -10,8 +10,8 @@ from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.training import layers
 
 
-class _KerasLayer(keras.layers.BatchNormalization):
-    """What the two layers add to the BatchNormalization of Keras 3."""
+class _Keras3Layer(keras.layers.BatchNormalization):
+    """Part of both layers that is specific to the BatchNormalization of Keras 3."""
 
     def __init__(self, **kwargs: Any) -> None:
         backend = keras.backend.backend()
@@ -40,17 +40,17 @@ class _KerasLayer(keras.layers.BatchNormalization):
         return {"autocast": False}
 
     def _move(self, moving: Any, value: Any, count: Any) -> None:
-        """Moves a statistic towards that of a batch, unless the batch was empty."""
+        """Moves a statistic towards that of a batch, unless the batch is empty."""
         value = keras.ops.cast(value, moving.dtype)
         moved = moving * self.momentum + value * (1.0 - self.momentum)
         moving.assign(keras.ops.where(count > 0, moved, moving))
 
 
 @keras.saving.register_keras_serializable(package="mbn_rewrite")
-class StridedBatchNormalization(layers.StridedBatchNormalization, _KerasLayer):
+class StridedBatchNormalization(layers.StridedBatchNormalization, _Keras3Layer):
     """See `mbn_rewrite.training.layers.StridedBatchNormalization`."""
 
 
 @keras.saving.register_keras_serializable(package="mbn_rewrite")
-class ModifiedBatchNormalization(layers.ModifiedBatchNormalization, _KerasLayer):
+class ModifiedBatchNormalization(layers.ModifiedBatchNormalization, _Keras3Layer):
     """See `mbn_rewrite.training.layers.ModifiedBatchNormalization`."""

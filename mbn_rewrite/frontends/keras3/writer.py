@@ -1,4 +1,4 @@
-"""Puts rewritten Keras 3 models together."""
+"""Writer of Keras 3 models: the steps that depend on this Keras."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Keras3Writer(Writer):
     def copied(self, old: Any) -> Any:
         new = super().copied(old)
         if isinstance(old, keras.layers.InputLayer):
-            # What an exported signature calls this input; it may differ from the layer's name.
+            # The name of this input in exported signatures, which may differ from the layer's.
             new.output.name = old.output.name
         return new
 
@@ -52,7 +52,7 @@ class Keras3Writer(Writer):
                 f"the copy of {label(old)} cannot be built as the original was: {cause_of(error)} "
                 + _DEFINE
             ) from error
-        new.built, new._called = True, old._called  # which `export` asks for
+        new.built, new._called = True, old._called  # `export` asks for both
 
     def set_own_trainable(self, model: Any, trainable: bool) -> None:
         model._trainable = trainable

@@ -1,7 +1,7 @@
-"""Files of either Keras: what a file is, and loading its model.
+"""Model files of either Keras: checking them, and loading their models.
 
-Nothing here loads TensorFlow before a model is really loaded, so that what is wrong with a
-path is said at once.
+TensorFlow is not imported before a model is actually loaded, so that an error in a path is
+reported at once.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 from mbn_rewrite import file_formats
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends import limits
-from mbn_rewrite.frontends.keras_common import trust, wiring
+from mbn_rewrite.frontends.keras_common import resolved_names, trust, wiring
 
 
 def check(source: Path, trusted: bool) -> None:
-    """Finds out, without TensorFlow, whether a path may hold a model of a Keras.
+    """Checks, without TensorFlow, that a path may hold a model of either Keras.
 
     Raises:
         RewriteError: it is missing, unreadable, damaged, larger than any model or something
-            else, or loading it would do more than make a model, and it is not trusted.
+            else, or loading it would do more than create a model, and it is not trusted.
     """
     if not source.exists():
         raise RewriteError(file_formats.not_there(source))
@@ -47,13 +47,13 @@ def check(source: Path, trusted: bool) -> None:
 
 
 def package_of(source: Path) -> str:
-    """Whose file it is that `check` has let pass: that of "tf_keras" or of "keras" (3)."""
+    """Package that wrote a file, "tf_keras" or "keras" (3); to be called after `check`."""
     _, version = _config_of(source)
     return "keras" if version.startswith("3") else "tf_keras"
 
 
 def _config_of(source: Path) -> tuple[Any, str]:
-    """The configuration in a file, parsed, and the version of Keras that wrote it.
+    """Parsed configuration in a file, and the version of the Keras that wrote it.
 
     Raises:
         RewriteError: it is damaged, larger than any model, or something else.
@@ -66,7 +66,7 @@ def _config_of(source: Path) -> tuple[Any, str]:
         ) from error
 
 
-# What h5py, zipfile and json raise where a file is damaged.
+# Errors that h5py, zipfile and json raise for damaged files.
 _UNREADABLE = (
     *(OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, EOFError),
     *(RecursionError, NotImplementedError, zipfile.BadZipFile, zlib.error),
@@ -91,7 +91,7 @@ def _of_archive(source: Path) -> tuple[Any, str]:
 
 @contextmanager
 def _seekable(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[Any]:
-    """A member of an archive as a file; what is compressed cannot be read in any order."""
+    """Context manager for a member of an archive as a seekable file, decompressed if need be."""
     with archive.open(member) as content:
         if member.compress_type == zipfile.ZIP_STORED:
             yield content
@@ -102,7 +102,7 @@ def _seekable(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[Any
 
 
 def _check_members(source: Path, archive: zipfile.ZipFile) -> None:
-    """Finds what no archive of Keras has: members for elsewhere, and such as fill the memory."""
+    """Refuses what no archive of Keras has: members elsewhere, and ones that fill the memory."""
     members = archive.infolist()
     if len(members) > limits.ARCHIVE_MEMBERS:
         raise RewriteError(
@@ -163,12 +163,12 @@ def _of_hdf5(source: Path) -> tuple[Any, str]:
 
 
 def _check_hdf5(source: Path, content: Any, packed: int) -> None:
-    """Finds what no file of weights has: values kept in other files, and such as fill the memory.
+    """Refuses what no file of weights has: values in other files, and ones that fill the memory.
 
     Args:
         source: the model, for messages.
-        content: the bytes of the file.
-        packed: how many there are.
+        content: the open file.
+        packed: its size in bytes.
     """
     import h5py
 
@@ -209,12 +209,12 @@ def _text(value: Any) -> str:
 # --------------------------------------------------------------------- with TensorFlow
 
 
-# What either Keras says where it does not know a class.
+# Words in the errors of either Keras for unknown classes.
 _UNKNOWN_CLASS = ("nknown", "custom_object", "Could not locate")
 
 
 def load(source: Path, trusted: bool, keras: Any) -> Any:
-    """Loads a model that `check` has let pass.
+    """Loads a model that has passed `check`.
 
     Args:
         source: the file.
@@ -222,11 +222,11 @@ def load(source: Path, trusted: bool, keras: Any) -> Any:
         keras: the package that wrote it.
 
     Raises:
-        RewriteError: it cannot be loaded, or names what models are not made of, and is not
-            trusted.
+        RewriteError: it cannot be loaded, or names something that models are not made of, and
+            is not trusted.
     """
     if not trusted:
-        trust.check_objects(source, [_config_of(source)[0]], keras)
+        resolved_names.check_objects(source, [_config_of(source)[0]], keras)
     try:
         model = keras.models.load_model(source, compile=False, safe_mode=not trusted)
     except Exception as error:
@@ -247,5 +247,5 @@ def load(source: Path, trusted: bool, keras: Any) -> Any:
 
 
 def saving_failed(error: Exception) -> RewriteError:
-    """What to raise where the disk is full, or a custom layer cannot be traced."""
+    """Error for a model that cannot be saved: a full disk, or a custom layer not to be traced."""
     return RewriteError(f"the rewritten model cannot be written: {cause_of(error)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Layer:
-    """What the layers below use of Keras; comes before one of its layer classes in the bases."""
+    """Parts of Keras that the layers below need; precedes a layer class of Keras in their bases."""
 
     _activations: Any  # the module of activation functions
     _cast: Callable[[Any, Any], Any]

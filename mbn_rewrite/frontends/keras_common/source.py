@@ -1,4 +1,4 @@
-"""A file of a Keras (.h5, .hdf5, .keras), to be rewritten as SavedModel."""
+"""Model files of either Keras (.h5, .hdf5, .keras), to be rewritten as SavedModels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SERVING = "serving_default"  # the signature that Keras makes
 
 
 class KerasFile(ABC):
-    """See `protocols.ModelSource`.
+    """Model file of one Keras; see `protocols.ModelSource`.
 
     Args:
         source: the file.
@@ -47,15 +47,15 @@ class KerasFile(ABC):
 
     @abstractmethod
     def save(self, model: Any, directory: Path) -> None:
-        """Writes a SavedModel."""
+        """Saves a model as a SavedModel."""
 
     @abstractmethod
     def by_name(self, structure: Any) -> dict[str, Any]:
-        """Inputs in the structure that the model takes, by the names that its signature has."""
+        """Inputs in the model's structure, by the names that they have in its signature."""
 
     @abstractmethod
     def structured(self, inputs: Mapping[str, np.ndarray]) -> Any:
-        """Inputs by name in the structure that the model takes.
+        """Inputs by name, in the structure in which the model takes them.
 
         Raises:
             RewriteError: they have other names, shapes or kinds than the model's.
@@ -63,7 +63,7 @@ class KerasFile(ABC):
 
     @abstractmethod
     def output_names(self, count: int) -> list[str]:
-        """The names that the signature of the written model has for its outputs."""
+        """Names of the outputs in the signature of the written model."""
 
     @property
     def footprint(self) -> Footprint:
@@ -128,7 +128,7 @@ class KerasFile(ABC):
 
 
 def check_names(inputs: Mapping[str, np.ndarray], names: list[str]) -> None:
-    """Raises RewriteError where inputs have other names than the model's."""
+    """Raises RewriteError if inputs have other names than the model's."""
     if set(inputs) != set(names):
         raise RewriteError(
             f"the inputs are named {sorted(inputs)}; the model's are named {sorted(names)}"
@@ -136,7 +136,7 @@ def check_names(inputs: Mapping[str, np.ndarray], names: list[str]) -> None:
 
 
 def lone(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The input of a model that takes one, whatever its name."""
+    """The input of a model that takes exactly one, whatever its name."""
     if len(inputs) != 1:
         raise RewriteError(f"the model takes one input, not {len(inputs)}")
     return next(iter(inputs.values()))

@@ -1,4 +1,4 @@
-"""Reads and writes weights of layers by the names that the neutral graph uses.
+"""Weights of layers, read and written by the names that the neutral graph uses.
 
 A name is the path of an attribute, such as "kernel" or "forward_layer.cell.bias".
 """
@@ -12,13 +12,13 @@ import numpy as np
 
 
 def read(layer: Any, name: str) -> np.ndarray:
-    """A weight as numpy array; of a bias in two rows (GRU) the row added to the input."""
+    """A weight as a numpy array; of a bias in two rows (GRU), the row added to the input."""
     array = attrgetter(name)(layer).numpy()
     return array[0] if _in_two_rows(name, array) else array
 
 
 def write(layer: Any, name: str, array: np.ndarray) -> None:
-    """Sets a weight as `read` gives it; broadcasts, and casts to the variable's dtype."""
+    """Sets a weight, in the form in which `read` returns it; broadcasts, and casts to its dtype."""
     variable = attrgetter(name)(layer)
     dtype = numpy_dtype(variable)
     if _in_two_rows(name, variable):
@@ -30,11 +30,11 @@ def write(layer: Any, name: str, array: np.ndarray) -> None:
 
 
 def numpy_dtype(variable: Any) -> Any:
-    """A variable's dtype, which tf_keras keeps as TensorFlow's and Keras 3 by name."""
-    # The name "bfloat16" is one that numpy knows once ml_dtypes is imported, as it is by both.
+    """Dtype of a variable, which is a TensorFlow dtype in tf_keras and a name in Keras 3."""
+    # Numpy knows the name "bfloat16" once ml_dtypes is imported, which both Kerases do.
     return np.dtype(getattr(variable.dtype, "as_numpy_dtype", variable.dtype))
 
 
 def _in_two_rows(name: str, array: Any) -> bool:
-    """Whether this is the bias of a GRU that has one for its input and one for its state."""
+    """Whether this is the bias of a GRU with one row for its input and one for its state."""
     return name.endswith("cell.bias") and len(array.shape) == 2

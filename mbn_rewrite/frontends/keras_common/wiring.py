@@ -1,7 +1,7 @@
-"""How the layers of a Functional model are wired, in its configuration.
+"""Connections between the layers of a Functional model, in its configuration.
 
-Both Kerases make calls of layers in whatever order their inputs come about, and wait for ever
-for an input that never does: where a call was lost from a file, or layers wait for each other.
+Both Kerases call layers in whatever order their inputs become available, and wait forever for one
+that never does: if a call is missing from a file, or layers wait for each other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def never_called(config: Any) -> list[str]:
-    """The layers of a model, and of models in it, whose calls lack an input.
+    """Layers of a model, and of models in it, with calls that lack an input.
 
     Args:
         config: its configuration, as parsed JSON.
@@ -31,14 +31,14 @@ def never_called(config: Any) -> list[str]:
 
 
 def _waiting(layers: list[dict[str, Any]]) -> list[str]:
-    """The layers of one model that wait for ever."""
+    """Layers of one model that would wait forever."""
     calls: dict[str, list[Any]] = {}
     made: dict[str, int] = {}
     for layer in layers:
         nodes, name = layer.get("inbound_nodes"), layer.get("name")
         if isinstance(nodes, list) and isinstance(name, str):
             calls[name] = nodes
-            made[name] = int(_has_a_call_of_its_own(layer))
+            made[name] = int(_is_called_when_created(layer))
     blocked: dict[str, list[str]] = {}
     done = dict.fromkeys(calls, 0)
     pending = list(reversed(calls))
@@ -56,17 +56,17 @@ def _waiting(layers: list[dict[str, Any]]) -> list[str]:
     return [name for name in calls if done[name] < len(calls[name])]
 
 
-def _has_a_call_of_its_own(layer: dict[str, Any]) -> bool:
-    """Whether the first call of a layer is none that is stored: inputs, and models in models."""
+def _is_called_when_created(layer: dict[str, Any]) -> bool:
+    """Whether a layer has a first call that is not stored, as inputs and nested models do."""
     config = layer.get("config")
     is_model = isinstance(config, dict) and "layers" in config
     return is_model or (layer.get("class_name") == "InputLayer" and not layer["inbound_nodes"])
 
 
 def _inputs(call: Any, layers: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """The outputs that a call takes: of which layer, and of which of its calls.
+    """Outputs that a call takes, as the layer and the number of its call.
 
-    Both Kerases write [layer, number of the call, number of the output], wherever the call has it.
+    Both Kerases write them as [layer, number of the call, number of the output].
     """
     pending = [call]
     while pending:

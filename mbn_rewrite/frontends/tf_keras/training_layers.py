@@ -12,7 +12,7 @@ from mbn_rewrite.training import layers
 
 
 class _TfKerasLayer(tf_keras.layers.BatchNormalization):
-    """What the two layers add to the BatchNormalization of tf_keras."""
+    """Part of both layers that is specific to the BatchNormalization of tf_keras."""
 
     def build(self, input_shape: tf.TensorShape) -> None:
         self._prepare(tuple(tf.TensorShape(input_shape).as_list()))

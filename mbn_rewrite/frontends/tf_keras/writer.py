@@ -1,4 +1,4 @@
-"""Puts rewritten tf_keras models together."""
+"""Writer of tf_keras models: the steps that depend on this Keras."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TfKerasWriter(Writer):
 
     def set_own_trainable(self, model: Any, trainable: bool) -> None:
         flags = [(layer, layer.trainable) for layer in parts(model) if layer is not model]
-        model.trainable = trainable  # which changes those of its layers
+        model.trainable = trainable  # this changes the flags of its layers
         for layer, flag in flags:
             layer._trainable = flag
 
