@@ -378,6 +378,6 @@ def test_a_bias_along_another_axis_would_be_noticed(folded, rng):
     wrong.set_weights(new.get_weights())
     layer = wrong.layers[1]
     assert isinstance(layer, BiasedConvolution)
-    layer._added = lambda: layer.bias  # along the width
+    layer._offset = lambda: layer.bias  # along the width
     with pytest.raises(AssertionError):
         assert_same(model, wrong, rng, 6)
