@@ -6,7 +6,6 @@ of `K` and `Model`, in functions, since what they stand for changes.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import keras as keras_3
@@ -19,6 +18,7 @@ from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.batch_norm import is_batch_norm
 from mbn_rewrite.frontends.keras_common.cloning import parts
 from mbn_rewrite.frontends.keras_common.weights import numpy_dtype
+from mbn_rewrite.frontends.registry import front_end_of
 from mbn_rewrite.frontends.tf_keras.adapter import TF_KERAS
 
 _PACKAGES = {"tf_keras": tf_keras, "keras": keras_3}
@@ -85,8 +85,7 @@ def norms(model: Any) -> list[Any]:
 
 
 def compute_dtypes(model: Any) -> set[str]:
-    name = "keras3" if adapter_of(model) is KERAS_3 else "tf_keras"
-    return importlib.import_module(f"mbn_rewrite.frontends.{name}.execution").compute_dtypes(model)
+    return front_end_of(model).compute_dtypes(model)
 
 
 def input_structure(model: Any) -> Any:
