@@ -91,12 +91,12 @@ def cuts_between(original: FunctionGraph, new: FunctionGraph, steep: bool = Fals
     cuts = []
     missed = [op.name for op in _upstream(new) if _hides_discontinuity(new, op, steep)]
     for op in ops:
-        twin = pairs.get(op.name)
-        if twin is None or [t.dtype for t in twin.inputs] != [t.dtype for t in op.inputs]:
+        other = pairs.get(op.name)
+        if other is None or [t.dtype for t in other.inputs] != [t.dtype for t in op.inputs]:
             missed.append(op.name)
             continue
         for i in _real_inputs(op):
-            cuts.append(Cut(op.name, i, op.inputs[i].name, twin.name, twin.inputs[i].name))
+            cuts.append(Cut(op.name, i, op.inputs[i].name, other.name, other.inputs[i].name))
     return Cuts(tuple(cuts), tuple(missed))
 
 
@@ -201,12 +201,12 @@ def _paired(ops: list[Any], theirs: dict[str, Any]) -> dict[str, Any]:
     fail, but never a wrong one pass: the proof is the same for any pairs.
     """
 
-    def twin(op: Any, depth: int) -> Any:
+    def counterpart(op: Any, depth: int) -> Any:
         found = theirs.get("/".join(op.name.split("/")[depth:]))
         return found if found is not None and found.type == op.type else None
 
-    depth = max(range(_MOST_CALLS), key=lambda n: sum(twin(op, n) is not None for op in ops))
-    pairs = {op.name: found for op in ops if (found := twin(op, depth)) is not None}
+    depth = max(range(_MOST_CALLS), key=lambda n: sum(counterpart(op, n) is not None for op in ops))
+    pairs = {op.name: found for op in ops if (found := counterpart(op, depth)) is not None}
     taken = {op.name for op in pairs.values()}
     left: dict[str, tuple[list[Any], list[Any]]] = defaultdict(lambda: ([], []))
     for op in ops:

@@ -60,7 +60,7 @@ class GraphEditor:
     _added: dict[str, Any] = field(default_factory=dict)
     _reads: dict[int, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
-    _handed_on: dict[str, str] = field(default_factory=dict)
+    _forwarded: dict[str, str] = field(default_factory=dict)
     _unordered: set[str] = field(default_factory=set)  # nodes that nobody has to wait for
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class GraphEditor:
                 self._unordered.add(node.name)
             if node.op == "Identity" and len(node.input) == 1:
                 source = node.input[0]
-                self._handed_on[f"{node.name}:0"] = source if ":" in source else f"{source}:0"
+                self._forwarded[f"{node.name}:0"] = source if ":" in source else f"{source}:0"
 
     def redirect(self, tensor: str, to: str) -> None:
         """Has all readers of a tensor read another one."""
@@ -176,8 +176,8 @@ class GraphEditor:
         while True:
             if name in self._redirected:
                 name = self._redirected[name]
-            elif name in self._handed_on:
-                name = self._handed_on[name]
+            elif name in self._forwarded:
+                name = self._forwarded[name]
             else:
                 return name
 

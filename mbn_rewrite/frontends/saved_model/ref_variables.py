@@ -20,7 +20,7 @@ from mbn_rewrite.errors import RewriteError
 
 _VARIABLES = {"VariableV2", "Variable"}
 # Operations that forward a reference, and their counterparts.
-_HANDS_ON = {
+_FORWARDING = {
     "RefIdentity": "Identity",
     "RefSwitch": "Switch",
     "RefMerge": "Merge",
@@ -29,7 +29,7 @@ _HANDS_ON = {
     "RefNextIteration": "NextIteration",
 }
 # Other counterparts; that of an operation not listed here is named "Resource" and the same.
-_TWINS = {
+_COUNTERPARTS = {
     "Assign": "AssignVariableOp",
     "AssignAdd": "AssignAddVariableOp",
     "AssignSub": "AssignSubVariableOp",
@@ -153,7 +153,7 @@ class _Converter:
         new = type(node)()
         new.CopyFrom(node)
         if written:
-            self._become_twin(new)
+            self._become_counterpart(new)
         elif node.op == "Identity" and (behind := self._behind(node.input[0])):
             if behind != node.input[0]:
                 new.input.append(f"^{node.input[0].partition(':')[0]}")
@@ -179,12 +179,12 @@ class _Converter:
         node.attr["dtype"].type = self._dtype_behind(node.input[0])
         self._take_handle(node, 0)
 
-    def _become_twin(self, node: Any) -> None:
-        if node.op in _HANDS_ON:
-            node.op = _HANDS_ON[node.op]
+    def _become_counterpart(self, node: Any) -> None:
+        if node.op in _FORWARDING:
+            node.op = _FORWARDING[node.op]
             node.attr["T"].type = types_pb2.DT_RESOURCE
             return
-        definition = op_def_registry.get(_TWINS.get(node.op, f"Resource{node.op}"))
+        definition = op_def_registry.get(_COUNTERPARTS.get(node.op, f"Resource{node.op}"))
         if definition is None:
             raise RewriteError(
                 f"{node.op} '{node.name}' takes a reference variable of TensorFlow 1 in a way that "
@@ -209,8 +209,9 @@ class _Converter:
         """The handle in place of a reference, and the writers that forwarded the reference."""
         writers = []
         node = self._nodes[source.partition(":")[0]]
-        while node.op not in _VARIABLES and node.op not in _HANDS_ON:
-            writers.append(node.name)  # its twin gives nothing; the first input is what it gave
+        while node.op not in _VARIABLES and node.op not in _FORWARDING:
+            # Its counterpart has no output; this one gives its first input.
+            writers.append(node.name)
             source = node.input[0]
             node = self._nodes[source.partition(":")[0]]
         return source, writers

@@ -78,8 +78,8 @@ _CONTAINERS = {"trackable_list_wrapper", "trackable_dict_wrapper", "trackable_tu
 def functions_of(meta_graph: Any) -> Functions:
     """The functions of a TensorFlow 2 SavedModel."""
     search = _Search(meta_graph.object_graph_def.nodes)
-    search.objects()
-    search.containers()
+    search.find_methods()
+    search.count_contained()
     search.count_inner()
     return search.found
 
@@ -102,7 +102,7 @@ class _Search:
     _pending: list[tuple[str, int]] = field(default_factory=lambda: [("", 0)])
     _containers: list[tuple[str, int]] = field(default_factory=list)
 
-    def objects(self) -> None:
+    def find_methods(self) -> None:
         """Finds the functions of the root object, and of the objects that it holds by name."""
         while self._pending:
             path, i = self._pending.pop(0)
@@ -138,10 +138,10 @@ class _Search:
         ):
             self._pending.append((f"{name}.", child.node_id))
 
-    def containers(self) -> None:
+    def count_contained(self) -> None:
         """Counts the functions in lists, tuples and dicts.
 
-        This comes after `objects`, since what is in there may be an attribute too.
+        This comes after `find_methods`, since what is in there may be an attribute too.
         """
         for name, i in self._containers:
             functions = _contained(self.nodes, i, self.seen)

@@ -28,7 +28,7 @@ READS = {
     *("IsResourceHandleRefCounting", "NoOp"),
 }
 # Operations that forward a handle.
-_HAND_ON = ALIASES | {"IdentityN", "Switch", "Merge", "Enter", "Exit", "NextIteration"}
+_FORWARDING = ALIASES | {"IdentityN", "Switch", "Merge", "Enter", "Exit", "NextIteration"}
 # Calls, and the number of inputs before the arguments of the function.
 _CALLS = {
     **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall", "BatchFunction"), 0),
@@ -37,7 +37,7 @@ _CALLS = {
 }
 _FUSED_NORMS = {"FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"}
 # The outputs of a fused operation at inference that are its inputs, with their numbers.
-_HANDED_THROUGH = {"1": 3, "batch_mean": 3, "2": 4, "batch_variance": 4}
+_PASSED_THROUGH = {"1": 3, "batch_mean": 3, "2": 4, "batch_variance": 4}
 _MOST_ELEMENTS = 1 << 16
 
 
@@ -113,7 +113,7 @@ class _Body:
 
     def writes(self) -> Iterator[Write]:
         for node in self._nodes.values():
-            if node.op in READS or node.op in _HAND_ON:
+            if node.op in READS or node.op in _FORWARDING:
                 continue
             sources = [source for source in node.input if not source.startswith("^")]
             taken = [self._handles(source) for source in sources]
@@ -160,7 +160,7 @@ class _Body:
                 continue
             if node.op == "IdentityN":
                 pending.append(node.input[_number(output)])
-            elif node.op in _HAND_ON or _gives_handle(node, output):
+            elif node.op in _FORWARDING or _gives_handle(node, output):
                 pending += node.input
         return frozenset(found)
 
@@ -182,7 +182,7 @@ class _Body:
             if node.op in ALIASES:
                 source = node.input[0]
             elif node.op in _FUSED_NORMS and is_at_inference(node):
-                through = _HANDED_THROUGH.get(output.partition(":")[0])
+                through = _PASSED_THROUGH.get(output.partition(":")[0])
                 if through is None:
                     return None
                 source = node.input[through]
