@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mbn_rewrite import display
 from mbn_rewrite.enums import Name
-from mbn_rewrite.ir.algebra import Border, ChannelMap
+from mbn_rewrite.ir.algebra import Border
+from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import Op
 from mbn_rewrite.measurement import Measurement
 from mbn_rewrite.training.strides import Stride

@@ -28,7 +28,7 @@ import numpy as np
 import mbn_rewrite as mbn
 from mbn_rewrite.cli.quiet import import_tensorflow
 from mbn_rewrite.drawing import mermaid
-from mbn_rewrite.ir.algebra import ChannelMap, Window
+from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import (
     Activation,
     Affine,
@@ -46,6 +46,7 @@ from mbn_rewrite.ir.graph import (
     Reshape,
     ZeroPadding,
 )
+from mbn_rewrite.ir.kernels import Window
 from mbn_rewrite.rules.motion import RULES, Absorb, Blocked, Outcome, Shapes
 
 _PICTURE = re.compile(r"(<!-- picture: (\w+) -->\n).*?(<!-- end of picture -->)", re.DOTALL)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mbn_rewrite.enums import Name
-from mbn_rewrite.ir.algebra import ChannelMap, Kernel, Window
+from mbn_rewrite.ir.channel_map import ChannelMap
+from mbn_rewrite.ir.kernels import Kernel, Window
 
 Shape = tuple[int | None, ...]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mbn_rewrite.ir.algebra import Kernel
+from mbn_rewrite.ir.kernels import Kernel
 
 
 def conv(name: str, shape: Sequence[int], groups: int = 1) -> Kernel:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from mbn_rewrite.ir.algebra import Border, ChannelMap
+from mbn_rewrite.ir.algebra import Border
+from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Graph, Linear, Node
 from mbn_rewrite.passes.wording import listed, sentence
 from mbn_rewrite.passes.workgraph import Request, Side, WorkingGraph

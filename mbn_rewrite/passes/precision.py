@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mbn_rewrite.ir.algebra import Array, ChannelMap, fold
+from mbn_rewrite.ir.algebra import fold
+from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.plans import Fold
 
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}

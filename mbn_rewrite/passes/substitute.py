@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from mbn_rewrite.ir.algebra import ChannelMap
+from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Graph
 from mbn_rewrite.passes.precision import map_out_of_range
 from mbn_rewrite.passes.wording import sentence

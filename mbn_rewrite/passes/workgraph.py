@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mbn_rewrite.enums import Name
-from mbn_rewrite.ir.algebra import Array, Border, ChannelMap
+from mbn_rewrite.ir.algebra import Border
+from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Graph, Linear, Node, Shape
 from mbn_rewrite.passes.precision import map_out_of_range, weights_out_of_range
 from mbn_rewrite.plans import Action, Fold, Remap, Remove

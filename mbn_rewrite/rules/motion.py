@@ -23,7 +23,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mbn_rewrite.ir.algebra import ChannelMap, reshaped
+from mbn_rewrite.ir.channel_map import ChannelMap, reshaped
 from mbn_rewrite.ir.graph import (
     Activation,
     Affine,

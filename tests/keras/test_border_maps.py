@@ -15,8 +15,10 @@ from mbn_rewrite.comparison import compare_outputs
 from mbn_rewrite.frontends.keras_common.files import load
 from mbn_rewrite.frontends.registry import front_end_of
 from mbn_rewrite.ir import layouts
-from mbn_rewrite.ir.algebra import Border, ChannelMap, Window, fold
+from mbn_rewrite.ir.algebra import Border, fold
+from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import Activation, BatchNorm, Graph, Input, Linear, Node, Opaque, Value
+from mbn_rewrite.ir.kernels import Window
 from mbn_rewrite.passes import planner
 from mbn_rewrite.passes.fold import plan_fold
 from mbn_rewrite.plans import Fold

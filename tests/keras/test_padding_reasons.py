@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite.ir.algebra import Window
+from mbn_rewrite.ir.kernels import Window
 from tests.support.checks import check_rewrite, check_saved_rewrites
 from tests.support.kerases import K, Model, assign, norms
 from tests.support.random_models import randomise

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mbn_rewrite.ir.algebra import ChannelMap, Kernel, fold, reshaped
+from mbn_rewrite.ir.algebra import fold
+from mbn_rewrite.ir.channel_map import ChannelMap, reshaped
+from mbn_rewrite.ir.kernels import Kernel
 
 small = st.integers(-4, 4).map(float)
 

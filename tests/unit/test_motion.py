@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mbn_rewrite.ir import graph
-from mbn_rewrite.ir.algebra import ChannelMap, Kernel
+from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import Activation, MergeKind
+from mbn_rewrite.ir.kernels import Kernel
 from mbn_rewrite.rules import motion
 from mbn_rewrite.rules.motion import RULES, Absorb, Blocked, Shapes, Through
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mbn_rewrite.ir.algebra import ChannelMap, Kernel
+from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import (
     Affine,
     BatchNorm,
@@ -20,6 +20,7 @@ from mbn_rewrite.ir.graph import (
     Opaque,
     Value,
 )
+from mbn_rewrite.ir.kernels import Kernel
 from mbn_rewrite.passes.planner import make_plan
 from mbn_rewrite.plans import Fold, Remove
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.ir.algebra import ChannelMap
+from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Shape, fused_operation_takes
 
 # Reasons that hold for layers that are not frozen: frozen ones use their moving statistics anyway.

@@ -22,8 +22,9 @@ from mbn_rewrite.frontends.keras_common.cloning import (
     parts,
     share_initializers,
 )
-from mbn_rewrite.ir.algebra import Kernel, fold
+from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.ir.graph import Linear
+from mbn_rewrite.ir.kernels import Kernel
 from mbn_rewrite.ir.layouts import einsum_channels
 from mbn_rewrite.plans import Fold
 

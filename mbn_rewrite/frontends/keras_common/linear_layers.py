@@ -8,8 +8,8 @@ from typing import Any
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Call
 from mbn_rewrite.ir import layouts
-from mbn_rewrite.ir.algebra import Kernel, Window
 from mbn_rewrite.ir.graph import SPREADS, Activation, Chain, Linear, Op, Opaque, Recurrent
+from mbn_rewrite.ir.kernels import Kernel, Window
 
 RECURRENT = ("GRU", "LSTM", "SimpleRNN")
 

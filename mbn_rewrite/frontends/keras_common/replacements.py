@@ -20,7 +20,7 @@ from mbn_rewrite.frontends.keras_common.cloning import (
     share_initializers,
 )
 from mbn_rewrite.frontends.keras_common.folded_layers import drop_regularizers
-from mbn_rewrite.ir.algebra import ChannelMap
+from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.plans import Form, Remap, Replace, Sample
 
 

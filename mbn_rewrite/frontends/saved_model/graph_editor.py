@@ -11,7 +11,7 @@ from tensorflow.core.framework import node_def_pb2
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes, has_side_effect
-from mbn_rewrite.ir.algebra import Array
+from mbn_rewrite.ir.channel_map import Array
 
 _CONTROL_FLOW = {"Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "RefEnter"}
 

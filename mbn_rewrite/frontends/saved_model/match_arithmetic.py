@@ -28,7 +28,7 @@ from mbn_rewrite.frontends.saved_model.match_batchnorm import (
     keys_of,
 )
 from mbn_rewrite.frontends.saved_model.weights import Constants
-from mbn_rewrite.ir.algebra import Array, ChannelMap
+from mbn_rewrite.ir.channel_map import Array, ChannelMap
 
 # Operations in the expression of the variance of a BatchNormalization.
 _ROOTS = {"Rsqrt", "Sqrt", "Pow"}

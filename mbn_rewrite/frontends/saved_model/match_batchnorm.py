@@ -13,7 +13,7 @@ import numpy as np
 
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, source_of
 from mbn_rewrite.frontends.saved_model.weights import Constants
-from mbn_rewrite.ir.algebra import ChannelMap
+from mbn_rewrite.ir.channel_map import ChannelMap
 
 FUSED = {
     *("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"),

@@ -17,7 +17,8 @@ import tensorflow as tf
 
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
-from mbn_rewrite.ir.algebra import Array, Kernel
+from mbn_rewrite.ir.channel_map import Array
+from mbn_rewrite.ir.kernels import Kernel
 
 # Larger results are no per-channel parameters.
 _MOST_ELEMENTS = 1 << 20

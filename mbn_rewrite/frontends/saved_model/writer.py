@@ -18,7 +18,8 @@ from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writ
 from mbn_rewrite.frontends.saved_model.graph_editor import GraphEditor, Rewritten, as_node_name
 from mbn_rewrite.frontends.saved_model.reading import LinearCall, NormCall, Reading
 from mbn_rewrite.frontends.saved_model.weights import Stored
-from mbn_rewrite.ir.algebra import Array, ChannelMap, fold
+from mbn_rewrite.ir.algebra import fold
+from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import Linear
 from mbn_rewrite.plans import Fold, Form, Plan, Remap, Remove, Replace
 
