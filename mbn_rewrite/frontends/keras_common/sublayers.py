@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.frontends.keras_common.cloning import label
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,20 @@ def _layers_in(
 
 
 def sublayer_at(parent: Any, place: Place) -> Any:
-    """The sublayer at a place.
+    """The sublayer at a place of a copy.
 
     Raises:
-        AttributeError, KeyError, IndexError: the parent has no such place.
+        RewriteError: the copy has no such place.
     """
-    value = getattr(parent, place.attribute)
-    for key in place.keys:
-        value = value[key]
+    try:
+        value = getattr(parent, place.attribute)
+        for key in place.keys:
+            value = value[key]
+    except (AttributeError, KeyError, IndexError) as error:
+        raise RewriteError(
+            f"{label(parent)} was copied without its attribute '{place.attribute}': make the "
+            "layer in __init__ or build, so that a copy of the model has it too"
+        ) from error
     return value
 
 
@@ -67,8 +75,9 @@ def replace_sublayer(parent: Any, place: Place, layer: Any, keras: KerasAdapter)
 
     Containers are created anew: tf_keras refuses to save a list in which an item was replaced.
     """
+    old = sublayer_at(parent, place)
     value = getattr(parent, place.attribute)
-    with keras.replacing(parent, sublayer_at(parent, place), layer):
+    with keras.replacing(parent, old, layer):
         setattr(parent, place.attribute, _with_item(value, place.keys, layer))
 
 

@@ -283,15 +283,15 @@ class Writer(ABC):
             elif isinstance(self.plan.actions.get(self.owner(inner)), (Replace, Sample)):
                 replace_sublayer(new, place, self._sublayer_replacement(inner), self.keras)
             else:
-                self._rewrite_sublayers(inner, _sublayer_at(new, place))
+                self._rewrite_sublayers(inner, sublayer_at(new, place))
 
     def _restore_training_layers(self, parent: Any, place: Place, old: Any) -> None:
         """Copies training layers where the constructor of their parent creates others."""
         if type(old) in self.keras.training_layers:
-            if type(_sublayer_at(parent, place)) is not type(old):
+            if type(sublayer_at(parent, place)) is not type(old):
                 replace_sublayer(parent, place, self._sublayer_copy(old), self.keras)
         elif any(type(part) in self.keras.training_layers for part in parts(old)):
-            self._rewrite_sublayers(old, _sublayer_at(parent, place))
+            self._rewrite_sublayers(old, sublayer_at(parent, place))
 
     def _sublayer_copy(self, old: Any) -> Any:
         if id(old) not in self._copies:
@@ -343,14 +343,4 @@ def called(layer: Any, args: Any, kwargs: Any) -> Any:
         raise RewriteError(
             f"the copy of {label(layer)} cannot be called as the original was: "
             f"{cause_of(error)} Check that its get_config() describes it fully"
-        ) from error
-
-
-def _sublayer_at(parent: Any, place: Place) -> Any:
-    try:
-        return sublayer_at(parent, place)
-    except (AttributeError, KeyError, IndexError) as error:
-        raise RewriteError(
-            f"{label(parent)} was copied without its attribute '{place.attribute}': make the "
-            "layer in __init__ or build, so that a copy of the model has it too"
         ) from error
