@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What planning and converting cost, beside a plain copy of the model.
+"""Cost of planning and converting, beside a plain copy of the model.
 
     python benchmarks/convert.py [FLAGS]
 

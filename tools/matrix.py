@@ -68,7 +68,7 @@ flags.DEFINE_integer("jobs", 2, "Test processes at a time.", lower_bound=1)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a combination.
+    """Outcome of a combination.
 
     Attributes:
         said: in a few words.
@@ -146,7 +146,7 @@ def installed(one: Combination, python: Path, environment: Path) -> bool:
 
 
 def asked_for() -> list[str]:
-    """What setup.cfg asks for, to run the package and to test it."""
+    """Requirements of setup.cfg, to run the package and to test it."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     return [setup["options"]["install_requires"], setup["options.extras_require"]["test"]]

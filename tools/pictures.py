@@ -81,7 +81,7 @@ def rewritten() -> str:
 
 
 def reasons() -> str:
-    """What the plan says of it."""
+    """Reasons that the plan gives for it."""
     said = mbn.plan(small_network(), mode="fold").decisions
     rows = [[f"`{d.name}`", d.action, ", ".join(f"`{i}`" for i in d.into), d.reason] for d in said]
     return _table(["BatchNormalization", "action", "into", "reason"], rows)
@@ -154,7 +154,7 @@ _OTHERS = {"no scale is negative": (-2.0, 0.0), "there is no shift": (2.0, 1.0)}
 
 
 def rules() -> str:
-    """What the table of motion answers, for each kind of operation."""
+    """Answers of the table of motion, for each kind of operation."""
     rows = [
         [name, _answer(partial(_backward, *probe)), _answer(partial(_forward, *probe))]
         for name, probe in PROBES.items()
@@ -171,7 +171,7 @@ def _forward(op: Op, shapes: Shapes, scale: float, shift: float) -> Outcome:
 
 
 def _answer(rule: Callable[[float, float], Outcome]) -> str:
-    """What becomes of a map, and on what condition."""
+    """Fate of a map, and its condition."""
     plain = rule(*_PLAIN)
     if isinstance(plain, Blocked):
         return "blocks"
