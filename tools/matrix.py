@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
             print(f"{one.name} ...", flush=True)
             outcomes.append(outcome_of(one, argv[1:]))
             rows.append([one.name, *outcomes[-1].versions, outcomes[-1].said])
-    print(table(["", *PACKAGES, ""], rows))
+    print(table(["", *PACKAGES, "tests"], rows))
     return int(any(out.failed for out in outcomes) or all(out is NO_PYTHON for out in outcomes))
 
 
@@ -103,12 +103,15 @@ def outcome_of(one: Combination, tests: list[str]) -> Outcome:
         return NO_PYTHON
     environment = PLACE / one.name
     if not installed(one, python, environment):
-        return Outcome(f"cannot be installed, see {logged(environment, 'install')}", failed=True)
+        print(f"see {logged(environment, 'install')}")
+        return Outcome("cannot be installed", failed=True)
     python = environment / "bin" / "python"
     versions = tuple(version_of(package, python) for package in PACKAGES)
     command = [python, "-m", "pytest", "-n", str(FLAGS.jobs), "-p", "no:cacheprovider"]
     command += ["-m", "not slow and not network", *tests]
     code, last = run(command, logged(environment, "tests"))
+    if code:
+        print(f"see {logged(environment, 'tests')}")
     return Outcome(last, code != 0, versions)
 
 
@@ -171,7 +174,7 @@ def run(command: list[object], log: Path) -> tuple[int, str]:
         )
     lines = log.read_text(errors="replace").split("\n")
     last = next((line.strip("= ") for line in reversed(lines) if line.strip()), "")
-    return done.returncode, f"{last} (see {log})" if done.returncode else last
+    return done.returncode, last
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ def test_an_operation_within_a_graph(each_keras):
 
 def test_an_operation_within_traced_code():
     said = cause(lambda: tf.function(lambda x: tf.reshape(x, [3]))(tf.ones(2)))
-    assert said.startswith("ValueError: Cannot reshape a tensor with 2 elements to shape [3]")
+    # The kind of error comes first where AutoGraph could read the function.
+    said = said.removeprefix("ValueError: ")
+    assert said.startswith("Cannot reshape a tensor with 2 elements to shape [3]")
     assert "lambda" not in said
     assert "File" not in said
 
