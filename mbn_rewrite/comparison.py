@@ -1,4 +1,4 @@
-"""Outputs of a rewritten model beside those of the original; numpy only.
+"""Outputs of a rewritten model beside those of the original, as arrays.
 
 The error is measured against the largest magnitude of the output that it is in,
 

@@ -6,10 +6,13 @@ from enum import Enum
 
 
 class Name(str, Enum):
-    """A word out of a closed list. It equals, hashes, prints and serialises as the word itself."""
+    """A word out of a closed list. It equals, hashes, prints and serialises as the word."""
 
     def __str__(self) -> str:
         return str(self.value)
+
+    def __repr__(self) -> str:
+        return repr(str(self.value))
 
     def __format__(self, spec: str) -> str:
         return format(str(self.value), spec)

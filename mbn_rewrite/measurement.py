@@ -4,7 +4,7 @@ Variants are compared by the ratios of times that were taken one after the other
 such ratios and its confidence interval need no assumption on how times are distributed: the
 interval between the k-th smallest and the k-th largest of n ratios holds the true median unless
 fewer than k of n fair coins show heads (Conover, "Practical Nonparametric Statistics", 1999,
-section 3.2). numpy only.
+section 3.2).
 """
 
 from __future__ import annotations

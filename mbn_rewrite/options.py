@@ -104,23 +104,30 @@ def checked_options(
     inputs: Any = None,
     check: bool = True,
     progress: Callable[[str], None] | None = None,
-    **measuring: Any,
+    batch_size: int | None = None,
+    jit_compile: bool | None = None,
+    dtype: str | None = None,
+    budget: float | None = None,
 ) -> Options:
     """The options that keyword arguments of the public functions stand for.
 
     Args:
-        mode, stride, inputs, check, progress: as for `convert`.
-        measuring: batch_size, jit_compile, dtype and budget, as for `convert`; None for the
-            default.
+        mode, stride, ...: as for `convert`.
 
     Raises:
         RewriteError: there is no such mode; it takes no stride, or measures nothing, but was given
             something for that; or what was given makes no sense.
     """
     stride = _checked_stride(mode, stride)
-    given = {name: value for name, value in measuring.items() if value is not None}
-    # With a check, modes that measure nothing have a use for inputs all the same.
-    unused = [*given, *(["inputs"] if inputs is not None and not check else [])]
+    measuring = {
+        "batch_size": batch_size,
+        "jit_compile": jit_compile,
+        "dtype": dtype,
+        # With a check, modes that measure nothing have a use for inputs all the same.
+        "inputs": None if check else inputs,
+        "budget": budget,
+    }
+    unused = [name for name, value in measuring.items() if value is not None]
     if mode != "auto" and unused:
         raise RewriteError(
             f'mode "{mode}" measures nothing, so it takes no {" and no ".join(unused)}. Leave that '
@@ -129,9 +136,9 @@ def checked_options(
     return Options(
         mode,
         stride,
-        RunConfig(given.get("batch_size", 1), bool(given.get("jit_compile")), given.get("dtype")),
+        RunConfig(1 if batch_size is None else batch_size, bool(jit_compile), dtype),
         inputs,
-        given.get("budget", DEFAULT_BUDGET),
+        DEFAULT_BUDGET if budget is None else budget,
         progress or _silent,
         check,
     )

@@ -111,8 +111,8 @@ def rewrite_saved_model(
         jit_compile=jit_compile,
         dtype=dtype,
         budget=budget,
-        inputs=None if inputs is None else as_arrays(inputs),
     )
+    options = replace(options, inputs=None if inputs is None else as_arrays(inputs))
     _check_served(mode, tolerance)
     source, destination = Path(source), Path(destination)
     output_dir.clean_up(*([] if dry_run else [destination.absolute().parent]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,10 +45,24 @@ def laid_out_for(page: Page) -> Iterator[None]:
 
 def standard_output() -> Page:
     """The page that standard output is: as wide as the terminal, if it is one."""
-    # There is none in a program without a console, and none that encodes where it is captured.
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if terminal else WITHOUT_TERMINAL
-    return Page(width, getattr(sys.stdout, "encoding", None) or "utf-8")
+    width = shutil.get_terminal_size().columns if _is_terminal() else WITHOUT_TERMINAL
+    return Page(width, _encoding())
+
+
+def _is_terminal() -> bool:
+    # There is no output in a program without a console, and one that is captured may be closed, or
+    # be able to write and nothing else.
+    try:
+        return bool(sys.stdout.isatty())
+    except (AttributeError, ValueError):
+        return False
+
+
+def _encoding() -> str:
+    try:
+        return codecs.lookup(sys.stdout.encoding).name
+    except (AttributeError, LookupError, TypeError):
+        return "utf-8"
 
 
 def _page() -> Page:

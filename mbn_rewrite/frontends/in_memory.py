@@ -57,12 +57,17 @@ class ModelInMemory:
             )
         return self.front_end.running(model, self._inputs, run_config)
 
+    def keep_only(self, plan: Plan | None) -> None:
+        # What was measured is added to a plan; its actions stay the same object.
+        kept = plan and plan.actions
+        self._written = [(tried, new) for tried, new in self._written if tried.actions is kept]
+        self._inputs = None
+
     def write(self, plan: Plan) -> Any:
         """A copy of the model with a plan carried out: the one that was run, if there is one."""
-        # What was measured is added to a plan; its actions stay the same object.
-        written = (new for tried, new in self._written if tried.actions is plan.actions)
-        new = next(written, None)
-        self._written.clear()
+        self.keep_only(plan)
+        new = next((new for _, new in self._written), None)
+        self.keep_only(None)
         return self.front_end.write(self.model, self._reading, plan) if new is None else new
 
 
@@ -88,5 +93,5 @@ def outputs_of_original(
         inputs = front_end.random_inputs(model, seed, recipe)
         return inputs, front_end.outputs_of(model, inputs, "the original")
 
-    way = replace(front_end.recipe_for(model), pictures=pictures)
-    return tried([way], call, lambda found: found[1])
+    recipe = replace(front_end.recipe_for(model), pictures=pictures)
+    return tried([recipe], call, lambda found: found[1])

@@ -48,6 +48,9 @@ class OpenModel(Reading, Protocol):
             RewriteError: it cannot be run like that.
         """
 
+    def keep_only(self, plan: Plan | None) -> None:
+        """Ends a measurement: lets go of all forms that were run but the one of a plan."""
+
     def set_up(self, run_config: RunConfig) -> AbstractContextManager[None]:
         """Context manager that has models run as configured."""
 

@@ -35,10 +35,14 @@ _BUILDING = 0.6  # the part of the budget after which no further form is built, 
 def plan_for(model: OpenModel, options: Options) -> Plan:
     """The plan for a model, in any mode."""
     if options.mode == "auto":
-        with model.set_up(options.run_config):
-            plan = choose(
-                model.graph, lambda form: model.running(form, options), model.device(), options
-            )
+        chosen = None
+        try:
+            with model.set_up(options.run_config):
+                chosen = plan = choose(
+                    model.graph, lambda form: model.running(form, options), model.device(), options
+                )
+        finally:
+            model.keep_only(chosen)
     else:
         plan = make_plan(model.graph, options.mode, options.stride)
     return replace(plan, notes=(*model.notes, *plan.notes))

@@ -9,14 +9,15 @@ import tensorflow as tf
 
 import mbn_rewrite as mbn
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.frontends.registry import front_end_of
+from mbn_rewrite.frontends.in_memory import ModelInMemory
+from mbn_rewrite.frontends.registry import front_end_of, open_source
 from mbn_rewrite.frontends.saved_model.function_graph import op_counts
 from mbn_rewrite.ir.graph import BatchNorm, Opaque
 from mbn_rewrite.options import Options, RunConfig, checked_options
 from mbn_rewrite.passes.planner import FOLDED, candidates
 from mbn_rewrite.plans import Fold
 from mbn_rewrite.tuning import auto
-from mbn_rewrite.tuning.auto import INPUT, choose
+from mbn_rewrite.tuning.auto import INPUT, choose, plan_for
 from tests.support.checks import check_saved_rewrites
 from tests.support.kerases import K, Model, norms
 from tests.unit.test_planner import Wiring, norm_op
@@ -319,7 +320,30 @@ def test_saved_models_are_written_in_the_form_that_was_chosen(
         assert not {"FusedBatchNormV3", "Rsqrt", "DepthwiseConv2dNative"} & set(ops)
 
 
+def test_what_was_measured_is_let_go(each_keras, tmp_path, monkeypatch):
+    """Of the forms that were run, at most the chosen one stays, and no inputs."""
+
+    def time_interleaved(runs, deadline, stays=()):
+        return {name: [1.0 if name == "depthwise" else 2.0] * 9 for name in runs}
+
+    monkeypatch.setattr(auto, "time_interleaved", time_interleaved)
+    opened = ModelInMemory(front_end_of(original := model()), original)
+    plan = plan_for(opened, Options())
+    assert [tried.actions is plan.actions for tried, _ in opened._written] == [True]
+    assert opened._inputs is None
+    original.export(tmp_path / "model")
+    source = open_source(tmp_path / "model")
+    assert plan_for(source, Options()).measurement.chosen == "depthwise"
+    assert (source._copies, source._measured_with) == ({}, None)
+
+
 # ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("mode", ["auto", "fold"])
+def test_a_misspelt_option(mode):
+    with pytest.raises(TypeError, match="batchsize"):
+        mbn.convert_with_plan(None, mode, batchsize=8)
 
 
 @pytest.mark.parametrize(

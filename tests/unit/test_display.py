@@ -136,6 +136,28 @@ def test_without_a_terminal_tables_are_as_wide_as_ever(monkeypatch):
     assert standard_output() == Page(WITHOUT_TERMINAL, "utf-8")
 
 
+class Writer:
+    """An output that can write and nothing else."""
+
+    encoding = "no such encoding"
+
+    def write(self, text):
+        return len(text)
+
+
+def closed():
+    stream = StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [Writer, closed])
+def test_what_programs_put_in_place_of_standard_output(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream())
+    assert standard_output() == Page(WITHOUT_TERMINAL, "utf-8")
+    assert "equal within tolerance" in str(EQUAL)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_what_a_terminal_cannot_show(encoding, monkeypatch):
     name = "r\u00e9seau_\u2500"

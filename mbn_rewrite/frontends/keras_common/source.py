@@ -92,6 +92,9 @@ class KerasFile(ABC):
             options = replace(options, inputs=self.structured(options.inputs))
         return self._opened.running(plan, options)
 
+    def keep_only(self, plan: Plan | None) -> None:
+        self._opened.keep_only(plan)
+
     def check_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
         self.structured(inputs)
 

@@ -221,6 +221,11 @@ class SavedModelDirectory:
         inputs = self._measured_with
         return nullcontext(run_of(lambda data: function(**data), inputs, options.run_config))
 
+    def keep_only(self, plan: Plan | None) -> None:
+        # Forms share variables, so none is kept: what is chosen is written to the original's.
+        self._copies.clear()
+        self._measured_with = None
+
     def _inputs_to_measure(self, entry: Entry, options: Options) -> Mapping[str, Any]:
         name, batch = entry.name, options.run_config.batch_size
         given = given_for(name, entry.function, options.inputs)
@@ -301,7 +306,6 @@ class SavedModelDirectory:
         new = dict(zip(self._graphs, rewritten, strict=True))
         initializer = None if self._initializer is None else unchanged(self._initializer)
         del self._reading, self._graphs, self._initializer
-        self._copies.clear()
         give_back_memory()
         functions = [(entry, new.get(entry.name)) for entry in self._loaded.entries]
         return saving.save(self._loaded, functions, initializer, self._source, directory)

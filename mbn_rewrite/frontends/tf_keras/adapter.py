@@ -234,7 +234,8 @@ class TfKeras(KerasAdapter):
     def states(self, layer: Any) -> list[Any]:
         if not getattr(layer, "stateful", False):
             return []
-        return tf.nest.flatten(getattr(layer, "states", None) or [])
+        states = getattr(layer, "states", None)
+        return [] if states is None else tf.nest.flatten(states)
 
     def assign(self, target: Any, source: Any) -> None:
         target.assign(source)
