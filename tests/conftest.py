@@ -1,8 +1,10 @@
 """What all tests share: a quiet, small TensorFlow and reproducible random numbers."""
 
 import gc
+import itertools
 import os
 import sys
+from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Tests run in several processes; one thread each is faster than many threads in turn.
@@ -25,13 +27,22 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+# Keras looks for garbage whenever it forgets its state, among all that a process holds by then,
+# which takes longer than most tests.
+_TESTS_PER_COLLECTION = 25
+_tests = itertools.count(1)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_keras():
     """Names that count from 1 in every test, and no policy or graph left from another."""
     yield
-    for name in {"tf_keras", "keras"} & set(sys.modules):
-        sys.modules[name].mixed_precision.set_global_policy("float32")
-        sys.modules[name].backend.clear_session()
+    with mock.patch.object(gc, "collect"):
+        for name in {"tf_keras", "keras"} & set(sys.modules):
+            sys.modules[name].mixed_precision.set_global_policy("float32")
+            sys.modules[name].backend.clear_session()
+    if next(_tests) % _TESTS_PER_COLLECTION == 0:
+        gc.collect()
 
 
 @pytest.fixture(params=["tf_keras", "keras"])

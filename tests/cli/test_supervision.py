@@ -26,6 +26,8 @@ from mbn_rewrite.cli.job import (
 from mbn_rewrite.cli.supervisor import Limits, supervised
 from mbn_rewrite.errors import RewriteError
 
+pytestmark = pytest.mark.slow
+
 JOB = Job("in", "out", "folder/new")
 # What each program begins with: its socket, and the job that it has been given.
 BEGIN = """

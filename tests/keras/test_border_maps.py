@@ -25,6 +25,8 @@ from mbn_rewrite.plans import Fold
 from tests.support.kerases import K, Model, package, policy, set_policy
 from tests.support.whole_numbers import assert_equal_bits, inputs_for, norm, outputs, randomise
 
+pytestmark = pytest.mark.slow
+
 IMAGE, SEQUENCE, VOLUME = (8, 7, 4), (8, 4), (4, 5, 4, 3)
 
 

@@ -13,6 +13,8 @@ import tf_keras
 from tests.support.kerases import K, Model, function, set_policy
 from tests.support.whole_numbers import assert_exact, norm
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _float64(_fresh_keras, each_keras):

@@ -12,6 +12,8 @@ import pytest
 
 import mbn_rewrite as mbn
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[1] / "data" / "0.1.0"
 
 # Loads the files of both Kerases, with no layer of ours imported by name.

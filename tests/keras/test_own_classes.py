@@ -15,6 +15,8 @@ from mbn_rewrite.errors import RewriteError
 from tests.support.kerases import K, Model, adapter_of, norms
 from tests.support.random_models import randomise
 
+pytestmark = pytest.mark.slow
+
 PACKAGES = {"tf_keras": tf_keras, "keras": keras_3}
 
 

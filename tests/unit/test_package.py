@@ -169,10 +169,12 @@ def converts_without(package, other, before="", **environment):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_converting_a_model_of_keras_3_does_not_load_tf_keras():
     converts_without("keras", "tf_keras")
 
 
+@pytest.mark.slow
 def test_converting_a_model_of_tf_keras_does_not_load_the_other_front_end():
     # tf_keras loads Keras 3 itself.
     converts_without("tf_keras", "mbn_rewrite.frontends.keras3.frontend")
@@ -188,6 +190,7 @@ sys.meta_path.insert(0, Refuses())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["numpy", "jax"])
 def test_keras_3_without_tensorflow(backend):
     pytest.importorskip("jax", reason="Keras's numpy backend needs it too")
