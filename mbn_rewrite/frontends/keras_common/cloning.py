@@ -210,14 +210,16 @@ def custom_classes(layer: Any) -> dict[str, type]:
 def _custom_functions(layer: Any) -> dict[str, Any]:
     """Custom functions and classes of objects that a layer's configurations refer to, by name.
 
-    Of two with one name this has the last; `_share_objects` sets the right one in the end.
+    Of two with one name this has the last; `_share_objects` sets the right one in the end. Layers
+    that serve as activations count as custom, since Keras before 3.13 does not look up its own.
     """
     found: dict[str, Any] = {}
     for part in parts(layer):
         for name, value in vars(part).items():
             is_one = name in (*_FUNCTIONS, *_OF_LAMBDA) or name.endswith((*_OBJECTS, _INITIALIZER))
             named = value if hasattr(value, "__name__") else type(value)
-            if is_one and callable(value) and not is_stock(named):
+            is_layer = name in _FUNCTIONS and named is not value
+            if is_one and callable(value) and (is_layer or not is_stock(named)):
                 found[named.__name__] = named
     return found
 
