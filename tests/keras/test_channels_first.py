@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
+from mbn_rewrite.frontends.execution import called
 from mbn_rewrite.frontends.keras3.adapter import KERAS_3
 from mbn_rewrite.frontends.keras3.inference_layers import (
     BiasedConvolution,
@@ -19,6 +20,7 @@ from mbn_rewrite.frontends.keras3.inference_layers import (
 from mbn_rewrite.frontends.keras_common.calls import Call
 from mbn_rewrite.frontends.keras_common.op_table import describe
 from mbn_rewrite.ir.graph import BatchNorm
+from tests.support.checks import outputs
 
 K = keras.layers
 FIRST = {"data_format": "channels_first"}
@@ -51,23 +53,20 @@ def norm():
 
 
 def conv(**options):
-    """A convolution with twice the channels of its input, of a kind that runs on any CPU."""
+    """A convolution with twice the channels of its input."""
     return K.DepthwiseConv2D(3, depth_multiplier=2, **FREE, **options)
 
 
-def assert_same(model, new, rng, width=None, compiled=False):
+def assert_same(model, new, rng, width=None):
     shape = [size or width or 6 for size in model.inputs[0].shape[1:]]
     data = rng.standard_normal((3, *shape)).astype(np.float32)
+    assert_same_outputs(model, new, data)
 
-    def outputs(m):
-        def call(x):
-            return m(x, training=False)
 
-        # TensorFlow's own CPU kernels take channels last only; XLA takes both.
-        return np.asarray(tf.function(call, jit_compile=True)(data) if compiled else call(data))
-
-    expected, result = outputs(model), outputs(new)
-    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+def assert_same_outputs(model, new, data):
+    """Compares what two models compute, by XLA where TensorFlow's CPU kernels lack the layout."""
+    for expected, result in zip(outputs(model, data), outputs(new, data), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 def classes(model):
@@ -100,7 +99,7 @@ def test_a_layer_that_stands_for_the_convolution_adds_the_bias(name, rng):
     assert f"'{layer.name}' may add a bias along its last axis" in decision.reason
     assert classes(new) == ["BiasedConvolution"]
     assert new.layers[1].name == layer.name
-    assert_same(model, new, rng, compiled="Depthwise" not in name)
+    assert_same(model, new, rng)
 
 
 @pytest.mark.parametrize("width", [7, 5])
@@ -161,7 +160,7 @@ def test_sequential_models_take_other_sizes_than_they_declare(rng):
     model = randomised(keras.Sequential(layers), rng)
     new = mbn.convert(model, "fold")
     data = rng.standard_normal((2, 3, 5, 6)).astype(np.float32)
-    np.testing.assert_allclose(model(data), new(data), atol=1e-4)
+    assert_same_outputs(model, new, data)
 
 
 def test_a_convolution_that_is_called_on_several_widths(rng):
@@ -171,8 +170,7 @@ def test_a_convolution_that_is_called_on_several_widths(rng):
     new, plan = mbn.convert_with_plan(model, "fold")
     assert plan.left == 0
     data = [rng.standard_normal((2, 3, 4, width)).astype(np.float32) for width in (6, 7)]
-    for a, b in zip(model(data), new(data), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert_same_outputs(model, new, data)
 
 
 def test_an_activation_that_is_a_layer_keeps_it(rng):
@@ -219,14 +217,14 @@ def test_a_bias_that_keras_misplaces_stays_where_it_is(name, rng):
     new, plan = mbn.convert_with_plan(model, "fold")
     assert "may add a bias along its last axis" in plan.decisions[0].reason
     assert "and it has one" in plan.decisions[0].reason
-    assert_same(model, new, rng, compiled=True)
+    assert_same(model, new, rng)
 
 
 def test_a_bias_that_keras_adds_right_takes_more(rng):
     model = net((3, 5, 7), K.Conv2D(6, 3, **SAME), norm(), rng=rng)
     new = mbn.convert(model, "fold")
     assert classes(new) == ["Conv2D"]
-    assert_same(model, new, rng, compiled=True)
+    assert_same(model, new, rng)
 
 
 def test_a_keras_that_adds_biases_right_is_trusted_with_those_it_has(monkeypatch):
@@ -269,7 +267,7 @@ def test_a_batch_normalization_that_a_layer_holds(mode, rng):
     randomised(model, rng)
     new = mbn.convert(model, mode)
     data = rng.standard_normal((2, 6, 5, 6)).astype(np.float32)
-    np.testing.assert_allclose(new(data), model(data), rtol=1e-4, atol=1e-4)
+    assert_same_outputs(model, new, data)
 
 
 class Holder(keras.Model):
@@ -292,8 +290,7 @@ def test_shared_by_calls_of_which_one_could_not_be_a_convolution(rng):
     new = mbn.convert(model, "depthwise")
     assert type(new.get_layer(bn.name)) is ScaleAndShift
     data = [rng.standard_normal((2, 6, 4, width)).astype(np.float32) for width in (6, 7)]
-    for a, b in zip(model(data), new(data), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert_same_outputs(model, new, data)
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 6), (4, 6, 3, 6), (4, 6, 3, 2, 6)])
@@ -366,10 +363,11 @@ def test_a_bordered_convolution_of_a_row_and_a_column(rng):
     for shape in ((3, 1, 6), (3, 6, 1), (6, 1, 1)):
         layer = BorderedConvolution(conv())
         x = rng.standard_normal((2, *shape)).astype(np.float32)
-        before = np.asarray(layer(x))
+        (before,) = called(layer, x, "the layer")
         border = rng.standard_normal(layer.border.shape).astype(np.float32)
         layer.border.assign(border)
-        np.testing.assert_allclose(layer(x), before + border, rtol=1e-5, atol=1e-6)
+        (after,) = called(layer, x, "the layer")
+        np.testing.assert_allclose(after, before + border, rtol=1e-5, atol=1e-6)
 
 
 def test_a_bias_along_another_axis_would_be_noticed(folded, rng):
