@@ -17,6 +17,7 @@ import numpy as np
 from mbn_rewrite.enums import Name
 from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.kernels import Kernel, Window
+from mbn_rewrite.ir.reasons import Change, Reason
 
 Shape = tuple[int | None, ...]
 
@@ -131,10 +132,8 @@ class BatchNorm(Op):
     """A BatchNormalization at inference.
 
     Attributes:
-        map: what it does, per channel; None where `ineligible`.
-        ineligible: why it must stay as it is, or "".
-        pinned: why its map must stay in its place, though another layer may do it, or "".
-        not_trainable: why, in training, no layer with sampled statistics can do its work, or "".
+        map: what it does, per channel; None where `reason` rules out its replacement.
+        reason: why it stays, or None where nothing keeps it.
         axis: the axis of the channels, or None where that is not one axis.
         fusible: whether it runs as arithmetic, and TensorFlow's fused operation could do its
             work.
@@ -142,12 +141,18 @@ class BatchNorm(Op):
     """
 
     map: ChannelMap | None
-    ineligible: str = ""
-    pinned: str = ""
-    not_trainable: str = ""
+    reason: Reason | None = None
     axis: int | None = None
     fusible: bool = False
     convolvable: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.map is None) != (self.why_not(Change.REPLACE) is not None):
+            raise ValueError(f"a BatchNormalization has a map or cannot be replaced, not {self}")
+
+    def why_not(self, change: Change) -> Reason | None:
+        """Reason that rules out a change, or None."""
+        return self.reason if self.reason and self.reason.rules_out(change) else None
 
 
 def fused_operation_takes(dtype: str, axis: int | None, rank: int) -> bool:

@@ -37,8 +37,8 @@ def plan_fold(graph: Graph, borders: bool = False) -> Plan:
     folding = _Folding(work, borders)
     decisions = [folding.decide(owner) for owner in work.sites]
     for hidden in graph.hidden:
-        why = hidden.op.ineligible or f"{hidden.holder} holds it, and its calls cannot be seen"
-        decisions.append(Decision(hidden.owner, Fate.KEPT, reason=sentence(why)))
+        why = hidden.op.reason or f"{hidden.holder} holds it, and its calls cannot be seen"
+        decisions.append(Decision(hidden.owner, Fate.KEPT, reason=sentence(str(why))))
     return Plan("fold", tuple(decisions), work.actions)
 
 
@@ -51,9 +51,9 @@ class _Folding:
         """Folds a site, if that is exact."""
         calls = self.work.sites[owner]
         ops = [call.op for call in calls if isinstance(call.op, BatchNorm)]
-        why = next((op.ineligible or op.pinned for op in ops if op.ineligible or op.pinned), "")
+        why = next((op.reason for op in ops if op.reason), None)
         if why:
-            return Decision(owner, Fate.KEPT, reason=sentence(why))
+            return Decision(owner, Fate.KEPT, reason=sentence(str(why)))
         reasons = []
         for where, move in (("before", self._backward), ("after", self._forward)):
             requests = self._agreed(_joined(move(call) for call in calls))

@@ -49,7 +49,7 @@ def candidates(graph: Graph) -> dict[str, Plan]:
     absorb more, and leaves the rest; the others put a `plans.Form` in the place of each that it
     can do the work of ("depthwise" scales and shifts where there is no such convolution). What
     custom layers hold stays in all of them, since it cannot be seen how it is called, and so does
-    what has something else to do in its place (`BatchNorm.pinned`). Plans that would come to the
+    what has something else to do in its place (`BatchNorm.reason`). Plans that would come to the
     same are left out.
     """
     folded = replace(plan_fold(graph), mode="auto")

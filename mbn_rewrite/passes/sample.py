@@ -7,6 +7,7 @@ from typing import Any
 
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.ir.graph import BatchNorm, Graph, Shape
+from mbn_rewrite.ir.reasons import Change
 from mbn_rewrite.passes.wording import listed, sentence, stride_in_words
 from mbn_rewrite.plans import Decision, Fate, Plan, Sample
 from mbn_rewrite.training import strides
@@ -29,7 +30,8 @@ def plan_training(graph: Graph, mode: str, stride: Any) -> Plan:
     holders = {hidden.owner: hidden.holder for hidden in graph.hidden}
     kept: dict[str, str] = {}  # for what is said of any call
     for owner, op, shape in sites:
-        why = op.not_trainable or _unsampled_axis(op.axis, shape)
+        reason = op.why_not(Change.SAMPLE)
+        why = reason.in_training if reason else _unsampled_axis(op.axis, shape)
         if why:
             kept.setdefault(owner, why)
     for owner, op, shape in sites:

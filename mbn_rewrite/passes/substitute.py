@@ -29,17 +29,24 @@ def plan_depthwise(graph: Graph) -> Plan:
     unknown_rank = {hidden.owner for hidden in graph.hidden if hidden.rank is None}
     unconvolvable = {owner for owner, op, _ in sites if not op.convolvable}
     for owner, op, dtype in sites:
-        why = op.ineligible or (op.map is not None and map_out_of_range(op.map, dtype))
+        why = _why_kept(op, dtype)
         if owner in unknown_rank:
             why = why or "the rank of its input is not known"
         if why:
             replaced.pop(owner, None)
-            decisions[owner] = Decision(owner, Fate.KEPT, reason=sentence(str(why)))
+            decisions[owner] = Decision(owner, Fate.KEPT, reason=sentence(why))
         elif op.map is not None and owner not in decisions:
             form = Form.SCALE_AND_SHIFT if owner in unconvolvable else Form.DEPTHWISE
             replaced[owner] = Replace(form, op.map)
             decisions[owner] = Decision(owner, Fate.DEPTHWISE, (owner,))
     return Plan("depthwise", tuple(decisions.values()), replaced)
+
+
+def _why_kept(op: BatchNorm, dtype: str) -> str:
+    """Why no other layer can do its map in a dtype, or ""."""
+    if op.map is None:
+        return str(op.reason)
+    return map_out_of_range(op.map, dtype)
 
 
 Left = Mapping[str, tuple[ChannelMap, BatchNorm]]
@@ -55,7 +62,7 @@ def replaceable(graph: Graph, folded: Plan) -> Left:
         if node.owner not in kept or not isinstance(op, BatchNorm) or op.map is None:
             continue
         m = remapped[node.owner].map if node.owner in remapped else op.map
-        if op.ineligible or op.pinned or map_out_of_range(m, node.dtype):
+        if op.reason or map_out_of_range(m, node.dtype):
             kept.discard(node.owner)
             found.pop(node.owner, None)
         else:  # of several calls, all have to be convolvable

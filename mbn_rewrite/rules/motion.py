@@ -135,7 +135,7 @@ def _into_batch_norm(
 ) -> Outcome:
     """Two maps in a row are one."""
     if op.map is None:
-        return Blocked(f"has to stay ({op.ineligible})")
+        return Blocked(f"has to stay ({op.reason})")
     if op.map.axis != m.axis:
         return Blocked(f"normalises axis {op.map.axis}, not axis {m.axis}")
     return Absorb()

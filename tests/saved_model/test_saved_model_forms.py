@@ -412,7 +412,7 @@ def test_batch_norm_with_global_normalization_is_read(scaled):
         tf.import_graph_def(graph_def, name="")
     function = FunctionGraph("old", graph_def, graph, False, ("x",), ("y:0",), {}, {})
     norm = fused_norm(Constants(function, Writes()), graph.get_operation_by_name("norm"))
-    assert norm.ineligible == ""
+    assert norm.reason is None
     assert (norm.axis, norm.rank) == (3, 4)
     assert norm.source.op.type == "Conv2D"
     np.testing.assert_allclose(norm.map.scale, scale, rtol=1e-6)

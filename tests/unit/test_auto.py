@@ -13,6 +13,7 @@ from mbn_rewrite.frontends.in_memory import ModelInMemory
 from mbn_rewrite.frontends.registry import front_end_of, open_source
 from mbn_rewrite.frontends.saved_model.function_graph import op_counts
 from mbn_rewrite.ir.graph import BatchNorm, Opaque
+from mbn_rewrite.ir.reasons import Obstacle, Reason
 from mbn_rewrite.options import Options, RunConfig, checked_options
 from mbn_rewrite.passes.planner import FOLDED, candidates
 from mbn_rewrite.plans import Fold
@@ -73,7 +74,7 @@ def test_there_is_no_depthwise_plan_where_there_is_no_such_convolution():
 def test_what_must_stay_stays_in_every_plan():
     wiring = Wiring()
     x = wiring.relu("relu", wiring.source())
-    x = wiring.add("bn", BatchNorm(None, "it is called with training=True"), x)
+    x = wiring.add("bn", BatchNorm(None, Reason(Obstacle.TRAINING_CALL)), x)
     assert list(candidates(wiring.graph(wiring.add("last", Opaque(), x)))) == [FOLDED]
 
 

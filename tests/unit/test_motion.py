@@ -12,6 +12,7 @@ from mbn_rewrite.ir import graph
 from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import Activation, MergeKind
 from mbn_rewrite.ir.kernels import Kernel
+from mbn_rewrite.ir.reasons import Obstacle, Reason
 from mbn_rewrite.rules import motion
 from mbn_rewrite.rules.motion import RULES, Absorb, Blocked, Shapes, Through
 
@@ -72,7 +73,7 @@ CONV = graph.Linear((Kernel("kernel", (3, 3, 4, 4), (2,), (3,)),), None, 3, 3)
         (graph.Input(), a_map(), Blocked),
         (graph.BatchNorm(a_map()), a_map(), Absorb),
         (graph.BatchNorm(a_map(axis=1)), a_map(), Blocked),
-        (graph.BatchNorm(None, "it trains"), a_map(), Blocked),
+        (graph.BatchNorm(None, Reason(Obstacle.TRAINING_CALL)), a_map(), Blocked),
         (graph.Recurrent((), 2), a_map(), Blocked),
     ],
     ids=str,

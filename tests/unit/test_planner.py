@@ -21,6 +21,7 @@ from mbn_rewrite.ir.graph import (
     Value,
 )
 from mbn_rewrite.ir.kernels import Kernel
+from mbn_rewrite.ir.reasons import Obstacle, Reason
 from mbn_rewrite.passes.planner import make_plan
 from mbn_rewrite.plans import Fold, Remove
 
@@ -211,14 +212,16 @@ def test_hidden_norms_are_accounted_for(w):
     hidden = tuple(
         HiddenBatchNorm(f"block/bn{i}", "Block 'block'", op, rank, "float32")
         for i, (op, rank) in enumerate(
-            [(norm_op(), 4), (norm_op(), None), (BatchNorm(None, "it trains"), 4)]
+            [(norm_op(), 4), (norm_op(), None), (BatchNorm(None, Reason(Obstacle.COMPUTED)), 4)]
         )
     )
     graph = w.graph(w.relu("relu", w.source()), hidden=hidden)
     fold, depthwise = make_plan(graph, "fold"), make_plan(graph, "depthwise")
     assert fold.decisions[0].reason == ("Block 'block' holds it, and its calls cannot be seen.")
     assert [d.action for d in depthwise.decisions] == ["depthwise", "kept", "kept"]
-    assert depthwise.decisions[2].reason == "It trains."
+    assert depthwise.decisions[2].reason == (
+        "Its parameters or statistics are computed while the model runs."
+    )
 
 
 def test_plan_is_data(w):

@@ -43,6 +43,7 @@ from mbn_rewrite.ir.graph import (
     PositivelyHomogeneous,
     Shape,
 )
+from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 
 class Keras3(KerasAdapter):
@@ -161,9 +162,9 @@ class Keras3(KerasAdapter):
             return Opaque("is quantized")
         return None
 
-    def ineligible(self, layer: Any) -> str:
+    def reason_to_stay(self, layer: Any) -> Reason | None:
         # Releases before 3.14 lack this attribute.
-        return "it uses batch renormalisation" if getattr(layer, "renorm", False) else ""
+        return Reason(Obstacle.RENORM) if getattr(layer, "renorm", False) else None
 
     def axis_of(self, layer: Any) -> int:
         return int(layer.axis) % int(layer.input_spec.ndim)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Record
 from mbn_rewrite.ir.graph import Op, Shape
+from mbn_rewrite.ir.reasons import Reason
 
 
 class KerasAdapter(ABC):
@@ -139,8 +140,8 @@ class KerasAdapter(ABC):
         return None
 
     @abstractmethod
-    def ineligible(self, layer: Any) -> str:
-        """Reason, specific to this Keras, why a known BatchNormalization must stay; or ""."""
+    def reason_to_stay(self, layer: Any) -> Reason | None:
+        """Reason, specific to this Keras, why a known BatchNormalization must stay, or None."""
 
     @abstractmethod
     def axis_of(self, layer: Any) -> int:

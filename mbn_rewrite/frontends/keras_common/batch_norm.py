@@ -10,12 +10,7 @@ from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Shape, fused_operation_takes
-
-# Reasons that hold for layers that are not frozen: frozen ones use their moving statistics anyway.
-_BY_THE_BATCH = "it is called with training=True, so it normalises by the batch it is given"
-_BY_THE_BATCH_NOT_A_SAMPLE = (
-    f"{_BY_THE_BATCH}, at inference too, where statistics of a sample would give other outputs"
-)
+from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 
 def is_batch_norm(layer: Any, keras: KerasAdapter) -> bool:
@@ -36,20 +31,19 @@ def batch_norm(
     """
     reason = _irreplaceable(layer, keras)
     if reason:
-        return BatchNorm(None, reason, not_trainable=reason)
+        return BatchNorm(None, reason)
     axis = keras.axis_of(layer)
-    if training and layer.trainable:
-        return BatchNorm(None, _BY_THE_BATCH, not_trainable=_BY_THE_BATCH_NOT_A_SAMPLE, axis=axis)
-    if training is None and layer.trainable:
-        return BatchNorm(None, "whether it trains is decided when the model is called", axis=axis)
+    # Frozen layers use their moving statistics however they are called.
+    if training is not False and layer.trainable:
+        obstacle = Obstacle.TRAINING_CALL if training else Obstacle.TRAINING_UNDECIDED
+        return BatchNorm(None, Reason(obstacle), axis)
     parameters = _parameters(layer, keras)
     if not all(np.all(np.isfinite(array.astype(np.float64))) for array in parameters):
-        why = "its weights or moving statistics hold NaN or infinity"
-        return BatchNorm(None, why, axis=axis)
+        return BatchNorm(None, Reason(Obstacle.NOT_FINITE), axis)
     channel_map = ChannelMap.of_batch_norm(*parameters, keras.epsilon_of(layer), axis)
     if not channel_map.is_finite:
-        why = "its moving variance and epsilon give no finite scale"
-        return BatchNorm(None, why, axis=axis)
+        reason = Reason(Obstacle.NO_FINITE_SCALE, "its moving variance and epsilon")
+        return BatchNorm(None, reason, axis)
     return BatchNorm(
         channel_map,
         axis=axis,
@@ -79,13 +73,13 @@ def _parameters(
     )
 
 
-def _irreplaceable(layer: Any, keras: KerasAdapter) -> str:
-    """Reason why no other layer can do a BatchNormalization's work, even in training, or ""."""
+def _irreplaceable(layer: Any, keras: KerasAdapter) -> Reason | None:
+    """Reason why no other layer can do a BatchNormalization's work, even in training, or None."""
     if type(layer) not in (*keras.batch_norms, *keras.training_layers):
-        return f"{type(layer).__name__} is a class of its own, which may compute something else"
+        return Reason(Obstacle.OWN_CLASS, type(layer).__name__)
     if not layer.built:
-        return "it was never called, so it has no weights"
-    return keras.ineligible(layer)
+        return Reason(Obstacle.NEVER_CALLED)
+    return keras.reason_to_stay(layer)
 
 
 def _fusible(layer: Any, axis: int, keras: KerasAdapter) -> bool:

@@ -29,6 +29,7 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
 from mbn_rewrite.frontends.keras_common.op_table import describe
 from mbn_rewrite.frontends.keras_common.sublayers import sublayers
 from mbn_rewrite.ir.graph import BatchNorm, Graph, HiddenBatchNorm, Input, Node, Op, Value
+from mbn_rewrite.ir.reasons import Change, Obstacle, Reason
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         check_copy(model, keras)
         reader.read_sublayers(model, "", label(model), training=False)
     reader.list_unreachable(model)
-    reader.pin_hidden_calls()
+    reader.keep_what_is_held_twice()
     layers = reader.layers
     graph = Graph(
         tuple(reader.values),
@@ -168,7 +169,7 @@ class _Reader:
         results: list[int],
         sizes_hold: bool,
     ) -> Op:
-        """Operation of a call; a BatchNormalization is pinned if no other could stand in for it."""
+        """Operation of a call; a BatchNormalization that does more than its map stays."""
         call = Call(
             self.keras,
             record.layer,
@@ -179,13 +180,13 @@ class _Reader:
             sizes_hold,
         )
         op = describe(call)
-        if not isinstance(op, BatchNorm) or op.ineligible:
+        if not isinstance(op, BatchNorm) or op.reason:
             return op
         before, after = self.values[sources[0]].dtype, self.values[results[0]].dtype
         if before != after:
-            return replace(op, pinned=f"it turns {before} into {after}")
+            return replace(op, reason=Reason(Obstacle.CASTS, f"{before} into {after}"))
         if len(sources) > 1:
-            return replace(op, pinned="it is given a mask, which others read from it")
+            return replace(op, reason=Reason(Obstacle.MASKED))
         return op
 
     def _follow_masks(
@@ -249,21 +250,17 @@ class _Reader:
     def _list_unreachable(self, modules: Iterable[Any], who: str) -> None:
         for layer in modules:
             if is_batch_norm(layer, self.keras) and id(layer) not in self.owners:
-                why = (
-                    f"{who} holds it where it cannot be exchanged; held in an attribute of its "
-                    "own, or in a list, tuple or dictionary in one, and called from there, it could"
-                )
-                op = BatchNorm(None, why, not_trainable=why)
+                op = BatchNorm(None, Reason(Obstacle.OUT_OF_REACH, who))
                 self._add_hidden(layer, "", who, op)
 
-    def pin_hidden_calls(self) -> None:
-        """Pins BatchNormalizations that are called visibly and are also sublayers of a parent."""
+    def keep_what_is_held_twice(self) -> None:
+        """Keeps BatchNormalizations that are called visibly and are also sublayers of a parent."""
         nodes = [(node, self.parents.get(id(self.layers[node.owner]))) for node in self.nodes]
         seen = {node.owner for node in self.nodes}
         self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
         self.nodes = [
-            replace(node, op=replace(node.op, pinned=f"{who} holds it too"))
-            if isinstance(node.op, BatchNorm) and who
+            replace(node, op=replace(node.op, reason=Reason(Obstacle.HELD_TWICE, who)))
+            if who and isinstance(node.op, BatchNorm) and not node.op.why_not(Change.REPLACE)
             else node
             for node, who in nodes
         ]

@@ -29,6 +29,7 @@ from mbn_rewrite.frontends.saved_model.match_batchnorm import (
 )
 from mbn_rewrite.frontends.saved_model.weights import Constants
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
+from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 # Operations in the expression of the variance of a BatchNormalization.
 _ROOTS = {"Rsqrt", "Sqrt", "Pow"}
@@ -189,22 +190,22 @@ def _norm_of(constants: Constants, run: list[Step]) -> Norm | None:
     rank = source.shape.rank or 0
     ops = (*(step.op for step in run), *casts)
 
-    def ineligible(why: str) -> Norm:
-        return Norm(ops, source, sink, rank, None, None, keys, why)
+    def staying(obstacle: Obstacle, detail: str = "") -> Norm:
+        return Norm(ops, source, sink, rank, None, None, keys, Reason(obstacle, detail))
 
     if len(axes) > 1:
-        return ineligible("it scales along one axis and shifts along another")
+        return staying(Obstacle.AXES_DIFFER)
     shape = run[0].data.shape
     axis = axes.pop() if axes else _axis_of_one_channel(shape)
     if axis is None or shape[axis] is None:
-        return ineligible("its channel axis is not known")
+        return staying(Obstacle.AXIS_UNKNOWN)
     scale, shift = np.ones(shape[axis]), np.zeros(shape[axis])
     with np.errstate(all="ignore"):  # reported just below
         for step in run:
             scale, shift = scale * step.scale, shift * step.scale + step.shift
     channel_map = ChannelMap(scale, shift, axis)
     if not channel_map.is_finite:
-        return ineligible("its statistics give no finite scale")
+        return staying(Obstacle.NO_FINITE_SCALE, "its statistics")
     return Norm(ops, source, sink, rank, axis, channel_map, keys)
 
 

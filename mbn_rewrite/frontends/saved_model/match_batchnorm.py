@@ -14,6 +14,7 @@ import numpy as np
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, source_of
 from mbn_rewrite.frontends.saved_model.weights import Constants
 from mbn_rewrite.ir.channel_map import ChannelMap
+from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 FUSED = {
     *("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"),
@@ -30,10 +31,10 @@ class Norm:
         source: the tensor that it normalises.
         sink: the tensor that it gives.
         rank: the number of axes of both.
-        axis: of its channels, or None where `ineligible`.
-        map: scale and shift of each channel, or None where `ineligible`.
+        axis: of its channels, or None where it stays.
+        map: scale and shift of each channel, or None where it stays.
         keys: the keys of the stored arrays, and of the constants, that it reads.
-        ineligible: why it must stay, or "".
+        reason: why it stays, or None.
     """
 
     ops: tuple[Any, ...]
@@ -43,7 +44,7 @@ class Norm:
     axis: int | None
     map: ChannelMap | None
     keys: tuple[Any, ...]
-    ineligible: str = ""
+    reason: Reason | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,12 @@ def fused_norm(constants: Constants, op: Any) -> Norm | None:
     keys = tuple(key for tensor in fused.parameters for key in keys_of(constants, tensor))
     if fused.is_training and _is_other_normalization(constants, fused, keys):
         return None
-    why = _why_ineligible(constants, fused)
-    channel_map = None if why else _map_of(constants, fused, axis)
+    reason = _reason_to_stay(constants, fused)
+    channel_map = None if reason else _map_of(constants, fused, axis)
     if channel_map is not None and not channel_map.is_finite:
-        why = "its moving variance and epsilon give no finite scale"
-    if why:
-        return Norm((op,), fused.source, op.outputs[0], rank, None, None, keys, why)
+        reason = Reason(Obstacle.NO_FINITE_SCALE, "its moving variance and epsilon")
+    if reason:
+        return Norm((op,), fused.source, op.outputs[0], rank, None, None, keys, reason)
     source, sink, casts = ends_of(constants.function, fused.source, op.outputs[0])
     return Norm((op, *casts), source, sink, rank, axis, channel_map, keys)
 
@@ -107,22 +108,22 @@ def _is_other_normalization(constants: Constants, fused: _FusedOp, keys: tuple[A
     return reshaped and all(key[0] == "constant" for key in keys)
 
 
-def _why_ineligible(constants: Constants, fused: _FusedOp) -> str:
-    """Why a fused operation must stay as it is, apart from its map, or ""."""
+def _reason_to_stay(constants: Constants, fused: _FusedOp) -> Reason | None:
+    """Reason why a fused operation stays, apart from its map, or None."""
     if fused.is_training:
-        return "it is in training mode, so it normalises by the batch it is given"
+        return Reason(Obstacle.TRAINING_OPERATION)
     for tensor in fused.parameters:
         written = constants.written(tensor)
         if written is not None:
-            return f"{written[1]} its parameters or statistics"
+            return Reason(Obstacle.WRITTEN, written[1])
     arrays = [constants.value(tensor) for tensor in fused.parameters]
     if any(array is None for array in arrays):
-        return "its parameters or statistics are computed while the model runs"
+        return Reason(Obstacle.COMPUTED)
     if any(_is_read(constants.function, tensor) for tensor in fused.op.outputs[1:]):
-        return "its statistics are read as outputs"
+        return Reason(Obstacle.STATISTICS_READ)
     if not all(np.all(np.isfinite(array)) for array in arrays if array is not None):
-        return "its weights or moving statistics hold NaN or infinity"
-    return ""
+        return Reason(Obstacle.NOT_FINITE)
+    return None
 
 
 def _map_of(constants: Constants, fused: _FusedOp, axis: int) -> ChannelMap:

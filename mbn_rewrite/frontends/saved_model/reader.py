@@ -41,6 +41,7 @@ from mbn_rewrite.ir.graph import (
     Value,
     fused_operation_takes,
 )
+from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 
 def read(functions: Iterable[FunctionGraph], writes: Writes, pinned: Iterable[Any] = ()) -> Reading:
@@ -162,11 +163,9 @@ class _Reader:
         key = (stored, _digest(norm)) if stored else (function.name, norm.sink.op.name)
         owner = self._owner(key, common_scope([self._shown(op.name) for op in norm.ops]))
         before, after = norm.source.dtype.name, norm.sink.dtype.name
-        op = BatchNorm(
-            norm.map, norm.ineligible, fusible=_fusible(norm), convolvable=convolvable(norm)
-        )
-        if before != after and not norm.ineligible:
-            op = replace(op, pinned=f"it turns {before} into {after}", fusible=False)
+        op = BatchNorm(norm.map, norm.reason, fusible=_fusible(norm), convolvable=convolvable(norm))
+        if before != after and not norm.reason:
+            op = replace(op, reason=Reason(Obstacle.CASTS, f"{before} into {after}"), fusible=False)
         self.dtypes.add(after)
         self.norms.setdefault(owner, []).append(NormCall(function, norm))
         source = self._value(source_of(norm.source), known)
@@ -200,7 +199,7 @@ class _Reader:
             key = ("written", id(variable))
             if key not in self.owners:
                 owner = self._owner(key, common_scope([self._shown(op.name)]))
-                norm = BatchNorm(None, f"{writer} its parameters or statistics")
+                norm = BatchNorm(None, Reason(Obstacle.WRITTEN, writer))
                 self.hidden.append(HiddenBatchNorm(owner, function.name, norm, None, "float32"))
 
     def _add_hidden(self, function: FunctionGraph, op: Any) -> None:
@@ -208,7 +207,7 @@ class _Reader:
         place = self._shown(op.name)
         label = f"{op.type} '{place}'"
         for body, node in hidden_batchnorm.in_functions_called(function, op):
-            norm = BatchNorm(None, f"it is in the body of {label}, which stays as it is")
+            norm = BatchNorm(None, Reason(Obstacle.IN_BODY, label))
             key = (function.name, body, node)
             owner = self._owner(key, f"{place}/{without_leaf(node)}")
             self.hidden.append(HiddenBatchNorm(owner, label, norm, None, "float32"))
@@ -254,7 +253,7 @@ def _fusible(norm: Norm) -> bool:
 def _digest(norm: Norm) -> Any:
     """Tells maps apart: one set of variables may be used with two epsilons."""
     m = norm.map
-    return norm.ineligible if m is None else (m.axis, m.scale.tobytes(), m.shift.tobytes())
+    return norm.reason if m is None else (m.axis, m.scale.tobytes(), m.shift.tobytes())
 
 
 def _narrowest(weights: Iterable[Weight], result: Any) -> str:

@@ -41,6 +41,7 @@ from mbn_rewrite.ir.graph import (
     PositivelyHomogeneous,
     Shape,
 )
+from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 # Layers that Keras makes of TensorFlow functions have their `call` set by their constructor.
 _CALL_IS_MADE = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
@@ -142,16 +143,16 @@ class TfKeras(KerasAdapter):
     def describe(self, call: Call) -> Op | None:
         return _function(call) if type(call.layer) is TFOpLambda else None
 
-    def ineligible(self, layer: Any) -> str:
+    def reason_to_stay(self, layer: Any) -> Reason | None:
         if layer.renorm:
-            return "it uses batch renormalisation"
+            return Reason(Obstacle.RENORM)
         if layer.virtual_batch_size is not None:
-            return "it uses virtual batches"
+            return Reason(Obstacle.VIRTUAL_BATCHES)
         if layer.adjustment is not None:
-            return "it adjusts its output by a function of its own"
+            return Reason(Obstacle.ADJUSTMENT)
         if len(layer.axis) != 1:
-            return f"it normalises over several axes {tuple(layer.axis)}"
-        return ""
+            return Reason(Obstacle.SEVERAL_AXES, str(tuple(layer.axis)))
+        return None
 
     def axis_of(self, layer: Any) -> int:
         (axis,) = layer.axis
