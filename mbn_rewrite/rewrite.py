@@ -22,6 +22,7 @@ from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import ModelSource
 from mbn_rewrite.frontends.registry import check_source, open_source
 from mbn_rewrite.options import TRAINING_MODES, Mode, Options, checked_options
+from mbn_rewrite.plans import Plan
 from mbn_rewrite.report import Report
 from mbn_rewrite.tuning.auto import plan_for
 from mbn_rewrite.verification_on_disk import Reference, verified
@@ -123,32 +124,17 @@ def rewrite_saved_model(
     report = _planned(model, options, source)
     if dry_run:
         return report
-    from mbn_rewrite.frontends.execution import give_back_memory, without_saying_where
-
-    options.progress("running the original")
-    give_back_memory()
-    calls = model.reference_io(options.inputs)
-    reference = Reference(calls, options.inputs is None, model.dtypes, model.opened_again)
-    not_compared = {**model.unverifiable, **reference.not_compared}
-    give_back_memory()
+    reference = _run(model, options)
+    report = replace(
+        report,
+        destination=str(destination),
+        unverified={**model.unverifiable, **reference.not_compared},
+        by_xla=reference.by_xla,
+    )
     with output_dir.working_folder(destination) as folder:
-        options.progress("writing")
-        with without_saying_where():  # it is not there that it stays
-            weights = model.write(report.plan, folder.new)
+        weights = _write(model, report.plan, folder.new, options)
         del model  # so that the two are not in memory side by side
-        give_back_memory()
-        options.progress("verifying what was written")
-        counted = report.before.signature
-        comparisons, ops = verified(folder.new, reference, tolerance, counted)
-        report = replace(
-            report,
-            destination=str(destination),
-            after=Footprint(weights, bytes_on_disk(folder.new), ops, counted),
-            comparisons=comparisons,
-            unverified=not_compared,
-            by_xla=reference.by_xla,
-        )
-        _check_equal(report)
+        report = _verified(report, weights, folder.new, reference, tolerance, options)
         output_dir.put_in_place(folder, destination, overwrite)
     return report
 
@@ -189,6 +175,47 @@ def _planned(model: ModelSource, options: Options, source: Path) -> Report:
         as_it_was=model.as_it_was,
         left_out=model.left_out,
     )
+
+
+def _run(model: ModelSource, options: Options) -> Reference:
+    """Outputs of the original, to compare with."""
+    from mbn_rewrite.frontends.execution import give_back_memory
+
+    options.progress("running the original")
+    give_back_memory()
+    calls = model.reference_io(options.inputs)
+    give_back_memory()
+    return Reference(calls, options.inputs is None, model.dtypes, model.opened_again)
+
+
+def _write(model: ModelSource, plan: Plan, directory: Path, options: Options) -> int:
+    """Writes the rewritten model; returns the number of its weights."""
+    from mbn_rewrite.frontends.execution import without_saying_where
+
+    options.progress("writing")
+    with without_saying_where():  # it is not there that it stays
+        return model.write(plan, directory)
+
+
+def _verified(
+    report: Report,
+    weights: int,
+    directory: Path,
+    reference: Reference,
+    tolerance: float | None,
+    options: Options,
+) -> Report:
+    """The report with what was written, once that gives the original's outputs."""
+    from mbn_rewrite.frontends.execution import give_back_memory
+
+    give_back_memory()
+    options.progress("verifying what was written")
+    counted = report.before.signature
+    comparisons, ops = verified(directory, reference, tolerance, counted)
+    after = Footprint(weights, bytes_on_disk(directory), ops, counted)
+    report = replace(report, after=after, comparisons=comparisons)
+    _check_equal(report)
+    return report
 
 
 def _check_equal(report: Report) -> None:
