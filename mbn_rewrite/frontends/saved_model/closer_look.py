@@ -31,8 +31,6 @@ from mbn_rewrite.comparison import (
     NARROW,
     SINGULAR,
     Comparison,
-    Pair,
-    compare_pair,
     rounding_tolerance,
     tolerance_for,
 )
@@ -50,6 +48,7 @@ from mbn_rewrite.frontends.saved_model.runnable_graph import (
     widened,
 )
 from mbn_rewrite.frontends.saved_model.served import Served, method_call, signature_call
+from mbn_rewrite.output_pairs import Pair, compare_pair
 
 
 @dataclass(frozen=True)
