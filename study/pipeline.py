@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from study.data import Part, decoded
+from study.images import Part, decoded
 from study.recipes import Recipe
 
 _AUTO = tf.data.AUTOTUNE

@@ -19,8 +19,8 @@ from benchmarks.models import training_networks
 from mbn_rewrite.device import processor
 from mbn_rewrite.errors import RewriteError
 from study import program, proof, training
-from study.data import Data
 from study.errors import StudyError
+from study.images import Data
 from study.recipes import KERAS
 from study.results import Results
 from study.training import Setting

@@ -18,8 +18,8 @@ import tensorflow as tf
 from benchmarks.models.training_networks import check_variant
 from mbn_rewrite.errors import cause_of, is_out_of_memory
 from study import models
-from study.data import Data
 from study.errors import StudyError
+from study.images import Data
 from study.pipeline import Pipeline
 from study.proof import Profiler, Steps
 from study.recipes import KERAS, Recipe, learning_rate

@@ -18,7 +18,7 @@ from scipy import stats
 
 from benchmarks.models import training_networks
 from benchmarks.training.profiles import OpTime
-from study import data, models, program, proof, report, running, statistics, training
+from study import data, image_folder, models, program, proof, report, running, statistics, training
 from study.errors import StudyError, exit_code
 from study.pipeline import Pipeline
 from study.recipes import RECIPES, learning_rate
@@ -139,7 +139,7 @@ def test_corrupt_files_are_looked_for_once(folder, tmp_path, monkeypatch):
     root = str(corrupted(folder, tmp_path, BAD))
     known = tmp_path / "images.json"
     first = data.load(LARGE, root, None, None, known, lambda text: None)
-    monkeypatch.setattr(data, "decoded", None)  # it would be called
+    monkeypatch.setattr(image_folder, "decoded", None)  # it would be called
     again = data.load(LARGE, root, None, None, known, lambda text: None)
     assert again.corrupt == first.corrupt == BAD
     assert again.digest == first.digest
@@ -155,7 +155,7 @@ def test_after_an_interrupt_no_other_image_is_read():
         read.append(number)
 
     def interrupted():
-        with data._threads() as pool:
+        with image_folder._threads() as pool:
             pool.map(functools.partial(reading, pool), range(1000))
             raise KeyboardInterrupt
 
