@@ -82,16 +82,16 @@ class InputRecipe:
 
 
 def tried(
-    ways: Sequence[InputRecipe],
+    recipes: Sequence[InputRecipe],
     call: Callable[[InputRecipe], T],
     arrays: Callable[[T], Iterable[np.ndarray]],
     manners: Sequence[str] = MANNERS,
 ) -> T:
-    """The result of a call, made in the first way and manner for which all outputs are finite.
+    """The result of a call with the first inputs for which all outputs are finite.
 
     Args:
-        ways: alternatives for what a model may take; the first that it takes is kept to.
-        call: makes up inputs in a way and calls a model. RewriteError: the model cannot be
+        recipes: alternatives for what a model may take; the first that it takes is kept to.
+        call: makes up inputs by a recipe and calls a model. RewriteError: the model cannot be
             called with them.
         arrays: the outputs among what the call gives.
         manners: the manners to try.
@@ -101,15 +101,15 @@ def tried(
         with the fewest NaN.
 
     Raises:
-        RewriteError: the model cannot be called in any of these ways.
+        RewriteError: the model cannot be called with inputs of any of these recipes.
     """
     fits: list[tuple[int, T]] = []
     first: RewriteError | None = None
-    pads = any(way.padding is not None or way.pad_id is not None for way in ways)
+    pads = any(r.padding is not None or r.pad_id is not None for r in recipes)
     for manner in manners if pads else [each for each in manners if each != WITH_EMPTY]:
-        for way in ways:
+        for recipe in recipes:
             try:
-                found = call(replace(way, manner=manner))
+                found = call(replace(recipe, manner=manner))
             except RewriteError as error:
                 first = first or error
                 continue
@@ -117,7 +117,7 @@ def tried(
             if all(np.all(np.isfinite(array)) for array in map(_numbers, outputs)):
                 return found
             fits.append((nans(outputs), found))
-            ways = [way]
+            recipes = [recipe]
             break
     if fits:
         return min(fits, key=lambda each: each[0])[1]

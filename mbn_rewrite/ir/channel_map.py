@@ -33,7 +33,7 @@ class ChannelMap:
         gamma, beta, mean, variance = (
             np.asarray(array, np.float64) for array in (gamma, beta, mean, variance)
         )
-        with np.errstate(all="ignore"):  # a map that is not finite is reported by the planner
+        with np.errstate(all="ignore"):  # a map that is not finite is reported by passes
             scale = gamma / np.sqrt(variance + epsilon)
             return cls(scale, beta - mean * scale, axis)
 
@@ -72,7 +72,7 @@ class ChannelMap:
 
     def then(self, later: ChannelMap) -> ChannelMap:
         """The map that applies this one first and `later` after it."""
-        with np.errstate(all="ignore"):  # the planner checks what it composes
+        with np.errstate(all="ignore"):  # passes check what they compose
             return ChannelMap(
                 self.scale * later.scale, self.shift * later.scale + later.shift, self.axis
             )

@@ -1,4 +1,4 @@
-"""The neutral graph that front ends read and the planner decides on.
+"""The neutral graph that front ends read and passes decide on.
 
 A graph is a read-only view of a model: nodes are calls of layers (or single operations),
 values are the tensors between them, numbered from 0. It holds no framework object. A
@@ -87,7 +87,7 @@ class Linear(Op):
             zeros are read around it.
         activation: what it applies to its result.
         windows: of a convolution that can add a border map: how it reads each axis of
-            positions. No part of what tells calls apart: the planner compares them where
+            positions. No part of what tells calls apart: passes compare them where
             they matter.
         bias_doubt: why a bias of its own might not be added per channel, as a phrase that
             completes "<layer> ...", or "". A layer that stands for it then adds the bias. No part
@@ -277,7 +277,7 @@ def _no_weights(owner: str, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Graph:
-    """A model as the planner sees it.
+    """A model as passes see it.
 
     Attributes:
         values: the tensors; nodes name them by index.

@@ -36,17 +36,17 @@ _REGULARIZERS = {
 }
 
 
-def folded_layer(keras: KerasAdapter, old: Any, edit: Fold) -> tuple[Any, Callable[[], None]]:
+def folded_layer(keras: KerasAdapter, old: Any, action: Fold) -> tuple[Any, Callable[[], None]]:
     """A layer that has absorbed maps.
 
     Args:
         keras: the adapter of its Keras.
         old: the original.
-        edit: the maps, and whether the layer needs a bias or a border map for them.
+        action: the maps, and whether the layer needs a bias or a border map for them.
     """
-    if edit.border is not None or edit.outer_bias:
-        return _wrapped_convolution(keras, old, edit)
-    needs_bias = edit.has_shift
+    if action.border is not None or action.outer_bias:
+        return _wrapped_convolution(keras, old, action)
+    needs_bias = action.has_shift
     config = config_of(old, keras)
     for part in _configs_within(config):
         if needs_bias and "use_bias" in part:
@@ -55,7 +55,7 @@ def folded_layer(keras: KerasAdapter, old: Any, edit: Fold) -> tuple[Any, Callab
         config["bias_axes"] = einsum_channels(old.equation)
     new = from_config(old, config, keras)
     drop_regularizers(new)
-    return new, lambda: _set_folded(keras, old, new, edit, needs_bias)
+    return new, lambda: _set_folded(keras, old, new, action, needs_bias)
 
 
 def drop_regularizers(layer: Any) -> None:
@@ -71,16 +71,16 @@ def _configs_within(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [config, *inner]
 
 
-def _set_folded(keras: KerasAdapter, old: Any, new: Any, edit: Fold, needs_bias: bool) -> None:
-    """Sets a new layer's weights to those of the original with the edit folded in."""
+def _set_folded(keras: KerasAdapter, old: Any, new: Any, action: Fold, needs_bias: bool) -> None:
+    """Sets a new layer's weights to those of the original with the maps folded in."""
     copy_weights(old, new, keras)
     drop_regularizers(new)
     for part in parts(new):
         keras.sync_config(part)
-    for kernels, bias in edit.op.chains:
+    for kernels, bias in action.op.chains:
         prefix = kernels[0].name.rpartition(".")[0]
         path = f"{prefix}." if prefix else ""
-        new_bias = _fold_kernels(old, new, edit, kernels, bias)
+        new_bias = _fold_kernels(old, new, action, kernels, bias)
         if bias or needs_bias:
             weights.write(new, path + "bias", new_bias)
             _check_range(old, new_bias, weights.read(new, path + "bias"))
@@ -90,13 +90,13 @@ def _set_folded(keras: KerasAdapter, old: Any, new: Any, edit: Fold, needs_bias:
 
 
 def _wrapped_convolution(
-    keras: KerasAdapter, old: Any, edit: Fold
+    keras: KerasAdapter, old: Any, action: Fold
 ) -> tuple[Any, Callable[[], None]]:
     """A convolution in a layer of ours that adds its border map, or its bias, for it.
 
     The addition comes before the activation, which therefore moves out of the convolution.
     """
-    kind = keras.biased_convolution if edit.border is None else keras.bordered_convolution
+    kind = keras.biased_convolution if action.border is None else keras.bordered_convolution
     inner = from_config(old, config_of(old, keras) | {"use_bias": False}, keras)
     activation, inner.activation = inner.activation, keras.linear
     inner.activity_regularizer = None  # meant for an output that the convolution no longer gives
@@ -104,16 +104,16 @@ def _wrapped_convolution(
         inner, activation=activation, name=old.name, dtype=old.dtype_policy, trainable=old.trainable
     )
     drop_regularizers(new)
-    return new, lambda: _set_wrapped(keras, old, new, edit)
+    return new, lambda: _set_wrapped(keras, old, new, action)
 
 
-def _set_wrapped(keras: KerasAdapter, old: Any, new: Any, edit: Fold) -> None:
+def _set_wrapped(keras: KerasAdapter, old: Any, new: Any, action: Fold) -> None:
     """Sets the kernels of a wrapped convolution, and the bias or border map of its wrapper."""
-    assert isinstance(edit.op, Linear)
-    added = _fold_kernels(old, new.layer, edit, edit.op.kernels, edit.op.bias)
-    if edit.border is not None and edit.op.out_axis == 1:  # channels first
+    assert isinstance(action.op, Linear)
+    added = _fold_kernels(old, new.layer, action, action.op.kernels, action.op.bias)
+    if action.border is not None and action.op.out_axis == 1:  # channels first
         added = np.moveaxis(added, -1, 0)
-    name = "bias" if edit.border is None else "border"
+    name = "bias" if action.border is None else "border"
     weights.write(new, name, added)
     _check_range(old, added, weights.read(new, name))
     new.layer.trainable = new.trainable = old.trainable
@@ -124,16 +124,16 @@ def _set_wrapped(keras: KerasAdapter, old: Any, new: Any, edit: Fold) -> None:
 
 
 def _fold_kernels(
-    old: Any, new: Any, edit: Fold, kernels: Sequence[Kernel], bias: str | None
+    old: Any, new: Any, action: Fold, kernels: Sequence[Kernel], bias: str | None
 ) -> np.ndarray:
-    """Sets the kernels of `new` to those of `old` with an edit folded in; returns the new bias."""
+    """Sets the kernels of `new` to those of `old` with maps folded in; returns the new bias."""
     before = [weights.read(old, kernel.name) for kernel in kernels]
     arrays, new_bias = fold(
         list(zip(kernels, before, strict=True)),
         weights.read(old, bias) if bias else None,
-        before=edit.before,
-        after=edit.after,
-        border=edit.border,
+        before=action.before,
+        after=action.after,
+        border=action.border,
     )
     for kernel, old_array, array in zip(kernels, before, arrays, strict=True):
         _check_range(old, old_array, array)

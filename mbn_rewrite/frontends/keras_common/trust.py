@@ -87,17 +87,17 @@ def parts_of(source: object, config: Any) -> Iterator[tuple[dict[str, Any], str]
         config = {key: value for key, value in config.items() if key != "compile_config"}
     pending: list[tuple[Any, tuple[str, ...]]] = [(config, ())]
     while pending:
-        value, way = pending.pop()
-        if len(way) > CONFIG_DEPTH:
+        value, path = pending.pop()
+        if len(path) > CONFIG_DEPTH:
             raise RewriteError(
                 f"{source} holds a configuration nested more than {CONFIG_DEPTH} levels deep, "
                 "which no model is. It may be damaged"
             )
         if isinstance(value, dict):
-            yield value, _in_words(way)
-            pending += [(inner, (*way, _label(key, inner))) for key, inner in value.items()]
+            yield value, _in_words(path)
+            pending += [(inner, (*path, _label(key, inner))) for key, inner in value.items()]
         elif isinstance(value, list):
-            pending += [(inner, (*way, _label("", inner))) for inner in value]
+            pending += [(inner, (*path, _label("", inner))) for inner in value]
 
 
 def _label(key: str, value: Any) -> str:
@@ -109,8 +109,8 @@ def _label(key: str, value: Any) -> str:
     return "" if key in ("config", "layers") else str(key)
 
 
-def _in_words(way: tuple[str, ...]) -> str:
-    told = [step for step in way if step]
+def _in_words(path: tuple[str, ...]) -> str:
+    told = [step for step in path if step]
     return " > ".join(told[-6:]) or "the model"
 
 

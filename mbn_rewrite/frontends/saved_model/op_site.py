@@ -1,4 +1,4 @@
-"""Operations in their graphs, and their descriptions for the planner."""
+"""Operations in their graphs, and their descriptions for passes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Described:
-    """Description of an operation for the planner.
+    """Description of an operation for passes.
 
     Attributes:
         op: the neutral operation.

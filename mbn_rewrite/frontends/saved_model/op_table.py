@@ -25,7 +25,7 @@ from mbn_rewrite.ir.graph import (
 
 
 def describe(site: Site) -> Described:
-    """The description of an operation for the planner."""
+    """The description of an operation for passes."""
     op = site.op
     describer = _DESCRIBERS.get(op.type)
     described = describer(site) if describer and op.outputs and site.output else Opaque()

@@ -1,4 +1,4 @@
-"""The functions of a SavedModel as the planner sees them, and the way back to their graphs."""
+"""The functions of a SavedModel as passes see them, and the way back to their graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mbn_rewrite.ir.graph import Graph
 
 @dataclass(frozen=True)
 class LinearCall:
-    """One use of weights: the operation, and its description for the planner."""
+    """One use of weights: the operation, and its description for passes."""
 
     function: FunctionGraph
     op: Any

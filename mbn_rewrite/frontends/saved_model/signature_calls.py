@@ -181,15 +181,15 @@ def _first_that_fits(
         rng = np.random.default_rng(0)
         return {key: random_tensor(specs[key], rng, recipe) for key in sorted(specs)}
 
-    ways = input_recipes(specs, graph, batch)
+    recipes = input_recipes(specs, graph, batch)
     try:
-        return tried(ways, lambda recipe: call(made_up(recipe), False), _outputs)
+        return tried(recipes, lambda recipe: call(made_up(recipe), False), _outputs)
     except RewriteError as error:
         if not xla_may_run(error) or any(spec.dtype == tf.string for spec in specs.values()):
             raise
         with suppress(RewriteError):
             by_xla = (WITH_EDGES, PLAIN)
-            return tried(ways, lambda recipe: call(made_up(recipe), True), _outputs, by_xla)
+            return tried(recipes, lambda recipe: call(made_up(recipe), True), _outputs, by_xla)
         raise
 
 

@@ -80,8 +80,8 @@ class _Writer:
                 for call in calls:
                     _WRITERS[type(action)](self, owner, call, action)
                 self.done.add(owner)
-        for owner, edit in self.plan.of(Fold).items():
-            self._fold(owner, edit)
+        for owner, action in self.plan.of(Fold).items():
+            self._fold(owner, action)
             self.done.add(owner)
 
     def _editor(self, function: FunctionGraph) -> GraphEditor:
@@ -187,8 +187,8 @@ class _Writer:
 
     # -- linear operations that absorb ----------------------------------------------------
 
-    def _fold(self, owner: str, edit: Fold) -> None:
-        op = edit.op
+    def _fold(self, owner: str, action: Fold) -> None:
+        op = action.op
         assert isinstance(op, Linear)
         calls = self.reading.linears[owner]
         kernel = self.reading.weight(owner, "kernel")
@@ -196,24 +196,24 @@ class _Writer:
         (new_kernel,), new_bias = fold(
             [(op.kernels[0], kernel.read())],
             None if bias is None else bias.read().reshape(-1),
-            before=edit.before,
-            after=edit.after,
-            border=edit.border,
+            before=action.before,
+            after=action.after,
+            border=action.border,
         )
-        self._store(owner, kernel, new_kernel, edit)
-        if edit.border is not None:
+        self._store(owner, kernel, new_kernel, action)
+        if action.border is not None:
             for call in calls:
                 self._add_border(owner, call, new_bias, kernel.is_variable)
             return
         channels = calls[0].op.outputs[0].shape[calls[0].described.axis]
         full = np.broadcast_to(new_bias, (channels,))
         if bias is not None:
-            self._store(owner, bias, full.reshape(bias.shape), edit)
+            self._store(owner, bias, full.reshape(bias.shape), action)
         elif np.any(full != 0):
             for call in calls:
                 self._add_bias(owner, call, full, kernel.is_variable)
 
-    def _store(self, owner: str, stored: Stored, value: Array, edit: Fold) -> None:
+    def _store(self, owner: str, stored: Stored, value: Array, action: Fold) -> None:
         dtype = tf.as_dtype(stored.dtype)
         with np.errstate(all="ignore"):
             array = value.astype(dtype.as_numpy_dtype)
@@ -223,7 +223,7 @@ class _Writer:
             if self.copies is None:
                 stored.place.assign(array)
                 return
-            key = (stored.key, id(edit))
+            key = (stored.key, id(action))
             if key not in self.copies:
                 self.copies[key] = tf.Variable(array, trainable=False)
             self.in_place_of[id(stored.place)] = self.copies[key]
