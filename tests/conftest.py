@@ -1,5 +1,6 @@
 """What all tests share: a quiet, small TensorFlow and reproducible random numbers."""
 
+import contextlib
 import gc
 import itertools
 import os
@@ -27,22 +28,39 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-# Keras looks for garbage whenever it forgets its state, among all that a process holds by then,
-# which takes longer than most tests.
-_TESTS_PER_COLLECTION = 25
+# Whenever Keras forgets its state, it looks for garbage among all that a process holds by then,
+# and has TensorFlow forget its kernels, which the next test makes again. Each takes longer than
+# most tests, so that it is done now and then.
+_TESTS_PER_CLEARING = 25
 _tests = itertools.count(1)
+
+
+def _tensorflow_context():
+    """TensorFlow's module of that name, if it has been imported."""
+    return sys.modules.get("tensorflow.python.eager.context")
+
+
+def _without_clearing():
+    """Context manager in which Keras collects no garbage, and TensorFlow keeps its kernels."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(gc, "collect"))
+    if context := _tensorflow_context():
+        stack.enter_context(mock.patch.object(context.Context, "clear_kernel_cache"))
+    return stack
 
 
 @pytest.fixture(autouse=True)
 def _fresh_keras():
     """Names that count from 1 in every test, and no policy or graph left from another."""
     yield
-    with mock.patch.object(gc, "collect"):
+    with _without_clearing():
         for name in {"tf_keras", "keras"} & set(sys.modules):
             sys.modules[name].mixed_precision.set_global_policy("float32")
             sys.modules[name].backend.clear_session()
-    if next(_tests) % _TESTS_PER_COLLECTION == 0:
+    if next(_tests) % _TESTS_PER_CLEARING == 0:
         gc.collect()
+        if context := _tensorflow_context():
+            context.context().clear_kernel_cache()
 
 
 @pytest.fixture(params=["tf_keras", "keras"])
