@@ -22,10 +22,15 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, p
 hypothesis.settings.load_profile("suite")
 
 
-def pytest_collection_finish():
-    """What was imported stays, so no collection of garbage need look at it again."""
+def _collect():
+    """Collects garbage. What is left stays, so that no other collection looks through it again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish():
+    gc.set_threshold(10_000)  # Python's own 700 objects are made and dropped by every operation
+    _collect()
 
 
 # Whenever Keras forgets its state, it looks for garbage among all that a process holds by then,
@@ -58,7 +63,7 @@ def _fresh_keras():
             sys.modules[name].mixed_precision.set_global_policy("float32")
             sys.modules[name].backend.clear_session()
     if next(_tests) % _TESTS_PER_CLEARING == 0:
-        gc.collect()
+        _collect()
         if context := _tensorflow_context():
             context.context().clear_kernel_cache()
 

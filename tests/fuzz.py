@@ -39,15 +39,14 @@ flags.DEFINE_enum("target", "models", ["models", "kills", "files"], "What to try
 
 def _of_models() -> Callable[[int], None]:
     from tests.support import kerases
-    from tests.support.checks import check_rewrite
+    from tests.support.checks import check_rewrites
     from tests.support.random_models import random_model
 
     def check(seed: int) -> None:
         try:
             kerases.use(FLAGS.keras)
             case = random_model(seed)
-            for mode in ("fold", "depthwise"):
-                check_rewrite(case.model, case.inputs, mode, compiled=case.needs_xla)
+            check_rewrites(case.model, case.inputs, ("fold", "depthwise"), case.needs_xla)
         finally:
             kerases.clear()
 

@@ -13,9 +13,11 @@ from benchmarks.models.networks import (
     set_statistics,
 )
 from mbn_rewrite.comparison import TOLERANCES, compare_outputs
-from tests.support.checks import check_rewrite, outputs
+from tests.support.checks import check_rewrites, outputs
 
 pytestmark = pytest.mark.slow
+
+MODES = ("fold", "depthwise")
 
 # (BatchNormalizations, left after fold). What stays in the last two stands behind a value
 # that others read too, and before a ReLU.
@@ -42,24 +44,23 @@ def test_network(name):
     # The harder set of statistics; benchmarks/coverage.py compares both, at full size.
     set_statistics(model, STATISTICS["hard"], rng)
     images = random_images(model, rng)
-    for mode in ("fold", "depthwise"):
-        check_rewrite(model, images, mode)
+    check_rewrites(model, images, MODES)
+    plans = {mode: mbn.plan(model, mode) for mode in MODES}
     total, left = EXPECTED[name]
-    plan = mbn.plan(model, "fold")
-    assert (len(plan.decisions), plan.left) == (total, left)
-    assert mbn.plan(model, "depthwise").left == 0
-    check_twin(name, model, images)
+    assert (len(plans["fold"].decisions), plans["fold"].left) == (total, left)
+    assert plans["depthwise"].left == 0
+    check_twin(name, model, images, plans)
 
 
-def check_twin(name, model, images):
+def check_twin(name, model, images, plans):
     """The same network of Keras 3 with the same weights fares the same."""
     twin = build(name, seed=0, image_size=96, keras=keras)
     twin.set_weights(model.get_weights())
     both = outputs(model, images), outputs(twin, images)
     assert compare_outputs(*both, TOLERANCES["float32"]).ok, "not the same network"
-    check_rewrite(twin, images, "fold")
-    for mode in ("fold", "depthwise"):
-        ours, theirs = mbn.plan(model, mode).decisions, mbn.plan(twin, mode).decisions
+    check_rewrites(twin, images, ["fold"])
+    for mode, plan in plans.items():
+        ours, theirs = plan.decisions, mbn.plan(twin, mode).decisions
         assert [d.action for d in ours] == [d.action for d in theirs]
         if name != "MobileNetV3Small":  # most of its layers have other names in Keras 3
             assert list(map(described, ours)) == list(map(described, theirs))

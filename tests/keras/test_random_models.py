@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support import kerases
-from tests.support.checks import check_rewrite
+from tests.support.checks import check_rewrites
 from tests.support.random_models import random_model
 
 pytestmark = pytest.mark.slow
@@ -11,8 +11,7 @@ pytestmark = pytest.mark.slow
 
 def check(seed):
     case = random_model(seed)
-    for mode in ("fold", "depthwise"):
-        check_rewrite(case.model, case.inputs, mode, compiled=case.needs_xla)
+    check_rewrites(case.model, case.inputs, ("fold", "depthwise"), compiled=case.needs_xla)
 
 
 @pytest.mark.parametrize("seed", range(240))

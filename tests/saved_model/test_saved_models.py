@@ -107,6 +107,15 @@ def assert_same_answers(model, new, rng):
                 assert_close(actual[name], expected[name])
 
 
+def assert_same_interfaces(model, new):
+    """All signatures of two loaded SavedModels have the same names and structures."""
+    assert sorted(new.signatures) == sorted(model.signatures)
+    for key, signature in model.signatures.items():
+        structure = signature.structured_input_signature
+        assert new.signatures[key].structured_input_signature == structure
+        assert described_outputs(new.signatures[key]) == described_outputs(signature)
+
+
 def norms_in(signature):
     """How many BatchNormalizations a function runs."""
     counts = op_counts(signature)
@@ -164,20 +173,10 @@ def test_every_kind_is_rewritten_and_gives_what_it_gave(kind, mode, copied, tmp_
     assert report.plan.left == left
     assert all(bool(d.reason) == (d.action == "kept") for d in report.plan.decisions)
     assert {norms_in(signature) for signature in new.signatures.values()} == {left}
+    assert_same_interfaces(model, new)
     assert_same_answers(model, new, rng)
     assert contents(source) == before
     assert nothing_left(tmp_path, source, tmp_path / "out")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_signatures_keep_their_names_and_structures(kind, copied, tmp_path):
-    copied(kind)
-    _, model, new = rewritten(tmp_path)
-    assert sorted(new.signatures) == sorted(model.signatures)
-    for key, signature in model.signatures.items():
-        structure = signature.structured_input_signature
-        assert new.signatures[key].structured_input_signature == structure
-        assert described_outputs(new.signatures[key]) == described_outputs(signature)
 
 
 # ------------------------------------------------------------------- what the result needs

@@ -23,9 +23,20 @@ def outputs(model, inputs, compiled=False):
     return called(function, inputs, "the model")
 
 
+def check_rewrites(model, inputs, modes, compiled=False) -> None:
+    """Converts a model in each mode and asserts everything that must hold."""
+    expected = outputs(model, inputs, compiled)
+    for mode in modes:
+        _check_rewrite(model, inputs, mode, compiled, expected)
+
+
 def check_rewrite(model, inputs, mode, compiled=False) -> Comparison:
     """Converts a model and asserts everything that must hold; returns the comparison."""
-    expected = outputs(model, inputs, compiled)
+    return _check_rewrite(model, inputs, mode, compiled, outputs(model, inputs, compiled))
+
+
+def _check_rewrite(model, inputs, mode, compiled, expected) -> Comparison:
+    expected = list(expected)
     before = model.get_weights()
     config = model.get_config()
 
