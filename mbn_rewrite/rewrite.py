@@ -182,9 +182,10 @@ def _run(model: ModelSource, options: Options) -> Reference:
     from mbn_rewrite.frontends.execution import give_back_memory
 
     options.progress("running the original")
-    give_back_memory()
+    size = model.footprint.bytes
+    give_back_memory(size)
     calls = model.reference_io(options.inputs)
-    give_back_memory()
+    give_back_memory(size)
     return Reference(calls, options.inputs is None, model.dtypes, model.opened_again)
 
 
@@ -208,7 +209,7 @@ def _verified(
     """The report with what was written, once that gives the original's outputs."""
     from mbn_rewrite.frontends.execution import give_back_memory
 
-    give_back_memory()
+    give_back_memory(report.before.bytes)
     options.progress("verifying what was written")
     counted = report.before.signature
     comparisons, ops = verified(directory, reference, tolerance, counted)

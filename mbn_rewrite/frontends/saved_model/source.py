@@ -301,11 +301,12 @@ class SavedModelDirectory:
     def write(self, plan: Plan, directory: Path) -> int:
         # The graphs were read; the functions themselves hold more memory than small models do.
         self._loaded.release(self._graphs)
-        give_back_memory()
+        size = bytes_on_disk(self._source)
+        give_back_memory(size)
         rewritten = writer.rewritten(list(self._graphs.values()), self._reading, plan, self._writes)
         new = dict(zip(self._graphs, rewritten, strict=True))
         initializer = None if self._initializer is None else unchanged(self._initializer)
         del self._reading, self._graphs, self._initializer
-        give_back_memory()
+        give_back_memory(size)
         functions = [(entry, new.get(entry.name)) for entry in self._loaded.entries]
         return saving.save(self._loaded, functions, initializer, self._source, directory)
