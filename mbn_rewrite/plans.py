@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from mbn_rewrite import display
 from mbn_rewrite.enums import Name
 from mbn_rewrite.ir.algebra import Border
-from mbn_rewrite.ir.channel_map import ChannelMap
+from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import Op
 from mbn_rewrite.measurement import Measurement
 from mbn_rewrite.training.strides import Stride
@@ -124,6 +126,33 @@ class Replace:
     map: ChannelMap
 
 
+@dataclass(frozen=True, eq=False)
+class Reclip:
+    """A clip, such as a ReLU, takes on bounds per channel: y = min(max(x, lower), upper).
+
+    Attributes:
+        lower: the lower bounds, float64, shape (channels,), -inf for a channel without one; None
+            where no channel has one.
+        upper: the upper bounds, likewise, with inf; not less than the lower ones. One of the two
+            is there.
+        axis: which axis of the tensor the channels lie on, counted from 0 (the batch).
+    """
+
+    lower: Array | None
+    upper: Array | None
+    axis: int
+
+    @property
+    def bounds(self) -> dict[str, Array]:
+        """The bounds that there are, by side, in the order in which they are applied."""
+        sides = {"lower": self.lower, "upper": self.upper}
+        return {side: array for side, array in sides.items() if array is not None}
+
+    @property
+    def channels(self) -> int:
+        return max(map(len, self.bounds.values()))
+
+
 @dataclass(frozen=True)
 class Sample:
     """A training layer takes a BatchNormalization's place.
@@ -137,8 +166,8 @@ class Sample:
     depthwise: bool
 
 
-Action = Remove | Fold | Remap | Replace | Sample
-Kind = TypeVar("Kind", Remove, Fold, Remap, Replace, Sample)
+Action = Remove | Fold | Remap | Replace | Reclip | Sample
+Kind = TypeVar("Kind", Remove, Fold, Remap, Replace, Reclip, Sample)
 
 
 # ----------------------------------------------------------------------------------- plan
@@ -235,7 +264,7 @@ class Plan:
 
 
 def _described(owner: str, action: Action) -> list[dict[str, Any]]:
-    """The maps that an action brings to a layer, in types that JSON knows."""
+    """The maps or bounds that an action brings to a layer, in types that JSON knows."""
     match action:
         case Fold(before=before, after=after, border=border):
             sides = {"input": before, "output": after}
@@ -244,15 +273,26 @@ def _described(owner: str, action: Action) -> list[dict[str, Any]]:
             sides, bordered = {"own map": m}, {}
         case Replace(map=m):
             sides, bordered = {"replacement": m}, {}
+        case Reclip(channels=channels):
+            return [_edit(owner, "bounds", channels, *_bounds(action))]
         case _:
             return []
     return [
-        {"layer": owner, "side": side, "channels": m.channels, "sha256": _checksum(m)}
-        | bordered.get(side, {})
+        _edit(owner, side, m.channels, m.scale, m.shift) | bordered.get(side, {})
         for side, m in sides.items()
         if m is not None
     ]
 
 
-def _checksum(m: ChannelMap) -> str:
-    return hashlib.sha256(m.scale.tobytes() + m.shift.tobytes()).hexdigest()
+def _bounds(action: Reclip) -> tuple[Array, Array]:
+    """Both bounds of each channel, infinite where there is none."""
+    none = np.full(action.channels, np.inf)
+    return (
+        -none if action.lower is None else action.lower,
+        none if action.upper is None else action.upper,
+    )
+
+
+def _edit(owner: str, side: str, channels: int, *arrays: Array) -> dict[str, Any]:
+    checksum = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    return {"layer": owner, "side": side, "channels": channels, "sha256": checksum}

@@ -33,6 +33,7 @@ from mbn_rewrite.ir.graph import (
     Activation,
     Affine,
     BatchNorm,
+    Clip,
     Concat,
     Linear,
     Merge,
@@ -132,7 +133,9 @@ PROBES: dict[str, tuple[Op, Shapes]] = {
     "average pooling, cropping, upsampling": (Affine(3, 3), Shapes((_IMAGE,), _IMAGE)),
     "max pooling": (Monotone(3, 3), Shapes((_IMAGE,), _IMAGE)),
     "zero padding": (ZeroPadding(3, 3), Shapes((_IMAGE,), _IMAGE)),
-    "ReLU, LeakyReLU, PReLU": (PositivelyHomogeneous(), Shapes((_IMAGE,), _IMAGE)),
+    "ReLU": (Clip(), Shapes((_IMAGE,), _IMAGE)),
+    "LeakyReLU, PReLU": (PositivelyHomogeneous(), Shapes((_IMAGE,), _IMAGE)),
+    "ReLU6 and other clips": (Clip(0.0, 6.0), Shapes((_IMAGE,), _IMAGE)),
     "reshape that keeps channels apart": (
         Reshape(),
         Shapes((_IMAGE,), (None, 36, _CHANNELS)),

@@ -9,6 +9,7 @@ Axes are counted from 0, the batch, and are never negative.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -211,7 +212,44 @@ class ZeroPadding(ChannelPreserving):
 
 
 class PositivelyHomogeneous(ChannelPreserving):
-    """ReLU and its kin: f(s x) = s f(x) where s >= 0."""
+    """LeakyReLU and its kin: f(s x) = s f(x) where s >= 0."""
+
+
+@dataclass(frozen=True)
+class Clip(ChannelPreserving):
+    """ReLU, ReLU6 and others that clip each element: f(x) = min(max(x, lower), upper).
+
+    Attributes:
+        lower: the lower bound, -inf where there is none.
+        upper: the upper bound, inf where there is none; not less than the lower one.
+        why: why a scale and shift cannot pass, unless `is_homogeneous`, as a phrase that
+            completes "<layer> ...". No part of what tells clips apart.
+    """
+
+    in_axis: int | None = field(default=None, init=False)  # it works on each element
+    out_axis: int | None = field(default=None, init=False)
+    lower: float = 0.0
+    upper: float = math.inf
+    why: str = field(default=Opaque.why, compare=False)
+
+    @property
+    def is_homogeneous(self) -> bool:
+        """Whether f(s x) = s f(x) where s >= 0."""
+        return self.lower in (0.0, -math.inf) and self.upper in (0.0, math.inf)
+
+
+def clip(lower: float, upper: float, why: str = Opaque.why) -> Op:
+    """Clip between two bounds, as far as it is one.
+
+    Args:
+        lower: the lower bound, or -inf.
+        upper: the upper bound, or inf.
+        why: see `Clip`.
+    """
+    if lower == -math.inf and upper == math.inf:
+        return Affine()
+    # Where they cross, or are no numbers, it matters which of them comes first.
+    return Clip(lower, upper, why) if lower <= upper else Opaque(why)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
-from mbn_rewrite.plans import Fold
+from mbn_rewrite.plans import Fold, Reclip
 
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
 _SMALLEST_NORMAL_FLOAT16 = 2.0**-14
@@ -23,6 +24,31 @@ def map_out_of_range(m: ChannelMap, dtype: str) -> str:
         return f"its scale or shift reaches {largest:.3g}, more than {dtype} can hold"
     if dtype == "float16" and np.any((m.scale != 0) & (abs(m.scale) < _SMALLEST_NORMAL_FLOAT16)):
         return "its scale is too small for float16 to hold precisely"
+    return ""
+
+
+def check_bounds(action: Reclip, dtype: str, label: str) -> None:
+    """Raises RewriteError where a dtype cannot hold the bounds of a clip."""
+    why = bounds_out_of_range(action, dtype)
+    if why:
+        raise RewriteError(
+            f'{label} cannot clip per channel: {why}. Use mode "depthwise" for this model'
+        )
+
+
+def bounds_out_of_range(action: Reclip, dtype: str) -> str:
+    """Why a dtype cannot hold the bounds of a clip, or "".
+
+    Infinity stands for no bound. A bound that only became it in a dtype would be none there.
+    """
+    for side, array in action.bounds.items():
+        none = -np.inf if side == "lower" else np.inf
+        bounds = array[array != none]
+        if not np.all(np.isfinite(bounds)):
+            return "its bounds are not finite"
+        largest = np.abs(bounds).max(initial=0)
+        if largest > _LARGEST[dtype]:
+            return f"its bounds reach {largest:.3g}, more than {dtype} can hold"
     return ""
 
 

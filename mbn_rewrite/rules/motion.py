@@ -29,6 +29,7 @@ from mbn_rewrite.ir.graph import (
     Affine,
     BatchNorm,
     ChannelPreserving,
+    Clip,
     Concat,
     Input,
     Linear,
@@ -180,6 +181,20 @@ def _channel_preserving(doing: str = "", no_shift: bool = False, no_negative: bo
     return Rule(backward, forward)
 
 
+def _clip_backward(op: Clip, m: ChannelMap, shapes: Shapes) -> Outcome:
+    """max(s x, 0) = s max(x, 0) where s >= 0; any other bound would have to move along."""
+    if not op.is_homogeneous:
+        return Blocked(op.why)
+    return RULES[PositivelyHomogeneous].backward(op, m, shapes)
+
+
+def _clip_forward(op: Clip, m: ChannelMap, shapes: Shapes, position: int) -> Outcome:
+    """See `_clip_backward`."""
+    if not op.is_homogeneous:
+        return Blocked(op.why)
+    return RULES[PositivelyHomogeneous].forward(op, m, shapes, position)
+
+
 def _reshape(m: ChannelMap, shape: Shape, new_shape: Shape) -> Outcome:
     """A map per channel stays one where the reshape keeps channels apart."""
     result = reshaped(m, shape, new_shape)
@@ -284,6 +299,7 @@ RULES: dict[type[Op], Rule] = {
     Monotone: _channel_preserving("takes a maximum", no_negative=True),
     ZeroPadding: _channel_preserving("pads with zeros", no_shift=True),
     PositivelyHomogeneous: _channel_preserving("is an activation", no_shift=True, no_negative=True),
+    Clip: Rule(_clip_backward, _clip_forward),
     Reshape: Rule(_reshape_backward, _reshape_forward),
     Permute: Rule(_permute_backward, _permute_forward),
     Merge: Rule(_merge_backward, _merge_forward),

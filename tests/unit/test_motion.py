@@ -69,6 +69,12 @@ CONV = graph.Linear((Kernel("kernel", (3, 3, 4, 4), (2,), (3,)),), None, 3, 3)
         (graph.PositivelyHomogeneous(), a_map(), Blocked),
         (graph.PositivelyHomogeneous(), a_map(shift=0.0), Through),
         (graph.PositivelyHomogeneous(), a_map(scale=-1.0, shift=0.0), Blocked),
+        (graph.Clip(), a_map(), Blocked),
+        (graph.Clip(), a_map(shift=0.0), Through),
+        (graph.Clip(), a_map(scale=-1.0, shift=0.0), Blocked),
+        (graph.Clip(-np.inf, 0.0), a_map(shift=0.0), Through),
+        (graph.Clip(0.0, 6.0), a_map(scale=1.0, shift=0.0), Blocked),
+        (graph.Clip(-1.0), a_map(scale=1.0, shift=0.0), Blocked),
         (graph.Opaque(), a_map(scale=1.0, shift=0.0), Blocked),
         (graph.Input(), a_map(), Blocked),
         (graph.BatchNorm(a_map()), a_map(), Absorb),
@@ -93,6 +99,9 @@ def test_backward(op, m, expected):
         (dataclasses.replace(CONV, pads=True), a_map(shift=0.0), 0, Absorb),
         (graph.Affine(3, 1), a_map(), 0, Through),
         (graph.Affine(), a_map(), 1, Blocked),
+        (graph.Clip(), a_map(), 0, Blocked),
+        (graph.Clip(), a_map(shift=0.0), 0, Through),
+        (graph.Clip(-1.0, 1.0), a_map(shift=0.0), 0, Blocked),
         (graph.Recurrent((), 3), a_map(), 0, Absorb),
         (graph.Recurrent((), 3), a_map(), 1, Blocked),
         (graph.Recurrent((), 2), a_map(), 0, Blocked),
@@ -103,6 +112,30 @@ def test_backward(op, m, expected):
 )
 def test_forward(op, m, position, expected):
     assert type(RULES[type(op)].forward(op, m, IMAGE, position)) is expected
+
+
+def test_a_clip_says_why_it_blocks():
+    limited = graph.Clip(0.0, 6.0, "is an activation with a limit")
+    rule = RULES[graph.Clip]
+    assert rule.backward(limited, a_map(), IMAGE).reason == "is an activation with a limit"
+    assert rule.forward(limited, a_map(), IMAGE, 0).reason == "is an activation with a limit"
+    assert "is an activation, which a shift" in rule.backward(graph.Clip(), a_map(), IMAGE).reason
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ((0.0, np.inf), graph.Clip()),
+        ((-1.0, 1.0), graph.Clip(-1.0, 1.0)),
+        ((2.0, 2.0), graph.Clip(2.0, 2.0)),
+        ((-np.inf, np.inf), graph.Affine()),
+        ((1.0, 0.0), graph.Opaque("says why")),
+        ((np.nan, 0.0), graph.Opaque("says why")),
+    ],
+    ids=str,
+)
+def test_bounds_make_a_clip_where_their_order_does_not_matter(bounds, expected):
+    assert graph.clip(*bounds, "says why") == expected
 
 
 def test_axis_follows_a_global_pool():

@@ -23,7 +23,8 @@ from mbn_rewrite.ir.graph import (
 from mbn_rewrite.ir.kernels import Kernel
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 from mbn_rewrite.passes.planner import make_plan
-from mbn_rewrite.plans import Fold, Remove
+from mbn_rewrite.passes.precision import bounds_out_of_range
+from mbn_rewrite.plans import Fold, Plan, Reclip, Remove
 
 C = 3
 
@@ -237,6 +238,42 @@ def test_plan_is_data(w):
     assert make_plan(graph, "fold").to_json() == plan.to_json()
     assert "bn" in str(plan)
     assert "1 folded" in str(plan)
+
+
+def edit_of(lower=None, upper=None):
+    actions = {"relu": Reclip(lower, upper, 1)}
+    (edit,) = Plan("fold", (), actions).to_dict()["edits"]
+    return edit
+
+
+def test_bounds_are_data():
+    bounds, none = np.array([0.5, -np.inf]), np.full(2, np.inf)
+    edit = edit_of(bounds)
+    assert {**edit, "sha256": ""} == {
+        **{"layer": "relu", "side": "bounds"},
+        **{"channels": 2, "sha256": ""},
+    }
+    assert edit == edit_of(bounds, none)  # which says the same
+    assert len({edit_of(*case)["sha256"] for case in [(bounds,), (-bounds,), (None, bounds)]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lower", "upper", "why"),
+    [
+        ("float16", [0.0, -65504.0], None, ""),
+        ("float16", [-np.inf, 1.0], [2.0, np.inf], ""),
+        ("float16", [0.0, 1e5], None, "its bounds reach 1e+05, more than float16 can hold"),
+        ("float16", None, [-1e5, 1.0], "its bounds reach 1e+05, more than float16 can hold"),
+        ("float32", [0.0, 1e5], None, ""),
+        ("bfloat16", [0.0, 1e39], None, "its bounds reach 1e+39, more than bfloat16 can hold"),
+        ("float32", [0.0, np.inf], None, "its bounds are not finite"),
+        ("float32", None, [-np.inf, np.inf], "its bounds are not finite"),
+        ("float32", [np.nan, 0.0], None, "its bounds are not finite"),
+    ],
+)
+def test_bounds_out_of_range(dtype, lower, upper, why):
+    sides = (None if side is None else np.array(side) for side in (lower, upper))
+    assert bounds_out_of_range(Reclip(*sides, 1), dtype) == why
 
 
 def test_nothing_to_do_is_said(w):
