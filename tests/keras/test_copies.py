@@ -6,7 +6,6 @@ A rewritten model is right only if it still is once it was saved and loaded, or 
 import keras as keras_3
 import numpy as np
 import pytest
-import tensorflow as tf
 import tf_keras
 
 import mbn_rewrite as mbn
@@ -15,11 +14,11 @@ from mbn_rewrite.passes.planner import make_plan
 from tests.support import kerases, stock_layers
 from tests.support.kerases import K, Model
 from tests.support.random_models import randomise
-from tests.support.stock_layers import bent, odd_bound, odd_penalty, odd_weights
+from tests.support.round_trips import KNOWN, through
+from tests.support.stock_layers import bent, odd_bound, odd_penalty
 
 pytestmark = pytest.mark.slow
 
-KNOWN = {each.__name__: each for each in (bent, odd_bound, odd_penalty, odd_weights)}
 GROUPS = 6  # in which all layers of a Keras are copied: to copy each alone takes longer
 
 
@@ -133,24 +132,6 @@ def assert_gives(model, data, expected):
     assert np.abs(expected).max() > 1e-3
     tolerance = 2e-4 * np.abs(expected).max()
     np.testing.assert_allclose(np.asarray(model(data)), expected, atol=tolerance)
-
-
-def through(how, model, directory):
-    """What comes back of a model."""
-    package = kerases.package()
-    if how == "clone":
-        model.save_weights(directory / "of.weights.h5")
-        new = package.models.clone_model(model)
-        new.load_weights(directory / "of.weights.h5")
-        return new
-    if how == "export":
-        model.export(directory / "exported", verbose=False)
-        loaded = tf.saved_model.load(directory / "exported")
-        return lambda data: (loaded, loaded.serve(data))[1]
-    path = directory / ("model" if how == "tf" else f"model.{how}")
-    model.save(path, **({"save_format": "tf"} if how == "tf" else {}))
-    with package.utils.custom_object_scope(KNOWN):
-        return package.models.load_model(path)
 
 
 WAYS = [

@@ -23,6 +23,7 @@ from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.keras3.inference_layers import (
     BiasedConvolution,
     BorderedConvolution,
+    ChannelClip,
     ScaleAndShift,
 )
 from mbn_rewrite.frontends.keras3.training_layers import (
@@ -32,7 +33,7 @@ from mbn_rewrite.frontends.keras3.training_layers import (
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Record
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, parts
-from mbn_rewrite.frontends.keras_common.op_table import layer_table
+from mbn_rewrite.frontends.keras_common.op_table import clip_between, layer_table, relu
 from mbn_rewrite.ir.graph import (
     Affine,
     Concat,
@@ -44,6 +45,9 @@ from mbn_rewrite.ir.graph import (
     Shape,
 )
 from mbn_rewrite.ir.reasons import Obstacle, Reason
+
+# Activations that clip, with their bounds.
+_CLIPS = {"relu": (0.0, None), "relu6": (0.0, 6.0), "hard_tanh": (-1.0, 1.0)}
 
 
 class Keras3(KerasAdapter):
@@ -63,8 +67,14 @@ class Keras3(KerasAdapter):
         keras.ops.relu,
         keras.ops.leaky_relu,
     )
+    clips = tuple(
+        (getattr(functions, name), bounds)
+        for name, bounds in _CLIPS.items()
+        for functions in (keras.activations, keras.ops)
+    )
     depthwise_kernel = "kernel"
     scale_and_shift = ScaleAndShift
+    channel_clip = ChannelClip
     bordered_convolution = BorderedConvolution
     biased_convolution = BiasedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
@@ -325,22 +335,18 @@ def _concatenate(call: Call) -> Op:
     return Opaque() if axis is None else Concat(axis % len(call.output))
 
 
-def _relu(call: Call) -> Op:
-    layer = call.layer
-    if layer.max_value is None and not layer.threshold:
-        return PositivelyHomogeneous()
-    return Opaque("is an activation with a limit")
-
-
 _OPERATIONS: dict[type, Describer] = {
     numpy.Add: _merge(MergeKind.ADD),
     numpy.Subtract: _merge(MergeKind.SUBTRACT),
     numpy.Maximum: _merge(MergeKind.MAXIMUM),
     numpy.Minimum: _merge(MergeKind.MINIMUM),
     numpy.Concatenate: _concatenate,
-    nn.Relu: lambda call: PositivelyHomogeneous(),
+    numpy.Clip: lambda call: clip_between(call.layer.x_min, call.layer.x_max),
+    nn.Relu: lambda call: clip_between(*_CLIPS["relu"]),
+    nn.Relu6: lambda call: clip_between(*_CLIPS["relu6"]),
+    nn.HardTanh: lambda call: clip_between(*_CLIPS["hard_tanh"]),
     nn.LeakyRelu: lambda call: PositivelyHomogeneous(),
-    ReLU: _relu,
+    ReLU: relu,
     StopGradient: lambda call: Affine(),
 }
 

@@ -13,6 +13,8 @@ class _Keras3Layer:
     _activations = keras.activations
     _cast = staticmethod(keras.ops.cast)
     _reshape = staticmethod(keras.ops.reshape)
+    _maximum = staticmethod(keras.ops.maximum)
+    _minimum = staticmethod(keras.ops.minimum)
 
 
 class _Keras3Wrapper(_Keras3Layer, keras.layers.Wrapper):
@@ -23,6 +25,14 @@ class _Keras3Wrapper(_Keras3Layer, keras.layers.Wrapper):
 @keras.saving.register_keras_serializable(package="mbn_rewrite")
 class ScaleAndShift(inference_layers.ScaleAndShift, _Keras3Layer, keras.layers.Layer):
     """See `keras_common.inference_layers.ScaleAndShift`."""
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(package="mbn_rewrite")
+class ChannelClip(inference_layers.ChannelClip, _Keras3Layer, keras.layers.Layer):
+    """See `keras_common.inference_layers.ChannelClip`."""
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return input_shape

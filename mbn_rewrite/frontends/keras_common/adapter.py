@@ -27,8 +27,10 @@ class KerasAdapter(ABC):
         batch_norm_base: the class from which every BatchNormalization is derived.
         linear: the identity activation.
         homogeneous: activation functions with f(s x) = s f(x) for s >= 0.
+        clips: activation functions that clip, with their bounds, None where there is none.
         depthwise_kernel: the attribute in which depthwise convolutions keep their kernel.
         scale_and_shift: this package's layer class of that name.
+        channel_clip: likewise.
         bordered_convolution: likewise.
         biased_convolution: likewise; only where `may_misplace_bias`.
         private: prefixes of attributes that hold nothing of the user's; `sublayers` searches all
@@ -50,8 +52,10 @@ class KerasAdapter(ABC):
     batch_norm_base: type
     linear: Callable[..., Any]
     homogeneous: tuple[Callable[..., Any], ...]
+    clips: tuple[tuple[Callable[..., Any], tuple[float, float | None]], ...]
     depthwise_kernel: str
     scale_and_shift: type
+    channel_clip: type
     bordered_convolution: type
     biased_convolution: type
     private: tuple[str, ...]

@@ -16,12 +16,35 @@ class _Layer:
     _activations: Any  # the module of activation functions
     _cast: Callable[[Any, Any], Any]
     _reshape: Callable[[Any, Any], Any]
+    _maximum: Callable[[Any, Any], Any]
+    _minimum: Callable[[Any, Any], Any]
 
     name: str
     add_weight: Callable[..., Any]
 
 
-class ScaleAndShift(_Layer):
+class _PerChannel(_Layer):
+    """A layer with weights of one number per channel."""
+
+    axis: int
+
+    def _channels(self, input_shape: Any) -> int:
+        channels: int | None = tuple(input_shape)[self.axis]
+        if channels is None:
+            raise ValueError(
+                f"{self.name} needs to know how many channels axis {self.axis} has; "
+                f"it was given an input of shape {input_shape}"
+            )
+        return channels
+
+    def _along_channels(self, weight: Any, inputs: Any) -> Any:
+        """A weight in a shape that broadcasts over the inputs."""
+        shape = [1] * len(inputs.shape)
+        shape[self.axis] = -1
+        return self._reshape(weight, shape)
+
+
+class ScaleAndShift(_PerChannel):
     """y = scale * x + shift, per channel: what is left of a BatchNormalization.
 
     Takes the place of the depthwise 1x1 convolution where there is none (ranks 2 and 5, channels
@@ -39,25 +62,73 @@ class ScaleAndShift(_Layer):
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
-        channels = tuple(input_shape)[self.axis]
-        if channels is None:
-            raise ValueError(
-                f"{self.name} needs to know how many channels axis {self.axis} has; "
-                f"it was given an input of shape {input_shape}"
-            )
-        self.scale = self.add_weight(name="scale", shape=(channels,), initializer="ones")
-        self.shift = self.add_weight(name="shift", shape=(channels,), initializer="zeros")
+        shape = (self._channels(input_shape),)
+        self.scale = self.add_weight(name="scale", shape=shape, initializer="ones")
+        self.shift = self.add_weight(name="shift", shape=shape, initializer="zeros")
         super().build(input_shape)  # type: ignore[misc]
 
     def call(self, inputs: Any, mask: Any = None) -> Any:
-        shape = [1] * len(inputs.shape)
-        shape[self.axis] = -1
-        scale, shift = (self._reshape(weight, shape) for weight in (self.scale, self.shift))
+        scale, shift = (self._along_channels(each, inputs) for each in (self.scale, self.shift))
         # Operators of the tensors, since `keras.ops.add` may take the shift for a bias.
         return inputs * scale + shift
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "axis": self.axis}  # type: ignore[misc]
+
+
+class ChannelClip(_PerChannel):
+    """y = min(max(x, lower), upper), per channel: a ReLU, or another clip, with bounds of its own.
+
+    Takes the place of an activation whose input and output are kept in other units, such as those
+    before a BatchNormalization that is gone.
+
+    Args:
+        axis: the channel axis.
+        use_lower: whether there are lower bounds, at first all 0.
+        use_upper: whether there are upper bounds, at first all 1.
+        pass_mask: whether a mask of the input is one of the output.
+
+    Input: any shape, any floating dtype. Output: the same shape; the layer's compute dtype. Its
+    weights `lower` and `upper` have the shape [channels]; an infinite bound is none.
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        use_lower: bool = True,
+        use_upper: bool = False,
+        pass_mask: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.axis = axis
+        self.use_lower = use_lower
+        self.use_upper = use_upper
+        self.pass_mask = pass_mask
+        self.supports_masking = True
+
+    def build(self, input_shape: Any) -> None:
+        shape = (self._channels(input_shape),)
+        if self.use_lower:
+            self.lower = self.add_weight(name="lower", shape=shape, initializer="zeros")
+        if self.use_upper:
+            self.upper = self.add_weight(name="upper", shape=shape, initializer="ones")
+        super().build(input_shape)  # type: ignore[misc]
+
+    def call(self, inputs: Any) -> Any:
+        if self.use_lower:
+            inputs = self._maximum(inputs, self._along_channels(self.lower, inputs))
+        if self.use_upper:
+            inputs = self._minimum(inputs, self._along_channels(self.upper, inputs))
+        return inputs
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        return mask if self.pass_mask else None
+
+    def get_config(self) -> dict[str, Any]:
+        names = ("axis", "use_lower", "use_upper", "pass_mask")
+        config = super().get_config()  # type: ignore[misc]
+        return {**config, **{name: getattr(self, name) for name in names}}
 
 
 class ConvolutionPlusOffset(_Layer):

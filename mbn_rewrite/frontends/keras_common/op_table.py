@@ -7,6 +7,7 @@ linear layers are in `linear_layers`, that of BatchNormalization is in `batch_no
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from mbn_rewrite.ir.graph import (
     PositivelyHomogeneous,
     Reshape,
     ZeroPadding,
+    clip,
 )
 
 
@@ -93,20 +95,42 @@ def _permute(call: Call) -> Op:
 
 
 def _activation(call: Call) -> Op:
-    kind = activation_kind(call.layer.activation, call.keras)
+    function = call.layer.activation
+    for clips, bounds in call.keras.clips:
+        if clips is function:
+            return clip_between(*bounds, f"is a {function.__name__} activation")
+    kind = activation_kind(function, call.keras)
     if kind is Activation.LINEAR:
         return Affine()
     if kind is Activation.HOMOGENEOUS:
         return PositivelyHomogeneous()
-    name = getattr(call.layer.activation, "__name__", "")
+    name = getattr(function, "__name__", "")
     return Opaque(f"is a {name} activation" if name else "is an activation")
 
 
-def _relu(call: Call) -> Op:
-    layer = call.layer
-    if layer.max_value is None and not np.any(layer.threshold):
-        return PositivelyHomogeneous()
-    return Opaque("is an activation with a limit")
+def relu(call: Call) -> Op:
+    """Layer or operation with the options of Keras's ReLU."""
+    layer, limited = call.layer, "is an activation with a limit"
+    if np.any(layer.threshold):
+        return Opaque(limited)
+    if np.any(layer.negative_slope):
+        return PositivelyHomogeneous() if layer.max_value is None else Opaque(limited)
+    return clip_between(0.0, layer.max_value, limited)
+
+
+def clip_between(lower: Any, upper: Any, why: str = Opaque.why) -> Op:
+    """Clip between two bounds as layers and operations hold them, None where there is none."""
+    if not all(bound is None or _is_number(bound) for bound in (lower, upper)):
+        return Opaque(why)  # such as bounds per channel, or a variable
+    return clip(
+        -math.inf if lower is None else float(lower),
+        math.inf if upper is None else float(upper),
+        why,
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number, np.ndarray)) and np.ndim(value) == 0
 
 
 def _concatenate(call: Call) -> Op:
@@ -139,7 +163,7 @@ _TABLE: dict[str, Describer] = {
     "GaussianDropout GaussianNoise AlphaDropout": _dropout,
     "Identity ActivityRegularization": _always(Affine()),
     "Activation": _activation,
-    "ReLU": _relu,
+    "ReLU": relu,
     "LeakyReLU PReLU": _always(PositivelyHomogeneous()),
     "Flatten": _flatten,
     "Reshape": _always(Reshape()),

@@ -28,7 +28,7 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
 )
 from mbn_rewrite.frontends.keras_common.op_table import describe
 from mbn_rewrite.frontends.keras_common.sublayers import sublayers
-from mbn_rewrite.ir.graph import BatchNorm, Graph, HiddenBatchNorm, Input, Node, Op, Value
+from mbn_rewrite.ir.graph import BatchNorm, Clip, Graph, HiddenBatchNorm, Input, Node, Op, Value
 from mbn_rewrite.ir.reasons import Change, Obstacle, Reason
 
 
@@ -154,7 +154,9 @@ class _Reader:
         owner = self._owner(layer, prefix)
         op = self._operation(record, training, sources, results, sizes_hold)
         self._follow_masks(record, owner, sources, results)
-        node = Node(owner, type(layer).__name__, op, tuple(sources), tuple(results), _dtype(layer))
+        # Functions, which may clip, have no dtype of their own.
+        dtype = self.values[results[0]].dtype if isinstance(op, Clip) else _dtype(layer)
+        node = Node(owner, type(layer).__name__, op, tuple(sources), tuple(results), dtype)
         self.nodes.append(node)
         if not isinstance(op, (Input, BatchNorm)):
             worst = self._worst_training(layer, training)

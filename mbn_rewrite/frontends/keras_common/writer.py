@@ -17,6 +17,7 @@ from typing import Any
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Record
+from mbn_rewrite.frontends.keras_common.clips import clip_layer
 from mbn_rewrite.frontends.keras_common.cloning import (
     config_of,
     copy_weights,
@@ -45,7 +46,7 @@ from mbn_rewrite.frontends.keras_common.sublayers import (
     sublayer_at,
     sublayers,
 )
-from mbn_rewrite.plans import Fold, Plan, Remap, Remove, Replace, Sample
+from mbn_rewrite.plans import Fold, Plan, Reclip, Remap, Remove, Replace, Sample
 
 
 class Writer(ABC):
@@ -175,6 +176,8 @@ class Writer(ABC):
         new = self.layer(record)
         if not record.inputs:
             return list(self.keras.all_calls_of(new)[0].outputs)
+        if isinstance(new, self.keras.channel_clip):  # without the bounds that a function was given
+            return [called(new, (tensors[id(record.inputs[0])],), {})]
         args, kwargs = self.keras.map_structure(
             lambda t: tensors.get(id(t), t), (record.args, record.kwargs)
         )
@@ -263,6 +266,9 @@ class Writer(ABC):
     def _replaced(self, old: Any, action: Replace, rank: int, masked: bool) -> Any:
         return self._to_finish(*replacement(self.keras, old, action, rank, masked))
 
+    def _reclipped(self, old: Any, action: Reclip, rank: int, masked: bool) -> Any:
+        return self._to_finish(*clip_layer(self.keras, old, action))
+
     def _sampled(self, old: Any, action: Sample, rank: int, masked: bool) -> Any:
         return self._to_finish(*training_layer(self.keras, old, action))
 
@@ -327,6 +333,7 @@ _WRITERS: dict[type, Callable[..., Any]] = {
     Fold: Writer._folded,
     Remap: Writer._remapped,
     Replace: Writer._replaced,
+    Reclip: Writer._reclipped,
     Sample: Writer._sampled,
 }
 

@@ -6,6 +6,7 @@ neutral operation; what is not known is `Opaque`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from mbn_rewrite.frontends.saved_model import linear_ops, position_ops
@@ -14,6 +15,7 @@ from mbn_rewrite.frontends.saved_model.op_site import Answer, Described, Site
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
 from mbn_rewrite.ir.graph import (
     Affine,
+    Clip,
     Concat,
     Input,
     Merge,
@@ -21,6 +23,7 @@ from mbn_rewrite.ir.graph import (
     Monotone,
     Opaque,
     PositivelyHomogeneous,
+    clip,
 )
 
 
@@ -61,10 +64,34 @@ def _merge(kind: MergeKind) -> Callable[[Site], Answer]:
             prelu = _prelu(site) if site.op.type in ("Add", "AddV2", "Sub") else None
             return prelu or Merge(kind)
         if any(site.constants.value(tensor) is not None for tensor in site.op.inputs):
-            return Opaque("adds a constant")
+            return _clip_by_a_number(site, kind) or Opaque("adds a constant")
         return Merge(kind)
 
     return describer
+
+
+def _clip_by_value(site: Site) -> Answer:
+    lower, upper = (_bound(site, index) for index in (1, 2))
+    return Opaque() if lower is None or upper is None else clip(lower, upper)
+
+
+def _clip_by_a_number(site: Site, kind: MergeKind) -> Described | None:
+    """max(x, number) and min(x, number), with the two in either order."""
+    if kind not in (MergeKind.MAXIMUM, MergeKind.MINIMUM):
+        return None
+    for data, other in ((0, 1), (1, 0)):
+        bound = _bound(site, other)
+        if bound is not None and site.shape(data) == site.output:
+            bounds = (bound, math.inf) if kind is MergeKind.MAXIMUM else (-math.inf, bound)
+            op = clip(*bounds, "adds a constant")
+            return Described(op, (site.op.inputs[data],), site.op.outputs[0])
+    return None
+
+
+def _bound(site: Site, index: int) -> float | None:
+    """The number that an operand is, or None."""
+    value = site.constants.value(site.op.inputs[index])
+    return float(value.item()) if value is not None and value.size == 1 else None
 
 
 def _prelu(site: Site) -> Described | None:
@@ -122,7 +149,10 @@ _DESCRIBERS: dict[str, Callable[[Site], Answer]] = {
     "Transpose": position_ops.transpose,
     "ConcatV2": _concat,
     "Cast": _cast,
-    **dict.fromkeys(("Relu", "LeakyRelu", "Abs"), _homogeneous),
+    **dict.fromkeys(("LeakyRelu", "Abs"), _homogeneous),
+    "Relu": lambda site: Clip(),
+    "Relu6": lambda site: Clip(0.0, 6.0),
+    "ClipByValue": _clip_by_value,
     **dict.fromkeys(("Add", "AddV2", "AddN"), _merge(MergeKind.ADD)),
     "Sub": _merge(MergeKind.SUBTRACT),
     "Maximum": _merge(MergeKind.MAXIMUM),

@@ -7,7 +7,7 @@ are calls of one owner, as the calls of one Keras layer are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,13 +26,14 @@ from mbn_rewrite.frontends.saved_model.match_batchnorm import FUSED, Norm, fused
 from mbn_rewrite.frontends.saved_model.op_site import Described, Site, shape_of
 from mbn_rewrite.frontends.saved_model.op_table import describe
 from mbn_rewrite.frontends.saved_model.opaque_calls import notes_on
-from mbn_rewrite.frontends.saved_model.reading import LinearCall, NormCall, Reading
+from mbn_rewrite.frontends.saved_model.reading import ClipCall, LinearCall, NormCall, Reading
 from mbn_rewrite.frontends.saved_model.scopes import common_scope, shared_scope, without_leaf
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
 from mbn_rewrite.frontends.saved_model.weight_uses import WeightUses
 from mbn_rewrite.frontends.saved_model.weights import Constants, Weight
 from mbn_rewrite.ir.graph import (
     BatchNorm,
+    Clip,
     Graph,
     HiddenBatchNorm,
     Linear,
@@ -70,6 +71,7 @@ class _Reader:
     hidden: list[HiddenBatchNorm] = field(default_factory=list)
     linears: dict[str, list[LinearCall]] = field(default_factory=dict)
     norms: dict[str, list[NormCall]] = field(default_factory=dict)
+    clips: dict[int, ClipCall] = field(default_factory=dict)  # by the number of their node
     dtypes: set[str] = field(default_factory=set)
     owners: dict[Any, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
@@ -150,6 +152,9 @@ class _Reader:
             dtype = _narrowest(described.weights.values(), op.outputs[0])
             self.dtypes.add(op.outputs[0].dtype.name)
             self.linears.setdefault(owner, []).append(LinearCall(function, op, described))
+        elif isinstance(neutral, Clip):
+            dtype = _dtype_name(op.outputs[0].dtype.name)
+            self.clips[len(self.nodes)] = ClipCall(function, op, described)
         inputs = tuple(self._value(source_of(tensor), known) for tensor in described.data)
         outputs = [described.result] if described.result is not None else []
         if len(op.outputs) > 1:
@@ -186,9 +191,7 @@ class _Reader:
     def _owner(self, key: Any, name: str) -> str:
         """The owner of stored arrays: one name, with a number if that is taken."""
         if key not in self.owners:
-            owner, number = name, 2
-            while owner in self.taken:
-                owner, number = f"{name}#{number}", number + 1
+            owner = _numbered(name, self.taken)
             self.owners[key] = owner
             self.taken.add(owner)
         return self.owners[key]
@@ -225,6 +228,7 @@ class _Reader:
                 # It is called as the scope of an operation that has weights.
                 node = replace(node, owner=f"{node.owner}:0")
             nodes.append(node)
+        clips = self._named_clips(nodes)
         linears = self.linears
         graph = Graph(
             tuple(self.values),
@@ -233,7 +237,26 @@ class _Reader:
             tuple(self.hidden),
             lambda owner, name: linears[owner][0].described.weights[name].stored.read(),
         )
-        return Reading(graph, linears, self.norms, frozenset(self.dtypes))
+        return Reading(graph, linears, self.norms, clips, frozenset(self.dtypes))
+
+    def _named_clips(self, nodes: list[Node]) -> dict[str, list[ClipCall]]:
+        """The clips by owner; in `nodes`, those called as another node gets a number."""
+        taken = self.taken | {node.owner for node in nodes if not isinstance(node.op, Clip)}
+        clips: dict[str, list[ClipCall]] = {}
+        for index, call in self.clips.items():
+            owner = _numbered(nodes[index].owner, taken)
+            nodes[index] = replace(nodes[index], owner=owner)
+            clips[owner] = [call]
+            taken.add(owner)
+        return clips
+
+
+def _numbered(name: str, taken: Container[str]) -> str:
+    """A name, with a number if it is taken."""
+    free, number = name, 2
+    while free in taken:
+        free, number = f"{name}#{number}", number + 1
+    return free
 
 
 def convolvable(norm: Norm) -> bool:

@@ -30,6 +30,15 @@ class NormCall:
 
 
 @dataclass(frozen=True)
+class ClipCall:
+    """One clip in one function: the operation, and its description for the planner."""
+
+    function: FunctionGraph
+    op: Any
+    described: Described
+
+
+@dataclass(frozen=True)
 class Reading:
     """The neutral graph of some functions, with the calls behind each owner of weights.
 
@@ -37,6 +46,7 @@ class Reading:
         graph: the neutral graph.
         linears: owner -> its calls.
         norms: owner -> its calls.
+        clips: owner -> its call, the only one.
         dtypes: the names of the dtypes in which weights are used.
         notes: sentences that the user should know of any copy of the model.
     """
@@ -44,6 +54,7 @@ class Reading:
     graph: Graph
     linears: dict[str, list[LinearCall]]
     norms: dict[str, list[NormCall]]
+    clips: dict[str, list[ClipCall]]
     dtypes: frozenset[str]
     notes: tuple[str, ...] = ()
 

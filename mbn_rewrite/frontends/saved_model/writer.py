@@ -7,7 +7,7 @@ are left out. Variables that were not edited stay the same objects.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,13 @@ import tensorflow as tf
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes
 from mbn_rewrite.frontends.saved_model.graph_editor import GraphEditor, Rewritten, as_node_name
-from mbn_rewrite.frontends.saved_model.reading import LinearCall, NormCall, Reading
+from mbn_rewrite.frontends.saved_model.reading import ClipCall, LinearCall, NormCall, Reading
 from mbn_rewrite.frontends.saved_model.weights import Stored
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import Linear
-from mbn_rewrite.plans import Fold, Form, Plan, Remap, Remove, Replace
+from mbn_rewrite.passes.precision import check_bounds
+from mbn_rewrite.plans import Fold, Form, Plan, Reclip, Remap, Remove, Replace
 
 _EPSILON = 1e-3  # of inserted fused operations, whose variance is 1 less this
 
@@ -74,7 +75,8 @@ class _Writer:
         self._variables: dict[Any, Any] = {}  # new ones, by owner, name, dtype and shape
 
     def carry_out(self) -> None:
-        for owner, calls in self.reading.norms.items():
+        calls_of: dict[str, Sequence[Any]] = {**self.reading.norms, **self.reading.clips}
+        for owner, calls in calls_of.items():
             action = self.plan.actions.get(owner)
             if action is not None:
                 for call in calls:
@@ -185,6 +187,22 @@ class _Writer:
             )
         return self._variables[key]
 
+    # -- clips -----------------------------------------------------------------------------
+
+    def _reclip(self, owner: str, call: ClipCall, action: Reclip) -> None:
+        """Puts a maximum and a minimum with bounds per channel in its place."""
+        editor, result = self._editor(call.function), call.described.result
+        check_bounds(action, result.dtype.name, f"'{owner}'")
+        (data,) = call.described.data
+        name, stored = data.name, bool(call.function.variables)
+        shape = (-1,) + (1,) * (result.shape.rank - 1 - action.axis)
+        for side, bounds in action.bounds.items():
+            weight = self._new(owner, side, bounds.reshape(shape), result.dtype)
+            kind = "Maximum" if side == "lower" else "Minimum"
+            inputs = [name, editor.read(weight, stored)]
+            name = editor.add(f"{call.op.name}/{side}", kind, inputs, T=result.dtype)
+        editor.redirect(result.name, name)
+
     # -- linear operations that absorb ----------------------------------------------------
 
     def _fold(self, owner: str, action: Fold) -> None:
@@ -272,12 +290,13 @@ class _Writer:
         editor.set_input(name, 0, result.name)
 
 
-# Action on a BatchNormalization -> method that carries it out at one of its calls. `Fold` is not
-# here: linear operations are edited at all their calls at once.
+# Action on a BatchNormalization or a clip -> method that carries it out at one of its calls. `Fold`
+# is not here: linear operations are edited at all their calls at once.
 _WRITERS: dict[type, Callable[..., None]] = {
     Remove: _Writer._remove,
     Remap: _Writer._remap,
     Replace: _Writer._replace,
+    Reclip: _Writer._reclip,
 }
 
 

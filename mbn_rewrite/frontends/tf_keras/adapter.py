@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
@@ -25,8 +26,12 @@ from tf_keras.src.saving.serialization_lib import SafeModeScope
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Call, Record
 from mbn_rewrite.frontends.keras_common.cloning import share_config_objects
-from mbn_rewrite.frontends.keras_common.op_table import layer_table
-from mbn_rewrite.frontends.tf_keras.inference_layers import BorderedConvolution, ScaleAndShift
+from mbn_rewrite.frontends.keras_common.op_table import clip_between, layer_table
+from mbn_rewrite.frontends.tf_keras.inference_layers import (
+    BorderedConvolution,
+    ChannelClip,
+    ScaleAndShift,
+)
 from mbn_rewrite.frontends.tf_keras.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
@@ -38,7 +43,6 @@ from mbn_rewrite.ir.graph import (
     MergeKind,
     Op,
     Opaque,
-    PositivelyHomogeneous,
     Shape,
 )
 from mbn_rewrite.ir.reasons import Obstacle, Reason
@@ -62,8 +66,14 @@ class TfKeras(KerasAdapter):
     batch_norm_base = BatchNormalizationBase
     linear = staticmethod(tf_keras.activations.linear)
     homogeneous = (tf_keras.activations.relu, tf.nn.relu, tf.nn.leaky_relu)
+    clips = (
+        (tf_keras.activations.relu, (0.0, None)),
+        (tf.nn.relu, (0.0, None)),
+        (tf.nn.relu6, (0.0, 6.0)),
+    )
     depthwise_kernel = "depthwise_kernel"
     scale_and_shift = ScaleAndShift
+    channel_clip = ChannelClip
     bordered_convolution = BorderedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
     private = (
@@ -284,6 +294,7 @@ _TF_MERGES = {
     "math.maximum": MergeKind.MAXIMUM,
     "math.minimum": MergeKind.MINIMUM,
 }
+_TF_CLIPS = {"nn.relu": (0.0, None), "nn.relu6": (0.0, 6.0)}
 
 
 def _function(call: Call) -> Op:
@@ -291,15 +302,27 @@ def _function(call: Call) -> Op:
     symbol = call.layer.symbol
     if symbol == "concat" and len(call.arguments) == 1 and isinstance(call.arguments[0], int):
         return Concat(call.arguments[0] % len(call.output))
+    if symbol == "clip_by_value":
+        return _clip_by_value(call)
     if call.arguments:
         return Opaque()
     if symbol in _TF_MERGES and len(call.inputs) == 2:
         return Merge(_TF_MERGES[symbol])
-    if symbol == "nn.relu":
-        return PositivelyHomogeneous()
+    if symbol in _TF_CLIPS:
+        return clip_between(*_TF_CLIPS[symbol])
     if symbol in ("identity", "stop_gradient"):
         return Affine()
     return Opaque()
+
+
+def _clip_by_value(call: Call) -> Op:
+    """Clip between the constants that it was called with, which are in the order of its caller."""
+    signature = inspect.signature(tf.clip_by_value)
+    ops = set()
+    for record in call.keras.all_calls_of(call.layer):  # most often one
+        given = signature.bind(*record.args, **record.kwargs).arguments
+        ops.add(clip_between(given["clip_value_min"], given["clip_value_max"]))
+    return ops.pop() if len(ops) == 1 else Opaque()
 
 
 TF_KERAS = TfKeras()

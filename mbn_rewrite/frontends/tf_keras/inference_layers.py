@@ -23,11 +23,21 @@ class _TfKerasLayer:
     _activations = tf_keras.activations
     _cast = staticmethod(tf.cast)
     _reshape = staticmethod(tf.reshape)
+    _maximum = staticmethod(tf.maximum)
+    _minimum = staticmethod(tf.minimum)
 
 
 @registered
 class ScaleAndShift(inference_layers.ScaleAndShift, _TfKerasLayer, tf_keras.layers.Layer):
     """See `keras_common.inference_layers.ScaleAndShift`."""
+
+    def compute_output_shape(self, input_shape: tf.TensorShape) -> tf.TensorShape:
+        return tf.TensorShape(input_shape)
+
+
+@registered
+class ChannelClip(inference_layers.ChannelClip, _TfKerasLayer, tf_keras.layers.Layer):
+    """See `keras_common.inference_layers.ChannelClip`."""
 
     def compute_output_shape(self, input_shape: tf.TensorShape) -> tf.TensorShape:
         return tf.TensorShape(input_shape)
