@@ -47,7 +47,7 @@ from mbn_rewrite.frontends.saved_model.runnable_graph import (
     weight_dtypes,
     widened,
 )
-from mbn_rewrite.frontends.saved_model.served import Served, method_call, signature_call
+from mbn_rewrite.frontends.saved_model.served import Call, loaded_call
 from mbn_rewrite.output_pairs import Pair, compare_pair
 
 
@@ -146,7 +146,7 @@ def look_closer_at_calls(
 
 def look_closer_at_served(
     original: Loaded,
-    served: Served,
+    new: Call,
     name: str,
     reference: ReferenceIO,
     plain: Comparison,
@@ -156,17 +156,13 @@ def look_closer_at_served(
 
     Args:
         original: the original, loaded again.
-        served: what was written.
+        new: the call of what was written.
         name: of the signature or method.
         reference: the inputs that the original was given, and its outputs.
         plain, rounding: as for `look_closer`.
     """
-    if reference.method:
-        call = method_call(original.root, reference)
-    else:
-        call = signature_call(original.signatures[name], reference)
     sides = []
-    for each in (call, served.call(name, reference)):
+    for each in (loaded_call(original, name, reference), new):
         try:
             graph = function_graph_of(name, each.function, original.variable_in_graph)
         except Exception:  # of a graph that cannot be read, which was carried over as it was

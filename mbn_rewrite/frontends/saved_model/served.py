@@ -40,6 +40,13 @@ def method_call(root: Any, reference: ReferenceIO) -> Call:
     return Call(function, [value for value in flat if isinstance(value, tf.Tensor)])
 
 
+def loaded_call(loaded: Loaded, name: str, reference: ReferenceIO) -> Call:
+    """A signature or method of the original with reference inputs."""
+    if reference.method:
+        return method_call(loaded.root, reference)
+    return signature_call(loaded.signatures[name], reference)
+
+
 def _for_signature(signature: Any, reference: ReferenceIO) -> Mapping[str, Any]:
     """Reference inputs by the names of a signature; a lone one may have had another name."""
     specs, inputs = specs_of(signature), reference.inputs
