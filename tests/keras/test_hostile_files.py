@@ -419,7 +419,7 @@ def test_weights_that_expand_without_end(originals, tmp_path, monkeypatch):
     path = tmp_path / "m.h5"
     path.write_bytes(originals["keras", "h5"].read_bytes())
     with h5py.File(path, "r+") as file:
-        file.create_dataset("w", shape=(10**9,), chunks=(10**4,), compression="gzip")
+        file.create_dataset("w", (10**9,), "f4", chunks=(10**4,), compression="gzip")
     with pytest.raises(RewriteError, match="would fill the memory"):
         files.check(path, trusted=True)
 
