@@ -182,10 +182,9 @@ def _run(model: ModelSource, options: Options) -> Reference:
     from mbn_rewrite.frontends.execution import give_back_memory
 
     options.progress("running the original")
-    size = model.footprint.bytes
-    give_back_memory(size)
+    give_back_memory()
     calls = model.reference_io(options.inputs)
-    give_back_memory(size)
+    give_back_memory()
     return Reference(calls, options.inputs is None, model.dtypes, model.opened_again)
 
 
@@ -209,7 +208,7 @@ def _verified(
     """The report with what was written, once that gives the original's outputs."""
     from mbn_rewrite.frontends.execution import give_back_memory
 
-    give_back_memory(report.before.bytes)
+    give_back_memory()
     options.progress("verifying what was written")
     counted = report.before.signature
     comparisons, ops = verified(directory, reference, tolerance, counted)

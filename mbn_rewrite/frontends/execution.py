@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,18 +25,9 @@ from mbn_rewrite.frontends.sample_inputs import (
 )
 from mbn_rewrite.options import RunConfig
 
-_SMALL = 10_000_000  # bytes of a model, on disk
 
-
-def give_back_memory(size: float = math.inf) -> None:
-    """Gives freed memory back to the system, which the allocator otherwise keeps.
-
-    Args:
-        size: bytes of the model that it was used for, on disk. For a small one nothing is done:
-            it would take longer than running the model.
-    """
-    if size < _SMALL:
-        return
+def give_back_memory() -> None:
+    """Gives freed memory back to the system, which the allocator otherwise keeps."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others do not
     if trim is not None:

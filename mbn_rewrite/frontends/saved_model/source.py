@@ -301,12 +301,11 @@ class SavedModelDirectory:
     def write(self, plan: Plan, directory: Path) -> int:
         # The graphs were read; the functions themselves hold more memory than small models do.
         self._loaded.release(self._graphs)
-        size = bytes_on_disk(self._source)
-        give_back_memory(size)
+        give_back_memory()
         rewritten = writer.rewritten(list(self._graphs.values()), self._reading, plan, self._writes)
         new = dict(zip(self._graphs, rewritten, strict=True))
         initializer = None if self._initializer is None else unchanged(self._initializer)
         del self._reading, self._graphs, self._initializer
-        give_back_memory(size)
+        give_back_memory()
         functions = [(entry, new.get(entry.name)) for entry in self._loaded.entries]
         return saving.save(self._loaded, functions, initializer, self._source, directory)
