@@ -9,7 +9,7 @@ import mbn_rewrite as mbn
 from mbn_rewrite.comparison import Comparison, compare_outputs, tolerance_for
 from mbn_rewrite.frontends.execution import called
 from mbn_rewrite.plans import Plan
-from tests.support.kerases import compute_dtypes, names, norms
+from tests.support.kerases import compute_dtypes, names, norms, variables
 
 
 def outputs(model, inputs, compiled=False):
@@ -82,7 +82,8 @@ def save_with_signature(model, inputs, directory) -> dict[str, np.ndarray]:
         for name, tensor in given.items()
     }
     module = tf.Module()
-    module.model = model
+    # Not the model itself: Keras would trace each of its layers anew, for hundreds of functions.
+    module.held = variables(model)
     function = tf.function(serve, autograph=False).get_concrete_function(**specs)
     tf.saved_model.save(module, str(directory), signatures=function)
     return {name: np.asarray(tensor) for name, tensor in given.items()}

@@ -84,6 +84,13 @@ def norms(model: Any) -> list[Any]:
     return [layer for layer in parts(model) if is_batch_norm(layer, adapter_of(model))]
 
 
+def variables(model: Any) -> list[Any]:
+    """A model's variables, as TensorFlow has them."""
+    if adapter_of(model) is KERAS_3:
+        return [variable.value for variable in model.variables]
+    return list(model.variables)
+
+
 def compute_dtypes(model: Any) -> set[str]:
     return front_end_of(model).compute_dtypes(model)
 

@@ -100,7 +100,7 @@ def save_with_one_signature(directory, module, function):
 # ------------------------------------------------------------------------------- Keras
 
 
-def tf_keras_functional(directory: Path) -> None:
+def _tf_keras_model():
     layers = tf_keras.layers
     x = layers.Input(IMAGE, name="image")
     y = layers.ReLU()(layers.BatchNormalization(name="bn")(layers.Conv2D(4, 3)(x)))
@@ -108,7 +108,18 @@ def tf_keras_functional(directory: Path) -> None:
     model = tf_keras.Model(x, y)
     randomise(model, np.random.default_rng(1))
     model.get_layer("bn").set_weights(statistics(np.random.default_rng(2), 4))
-    model.save(directory, save_format="tf")
+    return model
+
+
+def tf_keras_functional(directory: Path) -> None:
+    _tf_keras_model().save(directory, save_format="tf")
+
+
+def tf_keras_in_a_module(directory: Path) -> None:
+    """Beside the function that is served, those that Keras saves of each layer."""
+    root = tf.Module()
+    root.model = _tf_keras_model()
+    save_with_one_signature(directory, root, lambda image: {"scores": root.model(image)})
 
 
 @tf_keras.utils.register_keras_serializable("saved_models")
@@ -413,6 +424,7 @@ class Kind(NamedTuple):
 KINDS = {
     "tf_keras": Kind(tf_keras_functional, 1, 0),
     "tf_keras_subclassed": Kind(tf_keras_subclassed, 1, 0),
+    "tf_keras_in_a_module": Kind(tf_keras_in_a_module, 1, 0),
     "keras_3_exported": Kind(keras_3_exported, 2, 1),
     "keras_3_saved": Kind(keras_3_saved, 2, 1),
     "module": Kind(module, 1, 0),
