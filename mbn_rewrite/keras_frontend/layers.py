@@ -3,7 +3,8 @@
 from mbn_rewrite.frontends.keras3.inference_layers import (
     BiasedConvolution,
     BorderedConvolution,
+    ChannelClip,
     ScaleAndShift,
 )
 
-__all__ = ["BiasedConvolution", "BorderedConvolution", "ScaleAndShift"]
+__all__ = ["BiasedConvolution", "BorderedConvolution", "ChannelClip", "ScaleAndShift"]

@@ -1,5 +1,9 @@
 """Old path of `mbn_rewrite.frontends.tf_keras.inference_layers`."""
 
-from mbn_rewrite.frontends.tf_keras.inference_layers import BorderedConvolution, ScaleAndShift
+from mbn_rewrite.frontends.tf_keras.inference_layers import (
+    BorderedConvolution,
+    ChannelClip,
+    ScaleAndShift,
+)
 
-__all__ = ["BorderedConvolution", "ScaleAndShift"]
+__all__ = ["BorderedConvolution", "ChannelClip", "ScaleAndShift"]

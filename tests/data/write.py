@@ -38,6 +38,7 @@ def model_of(package):
     inner = layers.Input(y.shape[1:])
     z = training.ModifiedBatchNormalization((2, 1), name="modified")(inner)
     z = ours.ScaleAndShift(name="scale_and_shift")(z)
+    z = ours.ChannelClip(use_upper=True, name="channel_clip")(z)
     y = keras.Model(inner, z, name="inner")(y)
     y = layers.BatchNormalization(name="bn")(layers.Dense(2, name="dense")(y))
     model = keras.Model(x, y, name="model")

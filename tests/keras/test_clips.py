@@ -267,6 +267,33 @@ def test_one_layer_called_on_tensors_of_other_sizes(rng, each_keras):
     assert len(clips_of(new)) == 1
 
 
+def test_a_clip_in_an_attribute_is_the_new_one(each_keras):
+    class Named(each_keras.Model):
+        pass
+
+    x, layer = K.Input((4,)), K.ReLU()
+    model = Named(x, layer(x))
+    model.clip = layer
+    new = reclipped(model, Reclip(LOWER, None, 1))
+    assert new.clip is clips_of(new)[0]
+
+
+def test_a_clip_that_another_layer_holds_too_stays_as_it_was_there(rng, each_keras):
+    class Holder(each_keras.layers.Layer):
+        def __init__(self, held=None, **kwargs):
+            super().__init__(**kwargs)
+            self.held = held or each_keras.layers.ReLU()
+
+        def call(self, x):
+            return self.held(x)
+
+    x, holder = K.Input((4,)), Holder()
+    model = Model(x, holder(holder.held(x)))
+    new = reclipped(model, Reclip(LOWER, UPPER, 1))
+    data = data_for(model, rng)
+    np.testing.assert_array_equal(new(data), np.maximum(clipped(data, LOWER, UPPER), 0))
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("given", ["float16", "float32"])
 @pytest.mark.parametrize("kind", ["layer", "function"])

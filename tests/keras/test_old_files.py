@@ -48,7 +48,7 @@ def test_models_load_in_whatever_order_packages_are_imported(order):
 
 
 CLASSES = {
-    "layers": ("ScaleAndShift", "BorderedConvolution", "BiasedConvolution"),
+    "layers": ("ScaleAndShift", "ChannelClip", "BorderedConvolution", "BiasedConvolution"),
     "training_layers": ("StridedBatchNormalization", "ModifiedBatchNormalization"),
 }
 NEW_HOMES = {"layers": "inference_layers", "training_layers": "training_layers"}

@@ -137,6 +137,7 @@ def test_unbuilt_model(kind, package):
 CONVERTED = """
 import sys
 {before}
+import numpy as np
 import {package} as keras
 import mbn_rewrite as mbn
 
@@ -154,12 +155,19 @@ for mode in ("fold", "depthwise"):
     assert comparison.ok, comparison
     left = sum(isinstance(layer, K.BatchNormalization) for layer in new.layers)
     assert left == mbn.plan(model, mode).left == (1 if mode == "fold" else 0)
+from mbn_rewrite.{home}.layers import ChannelClip
+clip = ChannelClip(1, use_upper=True)
+clip.build((None, 2, 3))
+clip.set_weights([np.array([-1.0, -np.inf]), np.array([np.inf, 2.0])])
+y = np.asarray(clip(np.array([[[-3.0, 0, 3]] * 2], "float32")))
+assert y.tolist() == [[[-1, 0, 3], [-3, 0, 2]]], y
 sys.exit("loaded {other}" if "{other}" in sys.modules else 0)
 """
 
 
 def converts_without(package, other, before="", **environment):
-    code = CONVERTED.format(package=package, other=other, before=before)
+    home = f"{package}_frontend"
+    code = CONVERTED.format(package=package, home=home, other=other, before=before)
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
