@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,16 @@ def _first_names(decisions: Sequence[Decision]) -> str:
     return f"{names} and {more} more" if more > 0 else names
 
 
+def _merge_rows(merged: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """The rows of a table of layers that do the work of parallel branches."""
+    return [[layer, ", ".join(others)] for layer, others in merged.items()]
+
+
+def _first_rows(rows: list[list[str]]) -> list[list[str]]:
+    more = len(rows) - _NAMED
+    return [*rows[:_NAMED], [f"{more} more", ""]] if len(rows) > MOST_ROWS else rows
+
+
 def _size_rows(report: Report, after: Footprint) -> list[list[str]]:
     rows = [
         ["BatchNormalization", str(len(report.plan.decisions)), str(report.plan.left)],
@@ -84,6 +94,7 @@ def _size_rows(report: Report, after: Footprint) -> list[list[str]]:
 
 
 _SIZES = ["", "before", "after"]
+_MERGED = ["merged into", "also in place of"]
 
 
 # ---------------------------------------------------------------------------------- text
@@ -101,6 +112,9 @@ def plan_text(plan: Plan, full: bool = False) -> str:
         grouped = len(plan.decisions) > MOST_ROWS and not full
         lines.append(table(*(_group_rows if grouped else _all_rows)(plan.decisions)))
         lines += [_HOW_TO_SEE_ALL] if grouped else []
+    if plan.merged:
+        rows = _merge_rows(plan.merged)
+        lines.append(table(_MERGED, rows if full else _first_rows(rows)))
     lines += [plan.summary, *_plan_notes(plan)]
     decided = encodable("\n".join(lines))
     return f"{decided}\n\n{plan.measurement}" if plan.measurement else decided
@@ -168,6 +182,11 @@ def plan_html(plan: Plan) -> str:
         parts.append(_on_demand(f"all {len(rows)}", html_table(columns, rows)))
     elif rows:
         parts.append(html_table(columns, rows))
+    if plan.merged:
+        merge_rows = _merge_rows(plan.merged)
+        parts.append(html_table(_MERGED, _first_rows(merge_rows)))
+        if len(merge_rows) > MOST_ROWS:
+            parts.append(_on_demand(f"all {len(merge_rows)}", html_table(_MERGED, merge_rows)))
     parts += map(_paragraph, _plan_notes(plan))
     if plan.measurement:
         parts.append(f"<pre>{escape(str(plan.measurement))}</pre>")

@@ -24,9 +24,9 @@ _ESCAPES = str.maketrans({"#": "#35;", '"': "#quot;", "<": "#lt;", ">": "#gt;"})
 def mermaid(model: Any, plan: Plan | None = None) -> str:
     """A model as a flowchart, and what a plan makes of each BatchNormalization.
 
-    Each call of a layer is a box with its class and its name. With a plan, a BatchNormalization
-    that goes has a dashed outline, one that something else takes the place of an orange one, and
-    one that stays a red one; layers that absorb something have a blue one.
+    Each call of a layer is a box with its class and its name. With a plan, what goes has a dashed
+    outline, a BatchNormalization that something else takes the place of an orange one, and one
+    that stays a red one; layers that absorb something have a blue one.
 
     Args:
         model: a built model of tf_keras or Keras 3.
@@ -64,6 +64,8 @@ def _label(node: Node, action: str) -> str:
 def _styles(plan: Plan) -> dict[str, str]:
     """The style of each layer that the plan decides on or edits, by owner."""
     styles = {owner: "absorbing" for d in plan.decisions for owner in d.into}
+    for owner, gone in plan.merged.items():
+        styles |= {owner: "absorbing", **dict.fromkeys(gone, "gone")}
     for decision in plan.decisions:
         others = {"kept": "kept", "folded": "gone"}
         styles[decision.name] = others.get(decision.action, "replaced")

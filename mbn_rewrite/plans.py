@@ -18,8 +18,9 @@ import numpy as np
 from mbn_rewrite import display
 from mbn_rewrite.enums import Name
 from mbn_rewrite.ir.algebra import Border
+from mbn_rewrite.ir.branches import Branches
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
-from mbn_rewrite.ir.graph import Op
+from mbn_rewrite.ir.graph import Linear, Op
 from mbn_rewrite.measurement import Measurement
 from mbn_rewrite.training.strides import Stride
 
@@ -73,15 +74,21 @@ class Decision:
 
 @dataclass(frozen=True)
 class Remove:
-    """A BatchNormalization vanishes; its readers read its input."""
+    """A layer vanishes; its readers read one of its inputs.
+
+    Attributes:
+        keeps: which of them.
+    """
+
+    keeps: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """A layer's weights absorb maps.
+    """A layer's weights absorb maps, or parallel branches.
 
     Attributes:
-        op: the operation, which says how the weights are laid out.
+        op: the operation, which says how the weights are laid out, and which branches it sums.
         before: a map of the layer's input, or None.
         after: a map of its output, or None.
         border: where the layer reads padding, if it has to add a border map; then in place
@@ -98,7 +105,14 @@ class Fold:
     @property
     def has_shift(self) -> bool:
         """Whether what is absorbed takes a bias."""
-        return any(m is not None and m.has_shift for m in (self.before, self.after))
+        if any(m is not None and m.has_shift for m in (self.before, self.after)):
+            return True
+        return self.sums is not None and any(bias for _, bias in self.op.chains)
+
+    @property
+    def sums(self) -> Branches | None:
+        """The parallel branches whose sum the layer is, if they were merged."""
+        return self.op.sums if isinstance(self.op, Linear) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,8 +224,16 @@ class Plan:
         return self.counts.get(Fate.KEPT, 0) + self.counts.get(Fate.FUSED, 0)
 
     @property
+    def merged(self) -> dict[str, tuple[str, ...]]:
+        """For each layer that does the work of parallel branches, the others that go for it."""
+        folds = self.of(Fold).items()
+        return {owner: fold.sums.stands_for for owner, fold in folds if fold.sums is not None}
+
+    @property
     def summary(self) -> str:
         """One line, such as "mode fold: 53 BatchNormalization: 53 folded"."""
+        sums = len(self.merged)
+        merged = f"; {sums} sum{'s' * (sums > 1)} of parallel branches merged" if sums else ""
         if not self.decisions:
             # A note may be on what cannot be seen into.
             none = (
@@ -219,9 +241,9 @@ class Plan:
                 if self.notes
                 else ("the model has no BatchNormalization")
             )
-            return f"mode {self.mode}: nothing to do: {none}"
+            return f"mode {self.mode}: {'' if sums else 'nothing to do: '}{none}{merged}"
         counts = ", ".join(f"{count} {action}" for action, count in sorted(self.counts.items()))
-        return f"mode {self.mode}: {len(self.decisions)} BatchNormalization: {counts}"
+        return f"mode {self.mode}: {len(self.decisions)} BatchNormalization: {counts}{merged}"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in types that JSON knows."""
@@ -264,11 +286,13 @@ class Plan:
 
 
 def _described(owner: str, action: Action) -> list[dict[str, Any]]:
-    """The maps or bounds that an action brings to a layer, in types that JSON knows."""
+    """The maps, branches or bounds that an action brings to a layer, in types that JSON knows."""
+    merged = []
     match action:
         case Fold(before=before, after=after, border=border):
             sides = {"input": before, "output": after}
             bordered = {} if border is None else {"input": {"border": list(border.outputs)}}
+            merged = [] if action.sums is None else [_merged(owner, action.sums)]
         case Remap(map=m):
             sides, bordered = {"own map": m}, {}
         case Replace(map=m):
@@ -277,7 +301,7 @@ def _described(owner: str, action: Action) -> list[dict[str, Any]]:
             return [_edit(owner, "bounds", channels, *_bounds(action))]
         case _:
             return []
-    return [
+    return merged + [
         _edit(owner, side, m.channels, m.scale, m.shift) | bordered.get(side, {})
         for side, m in sides.items()
         if m is not None
@@ -296,3 +320,15 @@ def _bounds(action: Reclip) -> tuple[Array, Array]:
 def _edit(owner: str, side: str, channels: int, *arrays: Array) -> dict[str, Any]:
     checksum = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     return {"layer": owner, "side": side, "channels": channels, "sha256": checksum}
+
+
+def _merged(owner: str, sums: Branches) -> dict[str, Any]:
+    """The branches that a layer sums, in types that JSON knows."""
+    arrays = []
+    for branch in sums.branches:
+        arrays += [np.concatenate([np.zeros(0, int), *map(np.asarray, branch.places)])]
+        for m in filter(None, (branch.before, branch.after)):
+            arrays += [m.scale, m.shift]
+    channels = sums.branches[0].after.channels
+    edit = _edit(owner, "merged", channels, *arrays)
+    return {**edit, "stands_for": list(sums.stands_for)}

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mbn_rewrite.enums import Name
-from mbn_rewrite.ir.channel_map import ChannelMap
+from mbn_rewrite.ir.branches import Branches, Read
+from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.kernels import Kernel, Window
 from mbn_rewrite.ir.reasons import Change, Reason
 
@@ -31,10 +32,17 @@ Chain = tuple[tuple[Kernel, ...], str | None]
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the model: its shape, None where a size is not known, and its dtype."""
+    """A tensor of the model.
+
+    Attributes:
+        shape: its shape, None where a size is not known.
+        dtype: its dtype.
+        masked: whether a mask may come with it.
+    """
 
     shape: Shape
     dtype: str
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,16 @@ class Op:
     def chains(self) -> tuple[Chain, ...]:
         """The weights that can absorb a map; none for most operations."""
         return ()
+
+    def weight(self, owner: str, name: str, read: Read) -> Array:
+        """A weight as maps are folded into it.
+
+        Args:
+            owner: the layer.
+            name: of the weight.
+            read: gives stored weights.
+        """
+        return read(owner, name)
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,9 @@ class Linear(Op):
             completes "<layer> ...", or "". A layer that stands for it then adds the bias. No part
             of what tells calls apart either.
         uneven: why a constant input does not, where `pads`, as such a phrase.
+        position_alone: whether it is a product with a matrix at each position, the positions
+            left where they are. No part of what tells calls apart.
+        sums: the parallel branches whose sum it is, where they were merged.
     """
 
     kernels: tuple[Kernel, ...]
@@ -105,10 +126,20 @@ class Linear(Op):
     windows: tuple[Window, ...] = field(default=(), compare=False)
     bias_doubt: str = field(default="", compare=False)
     uneven: str = field(default="pads its input with zeros", compare=False)
+    position_alone: bool = field(default=False, compare=False)
+    sums: Branches | None = field(default=None, compare=False)
 
     @property
     def chains(self) -> tuple[Chain, ...]:
         return ((self.kernels, self.bias),)
+
+    def weight(self, owner: str, name: str, read: Read) -> Array:
+        if self.sums is None:
+            return read(owner, name)
+        (kernel,) = self.kernels
+        if name == self.bias:
+            return self.sums.bias(kernel.out_channels, read)
+        return self.sums.kernel(kernel, read(owner, name).shape, read)
 
 
 @dataclass(frozen=True)
@@ -276,6 +307,7 @@ class Node:
         inputs: the values it reads, the data first.
         outputs: the values it gives.
         dtype: the narrowest dtype that its weights are stored or used in.
+        held: whether code that cannot be seen may call the layer, too.
     """
 
     owner: str
@@ -284,6 +316,7 @@ class Node:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     dtype: str = "float32"
+    held: bool = False
 
     @property
     def label(self) -> str:

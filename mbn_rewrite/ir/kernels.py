@@ -29,6 +29,10 @@ class Kernel:
     out_dims: tuple[int, ...]
 
     @property
+    def in_channels(self) -> int:
+        return math.prod(self.view[dim] for dim in self.in_dims)
+
+    @property
     def out_channels(self) -> int:
         return math.prod(self.view[dim] for dim in self.out_dims)
 
@@ -133,16 +137,53 @@ class Window:
             float64, shape (outputs, size): 1 where an output reads one of the positions of
             the input at a place of the window, 0 where it reads a zero of the padding.
         """
-        reach = (self.size - 1) * self.dilation + 1
-        if self.padding == "same":
-            outputs = -(-positions // self.stride)
-            before = max((outputs - 1) * self.stride + reach - positions, 0) // 2
-        else:
-            before, after = (int(amount) for amount in self.padding)
-            outputs = max((before + positions + after - reach) // self.stride + 1, 0)
-        read = np.arange(outputs)[:, None] * self.stride - before
+        outputs, first = self._laid_over(positions)
+        read = np.arange(outputs)[:, None] * self.stride + first
         read = read + np.arange(self.size) * self.dilation
         return ((read >= 0) & (read < positions)).astype(np.float64)
+
+    @property
+    def _reach(self) -> int:
+        return (self.size - 1) * self.dilation + 1
+
+    def _laid_over(self, positions: int) -> tuple[int, int]:
+        """The number of outputs, and the position that the first one reads first."""
+        if self.padding == "same":
+            outputs = -(-positions // self.stride)
+            padded = max((outputs - 1) * self.stride + self._reach - positions, 0)
+            return outputs, -(padded // 2)
+        before, after = (int(amount) for amount in self.padding)
+        return max((before + positions + after - self._reach) // self.stride + 1, 0), -before
+
+    def places_in(self, wider: Window, positions: int | None) -> tuple[int, ...] | None:
+        """The places of another window at which this one reads, for every output.
+
+        Args:
+            wider: the other window.
+            positions: of the input; None where they are not known.
+
+        Returns:
+            None where this window reads what the other does not, or gives more or fewer outputs.
+        """
+        if self.stride != wider.stride:
+            return None
+        # What is read depends on the number of positions by its remainder at most.
+        least = max(self._reach, wider._reach)
+        sizes = range(least, least + self.stride) if positions is None else [positions]
+        found = {self._places(wider, size) for size in sizes}
+        return found.pop() if len(found) == 1 else None
+
+    def _places(self, wider: Window, positions: int) -> tuple[int, ...] | None:
+        (outputs, first), (others, its_first) = (
+            window._laid_over(positions) for window in (self, wider)
+        )
+        if outputs != others:
+            return None
+        its_places = range(its_first, its_first + wider._reach, wider.dilation)
+        own = range(first, first + self._reach, self.dilation)
+        if not all(position in its_places for position in own):
+            return None
+        return tuple(its_places.index(position) for position in own)
 
     def pads(self, positions: int | None) -> bool:
         """Whether padding is read beside so many positions; None where they are not known."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 from mbn_rewrite.ir.algebra import Border
 from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Graph, Linear, Node
+from mbn_rewrite.passes.merge import merge_branches
 from mbn_rewrite.passes.wording import listed, sentence
 from mbn_rewrite.passes.workgraph import Request, Side, WorkingGraph
 from mbn_rewrite.plans import Decision, Fate, Plan
@@ -33,13 +34,14 @@ def plan_fold(graph: Graph, borders: bool = False) -> Plan:
         borders: whether convolutions that pad with zeros may absorb a shift by adding a
             border map. That is exact too, but costs an addition that may not be fused.
     """
-    work = WorkingGraph(graph)
+    merged = merge_branches(graph)
+    work = WorkingGraph(merged.graph)
     folding = _Folding(work, borders)
     decisions = [folding.decide(owner) for owner in work.sites]
     for hidden in graph.hidden:
         why = hidden.op.reason or f"{hidden.holder} holds it, and its calls cannot be seen"
         decisions.append(Decision(hidden.owner, Fate.KEPT, reason=sentence(str(why))))
-    return Plan("fold", tuple(decisions), work.actions)
+    return Plan("fold", merged.in_order(decisions), merged.actions | work.actions)
 
 
 class _Folding:

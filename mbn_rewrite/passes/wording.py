@@ -23,3 +23,8 @@ def stride_in_words(stride: Stride | tuple[int, ...]) -> str:
     """A stride such as "4" or "16 x 1"."""
     parts = (stride,) if isinstance(stride, int) else stride
     return str(parts[0]) if len(set(parts)) == 1 else " x ".join(map(str, parts))
+
+
+def bias_beside(label: str, doubt: str) -> str:
+    """Note on a layer that another stands for, since its own bias is in doubt."""
+    return f"{label} {doubt}: a layer that stands for it adds the bias."

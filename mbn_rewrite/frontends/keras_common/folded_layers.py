@@ -36,16 +36,22 @@ _REGULARIZERS = {
 }
 
 
-def folded_layer(keras: KerasAdapter, old: Any, action: Fold) -> tuple[Any, Callable[[], None]]:
+Read = Callable[[str], np.ndarray]  # gives a weight by name, as maps are folded into it
+
+
+def folded_layer(
+    keras: KerasAdapter, old: Any, action: Fold, read: Read
+) -> tuple[Any, Callable[[], None]]:
     """A layer that has absorbed maps.
 
     Args:
         keras: the adapter of its Keras.
         old: the original.
         action: the maps, and whether the layer needs a bias or a border map for them.
+        read: gives the weights that absorb them.
     """
     if action.border is not None or action.outer_bias:
-        return _wrapped_convolution(keras, old, action)
+        return _wrapped_convolution(keras, old, action, read)
     needs_bias = action.has_shift
     config = config_of(old, keras)
     for part in _configs_within(config):
@@ -55,7 +61,7 @@ def folded_layer(keras: KerasAdapter, old: Any, action: Fold) -> tuple[Any, Call
         config["bias_axes"] = einsum_channels(old.equation)
     new = from_config(old, config, keras)
     drop_regularizers(new)
-    return new, lambda: _set_folded(keras, old, new, action, needs_bias)
+    return new, lambda: _set_folded(keras, old, new, action, read)
 
 
 def drop_regularizers(layer: Any) -> None:
@@ -71,7 +77,7 @@ def _configs_within(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [config, *inner]
 
 
-def _set_folded(keras: KerasAdapter, old: Any, new: Any, action: Fold, needs_bias: bool) -> None:
+def _set_folded(keras: KerasAdapter, old: Any, new: Any, action: Fold, read: Read) -> None:
     """Sets a new layer's weights to those of the original with the maps folded in."""
     copy_weights(old, new, keras)
     drop_regularizers(new)
@@ -80,8 +86,8 @@ def _set_folded(keras: KerasAdapter, old: Any, new: Any, action: Fold, needs_bia
     for kernels, bias in action.op.chains:
         prefix = kernels[0].name.rpartition(".")[0]
         path = f"{prefix}." if prefix else ""
-        new_bias = _fold_kernels(old, new, action, kernels, bias)
-        if bias or needs_bias:
+        new_bias = _fold_kernels(old, new, action, read, kernels, bias)
+        if bias or action.has_shift:
             weights.write(new, path + "bias", new_bias)
             _check_range(old, new_bias, weights.read(new, path + "bias"))
 
@@ -90,7 +96,7 @@ def _set_folded(keras: KerasAdapter, old: Any, new: Any, action: Fold, needs_bia
 
 
 def _wrapped_convolution(
-    keras: KerasAdapter, old: Any, action: Fold
+    keras: KerasAdapter, old: Any, action: Fold, read: Read
 ) -> tuple[Any, Callable[[], None]]:
     """A convolution in a layer of ours that adds its border map, or its bias, for it.
 
@@ -104,13 +110,13 @@ def _wrapped_convolution(
         inner, activation=activation, name=old.name, dtype=old.dtype_policy, trainable=old.trainable
     )
     drop_regularizers(new)
-    return new, lambda: _set_wrapped(keras, old, new, action)
+    return new, lambda: _set_wrapped(keras, old, new, action, read)
 
 
-def _set_wrapped(keras: KerasAdapter, old: Any, new: Any, action: Fold) -> None:
+def _set_wrapped(keras: KerasAdapter, old: Any, new: Any, action: Fold, read: Read) -> None:
     """Sets the kernels of a wrapped convolution, and the bias or border map of its wrapper."""
     assert isinstance(action.op, Linear)
-    added = _fold_kernels(old, new.layer, action, action.op.kernels, action.op.bias)
+    added = _fold_kernels(old, new.layer, action, read, action.op.kernels, action.op.bias)
     if action.border is not None and action.op.out_axis == 1:  # channels first
         added = np.moveaxis(added, -1, 0)
     name = "bias" if action.border is None else "border"
@@ -124,20 +130,20 @@ def _set_wrapped(keras: KerasAdapter, old: Any, new: Any, action: Fold) -> None:
 
 
 def _fold_kernels(
-    old: Any, new: Any, action: Fold, kernels: Sequence[Kernel], bias: str | None
+    old: Any, new: Any, action: Fold, read: Read, kernels: Sequence[Kernel], bias: str | None
 ) -> np.ndarray:
-    """Sets the kernels of `new` to those of `old` with maps folded in; returns the new bias."""
-    before = [weights.read(old, kernel.name) for kernel in kernels]
+    """Sets the kernels of `new`, with maps folded into what `read` gives; returns the bias."""
+    before = [read(kernel.name) for kernel in kernels]
     arrays, new_bias = fold(
         list(zip(kernels, before, strict=True)),
-        weights.read(old, bias) if bias else None,
+        read(bias) if bias else None,
         before=action.before,
         after=action.after,
         border=action.border,
     )
     for kernel, old_array, array in zip(kernels, before, arrays, strict=True):
-        _check_range(old, old_array, array)
         weights.write(new, kernel.name, array)
+        _check_range(old, old_array, weights.read(new, kernel.name))
     return new_bias
 
 

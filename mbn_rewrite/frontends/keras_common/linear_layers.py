@@ -122,7 +122,8 @@ def _padding(padding: str, size: int, dilation: int) -> tuple[int, int] | str:
 def dense(call: Call) -> Op:
     """Product with a matrix along the last axis."""
     kernel = layouts.matrix("kernel", call.layer.kernel.shape)
-    return _linear(call, (kernel,), len(call.inputs[0]) - 1, len(call.output) - 1)
+    op = _linear(call, (kernel,), len(call.inputs[0]) - 1, len(call.output) - 1)
+    return replace(op, position_alone=True) if isinstance(op, Linear) else op
 
 
 def einsum_dense(call: Call) -> Op:
@@ -149,15 +150,8 @@ def time_distributed(call: Call) -> Op:
 
 
 def _prefixed(op: Linear, prefix: str) -> Linear:
-    (kernel,) = op.kernels
-    return Linear(
-        (Kernel(prefix + kernel.name, kernel.view, kernel.in_dims, kernel.out_dims),),
-        op.bias and prefix + op.bias,
-        op.in_axis,
-        op.out_axis,
-        op.pads,
-        op.activation,
-    )
+    kernels = tuple(replace(kernel, name=prefix + kernel.name) for kernel in op.kernels)
+    return replace(op, kernels=kernels, bias=op.bias and prefix + op.bias)
 
 
 # ---------------------------------------------------------------------- recurrent layers

@@ -61,10 +61,13 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         check_copy(model, keras)
         reader.read_sublayers(model, "", label(model), training=False)
     reader.list_unreachable(model)
-    reader.keep_what_is_held_twice()
+    reader.note_what_is_held_twice()
     layers = reader.layers
     graph = Graph(
-        tuple(reader.values),
+        tuple(
+            replace(value, masked=number in reader.with_mask)
+            for number, value in enumerate(reader.values)
+        ),
         tuple(reader.nodes),
         frozenset(reader.outputs),
         tuple(reader.hidden),
@@ -89,6 +92,7 @@ class _Reader:
     masked: set[str] = field(default_factory=set)
     with_mask: set[int] = field(default_factory=set)  # values that may come with a mask
     parents: dict[int, str] = field(default_factory=dict)  # id(sublayer) -> its parent's label
+    held: set[int] = field(default_factory=set)  # ids of layers in attributes of others
     unsure: dict[int, Any] = field(default_factory=dict)  # models whose configuration may mislead
 
     def read_calls(
@@ -227,6 +231,7 @@ class _Reader:
         """
         is_visible = self.keras.is_visible(parent)
         for _, layer in sublayers(parent, self.keras):
+            self.held.add(id(layer))
             if not is_visible:  # in a visible parent's copy, the sublayer's copy takes its place
                 self.parents.setdefault(id(layer), who)
             if id(layer) in self.owners:
@@ -255,17 +260,21 @@ class _Reader:
                 op = BatchNorm(None, Reason(Obstacle.OUT_OF_REACH, who))
                 self._add_hidden(layer, "", who, op)
 
-    def keep_what_is_held_twice(self) -> None:
-        """Keeps BatchNormalizations that are called visibly and are also sublayers of a parent."""
-        nodes = [(node, self.parents.get(id(self.layers[node.owner]))) for node in self.nodes]
+    def note_what_is_held_twice(self) -> None:
+        """Notes which layers are called visibly and are also sublayers of a parent.
+
+        BatchNormalizations among them stay, unless their parent is visible too.
+        """
         seen = {node.owner for node in self.nodes}
         self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
-        self.nodes = [
-            replace(node, op=replace(node.op, reason=Reason(Obstacle.HELD_TWICE, who)))
-            if who and isinstance(node.op, BatchNorm) and not node.op.why_not(Change.REPLACE)
-            else node
-            for node, who in nodes
-        ]
+        self.nodes = [self._perhaps_held_twice(node) for node in self.nodes]
+
+    def _perhaps_held_twice(self, node: Node) -> Node:
+        layer, op = self.layers[node.owner], node.op
+        who = self.parents.get(id(layer))
+        if who and isinstance(op, BatchNorm) and not op.why_not(Change.REPLACE):
+            op = replace(op, reason=Reason(Obstacle.HELD_TWICE, who))
+        return replace(node, op=op, held=id(layer) in self.held)
 
     def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm) -> None:
         rank = getattr(layer.input_spec, "ndim", None)

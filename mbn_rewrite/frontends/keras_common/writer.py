@@ -46,6 +46,7 @@ from mbn_rewrite.frontends.keras_common.sublayers import (
     sublayer_at,
     sublayers,
 )
+from mbn_rewrite.ir.channel_map import Array
 from mbn_rewrite.plans import Fold, Plan, Reclip, Remap, Remove, Replace, Sample
 
 
@@ -158,8 +159,9 @@ class Writer(ABC):
         for record in self.keras.calls_of(old):
             if self.is_removed(record.layer):
                 (given,) = record.outputs
+                source = record.inputs[self._kept_input(record.layer)]
                 tensors[id(given)] = self._bypassed(
-                    record.layer, tensors[id(record.inputs[0])], id(given) in outputs
+                    record.layer, tensors[id(source)], id(given) in outputs
                 )
                 continue
             results = self._called_again(record, tensors)
@@ -207,13 +209,24 @@ class Writer(ABC):
         if not is_output:
             return tensor
         if id(layer) not in self._copies:
-            self._copies[id(layer)] = self.identity_in_place_of(layer)
+            dtype = self.keras.dtype_of(tensor)
+            # What is no layer has no policy, and a function's need not be what it computes in.
+            as_it_was = getattr(layer, "compute_dtype", None) == dtype
+            self._copies[id(layer)] = self.identity_in_place_of(layer, None if as_it_was else dtype)
         return self._copies[id(layer)](tensor)
 
-    def identity_in_place_of(self, layer: Any) -> Any:
-        """A layer that does nothing but keep the name of an output whose layer was removed."""
+    def identity_in_place_of(self, layer: Any, dtype: str | None = None) -> Any:
+        """A layer that does nothing but keep the name of an output whose layer was removed.
+
+        Args:
+            layer: what was removed.
+            dtype: of the output; None for that of the layer's policy.
+        """
         return self.keras.layers.Activation(
-            "linear", name=layer.name, dtype=layer.dtype_policy, trainable=layer.trainable
+            "linear",
+            name=layer.name,
+            dtype=dtype or layer.dtype_policy,
+            trainable=getattr(layer, "trainable", True),
         )
 
     def layer(self, record: Record) -> Any:
@@ -233,6 +246,12 @@ class Writer(ABC):
         if removed:
             self.done.add(self.owner(layer))
         return removed
+
+    def _kept_input(self, layer: Any) -> int:
+        """The input that the readers of a removed layer read."""
+        action = self.plan.actions[self.owner(layer)]
+        assert isinstance(action, Remove)
+        return action.keeps
 
     def _acted_on(self, old: Any, rank: int, masked: bool) -> Any:
         """The layer that the plan's action makes of another; a copy if there is no action.
@@ -258,7 +277,12 @@ class Writer(ABC):
         return new
 
     def _folded(self, old: Any, action: Fold, rank: int, masked: bool) -> Any:
-        return self._to_finish(*folded_layer(self.keras, old, action))
+        owner, stored = self.owner(old), self.reading.graph.read_weight
+
+        def read(name: str) -> Array:
+            return action.op.weight(owner, name, stored)
+
+        return self._to_finish(*folded_layer(self.keras, old, action, read))
 
     def _remapped(self, old: Any, action: Remap, rank: int, masked: bool) -> Any:
         return self._to_finish(*remapped_layer(self.keras, old, action))

@@ -40,6 +40,8 @@ def _linear(
     if found is not None:
         result, bias, absorbed, out_axis = found
     weights = {"kernel": weight} | ({"bias": bias} if bias else {})
+    if not weight.keeps_window(len(windows)):
+        windows = ()  # they are in another order than the axes of what is stored
     op = Linear((laid_out,), "bias" if bias else None, in_axis, out_axis, pads, windows=windows)
     return Described(op, (site.op.inputs[data],), result, weights, absorbed, axis)
 
@@ -169,9 +171,12 @@ def matmul(site: Site) -> Answer:
     if turned:
         return Opaque("transposes its input")
     axis = len(site.output) - 1
-    return _linear(
+    answer = _linear(
         site, 0, 1, lambda s: layouts.matrix("kernel", s, kernel_turned), axis, axis
     )  # fmt: skip
+    if isinstance(answer, Described) and isinstance(answer.op, Linear):
+        return replace(answer, op=replace(answer.op, position_alone=True))
+    return answer
 
 
 def einsum(site: Site) -> Answer:

@@ -39,6 +39,14 @@ class ClipCall:
 
 
 @dataclass(frozen=True)
+class MergeCall:
+    """One elementwise merge in one function."""
+
+    function: FunctionGraph
+    op: Any
+
+
+@dataclass(frozen=True)
 class Reading:
     """The neutral graph of some functions, with the calls behind each owner of weights.
 
@@ -47,6 +55,7 @@ class Reading:
         linears: owner -> its calls.
         norms: owner -> its calls.
         clips: owner -> its call, the only one.
+        merges: owner -> the elementwise merges of that name.
         dtypes: the names of the dtypes in which weights are used.
         notes: sentences that the user should know of any copy of the model.
     """
@@ -55,6 +64,7 @@ class Reading:
     linears: dict[str, list[LinearCall]]
     norms: dict[str, list[NormCall]]
     clips: dict[str, list[ClipCall]]
+    merges: dict[str, list[MergeCall]]
     dtypes: frozenset[str]
     notes: tuple[str, ...] = ()
 

@@ -69,6 +69,11 @@ class Weight:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.view[axis] for axis in self.order)
 
+    def keeps_window(self, axes: int) -> bool:
+        """Whether the first axes of the tensor, those of a window, are stored in their order."""
+        window = self.order[:axes]
+        return list(window) == sorted(window)
+
     def laid_out(self, kernel: Kernel) -> Kernel | None:
         """A layout of the tensor as one of the stored array; None where there is none."""
         if self.order == tuple(range(len(self.order))):

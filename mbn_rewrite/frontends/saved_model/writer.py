@@ -16,7 +16,13 @@ import tensorflow as tf
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes
 from mbn_rewrite.frontends.saved_model.graph_editor import GraphEditor, Rewritten, as_node_name
-from mbn_rewrite.frontends.saved_model.reading import ClipCall, LinearCall, NormCall, Reading
+from mbn_rewrite.frontends.saved_model.reading import (
+    ClipCall,
+    LinearCall,
+    MergeCall,
+    NormCall,
+    Reading,
+)
 from mbn_rewrite.frontends.saved_model.weights import Stored
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
@@ -82,12 +88,20 @@ class _Writer:
                 for call in calls:
                     _WRITERS[type(action)](self, owner, call, action)
                 self.done.add(owner)
+        for owner, removal in self.plan.of(Remove).items():
+            for merge in self.reading.merges.get(owner, ()):
+                self._remove_merge(merge, removal)
+            self.done.add(owner)  # with what is no merge, since nothing reads its result then
         for owner, action in self.plan.of(Fold).items():
             self._fold(owner, action)
             self.done.add(owner)
 
     def _editor(self, function: FunctionGraph) -> GraphEditor:
         return self.editors[id(function)]
+
+    def _remove_merge(self, call: MergeCall, action: Remove) -> None:
+        kept = call.op.inputs[action.keeps]
+        self._editor(call.function).redirect(call.op.outputs[0].name, kept.name)
 
     # -- BatchNormalizations -------------------------------------------------------------
 
@@ -210,10 +224,15 @@ class _Writer:
         assert isinstance(op, Linear)
         calls = self.reading.linears[owner]
         kernel = self.reading.weight(owner, "kernel")
-        bias = self.reading.weight(owner, "bias") if op.bias else None
+        has_bias = "bias" in calls[0].described.weights
+        bias = self.reading.weight(owner, "bias") if has_bias else None
+
+        def read(name: str) -> Array:
+            return op.weight(owner, name, self.reading.graph.read_weight)
+
         (new_kernel,), new_bias = fold(
-            [(op.kernels[0], kernel.read())],
-            None if bias is None else bias.read().reshape(-1),
+            [(op.kernels[0], read("kernel"))],
+            read("bias").reshape(-1) if op.bias else None,
             before=action.before,
             after=action.after,
             border=action.border,
