@@ -13,8 +13,10 @@ from mbn_rewrite.frontends.registry import front_end_of
 from mbn_rewrite.frontends.tf_keras.adapter import TF_KERAS
 from mbn_rewrite.ir.graph import Affine, Clip, Input, Opaque, PositivelyHomogeneous
 from mbn_rewrite.plans import Plan, Reclip
+from tests.support.clips import moved_into_clip
 from tests.support.kerases import K, Model, names, package
 from tests.support.round_trips import through
+from tests.support.saved_models import statistics
 
 pytestmark = pytest.mark.slow
 
@@ -265,6 +267,19 @@ def test_one_layer_called_on_tensors_of_other_sizes(rng, each_keras):
     for output, array in zip(new(data), data, strict=True):
         np.testing.assert_array_equal(output, clipped(array, LOWER, None))
     assert len(clips_of(new)) == 1
+
+
+def test_with_the_batch_normalization_before_it_gone(rng, each_keras):
+    """relu(s x + t) = s clip(x) + t, with a bound of -t / s, which is an upper one where s < 0."""
+    x = K.Input((6, 6, 4))
+    y = K.ReLU(name="relu")(K.BatchNormalization(name="bn")(x))
+    model = Model(x, K.Conv2D(3, 3, name="conv")(y))
+    model.get_layer("bn").set_weights(statistics(rng, 4))
+    plan = moved_into_clip(read(model).graph)
+    new = front_end_of(model).write(model, read(model), plan)
+    assert [layer.name for layer in new.layers][1:] == ["relu", "conv"]
+    data = data_for(model, rng)
+    np.testing.assert_allclose(new(data), model(data), rtol=1e-4, atol=1e-5)
 
 
 def test_a_clip_in_an_attribute_is_the_new_one(each_keras):

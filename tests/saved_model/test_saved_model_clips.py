@@ -14,6 +14,8 @@ from mbn_rewrite.frontends.saved_model.reader import read
 from mbn_rewrite.frontends.saved_model.source import SavedModelDirectory
 from mbn_rewrite.ir.graph import Affine, Clip, Input, Merge, MergeKind, Opaque
 from mbn_rewrite.plans import Plan, Reclip
+from tests.support.clips import moved_into_clip
+from tests.support.saved_models import arithmetic_norm, fused_norm, kernel, statistics
 
 pytestmark = pytest.mark.slow
 
@@ -162,6 +164,28 @@ def test_clips_called_the_same_in_two_functions_are_two(x, tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(new(x=x)["y"], clipped(x, bounds, None))
+
+
+@pytest.mark.parametrize("norm", [arithmetic_norm, fused_norm])
+def test_with_the_batch_normalization_before_it_gone(norm, x, tmp_path):
+    rng = np.random.default_rng(6)
+    module = tf.Module()
+    module.norm = [tf.Variable(array) for array in statistics(rng, 4)]
+    module.kernel = tf.Variable(kernel(rng, 2, 2, 4, 3))
+
+    def function(x):
+        return tf.nn.conv2d(tf.nn.relu(norm(x, *module.norm)), module.kernel, 1, "VALID")
+
+    save(tmp_path, function, module=module)
+    source = SavedModelDirectory(tmp_path / "in", None, None)
+    source.write(moved_into_clip(source.graph), tmp_path / "out")
+    new = tf.saved_model.load(str(tmp_path / "out"))
+    actual = new.signatures["f0"](x=x)["y"]
+    np.testing.assert_allclose(actual, function(x), rtol=1e-4, atol=1e-5)
+    assert op_counts(new.signatures["f0"]) == {
+        **{"Maximum": 1, "Minimum": 1},
+        **{"Conv2D": 1, "BiasAdd": 1},
+    }
 
 
 @pytest.mark.parametrize("stored", [True, False], ids=["variables", "constants"])
