@@ -13,7 +13,7 @@ from itertools import chain
 
 from mbn_rewrite.ir.branches import Branch, Branches
 from mbn_rewrite.ir.channel_map import Array
-from mbn_rewrite.ir.graph import BatchNorm, Graph, Linear, Merge, Node
+from mbn_rewrite.ir.graph import BatchNorm, Graph, Linear, Node, Reshape
 from mbn_rewrite.passes.parallel import Block, blocks
 from mbn_rewrite.passes.precision import weights_out_of_range
 from mbn_rewrite.passes.wording import bias_beside
@@ -149,9 +149,9 @@ def _nodes(alike: Iterable[Block]) -> list[Node]:
 
 
 def _staying(block: Block) -> list[Node]:
-    """The nodes of a block that stay, in order: those around the layer that stands for the sum."""
+    """The nodes of a block that stay, in order: the layer that stands for it, among reshapes."""
     steps = block.paths[block.kept].steps
-    return [node for node, _ in steps if not isinstance(node.op, (BatchNorm, Merge))]
+    return [node for node, _ in steps if isinstance(node.op, (Linear, Reshape))]
 
 
 def _going(block: Block) -> Iterator[tuple[Node, Remove]]:

@@ -68,6 +68,9 @@ def widest_last(x, w):
 MERGES = {
     "block": (block, IMAGE, "Conv2D"),
     "widest_last": (widest_last, IMAGE, "Conv2D"),
+    "python_sum": (lambda x, w: sum([x, conv(x, w), conv(x, w, 3, padding="SAME")]),
+                   IMAGE, "Conv2D"),
+    "sum_begins_widest": (lambda x, w: sum([conv(x, w, 3, padding="SAME"), x]), IMAGE, "Conv2D"),
     "itself": (lambda x, w: x + conv(x, w, 3, padding="SAME"), IMAGE, "Conv2D"),
     "strided": (lambda x, w: strided(x, w, 3) + strided(x, w, 1), IMAGE, "Conv2D"),
     "add_n": (lambda x, w: tf.add_n([x, conv(x, w), normalised(x, w)]), IMAGE, "Conv2D"),
@@ -124,6 +127,8 @@ KEEPS = {
         lambda x, w: tf.nn.conv2d(
             x, tf.transpose(w.kernel(3, 3, CHANNELS, CHANNELS), [1, 0, 2, 3]), 1, "SAME") + x,
         IMAGE),
+    "plus_one": (lambda x, w: x + (conv(x, w) + 1.0), IMAGE),
+    "plus_zeros": (lambda x, w: x + tf.zeros([2, 1, 1, 1, 1]) * 0.0 + conv(x, w)[None], IMAGE),
     "computed_kernel": (
         lambda x, w: tf.nn.conv2d(x, w.kernel(1, 1, CHANNELS, CHANNELS) * 2.0, 1, "SAME") + x,
         IMAGE),

@@ -170,6 +170,8 @@ class Keras3(KerasAdapter):
             return Opaque("computes its kernel from LoRA weights")
         if any(part.quantization_mode is not None for part in layers):
             return Opaque("is quantized")
+        if isinstance(call.layer, numpy.Add) and _is_zero(call.arguments):
+            return Affine()
         return None
 
     def reason_to_stay(self, layer: Any) -> Reason | None:
@@ -324,6 +326,11 @@ def _without_unknown_arguments(kind: type, config: dict[str, Any]) -> dict[str, 
 
 
 # -------------------------------------------------- operations called like layers
+
+
+def _is_zero(arguments: tuple[Any, ...]) -> bool:
+    """Whether this is the number 0 alone, with which Python's `sum` begins."""
+    return len(arguments) == 1 and isinstance(arguments[0], (int, float)) and arguments[0] == 0
 
 
 def _merge(kind: MergeKind) -> Describer:

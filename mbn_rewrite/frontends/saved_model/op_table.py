@@ -64,10 +64,19 @@ def _merge(kind: MergeKind) -> Callable[[Site], Answer]:
             prelu = _prelu(site) if site.op.type in ("Add", "AddV2", "Sub") else None
             return prelu or Merge(kind)
         if any(site.constants.value(tensor) is not None for tensor in site.op.inputs):
-            return _clip_by_a_number(site, kind) or Opaque("adds a constant")
+            known = _plus_zero(site) if kind is MergeKind.ADD else _clip_by_a_number(site, kind)
+            return known or Opaque("adds a constant")
         return Merge(kind)
 
     return describer
+
+
+def _plus_zero(site: Site) -> Described | None:
+    """A sum with 0, with which Python's `sum` begins."""
+    for data, other in ((0, 1), (1, 0)):
+        if _bound(site, other) == 0.0 and site.shape(data) == site.output:
+            return Described(Affine(), (site.op.inputs[data],), site.op.outputs[0])
+    return None
 
 
 def _clip_by_value(site: Site) -> Answer:

@@ -29,8 +29,8 @@ from mbn_rewrite.frontends.saved_model.opaque_calls import notes_on
 from mbn_rewrite.frontends.saved_model.reading import (
     ClipCall,
     LinearCall,
-    MergeCall,
     NormCall,
+    PlainCall,
     Reading,
 )
 from mbn_rewrite.frontends.saved_model.scopes import common_scope, shared_scope, without_leaf
@@ -38,6 +38,7 @@ from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
 from mbn_rewrite.frontends.saved_model.weight_uses import WeightUses
 from mbn_rewrite.frontends.saved_model.weights import Constants, Weight
 from mbn_rewrite.ir.graph import (
+    Affine,
     BatchNorm,
     Clip,
     Graph,
@@ -79,7 +80,7 @@ class _Reader:
     linears: dict[str, list[LinearCall]] = field(default_factory=dict)
     norms: dict[str, list[NormCall]] = field(default_factory=dict)
     clips: dict[int, ClipCall] = field(default_factory=dict)  # by the number of their node
-    merges: dict[int, MergeCall] = field(default_factory=dict)  # by the value it gives
+    plain: dict[int, PlainCall] = field(default_factory=dict)  # by the value it gives
     dtypes: set[str] = field(default_factory=set)
     owners: dict[Any, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
@@ -170,8 +171,8 @@ class _Reader:
         results = tuple(self._value(tensor, known) for tensor in outputs)
         if results:
             self.nodes.append(Node(owner, op.type, neutral, inputs, results, dtype))
-        if isinstance(neutral, Merge):
-            self.merges[results[0]] = MergeCall(function, op)
+        if isinstance(neutral, (Affine, Merge)):
+            self.plain[results[0]] = PlainCall(function, described)
 
     def _add_norm(self, function: FunctionGraph, norm: Norm, known: dict[str, int]) -> None:
         stored = tuple(key for key in norm.keys if key[0] != "constant")
@@ -230,7 +231,7 @@ class _Reader:
     def finish(self) -> Reading:
         fixed = {owner: self.uses.why_fixed(calls) for owner, calls in self.linears.items()}
         nodes = []
-        merges: dict[str, list[MergeCall]] = {}
+        plain: dict[str, list[PlainCall]] = {}
         for node in self.nodes:
             if isinstance(node.op, Linear):
                 if fixed[node.owner]:
@@ -238,8 +239,8 @@ class _Reader:
             elif not isinstance(node.op, BatchNorm) and node.owner in self.taken:
                 # It is called as the scope of an operation that has weights.
                 node = replace(node, owner=f"{node.owner}:0")
-            if isinstance(node.op, Merge):
-                merges.setdefault(node.owner, []).append(self.merges[node.outputs[0]])
+            if isinstance(node.op, (Affine, Merge)):
+                plain.setdefault(node.owner, []).append(self.plain[node.outputs[0]])
             nodes.append(node)
         clips = self._named_clips(nodes)
         linears = self.linears
@@ -250,7 +251,7 @@ class _Reader:
             tuple(self.hidden),
             lambda owner, name: linears[owner][0].described.weights[name].stored.read(),
         )
-        return Reading(graph, linears, self.norms, clips, merges, frozenset(self.dtypes))
+        return Reading(graph, linears, self.norms, clips, plain, frozenset(self.dtypes))
 
     def _named_clips(self, nodes: list[Node]) -> dict[str, list[ClipCall]]:
         """The clips by owner; in `nodes`, those called as another node gets a number."""

@@ -39,11 +39,11 @@ class ClipCall:
 
 
 @dataclass(frozen=True)
-class MergeCall:
-    """One elementwise merge in one function."""
+class PlainCall:
+    """One operation without weights in one function, and its description for the planner."""
 
     function: FunctionGraph
-    op: Any
+    described: Described
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Reading:
         linears: owner -> its calls.
         norms: owner -> its calls.
         clips: owner -> its call, the only one.
-        merges: owner -> the elementwise merges of that name.
+        plain: owner -> the operations of that name that merge values or do nothing to them.
         dtypes: the names of the dtypes in which weights are used.
         notes: sentences that the user should know of any copy of the model.
     """
@@ -64,7 +64,7 @@ class Reading:
     linears: dict[str, list[LinearCall]]
     norms: dict[str, list[NormCall]]
     clips: dict[str, list[ClipCall]]
-    merges: dict[str, list[MergeCall]]
+    plain: dict[str, list[PlainCall]]
     dtypes: frozenset[str]
     notes: tuple[str, ...] = ()
 

@@ -19,8 +19,8 @@ from mbn_rewrite.frontends.saved_model.graph_editor import GraphEditor, Rewritte
 from mbn_rewrite.frontends.saved_model.reading import (
     ClipCall,
     LinearCall,
-    MergeCall,
     NormCall,
+    PlainCall,
     Reading,
 )
 from mbn_rewrite.frontends.saved_model.weights import Stored
@@ -89,9 +89,9 @@ class _Writer:
                     _WRITERS[type(action)](self, owner, call, action)
                 self.done.add(owner)
         for owner, removal in self.plan.of(Remove).items():
-            for merge in self.reading.merges.get(owner, ()):
-                self._remove_merge(merge, removal)
-            self.done.add(owner)  # with what is no merge, since nothing reads its result then
+            for plain in self.reading.plain.get(owner, ()):
+                self._bypass(plain, removal)
+            self.done.add(owner)  # with what has weights, since nothing reads its result then
         for owner, action in self.plan.of(Fold).items():
             self._fold(owner, action)
             self.done.add(owner)
@@ -99,9 +99,9 @@ class _Writer:
     def _editor(self, function: FunctionGraph) -> GraphEditor:
         return self.editors[id(function)]
 
-    def _remove_merge(self, call: MergeCall, action: Remove) -> None:
-        kept = call.op.inputs[action.keeps]
-        self._editor(call.function).redirect(call.op.outputs[0].name, kept.name)
+    def _bypass(self, call: PlainCall, action: Remove) -> None:
+        kept = call.described.data[action.keeps]
+        self._editor(call.function).redirect(call.described.result.name, kept.name)
 
     # -- BatchNormalizations -------------------------------------------------------------
 

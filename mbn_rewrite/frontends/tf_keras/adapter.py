@@ -304,6 +304,8 @@ def _function(call: Call) -> Op:
         return Concat(call.arguments[0] % len(call.output))
     if symbol == "clip_by_value":
         return _clip_by_value(call)
+    if _TF_MERGES.get(symbol) is MergeKind.ADD and _is_zero(call.arguments):
+        return Affine()  # Python's `sum` begins with 0
     if call.arguments:
         return Opaque()
     if symbol in _TF_MERGES and len(call.inputs) == 2:
@@ -313,6 +315,14 @@ def _function(call: Call) -> Op:
     if symbol in ("identity", "stop_gradient"):
         return Affine()
     return Opaque()
+
+
+def _is_zero(arguments: tuple[Any, ...]) -> bool:
+    """Whether this is the number 0 alone."""
+    if len(arguments) != 1 or not isinstance(arguments[0], (int, float, tf.Tensor)):
+        return False
+    value = tf.get_static_value(tf.convert_to_tensor(arguments[0]))
+    return value is not None and value.ndim == 0 and bool(value == 0)
 
 
 def _clip_by_value(call: Call) -> Op:
