@@ -113,6 +113,11 @@ def merged(merge, *branches):
     return lambda x: merge([branch(x) for branch in branches])
 
 
+def conv():
+    """A convolution of a value of its own, so that it is no parallel of others."""
+    return chain(K.ReLU(), K.Conv2D(4, 1))
+
+
 BACKWARD = {
     "average_pool": lambda: chain(K.Conv2D(4, 1), K.AveragePooling2D(2), norm()),
     "average_pool_same": lambda: chain(
@@ -135,16 +140,14 @@ BACKWARD = {
     "flatten_of_one_position": lambda: chain(K.Conv2D(4, 8), K.Flatten(), norm()),
     "dense_taken_apart": lambda: chain(K.Flatten(), K.Dense(12), K.Reshape((2, 2, 3)), norm()),
     "repeat_vector": lambda: chain(K.GlobalMaxPooling2D(), K.Dense(4), K.RepeatVector(3), norm()),
-    "add": lambda: merged(chain(K.Add(), norm()), K.Conv2D(4, 1), K.Conv2D(4, 1), K.Conv2D(4, 1)),
-    "subtract": lambda: merged(chain(K.Subtract(), norm()), K.Conv2D(4, 1), K.Conv2D(4, 1)),
-    "average": lambda: merged(chain(K.Average(), norm()), K.Conv2D(4, 1), K.Conv2D(4, 1)),
+    "add": lambda: merged(chain(K.Add(), norm()), conv(), conv(), conv()),
+    "subtract": lambda: merged(chain(K.Subtract(), norm()), conv(), conv()),
+    "average": lambda: merged(chain(K.Average(), norm()), conv(), conv()),
     "concatenate": lambda: merged(chain(K.Concatenate(), norm()), K.Conv2D(3, 1), K.Conv2D(5, 1)),
     "concatenate_rows": lambda: merged(
         chain(K.Concatenate(1), norm()), K.Conv2D(4, 1), K.Conv2D(4, 1)
     ),
-    "add_of_adds": lambda: merged(
-        chain(K.Add(), norm()), merged(K.Add(), K.Conv2D(4, 1), K.Conv2D(4, 1)), K.Conv2D(4, 1)
-    ),
+    "add_of_adds": lambda: merged(chain(K.Add(), norm()), merged(K.Add(), conv(), conv()), conv()),
     # Padding takes no shift, so the shift must go to the other branch.
     "add_with_padded_branch": lambda: merged(
         chain(K.Add(), norm()), chain(K.Conv2D(4, 3), K.ZeroPadding2D(1)), K.Conv2D(4, 1)
@@ -284,7 +287,7 @@ FORWARD = {
     "reshape": lambda: chain(norm(), K.Reshape((-1, 4)), K.Conv1D(3, 2)),
     "permute": lambda: chain(norm(), K.Permute((2, 1, 3)), K.Conv2D(3, 2)),
     "several_readers": lambda: (
-        lambda x: (lambda y: K.Add()([K.Conv2D(3, 1)(y), K.Conv2D(3, 1)(y)]))(norm()(x))
+        lambda x: (lambda y: K.Maximum()([K.Conv2D(3, 1)(y), K.Conv2D(3, 1)(y)]))(norm()(x))
     ),
     "concatenate": lambda: lambda x: K.Conv2D(3, 2)(K.Concatenate()([norm()(x), K.ReLU()(x)])),
     "another_batch_norm": lambda: chain(norm(), norm(), K.Conv2D(3, 2)),

@@ -822,9 +822,12 @@ WAYS = {
     "to_channels_first": behind_conv(lambda x: tf.transpose(x, [0, 3, 1, 2]), axis=1),
     "concat": Way(lambda x, w: tf.concat([conv(x, w), conv(x, w)], -1), into=2),
     "concat_of_positions": Way(lambda x, w: tf.concat([conv(x, w), conv(x, w)], 1), into=2),
-    "add": Way(lambda x, w: conv(x, w) + conv(x, w), into=2),
-    "add_n": Way(lambda x, w: tf.add_n([conv(x, w), conv(x, w), conv(x, w)]), into=3),
-    "subtract": Way(lambda x, w: conv(x, w) - conv(x, w), into=2),
+    # Of values of their own; branches of one value are merged.
+    "add": Way(lambda x, w: conv(x, w) + conv(tf.nn.relu(x), w), into=2),
+    "add_n": Way(
+        lambda x, w: tf.add_n([conv(f(x), w) for f in (tf.identity, tf.abs, tf.nn.relu)]), into=3
+    ),
+    "subtract": Way(lambda x, w: conv(x, w) - conv(tf.nn.relu(x), w), into=2),
     "maximum": Way(lambda x, w: tf.maximum(conv(x, w), conv(x, w)), given={"gamma": 0.7}, into=2),
     "strided_slice": behind_conv(lambda x: x[:, 1:-1, ::2]),
     "slice": behind_conv(lambda x: tf.slice(x, [0, 1, 1, 0], [-1, 3, 4, -1])),
