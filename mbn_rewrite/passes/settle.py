@@ -1,0 +1,256 @@
+"""Values of all units, once it is decided which BatchNormalizations go.
+
+What demands and ties leave open is chosen here: the identity wherever that can be, so that weights
+that need not change stay equal bit for bit.
+
+Scales and origins are multiplied out along the BatchNormalizations that go, away from where the
+identity is, and in both directions at once: p and q for layers that give a value, which is kept as
+p x + q, and r and o for layers that read it, which find x as r times what is kept, plus o. What is
+on one side of a single BatchNormalization is then its scale and its shift bit for bit, whatever the
+rounding of 1 / s.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from mbn_rewrite.ir.channel_map import Array, ChannelMap
+from mbn_rewrite.passes.strands import Sum, Units
+from mbn_rewrite.passes.units import Assumptions, Edge
+
+
+class Settled:
+    """Units of all values.
+
+    Args:
+        assumptions: what goes.
+    """
+
+    def __init__(self, assumptions: Assumptions) -> None:
+        strands = assumptions.strands
+        self._strands = strands
+        self._edges = [edge for edges in assumptions.gone.values() for edge in edges]
+        self._strand = assumptions.strand  # of each scale: equal numbers are equal scales
+        count = strands.scales.count
+        self._p, self._r, self._p_known = np.ones(count), np.ones(count), np.zeros(count, bool)
+        # Values with one origin are found by the root of the ties that always hold.
+        self._origin = assumptions.origin
+        count = strands.origins.count
+        self._q, self._o, self._o_known = np.zeros(count), np.zeros(count), np.zeros(count, bool)
+        self._dead, self._blind = np.zeros((2, strands.scales.count), bool)
+        for edge in self._edges:
+            self._dead[self._strand[edge.before.scales[edge.dead]]] = True
+            self._blind[self._strand[edge.after.scales[edge.blind]]] = True
+        self._sums = [self._without_repeats(total) for total in strands.sums]
+        self._steps: dict[int, list[Edge | Sum]] = defaultdict(list)
+        for step in (*self._edges, *self._sums):
+            for units in _sides(step):
+                for number in {*self._origin[units.origins].tolist()}:
+                    self._steps[number].append(step)
+        self._settle_scales()
+        self._settle_origins()
+
+    def _without_repeats(self, total: Sum) -> Sum:
+        """A sum in which no origin comes twice, as in x + x."""
+        weights: list[float] = []
+        terms: list[Units] = []
+        for weight, term in zip(total.weights, total.terms, strict=True):
+            numbers = self._origin[term.origins]
+            for i, other in enumerate(terms):
+                if np.array_equal(numbers, self._origin[other.origins]):
+                    weights[i] += weight
+                    break
+            else:
+                weights.append(weight)
+                terms.append(term)
+        return replace(total, weights=tuple(weights), terms=tuple(terms))
+
+    # -- reading -------------------------------------------------------------------------
+
+    def given(self, units: Units) -> ChannelMap | None:
+        """Map that a layer does on a value that it gives; None for the identity."""
+        number, origin = self._strand[units.scales], self._origin[units.origins]
+        p = np.where(self._dead[number], 0.0, self._p[number])
+        return _map(p, self._q[origin], units.axis)
+
+    def read(self, units: Units) -> ChannelMap | None:
+        """Map that a layer does on a value that it reads; None for the identity."""
+        number, origin = self._strand[units.scales], self._origin[units.origins]
+        r = np.where(self._blind[number], 0.0, self._r[number])
+        return _map(r, self._o[origin], units.axis)
+
+    # -- scales --------------------------------------------------------------------------
+
+    def _settle_scales(self) -> None:
+        numbers = np.arange(self._strands.scales.count)
+        root, slope, _ = self._strands.scales.find(numbers)
+        fixed = self._strands.scales.known(numbers)[0]
+        # Where a set is fixed, it is so by the identity of some of its strands.
+        seeds = np.zeros(len(numbers), bool)
+        for units, _ in self._strands.fixed:
+            seeds[self._strand[units.scales]] = True
+        free = ~fixed & (self._strand == numbers)
+        chosen = self._chosen(np.flatnonzero(free), root)
+        seeds[chosen] = True
+        sign = self._strands.scales.signs(numbers).astype(np.float64)
+        self._p[seeds] = self._r[seeds] = np.where(fixed | (sign == 0), 1.0, sign)[seeds]
+        self._p_known = seeds
+        self._identity = np.zeros(len(numbers), bool)
+        self._identity[chosen] = True
+        self._multiply_out()
+
+    def _chosen(self, strands: Array, root: Array) -> Array:
+        """The strand of each free set that keeps the identity: the one that saves most edits.
+
+        It saves edits of kernels at all its ends, and of biases at those whose origin is zero.
+        """
+        count = len(root)
+        ends, plain, norms = (np.zeros(count, np.int64) for _ in range(3))
+        order = np.zeros(count, np.int64)
+        for end in self._strands.ends:
+            known, value = self._strands.origins.known(end.units.origins)
+            numbers = np.unique(self._strand[end.units.scales])
+            ends[numbers] += 1
+            plain[numbers] += not bool((known & (value != 0)).any())
+        for place, edge in enumerate(self._edges):
+            for numbers in (self._strand[edge.before.scales], self._strand[edge.after.scales]):
+                norms[numbers] += 1
+            order[self._strand[edge.after.scales]] = place + 1
+        keys = (order, norms, plain, ends + 2 * plain, root)
+        ranked = strands[np.lexsort([key[strands] for key in keys])]
+        last = np.append(np.diff(root[ranked]) != 0, True)[: len(ranked)]
+        return ranked[last]
+
+    def _multiply_out(self) -> None:
+        """Sweeps over the edges, forward and backward, until every scale is known."""
+        edges = self._edges
+        while True:
+            moved = [self._multiplied(edge) for edge in edges]
+            moved += [self._multiplied(edge) for edge in reversed(edges)]
+            if not any(moved):
+                return
+
+    def _multiplied(self, edge: Edge) -> bool:
+        tied = ~edge.blind
+        x, y = self._strand[edge.before.scales][tied], self._strand[edge.after.scales][tied]
+        s, known = edge.scale[tied], self._p_known
+        p, r = self._p, self._r
+        up, down = known[y] & ~known[x], known[x] & ~known[y]
+        with np.errstate(all="ignore"):  # what is not finite is found by those who fold it
+            p[x[up]], r[x[up]] = s[up] * p[y[up]], r[y[up]] / s[up]
+            p[y[down]], r[y[down]] = p[x[down]] / s[down], s[down] * r[x[down]]
+        known[x[up]] = known[y[down]] = True
+        return bool(up.any() or down.any())
+
+    # -- origins -------------------------------------------------------------------------
+
+    def _settle_origins(self) -> None:
+        strands = self._strands
+        zeros = [units for units, _ in (*strands.fixed, *strands.zero)]
+        self._follow(np.concatenate([self._set_zero(units) for units in zeros] or [_NOTHING]))
+        for edge in self._edges:
+            constant = edge.scale == 0
+            numbers = self._origin[edge.after.origins[constant]]
+            self._o[numbers], self._o_known[numbers] = edge.shift[constant], True
+            self._follow(numbers)
+        for total in self._sums:
+            self._open_up(total)
+        for units in strands.units.values():  # where the scale is the identity
+            chosen = self._identity[self._strand[units.scales]]
+            self._follow(self._set_zero(units, chosen))
+        for total in self._sums:
+            self._open_up(total)
+        for edge in reversed(self._edges):
+            self._follow(self._set_zero(edge.after))
+        for total in self._sums:
+            self._open_up(total)
+
+    def _set_zero(self, units: Units, where: Array | None = None) -> Array:
+        """Sets origins that are not known to zero; returns their numbers."""
+        numbers = self._origin[units.origins]
+        fresh = ~self._o_known[numbers] if where is None else where & ~self._o_known[numbers]
+        self._o_known[numbers[fresh]] = True
+        return numbers[fresh]
+
+    def _open_up(self, total: Sum) -> None:
+        """Sets origins of a sum to zero until the others tell the last: inputs after the first."""
+        while True:
+            unknown = [~self._o_known[self._origin[term.origins]] for term in total.terms]
+            many = np.sum(unknown, axis=0) > 1
+            if not many.any() or not (np.sum(unknown, axis=0) < len(unknown)).any():
+                return
+            for term, mask in zip((total.terms[0], *total.terms[:0:-1]), (unknown[0], *unknown[:0:-1]), strict=True):
+                if (mask & many).any():
+                    self._follow(self._set_zero(term, mask & many))
+                    break
+
+    def _follow(self, numbers: Array) -> None:
+        """Has known origins tell others, along edges and sums."""
+        pending = deque(self._around(numbers))
+        waiting = {id(step) for step in pending}
+        while pending:
+            step = pending.popleft()
+            waiting.discard(id(step))
+            told = self._told(step) if isinstance(step, Edge) else self._added_up(step)
+            for other in self._around(told):
+                if id(other) not in waiting:
+                    waiting.add(id(other))
+                    pending.append(other)
+
+    def _around(self, numbers: Array) -> list[Edge | Sum]:
+        found: dict[int, Edge | Sum] = {}
+        for number in numbers.tolist():
+            for step in self._steps.get(number, ()):
+                found.setdefault(id(step), step)
+        return list(found.values())
+
+    def _told(self, edge: Edge) -> Array:
+        tied = edge.scale != 0
+        x, y = self._origin[edge.before.origins][tied], self._origin[edge.after.origins][tied]
+        s, t = edge.scale[tied], edge.shift[tied]
+        p_y = self._p[self._strand[edge.after.scales]][tied]
+        r_x = self._r[self._strand[edge.before.scales]][tied]
+        known, q, o = self._o_known, self._q, self._o
+        up, down = known[y] & ~known[x], known[x] & ~known[y]
+        with np.errstate(all="ignore"):
+            q[x[up]] = p_y[up] * t[up] + q[y[up]]
+            o[x[up]] = -q[x[up]] * r_x[up]
+            o[y[down]] = s[down] * o[x[down]] + t[down]
+            q[y[down]] = -p_y[down] * o[y[down]]
+        known[x[up]] = known[y[down]] = True
+        return np.concatenate([x[up], y[down]])
+
+    def _added_up(self, total: Sum) -> Array:
+        """Solves a sum for the origin that alone is unknown, in q and in o."""
+        numbers = [self._origin[term.origins] for term in total.terms]
+        known = np.stack([self._o_known[number] for number in numbers])
+        lone = np.count_nonzero(~known, axis=0) == 1
+        told = []
+        for i, number in enumerate(numbers):
+            here = np.flatnonzero(lone & ~known[i])
+            if not len(here) or not total.weights[i]:
+                continue
+            others = [other for other in range(len(numbers)) if other != i]
+            for array in (self._q, self._o):
+                parts = (total.weights[j] * array[numbers[j][here]] for j in others)
+                array[number[here]] = -sum(parts, np.zeros(1)) / total.weights[i]
+            self._o_known[number[here]] = True
+            told.append(number[here])
+        return np.concatenate(told or [_NOTHING])
+
+
+_NOTHING = np.zeros(0, np.intp)
+
+
+def _sides(step: Edge | Sum) -> Iterable[Units]:
+    return (step.before, step.after) if isinstance(step, Edge) else step.terms
+
+
+def _map(scale: Array, shift: Array, axis: int) -> ChannelMap | None:
+    if np.all(scale == 1) and np.all(shift == 0):
+        return None
+    return ChannelMap(scale, shift + 0.0, axis)  # no -0

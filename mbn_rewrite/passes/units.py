@@ -1,0 +1,315 @@
+"""Which BatchNormalizations can go, by the units of all values at once.
+
+A BatchNormalization y = s x + t goes if what it reads and what it gives can be one stored tensor:
+with the units of `rules.relations`, p_x = s p_y and o_y = s o_x + t. Sites are taken one after
+the other: each is assumed to go, and stays if that contradicts what operations demand and what was
+assumed before. What contradicts is the reason.
+
+A scale of 0 has no inverse. Such a channel holds the same value everywhere, so that either what
+nothing else reads before it may be anything, and is made constant by the layers that give it
+(`dead`), or what nothing else gives after it may be anything, and the layers that read it leave it
+out (`blind`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mbn_rewrite.ir.channel_map import Array
+from mbn_rewrite.ir.graph import BatchNorm, Node
+from mbn_rewrite.passes.strands import Strands, Sum, Units
+from mbn_rewrite.passes.ties import NO_CAUSE, Conflict
+from mbn_rewrite.passes.workgraph import Side
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One call of a BatchNormalization, as a tie between the units around it.
+
+    Attributes:
+        node: the call.
+        before: units of what it reads.
+        after: units of what it gives.
+        scale: s of the tie; 1 where s is 0.
+        shift: t of the tie.
+        dead: channels that are made constant before it.
+        blind: channels that are left out after it, whose scales it does not tie. There s may be 0.
+    """
+
+    node: Node
+    before: Units
+    after: Units
+    scale: Array
+    shift: Array
+    dead: Array
+    blind: Array
+
+
+class Assumptions:
+    """Assumptions on what goes, and what contradicts them.
+
+    Args:
+        strands: the units of the graph.
+    """
+
+    def __init__(self, strands: Strands) -> None:
+        self.strands = strands
+        self.gone: dict[str, list[Edge]] = {}
+        # Before anything is assumed: values with one number are the same up to a rounding.
+        self.strand = strands.scales.find(np.arange(strands.scales.count))[0]
+        self.origin = strands.origins.find(np.arange(strands.origins.count))[0]
+        self._blocks = _Blocks(strands)
+        assert not self._sums(set(range(len(strands.sums))))  # the identity satisfies them
+        self._zeros = _ZeroScales(strands, self.strand)
+
+    def assume(self, owner: str) -> str:
+        """Lets a BatchNormalization go; returns why it cannot, or ""."""
+        scales, origins = self.strands.scales, self.strands.origins
+        found = [self._zeros.edge(call) for call in self.strands.graph.sites[owner]]
+        edges = [edge for edge, _ in found]
+        marks = scales.mark(), origins.mark()
+        reason = self._contradiction(edges) or next((why for _, why in found if why), "")
+        if reason:
+            scales.roll_back(marks[0])
+            origins.roll_back(marks[1])
+        else:
+            self.gone[owner] = edges
+            self._zeros.settle(edges)
+        scales.keep()
+        origins.keep()
+        return reason
+
+    def _contradiction(self, edges: Iterable[Edge]) -> str:
+        """What contradicts the ties of the calls of one BatchNormalization, or ""."""
+        scales, origins = self.strands.scales, self.strands.origins
+        woken: set[int] = set()
+        for edge in edges:
+            before, after, s, t = edge.before, edge.after, edge.scale, edge.shift
+            tied = ~edge.blind
+            conflict = scales.tie(before.scales[tied], after.scales[tied], s[tied], np.zeros(1))
+            if conflict is not None:
+                return self._scale_reason(edge, conflict)
+            tied = s != 0
+            conflict = origins.tie(after.origins[tied], before.origins[tied], s[tied], t[tied])
+            if conflict is not None:
+                return self._reason(edge, conflict.right, conflict.left, "a shift cannot pass")
+            conflict = origins.set(after.origins[~tied], t[~tied], NO_CAUSE)
+            if conflict is not None:
+                return self._reason(edge, NO_CAUSE, conflict.right, "a shift cannot pass")
+            woken |= self._blocks.joined(before.origins, after.origins)
+        return self._sums(woken)
+
+    def _sums(self, woken: set[int]) -> str:
+        """Follows up on the sums of origins; returns what contradicts, or ""."""
+        pending = deque(sorted(woken))
+        while pending:
+            number = pending.popleft()
+            woken.discard(number)
+            total = self.strands.sums[number]
+            outcome = self._added_up(total)
+            if isinstance(outcome, Conflict):
+                node, phrase, _ = self.strands.causes[total.cause]
+                return f"{node.label} {phrase}"
+            if outcome:
+                fresh = self._blocks.joined(*(term.origins for term in total.terms)) - woken
+                fresh.discard(number)
+                pending.extend(sorted(fresh))
+                woken |= fresh
+        return ""
+
+    def _added_up(self, total: Sum) -> Conflict | bool:
+        """Whether a sum of origins told something new: one unknown is known, two are tied."""
+        origins = self.strands.origins
+        roots, slopes, constant, size = [], [], np.zeros(1), np.zeros(1)
+        for weight, term in zip(total.weights, total.terms, strict=True):
+            root, a, _ = origins.find(term.origins)
+            known, value = origins.known(term.origins)
+            _, _, b = origins.find(term.origins)
+            part = weight * np.where(known, value, b)
+            roots.append(root)
+            slopes.append(np.where(known, 0.0, weight * a))
+            constant, size = constant + part, size + np.abs(part)
+        slope = np.stack(slopes)
+        for i in range(len(roots)):
+            for j in range(i):
+                same = (roots[i] == roots[j]) & (slope[i] != 0) & (slope[j] != 0)
+                both = slope[i] + slope[j]
+                both[np.abs(both) <= 1e-12 * np.abs(slope[i])] = 0
+                slope[j] = np.where(same, both, slope[j])
+                slope[i] = np.where(same, 0.0, slope[i])
+        unknown = np.count_nonzero(slope, axis=0)
+        wrong = (unknown == 0) & ~(np.abs(constant) <= 1e-12 * size)
+        if wrong.any():
+            return Conflict(int(wrong.sum()))
+        root = np.stack(roots)
+        one = np.flatnonzero(unknown == 1)
+        if len(one):
+            at = np.argmax(slope[:, one] != 0, axis=0)
+            conflict = origins.set(root[at, one], -constant[one] / slope[at, one], total.cause)
+            if conflict is not None:
+                return conflict
+        two = np.flatnonzero(unknown == 2)
+        if len(two):
+            here = slope[:, two] != 0
+            i, j = np.argmax(here, axis=0), len(roots) - 1 - np.argmax(here[::-1], axis=0)
+            a, b = slope[i, two], slope[j, two]
+            conflict = origins.tie(root[i, two], root[j, two], -b / a, -constant[two] / a)
+            if conflict is not None:
+                return conflict
+        return bool(len(one) or len(two))
+
+    # -- reasons -------------------------------------------------------------------------
+
+    def _scale_reason(self, edge: Edge, conflict: Conflict) -> str:
+        if conflict.signs:
+            total = len(edge.scale)
+            what = f"a negative scale cannot pass ({conflict.channels} of {total} channels)"
+            return self._reason(edge, conflict.left, conflict.right, what)
+        return self._reason(edge, conflict.left, conflict.right, "a scale cannot pass")
+
+    def _reason(self, edge: Edge, before: int, after: int, what: str) -> str:
+        causes = (("before", before), ("after", after))
+        told = [
+            f"{side} it, {self._told(edge, cause, what)}"
+            for side, cause in causes
+            if cause != NO_CAUSE
+        ]
+        return "; ".join(told) or "what it reads and what it gives meet again with other scales"
+
+    def _told(self, edge: Edge, cause: int, what: str) -> str:
+        node, phrase, limited = self.strands.causes[cause]
+        label = "it" if node.owner == edge.node.owner else node.label
+        return f"{label} {phrase}, which {what}" if limited else f"{label} {phrase}"
+
+
+class _Blocks:
+    """Sums of origins, found by the numbers that they add up.
+
+    Numbers that were given out together, or have been tied, are in one block: more than need be
+    tied, so that looking them up takes no time.
+    """
+
+    def __init__(self, strands: Strands) -> None:
+        self._starts = np.asarray(strands.block)
+        self._root = list(range(len(strands.block)))
+        self._sums: dict[int, set[int]] = defaultdict(set)
+        for left, right in strands.same_origin:
+            self.joined(left, right)
+        for number, total in enumerate(strands.sums):
+            for term in total.terms:
+                for block in self._blocks(term.origins):
+                    self._sums[block].add(number)
+
+    def joined(self, *numbers: Array) -> set[int]:
+        """Joins the blocks of numbers; returns the sums that any number in them is part of."""
+        first, *others = {block for array in numbers for block in self._blocks(array)}
+        for other in others:
+            if len(self._sums[first]) < len(self._sums[other]):
+                first, other = other, first
+            self._root[other] = first
+            self._sums[first] |= self._sums.pop(other)
+        return self._sums[first]
+
+    def _blocks(self, numbers: Array) -> list[int]:
+        blocks = np.unique(np.searchsorted(self._starts, numbers, side="right") - 1)
+        return [self._find(int(block)) for block in blocks]
+
+    def _find(self, block: int) -> int:
+        root = self._root
+        while root[block] != block:
+            root[block] = root[root[block]]
+            block = root[block]
+        return block
+
+
+class _ZeroScales:
+    """Channels whose scale is 0, and where they can go; see the module's last paragraph."""
+
+    def __init__(self, strands: Strands, strand: Array) -> None:
+        self._units = strands.units
+        self._strand = strand
+        calls = [call for calls in strands.graph.sites.values() for call in calls]
+        self._calls = [c for c in calls if isinstance(c.op, BatchNorm) and c.op.map is not None]
+        self._dead_ends = np.zeros(strands.scales.count, bool)
+        self._lone_sources = np.zeros(strands.scales.count, bool)
+        self._dead = np.zeros(strands.scales.count, bool)
+        self._blind = np.zeros(strands.scales.count, bool)
+        self._passed_on = np.zeros(strands.scales.count, bool)  # to what follows one that goes
+        if any((_map(call).scale == 0).any() for call in self._calls):
+            self._look(strands)
+
+    def _look(self, strands: Strands) -> None:
+        size = strands.scales.count
+        fixed = strands.scales.known(np.arange(size))[0]
+        readers, layers, norms, sources = (np.zeros(size, np.int64) for _ in range(4))
+        for end in strands.ends:
+            numbers = self._strand[end.units.scales]
+            if end.side is Side.AFTER:
+                np.add.at(sources, numbers, 1)
+            elif isinstance(end.node.op, BatchNorm):
+                np.add.at(norms, numbers, 1)
+            else:
+                np.add.at(layers, numbers, 1)
+        readers = norms + layers
+        self._lone_sources = (sources == 1) & ~fixed
+        ends = (readers == 1) & (layers == 0) & ~fixed
+        # What cannot be made constant cannot be made so through a BatchNormalization either.
+        while True:
+            before = ends.copy()
+            for call in self._calls:
+                x, y = self._sides(call)
+                np.logical_and.at(ends, y, ends[x])
+            if np.array_equal(before, ends):
+                break
+        self._dead_ends = ends
+        while True:
+            before = self._dead.copy()
+            for call in self._calls:
+                x, y = self._sides(call)
+                unread = (_map(call).scale == 0) | self._dead[y]
+                np.logical_or.at(self._dead, x, unread & ends[x])
+            if np.array_equal(before, self._dead):
+                break
+
+    def _sides(self, call: Node) -> tuple[Array, Array]:
+        x, y = self._units[call.inputs[0]], self._units[call.outputs[0]]
+        return self._strand[x.scales], self._strand[y.scales]
+
+    def edge(self, call: Node) -> tuple[Edge, str]:
+        """The tie of a call, and why a scale of 0 keeps it, or ""."""
+        m, (x, y) = _map(call), self._sides(call)
+        unread = self._dead[y]
+        zero = (m.scale == 0) & ~unread
+        dead = zero & self._dead_ends[x]
+        blind = (zero & ~dead) | self._blind[x]
+        stuck = blind & (~self._lone_sources[y] | self._passed_on[y])
+        why = ""
+        if stuck.any():
+            why = (
+                f"a scale of 0 ({int(stuck.sum())} of {m.channels} channels) leaves what it gives "
+                "constant there, and neither what it reads nor what it gives can be told apart from "
+                "values that others need"
+            )
+        scale, shift = m.scale.copy(), m.shift.copy()
+        scale[dead | unread] = 1.0
+        shift[unread] = 0.0
+        units = self._units
+        sides = units[call.inputs[0]], units[call.outputs[0]]
+        edge = Edge(call, *sides, scale, shift, dead | (unread & self._dead[x]), blind)
+        return edge, why
+
+    def settle(self, edges: Iterable[Edge]) -> None:
+        """Takes note of edges that go."""
+        for edge in edges:
+            self._blind[self._strand[edge.after.scales[edge.blind]]] = True
+            self._passed_on[self._strand[edge.before.scales[~edge.blind]]] = True
+
+
+def _map(call: Node):  # type: ignore[no-untyped-def]
+    op = call.op
+    assert isinstance(op, BatchNorm) and op.map is not None
+    return op.map
