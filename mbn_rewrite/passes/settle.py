@@ -32,6 +32,7 @@ class Settled:
 
     def __init__(self, assumptions: Assumptions) -> None:
         strands = assumptions.strands
+        self._assumptions = assumptions
         self._strands = strands
         self._edges = [edge for edges in assumptions.gone.values() for edge in edges]
         self._strand = assumptions.strand  # of each scale: equal numbers are equal scales
@@ -150,43 +151,47 @@ class Settled:
 
     def _settle_origins(self) -> None:
         strands = self._strands
-        zeros = [units for units, _ in (*strands.fixed, *strands.zero)]
-        self._follow(np.concatenate([self._set_zero(units) for units in zeros] or [_NOTHING]))
+        for units, _ in (*strands.fixed, *strands.zero):
+            self._set(self._origin[units.origins], 0.0)
         for edge in self._edges:
             constant = edge.scale == 0
-            numbers = self._origin[edge.after.origins[constant]]
-            self._o[numbers], self._o_known[numbers] = edge.shift[constant], True
-            self._follow(numbers)
-        for total in self._sums:
-            self._open_up(total)
+            self._set(self._origin[edge.after.origins[constant]], edge.shift[constant])
+        self._open_up()
         for units in strands.units.values():  # where the scale is the identity
-            chosen = self._identity[self._strand[units.scales]]
-            self._follow(self._set_zero(units, chosen))
-        for total in self._sums:
-            self._open_up(total)
+            self._choose(units, self._identity[self._strand[units.scales]])
+        self._open_up()
         for edge in reversed(self._edges):
-            self._follow(self._set_zero(edge.after))
-        for total in self._sums:
-            self._open_up(total)
+            self._choose(edge.after)
+        self._open_up()
 
-    def _set_zero(self, units: Units, where: Array | None = None) -> Array:
-        """Sets origins that are not known to zero; returns their numbers."""
+    def _set(self, numbers: Array, values: Array | float, p: Array | float = 1.0) -> None:
+        """Sets origins that are not known yet, and follows what they tell."""
+        fresh = ~self._o_known[numbers]
+        numbers = numbers[fresh]
+        self._o[numbers] = np.broadcast_to(values, fresh.shape)[fresh]
+        self._q[numbers] = np.broadcast_to(-p * values, fresh.shape)[fresh]
+        self._o_known[numbers] = True
+        self._follow(numbers)
+
+    def _choose(self, units: Units, where: Array | None = None) -> None:
+        """Sets origins that are open to zero, where they are not told by others after all."""
         numbers = self._origin[units.origins]
-        fresh = ~self._o_known[numbers] if where is None else where & ~self._o_known[numbers]
-        self._o_known[numbers[fresh]] = True
-        return numbers[fresh]
+        known, value = self._strands.origins.known(numbers)
+        self._set(numbers[known], value[known], self._p[self._strand[units.scales]][known])
+        open_still = ~self._o_known[numbers]
+        chosen = numbers[open_still if where is None else open_still & where]
+        if len(chosen):
+            self._assumptions.choose(chosen)
+            self._set(chosen, 0.0)
 
-    def _open_up(self, total: Sum) -> None:
-        """Sets origins of a sum to zero until the others tell the last: inputs after the first."""
-        while True:
-            unknown = [~self._o_known[self._origin[term.origins]] for term in total.terms]
-            many = np.sum(unknown, axis=0) > 1
-            if not many.any() or not (np.sum(unknown, axis=0) < len(unknown)).any():
-                return
-            for term, mask in zip((total.terms[0], *total.terms[:0:-1]), (unknown[0], *unknown[:0:-1]), strict=True):
-                if (mask & many).any():
-                    self._follow(self._set_zero(term, mask & many))
-                    break
+    def _open_up(self) -> None:
+        """Chooses terms of sums that are told in part, the output first, the first input last."""
+        for total in self._sums:
+            first, *rest = total.terms
+            for term in (first, *reversed(rest)):
+                unknown = [~self._o_known[self._origin[term.origins]] for term in total.terms]
+                count = np.sum(unknown, axis=0)
+                self._choose(term, (count > 1) & (count < len(unknown)))
 
     def _follow(self, numbers: Array) -> None:
         """Has known origins tell others, along edges and sums."""

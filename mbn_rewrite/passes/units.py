@@ -14,7 +14,7 @@ out (`blind`).
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,13 @@ class Assumptions:
         origins.keep()
         return reason
 
+    def choose(self, numbers: Array) -> None:
+        """Sets origins that nothing has told so far to zero."""
+        conflict = self.strands.origins.set(numbers, np.zeros(1), NO_CAUSE)
+        assert conflict is None
+        self._sums(self._blocks.joined(numbers))
+        self.strands.origins.keep()
+
     def _contradiction(self, edges: Iterable[Edge]) -> str:
         """What contradicts the ties of the calls of one BatchNormalization, or ""."""
         scales, origins = self.strands.scales, self.strands.origins
@@ -103,8 +110,9 @@ class Assumptions:
             woken |= self._blocks.joined(before.origins, after.origins)
         return self._sums(woken)
 
-    def _sums(self, woken: set[int]) -> str:
+    def _sums(self, woken: Collection[int]) -> str:
         """Follows up on the sums of origins; returns what contradicts, or ""."""
+        woken = set(woken)
         pending = deque(sorted(woken))
         while pending:
             number = pending.popleft()
