@@ -16,8 +16,8 @@ from mbn_rewrite.ir.channel_map import Array
 from mbn_rewrite.ir.graph import BatchNorm, Graph, Linear, Node
 from mbn_rewrite.passes.precision import map_out_of_range, weights_out_of_range
 from mbn_rewrite.passes.settle import Settled
-from mbn_rewrite.passes.strands import End, Strands
-from mbn_rewrite.passes.units import Assumptions, Edge
+from mbn_rewrite.passes.strands import End, Strands, Units
+from mbn_rewrite.passes.units import Assumptions, Bundles, Edge
 from mbn_rewrite.passes.wording import sentence
 from mbn_rewrite.passes.workgraph import Side, WorkingGraph
 from mbn_rewrite.plans import Action, Decision, Fate, Fold, Plan, Remap, Remove
@@ -83,11 +83,14 @@ class _Folding:
                 if why:
                     self.kept[owner] = why
         self.settled = Settled(self.assumptions)
-        self._edited: dict[int, list[str]] = {}  # number of a scale -> owners edited for it
-        self._neighbours: dict[int, list[str]] = {}  # number of a scale -> sites that go beside it
-        for owner, edges in self.assumptions.gone.items():
-            for number in {n for edge in edges for n in self._numbers(edge).tolist()}:
-                self._neighbours.setdefault(number, []).append(owner)
+        strand = self.assumptions.strand
+        values = (strand[units.scales] for units in self.strands.units.values())
+        self._bundles = Bundles(values, len(strand))
+        self._edited: dict[int, list[str]] = {}  # bundle of scales -> layers edited for it
+        self._sites: dict[int, list[str]] = {}  # bundle of scales -> sites that go beside it
+        for owner in self.assumptions.gone:
+            for bundle in self._around(owner):
+                self._sites.setdefault(bundle, []).append(owner)
         for owner, ends in self._ends().items():
             self._absorb(owner, ends)
         self.actions.update(dict.fromkeys(self.assumptions.gone, Remove()))
@@ -133,25 +136,22 @@ class _Folding:
             self.actions[owner] = fold
         if why:
             self._refuse(ends, f"{node.label} cannot absorb it: {why}")
-        for end in ends:
-            for number in np.unique(self.assumptions.strand[end.units.scales]).tolist():
-                self._edited.setdefault(number, []).append(owner)
+        for bundle in self._of(end.units for end in ends):
+            self._edited.setdefault(bundle, []).append(owner)
 
     def _refuse(self, ends: Iterable[End], why: str) -> None:
         """Keeps the site that asks most of a layer."""
-        strand = self.assumptions.strand
-        numbers = np.concatenate([strand[end.units.scales] for end in ends])
-        near = {
-            owner: max(_size(edge) for edge in edges)
-            for owner, edges in self.assumptions.gone.items()
-            if any(np.isin(self._numbers(edge), numbers).any() for edge in edges)
-        }
-        self.refused[max(near, key=near.__getitem__)] = why
+        near = {o for b in self._of(end.units for end in ends) for o in self._sites.get(b, ())}
+        asked = {owner: max(map(_size, self.assumptions.gone[owner])) for owner in sorted(near)}
+        self.refused[max(asked, key=asked.__getitem__)] = why
 
-    def _numbers(self, edge: Edge) -> Array:
-        """Numbers of the scales on both sides of a site."""
-        both = np.concatenate([edge.before.scales, edge.after.scales])
-        return np.unique(self.assumptions.strand[both])
+    def _of(self, units: Iterable[Units]) -> list[int]:
+        return self._bundles.of(*(self.assumptions.strand[u.scales] for u in units))
+
+    def _around(self, owner: str) -> list[int]:
+        """Bundles of scales on both sides of a site."""
+        edges = self.assumptions.gone[owner]
+        return self._of(units for edge in edges for units in (edge.before, edge.after))
 
     def decision(self, owner: str) -> Decision:
         """Decision on a site."""
@@ -170,10 +170,9 @@ class _Folding:
         seen, pending = {owner}, [owner]
         found: set[str] = set()
         while pending and not found:
-            numbers = [self._numbers(edge) for o in pending for edge in self.assumptions.gone[o]]
-            nearby = np.unique(np.concatenate(numbers)).tolist()
-            found = {o for number in nearby for o in self._edited.get(number, ())}
-            pending = sorted({o for n in nearby for o in self._neighbours.get(n, ())} - seen)
+            nearby = {bundle for o in pending for bundle in self._around(o)}
+            found = {o for bundle in nearby for o in self._edited.get(bundle, ())}
+            pending = sorted({o for b in nearby for o in self._sites.get(b, ())} - seen)
             seen.update(pending)
         return found
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.passes.strands import Sum, Units
-from mbn_rewrite.passes.units import Assumptions, Edge
+from mbn_rewrite.passes.units import Assumptions, Bundles, Edge
 
 
 class Settled:
@@ -42,16 +42,18 @@ class Settled:
         self._origin = assumptions.origin
         count = strands.origins.count
         self._q, self._o, self._o_known = np.zeros(count), np.zeros(count), np.zeros(count, bool)
+        self._zeros: list[Array] = []  # origins that were chosen to be zero
         self._dead, self._blind = np.zeros((2, strands.scales.count), bool)
         for edge in self._edges:
             self._dead[self._strand[edge.before.scales[edge.dead]]] = True
             self._blind[self._strand[edge.after.scales[edge.blind]]] = True
         self._sums = [self._without_repeats(total) for total in strands.sums]
+        values = (self._origin[units.origins] for units in strands.units.values())
+        self._bundles = Bundles(values, count)
         self._steps: dict[int, list[Edge | Sum]] = defaultdict(list)
         for step in (*self._edges, *self._sums):
-            for units in _sides(step):
-                for number in {*self._origin[units.origins].tolist()}:
-                    self._steps[number].append(step)
+            for bundle in self._bundles.of(*(self._origin[u.origins] for u in _sides(step))):
+                self._steps[bundle].append(step)
         self._settle_scales()
         self._settle_origins()
 
@@ -151,11 +153,6 @@ class Settled:
 
     def _settle_origins(self) -> None:
         strands = self._strands
-        for units, _ in (*strands.fixed, *strands.zero):
-            self._set(self._origin[units.origins], 0.0)
-        for edge in self._edges:
-            constant = edge.scale == 0
-            self._set(self._origin[edge.after.origins[constant]], edge.shift[constant])
         self._open_up()
         for units in strands.units.values():  # where the scale is the identity
             self._choose(units, self._identity[self._strand[units.scales]])
@@ -163,35 +160,44 @@ class Settled:
         for edge in reversed(self._edges):
             self._choose(edge.after)
         self._open_up()
-
-    def _set(self, numbers: Array, values: Array | float, p: Array | float = 1.0) -> None:
-        """Sets origins that are not known yet, and follows what they tell."""
-        fresh = ~self._o_known[numbers]
-        numbers = numbers[fresh]
-        self._o[numbers] = np.broadcast_to(values, fresh.shape)[fresh]
-        self._q[numbers] = np.broadcast_to(-p * values, fresh.shape)[fresh]
-        self._o_known[numbers] = True
-        self._follow(numbers)
+        for units, _ in (*strands.fixed, *strands.zero):
+            self._o_known[self._origin[units.origins]] = True
+        for chosen in self._zeros:
+            self._o_known[self._origin[chosen]] = True
+        for edge in self._edges:
+            constant = edge.scale == 0
+            numbers = self._origin[edge.after.origins[constant]]
+            self._o[numbers], self._o_known[numbers] = edge.shift[constant], True
+        self._follow(np.flatnonzero(self._o_known))
+        for units in strands.units.values():  # sums that only all together tell
+            self._adopt(units)
 
     def _choose(self, units: Units, where: Array | None = None) -> None:
-        """Sets origins that are open to zero, where they are not told by others after all."""
-        numbers = self._origin[units.origins]
-        known, value = self._strands.origins.known(numbers)
-        self._set(numbers[known], value[known], self._p[self._strand[units.scales]][known])
-        open_still = ~self._o_known[numbers]
-        chosen = numbers[open_still if where is None else open_still & where]
+        """Has origins be zero that nothing tells."""
+        known, _ = self._strands.origins.known(units.origins)
+        chosen = units.origins[~known if where is None else ~known & where]
         if len(chosen):
             self._assumptions.choose(chosen)
-            self._set(chosen, 0.0)
+            self._zeros.append(chosen)
 
     def _open_up(self) -> None:
         """Chooses terms of sums that are told in part, the output first, the first input last."""
+        origins = self._strands.origins
         for total in self._sums:
             first, *rest = total.terms
             for term in (first, *reversed(rest)):
-                unknown = [~self._o_known[self._origin[term.origins]] for term in total.terms]
-                count = np.sum(unknown, axis=0)
-                self._choose(term, (count > 1) & (count < len(unknown)))
+                known = np.sum([origins.known(t.origins)[0] for t in total.terms], axis=0)
+                self._choose(term, (known > 0) & (known < len(total.terms) - 1))
+
+    def _adopt(self, units: Units) -> None:
+        numbers = self._origin[units.origins]
+        fresh = ~self._o_known[numbers]
+        if fresh.any():
+            _, value = self._strands.origins.known(units.origins)
+            self._o[numbers[fresh]] = value[fresh]
+            self._q[numbers[fresh]] = -(self._p[self._strand[units.scales]] * value)[fresh]
+            self._o_known[numbers[fresh]] = True
+            self._follow(numbers[fresh])
 
     def _follow(self, numbers: Array) -> None:
         """Has known origins tell others, along edges and sums."""
@@ -207,10 +213,7 @@ class Settled:
                     pending.append(other)
 
     def _around(self, numbers: Array) -> list[Edge | Sum]:
-        found: dict[int, Edge | Sum] = {}
-        for number in numbers.tolist():
-            for step in self._steps.get(number, ()):
-                found.setdefault(id(step), step)
+        found = {id(step): step for b in self._bundles.of(numbers) for step in self._steps[b]}
         return list(found.values())
 
     def _told(self, edge: Edge) -> Array:

@@ -59,7 +59,7 @@ class Assumptions:
     def __init__(self, strands: Strands) -> None:
         self.strands = strands
         self.gone: dict[str, list[Edge]] = {}
-        # Before anything is assumed: values with one number are the same up to a rounding.
+        # What is equal before anything is assumed has one number.
         self.strand = strands.scales.find(np.arange(strands.scales.count))[0]
         self.origin = strands.origins.find(np.arange(strands.origins.count))[0]
         self._blocks = _Blocks(strands)
@@ -192,6 +192,26 @@ class Assumptions:
         node, phrase, limited = self.strands.causes[cause]
         label = "it" if node.owner == edge.node.owner else node.label
         return f"{label} {phrase}, which {what}" if limited else f"{label} {phrase}"
+
+
+class Bundles:
+    """Channels that come together wherever they come, so that they can be named as one.
+
+    Args:
+        vectors: the numbers of each value.
+        count: how many numbers there are.
+    """
+
+    def __init__(self, vectors: Iterable[Array], count: int) -> None:
+        # The values that a number is part of, as a sum of random numbers, one for each.
+        rng, sums = np.random.default_rng(0), np.zeros(count, np.uint64)
+        for vector in vectors:
+            np.add.at(sums, np.unique(vector), rng.integers(1, 2**64 - 1, dtype=np.uint64))
+        self._bundle = np.unique(sums, return_inverse=True)[1]
+
+    def of(self, *vectors: Array) -> list[int]:
+        """Bundles that the numbers of values are in, in ascending order."""
+        return sorted({b for v in vectors for b in np.unique(self._bundle[v]).tolist()})
 
 
 class _Blocks:
