@@ -200,6 +200,7 @@ class MergeKind(Name):
     AVERAGE = "average"
     MAXIMUM = "maximum"
     MINIMUM = "minimum"
+    MULTIPLY = "multiply"  # inputs of one position may be repeated over all
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mbn_rewrite.ir.channel_map import Array
 from mbn_rewrite.ir.graph import BatchNorm, Linear, Node, Recurrent
 from mbn_rewrite.passes.ties import Ties
 from mbn_rewrite.passes.workgraph import Side, WorkingGraph
-from mbn_rewrite.rules.relations import OUT, RELATIONS, Ends, Origins, Relation, Shapes, Spread, Tied
+from mbn_rewrite.rules.relations import OUT, RELATIONS, Ends, Gated, Origins, Relation, Shapes, Spread, Tied
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class Strands:
         self.fixed: list[tuple[Units, int]] = []
         self.zero: list[tuple[Units, int]] = []
         self._positive: list[tuple[Units, int]] = []
+        self._gates: list[tuple[Units, list[Units], Node]] = []
         self._calls: dict[str, list[Node]] = {}
         for node in graph.graph.nodes:
             self._calls.setdefault(node.owner, []).append(node)
@@ -192,6 +193,8 @@ class Strands:
             self._fix(value, node, relation)
         elif isinstance(relation, Ends):
             self._end(node, slot, relation)
+        elif isinstance(relation, Gated):
+            self._gate(node, slot, relation)
         else:
             self._tie_slots(node, slot, relation)
 
@@ -203,7 +206,7 @@ class Strands:
         shapes = Shapes(tuple(map(graph.shape, node.inputs)), graph.shape(node.outputs[0]))
         axis = self.units[self._value(node, slot)].axis
         relation = RELATIONS[type(node.op)](node.op, shapes, slot, axis)
-        if isinstance(relation, Tied):
+        if isinstance(relation, (Tied, Gated)):
             before, after = graph.dtype(node.inputs[0]), graph.dtype(node.outputs[0])
             if before != after and "16" in before + after:
                 # Units would be those of another range and precision.
@@ -290,6 +293,43 @@ class Strands:
         if same:
             self.same_origin.append((own.origins[theirs], origins))
 
+    def _gate(self, node: Node, slot: int, gated: Gated) -> None:
+        for other, spread in gated.spread.items():
+            self._reach(self._value(node, other), spread.axis, spread.channels)
+        self._tied.add(id(node))
+        slots = [slot, *gated.spread]
+        units = {i: self.units[self._value(node, i)] for i in slots}
+        cause = self.causes.add(node, gated.doing, True)
+        if any(u.axis != units[slot].axis for u in units.values()):
+            self.fixed += [(u, self.causes.add(node, "multiplies on different axes")) for u in units.values()]
+            return
+        self.zero += [(u, cause) for u in units.values()]
+        inputs = [units[i] for i in sorted(units) if i != OUT]
+        self._gates.append((units[OUT], inputs, node))
+
+    def _tie_gates(self) -> None:
+        """Ties the output of each gate to the one input that is free to have a scale.
+
+        An input that must be the identity leaves the other one to have that of the output. Where
+        several are free, all but the first are made to be the identity: a choice, since scales
+        that multiply are no equations between two of them.
+        """
+        pending = list(self._gates)
+        while pending:
+            free = [[u for u in inputs if not self.scales.known(u.scales)[0].all()] for _, inputs, _ in pending]
+            at = next((i for i, inputs in enumerate(free) if len(inputs) < 2), 0)
+            given, _, node = pending.pop(at)
+            first, *others = free[at] or [None]
+            for units in (given,) if first is None else others:
+                self._fix_units(units, self.causes.add(node, "multiplies it by values that have a scale"))
+            if first is not None:
+                _must(self.scales.tie(given.scales, first.scales, np.ones(1), np.zeros(1)))
+
+    def _fix_units(self, units: Units, cause: int) -> None:
+        self.fixed.append((units, cause))
+        _must(self.scales.set(units.scales, np.ones(1), cause))
+        _must(self.origins.set(units.origins, np.zeros(1), cause))
+
     def _tie(self) -> None:
         """Makes the ties and demands that were collected. The identity satisfies them all."""
         one, zero = np.ones(1), np.zeros(1)
@@ -297,13 +337,14 @@ class Strands:
             _must(self.scales.tie(left, right, one, zero))
         for left, right in self.same_origin:
             _must(self.origins.tie(left, right, one, zero))
-        for units, cause in self.fixed:
-            _must(self.scales.set(units.scales, one, cause))
-            _must(self.origins.set(units.origins, zero, cause))
+        fixed, self.fixed = self.fixed, []
+        for units, cause in fixed:
+            self._fix_units(units, cause)
         for units, cause in self._positive:
             _must(self.scales.require_positive(units.scales, cause))
         for units, cause in self.zero:
             _must(self.origins.set(units.origins, zero, cause))
+        self._tie_gates()
         self.scales.keep()
         self.origins.keep()
 

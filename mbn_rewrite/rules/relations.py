@@ -9,6 +9,7 @@ A row answers with
 
     Ends     of weights: what they demand of the units on either side
     Tied     to the same scale on all sides, and origins that are the same, zero, or add up
+    Gated    to scales that multiply
     a phrase that completes "<layer> ...": it takes nothing but the identity
 
 To add an operation: describe it in ir/graph.py, give it a row here, say in the front ends'
@@ -119,7 +120,20 @@ class Ends:
     positive: bool = False
 
 
-Relation = Ends | Tied | str
+@dataclass(frozen=True)
+class Gated:
+    """The product of scales on the inputs is that of the output, and all origins are zero.
+
+    Attributes:
+        spread: for the output and every input but the one asked of, its channels.
+        doing: phrase on what the operation does.
+    """
+
+    spread: Mapping[int, Spread]
+    doing: str = "multiplies it by other values"
+
+
+Relation = Ends | Tied | Gated | str
 Row = Callable[..., Relation]  # of (op, shapes, slot, axis of the slot's channels)
 
 
@@ -249,6 +263,8 @@ def _permute(op: Permute, shapes: Shapes, slot: int, axis: int) -> Relation:
 def _merge(op: Merge, shapes: Shapes, slot: int, axis: int) -> Relation:
     """p (a - o_a) + p (b - o_b) = p (a + b - (o_a + o_b)), and likewise for the other kinds"""
     rank, channels = len(shapes.output), shapes.of(slot)[axis]
+    if op.kind is MergeKind.MULTIPLY:
+        return _gate(shapes, slot, axis)
     if any(len(shape) != rank or shape[axis] != channels for shape in shapes.inputs):
         return "repeats one of its inputs over the channels"
     assert channels is not None
@@ -264,6 +280,19 @@ def _merge(op: Merge, shapes: Shapes, slot: int, axis: int) -> Relation:
             return Tied(spread, Origins.SUM, (1.0 / count,) * count)
         case MergeKind.MAXIMUM | MergeKind.MINIMUM:
             return Tied(spread, positive=True, doing=f"takes a {op.kind}")
+
+
+def _gate(shapes: Shapes, slot: int, axis: int) -> Relation:
+    """p_a a * p_b b = (p_a p_b) (a * b)"""
+    rank, channels = len(shapes.output), _channels(shapes, OUT, axis)
+    if channels is None or any(len(shape) != rank for shape in shapes.inputs):
+        return "multiplies values of different ranks, or of unknown numbers of channels"
+    if shapes.of(slot)[axis] != channels:
+        return "multiplies all channels by it"
+    # An input that is the same for all channels keeps the identity, since nothing asks more of it.
+    others = [i for i in range(OUT, len(shapes.inputs)) if i != slot]
+    alike = [i for i in others if shapes.of(i)[axis] == channels]
+    return Gated({i: Spread(axis, channels, np.arange(channels)) for i in alike})
 
 
 def _concat(op: Concat, shapes: Shapes, slot: int, axis: int) -> Relation:

@@ -209,6 +209,8 @@ def _merged(kind: ir.MergeKind, inputs: list[np.ndarray]) -> np.ndarray:
             return np.maximum.reduce(inputs)
         case ir.MergeKind.MINIMUM:
             return np.minimum.reduce(inputs)
+        case ir.MergeKind.MULTIPLY:
+            return np.multiply.reduce(inputs)
 
 
 def random_graph(seed: int, steps: int = 14) -> ir.Graph:
@@ -231,7 +233,7 @@ def random_graph(seed: int, steps: int = 14) -> ir.Graph:
             + ["conv"] * 4
             + ["relu"] * 2
             + ["add"] * 3
-            + ["pool", "roll", "pad", "sign", "concat", "extremum", "subtract", "shared", "fused"]
+            + ["pool", "roll", "pad", "sign", "concat", "extremum", "subtract", "shared", "fused", "gate"]
         ):
             case "norm":
                 new = b.norm(x, signs, zeros)
@@ -261,6 +263,9 @@ def random_graph(seed: int, steps: int = 14) -> ir.Graph:
                 new = b.merged(ir.MergeKind.ADD, x, pick(b.channels(x)))
             case "subtract":
                 new = b.merged(ir.MergeKind.SUBTRACT, x, pick(b.channels(x)))
+            case "gate":
+                gate = b.tanh(b.pooled(x)) if rng.random() < 0.5 else pick(b.channels(x))
+                new = b.merged(ir.MergeKind.MULTIPLY, x, gate)
             case "extremum":
                 kind = ir.MergeKind.MAXIMUM if rng.random() < 0.5 else ir.MergeKind.MINIMUM
                 new = b.merged(kind, x, pick(b.channels(x)))

@@ -347,6 +347,7 @@ _OPERATIONS: dict[type, Describer] = {
     numpy.Subtract: _merge(MergeKind.SUBTRACT),
     numpy.Maximum: _merge(MergeKind.MAXIMUM),
     numpy.Minimum: _merge(MergeKind.MINIMUM),
+    numpy.Multiply: _merge(MergeKind.MULTIPLY),
     numpy.Concatenate: _concatenate,
     numpy.Clip: lambda call: clip_between(call.layer.x_min, call.layer.x_max),
     nn.Relu: lambda call: clip_between(*_CLIPS["relu"]),

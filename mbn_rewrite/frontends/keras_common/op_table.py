@@ -170,7 +170,7 @@ _TABLE: dict[str, Describer] = {
     "Permute": _permute,
     **{
         name: _always(Merge(MergeKind(name.lower())))
-        for name in ("Add", "Subtract", "Average", "Maximum", "Minimum")
+        for name in ("Add", "Subtract", "Average", "Maximum", "Minimum", "Multiply")
     },
     "Concatenate": _concatenate,
 }

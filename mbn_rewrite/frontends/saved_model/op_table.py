@@ -128,7 +128,7 @@ def _prelu(site: Site) -> Described | None:
 def _multiplication(site: Site) -> Answer:
     if any(site.constants.value(tensor) is not None for tensor in site.op.inputs):
         return Opaque("multiplies by a constant")
-    return Opaque("multiplies it by values that are computed while the model runs")
+    return Merge(MergeKind.MULTIPLY)
 
 
 # ----------------------------------------------------------------------------- the table

@@ -293,6 +293,9 @@ _TF_MERGES = {
     "math.subtract": MergeKind.SUBTRACT,
     "math.maximum": MergeKind.MAXIMUM,
     "math.minimum": MergeKind.MINIMUM,
+    "__operators__.mul": MergeKind.MULTIPLY,
+    "math.multiply": MergeKind.MULTIPLY,
+    "multiply": MergeKind.MULTIPLY,
 }
 _TF_CLIPS = {"nn.relu": (0.0, None), "nn.relu6": (0.0, 6.0)}
 
