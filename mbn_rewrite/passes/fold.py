@@ -13,31 +13,42 @@ from dataclasses import replace
 import numpy as np
 
 from mbn_rewrite.ir.channel_map import Array
-from mbn_rewrite.ir.graph import BatchNorm, Graph, Linear, Node
-from mbn_rewrite.passes.precision import map_out_of_range, weights_out_of_range
+from mbn_rewrite.ir.graph import BatchNorm, Clip, Graph, Linear, Node
+from mbn_rewrite.passes.precision import bounds_out_of_range, map_out_of_range, weights_out_of_range
 from mbn_rewrite.passes.settle import Settled
 from mbn_rewrite.passes.strands import End, Strands, Units
 from mbn_rewrite.passes.units import Assumptions, Bundles, Edge
 from mbn_rewrite.passes.wording import sentence
 from mbn_rewrite.passes.workgraph import Side, WorkingGraph
-from mbn_rewrite.plans import Action, Decision, Fate, Fold, Plan, Remap, Remove
+from mbn_rewrite.plans import Action, Decision, Fate, Fold, Plan, Reclip, Remap, Remove
 
 
-def plan_fold(graph: Graph, borders: bool = False) -> Plan:
+def plan_fold(graph: Graph, borders: bool = False, clips: bool = False) -> Plan:
     """Folds what can be folded.
+
+    A ReLU that reads nothing but a BatchNormalization may take on bounds by channel, where nothing
+    else lets that go: one operation in place of two.
 
     Args:
         graph: the model.
         borders: whether convolutions that pad with zeros may absorb a shift by adding a
             border map. That is exact too, but costs an addition that may not be fused.
+        clips: whether all clips may take on bounds by channel, on both sides where scales are
+            negative. That is exact too, but a ReLU may be fused that two bounds are not.
     """
     work = WorkingGraph(graph)
-    refused = {owner: why for owner in work.sites if (why := _why_fixed(work, owner))}
+    kept = {owner: why for owner in work.sites if (why := _why_fixed(work, owner))}
     while True:
-        folding = _Folding(work, borders, refused)
+        folding = _Folding(work, kept, borders)
+        able = _clips_after(work, folding.kept.keys() - kept.keys(), clips)
+        if able:
+            first = folding.assumptions.gone
+            clipping = _Folding(work, kept, borders, able, signs=clips, first=first)
+            if len(clipping.assumptions.gone) > len(first):
+                folding = clipping
         if not folding.refused:
             break
-        refused.update(folding.refused)
+        kept.update(folding.refused)
     decisions = [folding.decision(owner) for owner in work.sites]
     for hidden in graph.hidden:
         why = hidden.op.reason or f"{hidden.holder} holds it, and its calls cannot be seen"
@@ -57,27 +68,55 @@ def _why_fixed(work: WorkingGraph, owner: str) -> str:
     return ""
 
 
+def _clips_after(work: WorkingGraph, sites: Collection[str], every: bool) -> frozenset[str]:
+    """Owners of the clips that may take on bounds, so that one of some sites can go.
+
+    Args:
+        sites: what stays otherwise.
+        every: whether that may be any clip; else a ReLU that reads one of the sites.
+    """
+    if not sites:
+        return frozenset()
+    able = (n for n in work.graph.nodes if isinstance(n.op, Clip) and work.calls[n.owner] == 1)
+    return frozenset(
+        node.owner
+        for node in able
+        if every or (node.op.is_homogeneous and work.producer(node.inputs[0]).owner in sites)
+    )
+
+
 class _Folding:
     """One solution: what goes, and what layers absorb then.
 
     Args:
         work: the model.
-        borders: see `plan_fold`.
         kept: sites that are not to go, and why.
+        borders: see `plan_fold`.
+        clips: owners of the clips that may take on bounds.
+        signs: whether these may be bounds on both sides.
+        first: sites that are to go if any can.
 
     Attributes:
         actions: by owner.
         refused: sites whose layers cannot hold what they would absorb, and why.
     """
 
-    def __init__(self, work: WorkingGraph, borders: bool, kept: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        work: WorkingGraph,
+        kept: Mapping[str, str],
+        borders: bool = False,
+        clips: Collection[str] = (),
+        signs: bool = False,
+        first: Collection[str] = (),
+    ) -> None:
         self.work = work
         self.kept = dict(kept)
         self.actions: dict[str, Action] = {}
         self.refused: dict[str, str] = {}
-        self.strands = Strands(work, borders)
+        self.strands = Strands(work, borders, clips, signs)
         self.assumptions = Assumptions(self.strands)
-        for owner in work.sites:
+        for owner in (*first, *(owner for owner in work.sites if owner not in first)):
             if owner not in self.kept:
                 why = self.assumptions.assume(owner)
                 if why:
@@ -93,6 +132,8 @@ class _Folding:
                 self._sites.setdefault(bundle, []).append(owner)
         for owner, ends in self._ends().items():
             self._absorb(owner, ends)
+        for node in self.strands.clips:
+            self._reclip(node)
         self.actions.update(dict.fromkeys(self.assumptions.gone, Remove()))
 
     def _ends(self) -> dict[str, list[End]]:
@@ -135,13 +176,33 @@ class _Folding:
             )
             self.actions[owner] = fold
         if why:
-            self._refuse(ends, f"{node.label} cannot absorb it: {why}")
+            self._refuse((end.units for end in ends), f"{node.label} cannot absorb it: {why}")
         for bundle in self._of(end.units for end in ends):
             self._edited.setdefault(bundle, []).append(owner)
 
-    def _refuse(self, ends: Iterable[End], why: str) -> None:
+    def _reclip(self, node: Node) -> None:
+        """Has the bounds of a clip move with its units."""
+        op, units = node.op, self.strands.units[node.outputs[0]]
+        assert isinstance(op, Clip)
+        lower, upper = self.settled.moved(op.lower, units), self.settled.moved(op.upper, units)
+        lower, upper = np.minimum(lower, upper), np.maximum(lower, upper)
+        if np.all(lower == op.lower) and np.all(upper == op.upper):
+            return
+        action = Reclip(
+            lower if np.any(lower != -np.inf) else None,
+            upper if np.any(upper != np.inf) else None,
+            units.axis,
+        )
+        self.actions[node.owner] = action
+        why = bounds_out_of_range(action, self.work.dtype(node.outputs[0]))
+        if why:
+            self._refuse([units], f"{node.label} cannot clip by channel: {why}")
+        for bundle in self._of([units]):
+            self._edited.setdefault(bundle, []).append(node.owner)
+
+    def _refuse(self, units: Iterable[Units], why: str) -> None:
         """Keeps the site that asks most of a layer."""
-        near = {o for b in self._of(end.units for end in ends) for o in self._sites.get(b, ())}
+        near = {o for b in self._of(units) for o in self._sites.get(b, ())}
         asked = {owner: max(map(_size, self.assumptions.gone[owner])) for owner in sorted(near)}
         self.refused[max(asked, key=asked.__getitem__)] = why
 

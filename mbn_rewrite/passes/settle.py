@@ -86,6 +86,11 @@ class Settled:
         r = np.where(self._blind[number], 0.0, self._r[number])
         return _map(r, self._o[origin], units.axis)
 
+    def moved(self, bound: float, units: Units) -> Array:
+        """A bound of a value, for each channel of how it is kept."""
+        number, origin = self._strand[units.scales], self._origin[units.origins]
+        return self._p[number] * bound + self._q[origin] + 0.0  # no -0
+
     # -- scales --------------------------------------------------------------------------
 
     def _settle_scales(self) -> None:

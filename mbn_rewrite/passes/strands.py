@@ -15,10 +15,21 @@ import numpy as np
 
 from mbn_rewrite.ir.algebra import Border
 from mbn_rewrite.ir.channel_map import Array
-from mbn_rewrite.ir.graph import BatchNorm, Linear, Node, Recurrent
+from mbn_rewrite.ir.graph import BatchNorm, Clip, Linear, Node
 from mbn_rewrite.passes.ties import Ties
 from mbn_rewrite.passes.workgraph import Side, WorkingGraph
-from mbn_rewrite.rules.relations import OUT, RELATIONS, Ends, Gated, Origins, Relation, Shapes, Spread, Tied
+from mbn_rewrite.rules.relations import (
+    OUT,
+    RELATIONS,
+    Ends,
+    Gated,
+    Origins,
+    Relation,
+    Shapes,
+    Spread,
+    Tied,
+    clipped,
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,8 @@ class Strands:
     Args:
         graph: the graph as it stands.
         borders: whether convolutions that pad with zeros may add border maps.
-        clips: nodes of activations that may become clips by channel, by their ids.
+        clips: owners of the clips that may take on bounds by channel.
+        signs: whether scales of these may be negative.
 
     Attributes:
         units: by value.
@@ -113,7 +125,11 @@ class Strands:
     """
 
     def __init__(
-        self, graph: WorkingGraph, borders: bool = False, clips: Collection[int] = ()
+        self,
+        graph: WorkingGraph,
+        borders: bool = False,
+        clips: Collection[str] = (),
+        signs: bool = False,
     ) -> None:
         self.graph = graph
         self.units: dict[int, Units] = {}
@@ -123,6 +139,7 @@ class Strands:
         self.clips: list[Node] = []
         self._borders = borders
         self._may_clip = clips
+        self._signs = signs
         self._numbers = [0, 0]  # of scales, and of origins, given out
         self.block: list[int] = []  # start of each run of origins that was given out together
         self._pending: deque[int] = deque()
@@ -205,7 +222,10 @@ class Strands:
         graph = self.graph
         shapes = Shapes(tuple(map(graph.shape, node.inputs)), graph.shape(node.outputs[0]))
         axis = self.units[self._value(node, slot)].axis
-        relation = RELATIONS[type(node.op)](node.op, shapes, slot, axis)
+        if isinstance(node.op, Clip) and node.owner in self._may_clip:
+            relation = clipped(node.op, shapes, slot, axis, positive=not self._signs)
+        else:
+            relation = RELATIONS[type(node.op)](node.op, shapes, slot, axis)
         if isinstance(relation, (Tied, Gated)):
             before, after = graph.dtype(node.inputs[0]), graph.dtype(node.outputs[0])
             if before != after and "16" in before + after:
@@ -257,14 +277,13 @@ class Strands:
 
     def _tie_slots(self, node: Node, slot: int, tied: Tied) -> None:
         units = self.units[self._value(node, slot)]
-        is_clip = tied.origins is Origins.ZERO and id(node) in self._may_clip
-        same = is_clip or tied.origins is not Origins.SUM
+        same = tied.origins is not Origins.SUM
         for other, spread in tied.spread.items():
             self._tie_slot(node, other, spread, units, same)
         if len(tied.spread) < len(node.inputs):
             return  # the rest is tied from another slot
         self._tied.add(id(node))
-        if is_clip:
+        if node.owner in self._may_clip:
             self.clips.append(node)
         elif tied.origins is Origins.ZERO:
             self.zero.append((units, self.causes.add(node, tied.doing, True)))

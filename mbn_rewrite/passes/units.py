@@ -283,7 +283,11 @@ class _ZeroScales:
             else:
                 np.add.at(layers, numbers, 1)
         readers = norms + layers
-        self._lone_sources = (sources == 1) & ~fixed
+        # A constant that a clip reads is another one after it.
+        clips = np.zeros(size, bool)
+        for node in strands.clips:
+            clips[self._strand[strands.units[node.outputs[0]].scales]] = True
+        self._lone_sources = (sources == 1) & ~fixed & ~clips
         ends = (readers == 1) & (layers == 0) & ~fixed
         # What cannot be made constant cannot be made so through a BatchNormalization either.
         while True:

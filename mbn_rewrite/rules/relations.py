@@ -31,6 +31,7 @@ from mbn_rewrite.ir.graph import (
     Affine,
     BatchNorm,
     ChannelPreserving,
+    Clip,
     Concat,
     Input,
     Linear,
@@ -234,6 +235,25 @@ def _homogeneous(op: PositivelyHomogeneous, shapes: Shapes, slot: int, axis: int
     return _unary(op, shapes, slot, axis, Origins.ZERO, positive=True, doing="is an activation")
 
 
+def _clip(op: Clip, shapes: Shapes, slot: int, axis: int) -> Relation:
+    """max(p x, 0) = p max(x, 0), where p > 0; see `clipped` for other bounds"""
+    if not op.is_homogeneous:
+        return op.why
+    return _unary(op, shapes, slot, axis, Origins.ZERO, positive=True, doing="is an activation")
+
+
+def clipped(op: Clip, shapes: Shapes, slot: int, axis: int, positive: bool) -> Relation:
+    """Relation of a clip whose bounds move with its units, so that origins need not be zero.
+
+    min(max(p (x - o), p (lower - o)), p (upper - o)) = p (min(max(x, lower), upper) - o), where
+    p > 0. Where p < 0 the bounds change places.
+
+    Args:
+        positive: whether scales must be positive nevertheless, so that one bound stays one.
+    """
+    return _unary(op, shapes, slot, axis, positive=positive, doing="is an activation")
+
+
 def _reshape(op: Reshape, shapes: Shapes, slot: int, axis: int) -> Relation:
     """The same elements; channels must be kept apart."""
     shape, new = (shapes.output, shapes.inputs[0]) if slot == OUT else (shapes.inputs[0], shapes.output)
@@ -337,6 +357,7 @@ RELATIONS: dict[type[Op], Row] = {
     Monotone: _monotone,
     ZeroPadding: _zero_padding,
     PositivelyHomogeneous: _homogeneous,
+    Clip: _clip,
     Reshape: _reshape,
     Permute: _permute,
     Merge: _merge,

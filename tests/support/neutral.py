@@ -94,8 +94,12 @@ class Builder:
         owner = owner or f"bn_{len(self.values)}"
         return self.add(op, x, channels=channels, owner=owner, kind="BatchNormalization")
 
-    def relu(self, x: int) -> int:
-        return self.add(ir.PositivelyHomogeneous(), x, channels=self.channels(x), kind="ReLU")
+    def relu(self, x: int, upper: float = np.inf) -> int:
+        return self.add(ir.Clip(0.0, upper), x, channels=self.channels(x), kind="ReLU")
+
+    def leaky_relu(self, x: int) -> int:
+        op = ir.PositivelyHomogeneous()
+        return self.add(op, x, channels=self.channels(x), kind="LeakyReLU")
 
     def tanh(self, x: int) -> int:
         """Anything opaque. It is computed as a sign, which keeps whole numbers whole."""
@@ -163,7 +167,13 @@ def _computed(
         case ir.ZeroPadding():
             return np.concatenate([np.zeros_like(inputs[0][:, :1]), inputs[0][:, 1:]], axis=1)
         case ir.PositivelyHomogeneous():
-            return np.maximum(inputs[0], 0)
+            return np.maximum(inputs[0], 0.5 * inputs[0])
+        case ir.Clip():
+            bounds = action or op
+            lower = -np.inf if bounds.lower is None else bounds.lower
+            return np.minimum(
+                np.maximum(inputs[0], lower), np.inf if bounds.upper is None else bounds.upper
+            )
         case ir.Affine():
             return np.roll(inputs[0], 1, axis=1)
         case ir.Concat():
@@ -231,9 +241,9 @@ def random_graph(seed: int, steps: int = 14) -> ir.Graph:
         match rng.choice(
             ["norm"] * 4
             + ["conv"] * 4
-            + ["relu"] * 2
+            + ["relu"] * 3
             + ["add"] * 3
-            + ["pool", "roll", "pad", "sign", "concat", "extremum", "subtract", "shared", "fused", "gate"]
+            + ["pool", "roll", "pad", "sign", "concat", "extremum", "subtract", "shared", "fused", "gate", "leaky"]
         ):
             case "norm":
                 new = b.norm(x, signs, zeros)
@@ -248,7 +258,9 @@ def random_graph(seed: int, steps: int = 14) -> ir.Graph:
                 values += [a]
                 new = b.linear(y, width, owner=owner)
             case "relu":
-                new = b.relu(x)
+                new = b.relu(x, rng.choice([np.inf, np.inf, 6.0]))
+            case "leaky":
+                new = b.leaky_relu(x)
             case "pool":
                 new = b.pooled(x)
             case "roll":
