@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mbn_rewrite.ir.channel_map import Array
+from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Clip, Graph, Linear, Node
 from mbn_rewrite.passes.precision import bounds_out_of_range, map_out_of_range, weights_out_of_range
 from mbn_rewrite.passes.settle import Settled
@@ -51,8 +51,9 @@ def plan_fold(graph: Graph, borders: bool = False, clips: bool = False) -> Plan:
         kept.update(folding.refused)
     decisions = [folding.decision(owner) for owner in work.sites]
     for hidden in graph.hidden:
-        why = hidden.op.reason or f"{hidden.holder} holds it, and its calls cannot be seen"
-        decisions.append(Decision(hidden.owner, Fate.KEPT, reason=sentence(str(why))))
+        unseen = f"{hidden.holder} holds it, and its calls cannot be seen"
+        why = str(hidden.op.reason or unseen)
+        decisions.append(Decision(hidden.owner, Fate.KEPT, reason=sentence(why)))
     return Plan("fold", tuple(decisions), folding.actions)
 
 
@@ -77,12 +78,14 @@ def _clips_after(work: WorkingGraph, sites: Collection[str], every: bool) -> fro
     """
     if not sites:
         return frozenset()
-    able = (n for n in work.graph.nodes if isinstance(n.op, Clip) and work.calls[n.owner] == 1)
-    return frozenset(
-        node.owner
-        for node in able
-        if every or (node.op.is_homogeneous and work.producer(node.inputs[0]).owner in sites)
-    )
+    able = set()
+    for node in work.graph.nodes:
+        if not isinstance(node.op, Clip) or work.calls[node.owner] > 1:
+            continue
+        is_after = work.producer(node.inputs[0]).owner in sites
+        if every or (is_after and node.op.is_homogeneous):
+            able.add(node.owner)
+    return frozenset(able)
 
 
 class _Folding:
@@ -144,7 +147,7 @@ class _Folding:
                 found.setdefault(end.node.owner, []).append(end)
         return found
 
-    def _asked(self, end: End):
+    def _asked(self, end: End) -> ChannelMap | None:
         side = self.settled.given if end.side is Side.AFTER else self.settled.read
         return side(end.units)
 
@@ -238,10 +241,12 @@ class _Folding:
         return found
 
     def _stand_ins(self, owners: Collection[str]) -> str:
-        """Sentences on layers that are replaced to add border maps or biases, or ""."""
+        """Sentences on layers that are replaced, to clip, or to add biases or border maps."""
         sentences = []
         for owner in owners:
             node, fold = self.work.nodes[owner], self.actions[owner]
+            if isinstance(fold, Reclip):
+                sentences.append(f"{node.label} clips with bounds by channel.")
             if not isinstance(fold, Fold) or not isinstance(node.op, Linear):
                 continue
             if fold.outer_bias:
@@ -261,4 +266,6 @@ class _Folding:
 def _size(edge: Edge) -> float:
     """How far a site's map is from the identity, in powers of two."""
     scale = np.abs(edge.scale[edge.scale != 0])
-    return float(max(np.abs(np.log2(scale)).max(initial=0), np.log2(1 + np.abs(edge.shift)).max(initial=0)))
+    return float(
+        max(np.abs(np.log2(scale)).max(initial=0), np.log2(1 + np.abs(edge.shift)).max(initial=0))
+    )

@@ -18,7 +18,12 @@ from mbn_rewrite.passes.substitute import TAKES, in_form, plan_depthwise, replac
 from mbn_rewrite.plans import Plan
 
 FOLDED = "folded"  # the form in which what does not fold stays as it is
-BORDER = "border"  # the form in which convolutions add border maps
+# Forms that let more fold, at a cost: convolutions add border maps, and clips take on bounds.
+EXACT_AT_A_COST: dict[str, dict[str, bool]] = {
+    "border": {"borders": True},
+    "clip": {"clips": True},
+    "border_and_clip": {"borders": True, "clips": True},
+}
 
 _PLANNERS: dict[str, Callable[[Graph], Plan]] = {
     "fold": plan_fold,
@@ -45,12 +50,11 @@ def make_plan(graph: Graph, mode: str, stride: Any = None) -> Plan:
 def candidates(graph: Graph) -> dict[str, Plan]:
     """The plans that mode "auto" has to choose between, by what they do with what does not fold.
 
-    All are exact. The first, `FOLDED`, leaves it; `BORDER` lets convolutions that pad with zeros
-    absorb more, and leaves the rest; the others put a `plans.Form` in the place of each that it
-    can do the work of ("depthwise" scales and shifts where there is no such convolution). What
-    custom layers hold stays in all of them, since it cannot be seen how it is called, and so does
-    what has something else to do in its place (`BatchNorm.reason`). Plans that would come to the
-    same are left out.
+    All are exact. The first, `FOLDED`, leaves it; those of `EXACT_AT_A_COST` let more fold, and
+    leave the rest; the others put a `plans.Form` in the place of each that it can do the work of
+    ("depthwise" scales and shifts where there is no such convolution). What custom layers hold
+    stays in all of them, since it cannot be seen how it is called, and so does what has something
+    else to do in its place (`BatchNorm.reason`). Plans that would come to the same are left out.
     """
     folded = replace(plan_fold(graph), mode="auto")
     plans = {FOLDED: folded}
@@ -59,8 +63,11 @@ def candidates(graph: Graph) -> dict[str, Plan]:
         plan = in_form(folded, left, form)
         if plan is not None:
             plans[form] = plan
-    if folded.left:
-        bordered = replace(plan_fold(graph, borders=True), mode="auto")
-        if bordered.left < folded.left:
-            plans[BORDER] = bordered
+    least = folded.left
+    for name, options in EXACT_AT_A_COST.items():
+        if least:
+            further = replace(plan_fold(graph, **options), mode="auto")
+            if further.left < (least if len(options) > 1 else folded.left):
+                plans[name] = further
+                least = min(least, further.left)
     return plans

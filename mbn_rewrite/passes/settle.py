@@ -51,7 +51,8 @@ class Settled:
         values = (self._origin[units.origins] for units in strands.units.values())
         self._bundles = Bundles(values, count)
         self._steps: dict[int, list[Edge | Sum]] = defaultdict(list)
-        for step in (*self._edges, *self._sums):
+        steps: list[Edge | Sum] = [*self._edges, *self._sums]
+        for step in steps:
             for bundle in self._bundles.of(*(self._origin[u.origins] for u in _sides(step))):
                 self._steps[bundle].append(step)
         self._settle_scales()
@@ -95,7 +96,7 @@ class Settled:
 
     def _settle_scales(self) -> None:
         numbers = np.arange(self._strands.scales.count)
-        root, slope, _ = self._strands.scales.find(numbers)
+        root, _, _ = self._strands.scales.find(numbers)
         fixed = self._strands.scales.known(numbers)[0]
         # Where a set is fixed, it is so by the identity of some of its strands.
         seeds = np.zeros(len(numbers), bool)

@@ -8,7 +8,7 @@ BatchNormalization would tie, if it went, is decided in `units`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,15 @@ class Sum:
     cause: int
 
 
+@dataclass(frozen=True)
+class _Gate:
+    """Units of a product, and of those factors that have channels."""
+
+    given: Units
+    inputs: list[Units]
+    cause: int
+
+
 class Causes:
     """What demands something of units, by number, for reasons."""
 
@@ -118,6 +127,7 @@ class Strands:
         sums: origins that add up.
         causes: what demands the identity, an origin of zero or a positive scale.
         clips: the nodes of `clips` that were reached.
+        places: of the last call of each layer in the order of the model.
         fixed: units that are the identity, each with its cause.
         zero: units whose origin is zero, likewise.
         same_origin: pairs of origins that are equal.
@@ -150,8 +160,9 @@ class Strands:
         self.fixed: list[tuple[Units, int]] = []
         self.zero: list[tuple[Units, int]] = []
         self._positive: list[tuple[Units, int]] = []
-        self._gates: list[tuple[Units, list[Units], Node]] = []
+        self._gates: list[_Gate] = []
         self._calls: dict[str, list[Node]] = {}
+        self.places = {node.owner: place for place, node in enumerate(graph.graph.nodes)}
         for node in graph.graph.nodes:
             self._calls.setdefault(node.owner, []).append(node)
         self._spread()
@@ -269,8 +280,8 @@ class Strands:
         if own is None:
             self._assign(value, units)
         elif own.axis != units.axis or len(own.scales) != len(units.scales):
-            self._fix(value, node, "is called on different axes of channels")
-            self.fixed.append((units, self.causes.add(node, "is called on different axes")))
+            cause = self.causes.add(node, "is called on different axes of channels")
+            self.fixed += [(own, cause), (units, cause)]
         elif own is not units:
             self._same_scale.append((own.scales, units.scales))
             self.same_origin.append((own.origins, units.origins))
@@ -304,8 +315,8 @@ class Strands:
             return
         own = own or self._reach(value, spread.axis, spread.channels)
         if own.axis != spread.axis or len(own.scales) != spread.channels:
-            self._fix(value, node, "joins channels on different axes")
-            self.fixed.append((units, self.causes.add(node, "joins channels on different axes")))
+            cause = self.causes.add(node, "joins channels on different axes")
+            self.fixed += [(own, cause), (units, cause)]
             return
         theirs = slice(None) if spread.theirs is None else spread.theirs
         self._same_scale.append((own.scales[theirs], scales))
@@ -316,15 +327,16 @@ class Strands:
         for other, spread in gated.spread.items():
             self._reach(self._value(node, other), spread.axis, spread.channels)
         self._tied.add(id(node))
-        slots = [slot, *gated.spread]
-        units = {i: self.units[self._value(node, i)] for i in slots}
-        cause = self.causes.add(node, gated.doing, True)
-        if any(u.axis != units[slot].axis for u in units.values()):
-            self.fixed += [(u, self.causes.add(node, "multiplies on different axes")) for u in units.values()]
+        units = {i: self.units[self._value(node, i)] for i in (slot, *gated.spread)}
+        if len({sides.axis for sides in units.values()}) > 1:
+            cause = self.causes.add(node, "multiplies on different axes of channels")
+            self.fixed += [(sides, cause) for sides in units.values()]
             return
-        self.zero += [(u, cause) for u in units.values()]
+        cause = self.causes.add(node, gated.doing, True)
+        self.zero += [(sides, cause) for sides in units.values()]
         inputs = [units[i] for i in sorted(units) if i != OUT]
-        self._gates.append((units[OUT], inputs, node))
+        cause = self.causes.add(node, "multiplies it by values that have a scale")
+        self._gates.append(_Gate(units[OUT], inputs, cause))
 
     def _tie_gates(self) -> None:
         """Ties the output of each gate to the one input that is free to have a scale.
@@ -335,14 +347,17 @@ class Strands:
         """
         pending = list(self._gates)
         while pending:
-            free = [[u for u in inputs if not self.scales.known(u.scales)[0].all()] for _, inputs, _ in pending]
+            free = [[units for units in gate.inputs if self._is_free(units)] for gate in pending]
             at = next((i for i, inputs in enumerate(free) if len(inputs) < 2), 0)
-            given, _, node = pending.pop(at)
-            first, *others = free[at] or [None]
-            for units in (given,) if first is None else others:
-                self._fix_units(units, self.causes.add(node, "multiplies it by values that have a scale"))
-            if first is not None:
-                _must(self.scales.tie(given.scales, first.scales, np.ones(1), np.zeros(1)))
+            gate, inputs = pending.pop(at), free[at]
+            for units in inputs[1:] if inputs else [gate.given]:
+                self._fix_units(units, gate.cause)
+            if inputs:
+                scales = gate.given.scales
+                _must(self.scales.tie(scales, inputs[0].scales, np.ones(1), np.zeros(1)))
+
+    def _is_free(self, units: Units) -> bool:
+        return not self.scales.known(units.scales)[0].all()
 
     def _fix_units(self, units: Units, cause: int) -> None:
         self.fixed.append((units, cause))

@@ -75,7 +75,7 @@ class Ties:
         """Lets go of what would be needed to roll back."""
         self._log.clear()
 
-    def _write(self, array: Array, where: Array, values: Array) -> None:
+    def _write(self, array: Array, where: Array, values: Array | bool) -> None:
         self._log.append((array, where, array[where]))
         array[where] = values
 
@@ -126,7 +126,7 @@ class Ties:
             wanted = (values - b) / a
         fresh = ~self._known[root]
         self._write(self._value, root[fresh], wanted[fresh])
-        self._write(self._known, root[fresh], np.True_)
+        self._write(self._known, root[fresh], True)
         self._write(self._cause, root[fresh], np.full(int(fresh.sum()), cause))
         # Numbers that come twice were perhaps given two values.
         told = a * self._value[root]
@@ -178,7 +178,7 @@ class Ties:
         part_l = np.where(self._known[root_l], a_l * self._value[root_l], 0.0)
         part_r = np.where(self._known[root_r], s * a_r * self._value[root_r], 0.0)
         left_x, right_x = part_l + b_l, part_r + s * b_r + t
-        size = sum(np.abs(part) for part in (part_l, b_l, part_r, s * b_r, t))
+        size = np.abs([part_l, b_l, part_r, s * b_r, t]).sum(axis=0)
         slope = self._known[root_l] | _close(a_l, s * a_r, np.abs(a_l))
         wrong = ~(slope & _close(left_x, right_x, size))
         return Conflict(int(wrong.sum())) if wrong.any() else None
@@ -224,7 +224,7 @@ class Ties:
         value = (self._value[high] - offset) / slope
         self._write(self._value, low[news], value[news])
         self._write(self._cause, low[news], self._cause[high[news]])
-        self._write(self._known, low[news], np.True_)
+        self._write(self._known, low[news], True)
         sign = (self._sign[high] * np.sign(slope)).astype(np.int8)
         news = (self._sign[high] != 0) & (self._sign[low] == 0)
         self._write(self._sign, low[news], sign[news])

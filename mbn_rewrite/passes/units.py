@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mbn_rewrite.ir.channel_map import Array
+from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Node
 from mbn_rewrite.passes.strands import Strands, Sum, Units
 from mbn_rewrite.passes.ties import NO_CAUSE, Conflict
@@ -181,17 +181,16 @@ class Assumptions:
 
     def _reason(self, edge: Edge, before: int, after: int, what: str) -> str:
         causes = (("before", before), ("after", after))
-        told = [
-            f"{side} it, {self._told(edge, cause, what)}"
-            for side, cause in causes
-            if cause != NO_CAUSE
-        ]
+        told = [self._told(edge, side, cause, what) for side, cause in causes if cause != NO_CAUSE]
         return "; ".join(told) or "what it reads and what it gives meet again with other scales"
 
-    def _told(self, edge: Edge, cause: int, what: str) -> str:
+    def _told(self, edge: Edge, side: str, cause: int, what: str) -> str:
         node, phrase, limited = self.strands.causes[cause]
+        later = self.strands.places[node.owner] > self.strands.places[edge.node.owner]
+        where = side if later == (side == "after") or node.owner == edge.node.owner else "beside"
         label = "it" if node.owner == edge.node.owner else node.label
-        return f"{label} {phrase}, which {what}" if limited else f"{label} {phrase}"
+        told = f"{where} it, {label} {phrase}"
+        return f"{told}, which {what}" if limited else told
 
 
 class Bundles:
@@ -341,7 +340,8 @@ class _ZeroScales:
             self._passed_on[self._strand[edge.before.scales[~edge.blind]]] = True
 
 
-def _map(call: Node):  # type: ignore[no-untyped-def]
+def _map(call: Node) -> ChannelMap:
     op = call.op
-    assert isinstance(op, BatchNorm) and op.map is not None
+    assert isinstance(op, BatchNorm)
+    assert op.map is not None
     return op.map

@@ -256,7 +256,9 @@ def clipped(op: Clip, shapes: Shapes, slot: int, axis: int, positive: bool) -> R
 
 def _reshape(op: Reshape, shapes: Shapes, slot: int, axis: int) -> Relation:
     """The same elements; channels must be kept apart."""
-    shape, new = (shapes.output, shapes.inputs[0]) if slot == OUT else (shapes.inputs[0], shapes.output)
+    shape, new = (
+        (shapes.output, shapes.inputs[0]) if slot == OUT else (shapes.inputs[0], shapes.output)
+    )
     channels = shape[axis]
     if channels is None:
         return "mixes channels with positions"

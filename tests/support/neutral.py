@@ -1,7 +1,7 @@
 """Random neutral graphs, and an interpreter of them in numpy: plans without a framework.
 
-Weights, statistics and inputs are whole numbers and powers of two, so that plans can be compared bit
-for bit wherever nothing divides by anything else.
+Weights, statistics and inputs are whole numbers and powers of two, so that nothing is rounded and
+plans can be compared bit for bit.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ class Builder:
 
     def padded(self, x: int) -> int:
         """A zero at the first position, in place of what is there."""
-        return self.add(ir.ZeroPadding(AXIS, AXIS), x, channels=self.channels(x), kind="ZeroPadding")
+        return self.add(
+            ir.ZeroPadding(AXIS, AXIS), x, channels=self.channels(x), kind="ZeroPadding"
+        )
 
     def merged(self, kind: ir.MergeKind, *inputs: int) -> int:
         return self.add(ir.Merge(kind), *inputs, channels=self.channels(inputs[0]), kind="Merge")
@@ -135,7 +137,9 @@ class Builder:
         )
 
 
-def run(graph: ir.Graph, x: np.ndarray, actions: Mapping[str, Action] | None = None) -> list[np.ndarray]:
+def run(
+    graph: ir.Graph, x: np.ndarray, actions: Mapping[str, Action] | None = None
+) -> list[np.ndarray]:
     """Outputs of a graph, as it is or with the actions of a plan carried out."""
     actions = actions or {}
     values: dict[int, np.ndarray] = {}
@@ -243,7 +247,19 @@ def random_graph(seed: int, steps: int = 14) -> ir.Graph:
             + ["conv"] * 4
             + ["relu"] * 3
             + ["add"] * 3
-            + ["pool", "roll", "pad", "sign", "concat", "extremum", "subtract", "shared", "fused", "gate", "leaky"]
+            + [
+                "pool",
+                "roll",
+                "pad",
+                "sign",
+                "concat",
+                "extremum",
+                "subtract",
+                "shared",
+                "fused",
+                "gate",
+                "leaky",
+            ]
         ):
             case "norm":
                 new = b.norm(x, signs, zeros)

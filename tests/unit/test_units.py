@@ -1,0 +1,391 @@
+"""Units of all values at once: what goes, what stays and why, and that outputs are the same.
+
+Graphs are run in numpy, in whole numbers and powers of two.
+"""
+
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from mbn_rewrite.ir.graph import Activation, Clip, MergeKind, PositivelyHomogeneous
+from mbn_rewrite.passes.fold import plan_fold
+from mbn_rewrite.passes.strands import Strands
+from mbn_rewrite.passes.units import Assumptions
+from mbn_rewrite.passes.workgraph import WorkingGraph
+from mbn_rewrite.plans import Fold, Reclip, Remap
+from mbn_rewrite.rules import relations
+from mbn_rewrite.rules.relations import RELATIONS, Origins
+from tests.support.neutral import AXIS, POSITIONS, Builder, random_graph, run
+
+OPTIONS = [{}, {"borders": True}, {"clips": True}, {"borders": True, "clips": True}]
+
+
+@pytest.fixture
+def b():
+    return Builder(np.random.default_rng(3))
+
+
+def inputs(seed=0):
+    return np.random.default_rng(seed).integers(-3, 4, (3, POSITIONS, 2)).astype(np.float64)
+
+
+def check(graph, left, exact=True, **options):
+    """Plans, and compares outputs: bit for bit, or within roundings of float64."""
+    plan = plan_fold(graph, **options)
+    assert plan.left == left, plan.table(full=True)
+    for before, after in zip(run(graph, inputs()), run(graph, inputs(), plan.actions), strict=True):
+        if exact:
+            np.testing.assert_array_equal(after, before)
+        else:
+            np.testing.assert_allclose(after, before, rtol=1e-9, atol=1e-9 * np.abs(before).max())
+    return plan
+
+
+def reason(plan, name):
+    (decision,) = [d for d in plan.decisions if d.name == name]
+    return decision.reason
+
+
+# --------------------------------------------------------------------------- what goes
+
+
+def pre_activation(b, blocks, window=3):
+    """A residual trunk whose every block begins with BatchNormalization and ReLU."""
+    x = b.linear(b.source(2), 3)
+    for _ in range(blocks):
+        y = b.linear(b.relu(b.norm(x)), 3)
+        y = b.linear(b.relu(b.norm(y)), 3, window)
+        x = b.merged(MergeKind.ADD, x, y)
+    return b.linear(b.relu(b.norm(x)), 2)
+
+
+def test_a_trunk_with_many_readers(b):
+    plan = check(b.graph(pre_activation(b, 5)), left=0)
+    assert not plan.of(Reclip)
+    # The trunk keeps its scale, so that what gives it keeps its kernel.
+    assert np.all(plan.of(Fold)["conv_1"].after.scale == 1)
+
+
+def test_dense_blocks_take_clips_by_channel(b):
+    x = b.relu(b.linear(b.source(2), 3))
+    for _ in range(3):
+        y = b.linear(b.relu(b.norm(x)), 2)
+        y = b.linear(b.relu(b.norm(y)), 2, window=3)
+        x = b.joined(x, y)
+    graph = b.graph(b.linear(b.relu(b.norm(x)), 2))
+    plan = check(graph, left=0)
+    clips = plan.of(Reclip)
+    assert len(clips) == 4
+    assert all(clip.upper is None for clip in clips.values())
+    assert "conv_1" not in plan.actions  # the identity is kept where it can be
+
+
+def test_a_trunk_read_without_a_norm(b):
+    x = b.linear(b.source(2), 3)
+    y = b.linear(b.relu(b.norm(x)), 2)
+    plan = check(b.graph(b.merged(MergeKind.ADD, y, b.linear(x, 2))), left=0)
+    assert {"conv_1"} <= set(plan.of(Fold))
+
+
+def test_identity_branches(b):
+    x = b.relu(b.linear(b.source(2), 3))
+    for _ in range(3):
+        branches = b.norm(b.linear(x, 3, window=3)), b.norm(b.linear(x, 3)), b.norm(x)
+        x = b.relu(b.merged(MergeKind.ADD, *branches))
+    check(b.graph(b.linear(x, 2)), left=0)
+
+
+@pytest.mark.parametrize("kind", [MergeKind.ADD, MergeKind.SUBTRACT, MergeKind.AVERAGE])
+def test_sums_of_origins(b, kind):
+    x = b.source(2)
+    y = b.merged(kind, b.linear(x, 2), b.linear(x, 2))
+    graph = b.graph(b.tanh(b.norm(y)), b.linear(b.norm(y), 2))
+    check(graph, left=0)
+
+
+def test_a_value_added_to_itself_twice_over(b):
+    x = b.linear(b.source(2), 2)
+    y = b.merged(MergeKind.ADD, x, x)
+    z = b.merged(MergeKind.SUBTRACT, b.merged(MergeKind.ADD, y, y), y)
+    check(b.graph(b.tanh(b.norm(b.merged(MergeKind.ADD, y, z)))), left=0)
+
+
+@pytest.mark.parametrize("kind", [MergeKind.MAXIMUM, MergeKind.MINIMUM])
+def test_extrema_keep_units(b, kind):
+    x = b.source(2)
+    y = b.norm(b.merged(kind, b.linear(x, 2), b.linear(x, 2)))
+    check(b.graph(b.tanh(y)), left=0)
+    x = b.source(2)
+    y = b.norm(b.merged(kind, b.linear(x, 4), b.linear(x, 4)), signs=True)
+    plan = plan_fold(b.graph(b.tanh(y)))
+    assert f"takes a {kind}, which a negative scale cannot pass (" in reason(plan, f"bn_{y}")
+
+
+def test_a_gate_passes_scales(b):
+    x = b.relu(b.norm(b.linear(b.source(2), 3)))
+    gated = b.merged(MergeKind.MULTIPLY, x, b.tanh(b.linear(b.pooled(x), 3)))
+    y = b.norm(b.merged(MergeKind.ADD, gated, b.linear(x, 3)))
+    check(b.graph(b.tanh(y)), left=0)  # its shift goes to the other addend, its scale to all
+
+
+def test_a_gate_of_itself(b):
+    x = b.norm(b.linear(b.source(2), 2))
+    check(b.graph(b.linear(b.merged(MergeKind.MULTIPLY, x, x), 2)), left=0)
+
+
+def test_a_gate_of_two_norms(b):
+    x = b.source(2)
+    y = b.merged(MergeKind.MULTIPLY, b.norm(b.linear(x, 2)), b.norm(b.linear(x, 2)))
+    check(b.graph(b.tanh(b.norm(y))), left=1)
+
+
+def test_calls_of_a_shared_layer_have_the_same_units(b):
+    x = b.source(2)
+    first, second = (b.linear(y, 2, owner="shared") for y in (x, b.tanh(x)))
+    check(b.graph(b.tanh(b.norm(first, owner="bn")), b.tanh(b.norm(second, owner="bn_2"))), left=1)
+
+
+def test_a_call_of_a_shared_layer_that_must_be_as_it_is(b):
+    first = b.linear(b.source(2), 2, owner="shared")
+    second = b.linear(b.tanh(first), 2, owner="shared")
+    plan = check(b.graph(b.tanh(b.norm(second))), left=1)
+    assert "Beside" not in plan.decisions[0].reason
+
+
+# ----------------------------------------------------------------------------- clips
+
+
+def test_a_relu_becomes_a_maximum_where_all_scales_are_positive(b):
+    x = b.tanh(b.source(2))
+    y = b.linear(b.relu(b.norm(x)), 2)
+    plan = check(b.graph(y), left=0)
+    (clip,) = plan.of(Reclip).values()
+    assert (clip.axis, clip.upper) == (AXIS, None)
+
+
+def test_a_relu_stays_one_where_it_can(b):
+    x = b.norm(b.linear(b.source(2), 2))
+    assert not check(b.graph(b.linear(b.relu(x), 2)), left=0).of(Reclip)
+
+
+def test_negative_scales_take_bounds_on_both_sides(b):
+    x = b.tanh(b.linear(b.source(2), 6))
+    graph = b.graph(b.linear(b.relu(b.norm(x, signs=True)), 2))
+    plan = check(graph, left=1)
+    assert "which a negative scale cannot pass (" in plan.decisions[0].reason
+    (clip,) = check(graph, left=0, clips=True).of(Reclip).values()
+    assert set(np.isfinite(clip.lower) ^ np.isfinite(clip.upper)) == {True}
+
+
+def test_a_clip_of_two_bounds_moves_only_where_clips_are_asked_for(b):
+    x = b.tanh(b.source(2))
+    graph = b.graph(b.linear(b.relu(b.norm(x), upper=6.0), 2))
+    check(graph, left=1)
+    (clip,) = check(graph, left=0, clips=True).of(Reclip).values()
+    assert np.all(np.isfinite(clip.lower))
+    assert np.all(np.isfinite(clip.upper))
+
+
+def test_clips_let_a_norm_go_between_a_relu_and_a_padded_convolution(b):
+    x = b.relu(b.linear(b.source(2), 2))
+    graph = b.graph(b.linear(b.norm(x), 2, window=3))
+    plan = check(graph, left=1)
+    said = reason(plan, plan.decisions[0].name)
+    assert "is an activation, which a shift cannot pass; after it, Conv1D" in said
+    check(graph, left=0, clips=True)
+    check(graph, left=0, borders=True)
+
+
+def test_a_relu_called_twice_does_not_become_a_clip(b):
+    x = b.tanh(b.source(2))
+    y = b.add(Clip(), b.norm(x), channels=2, owner="relu", kind="ReLU")
+    z = b.add(Clip(), b.norm(x), channels=2, owner="relu", kind="ReLU")
+    check(b.graph(b.linear(y, 2), b.linear(z, 2)), left=2)
+
+
+def test_leaky_relus_do_not_become_clips(b):
+    x = b.tanh(b.source(2))
+    check(b.graph(b.linear(b.leaky_relu(b.norm(x)), 2)), left=1, clips=True)
+
+
+# ------------------------------------------------------------------- scales of zero
+
+
+def zeroed(b, x, owner=""):
+    """A BatchNormalization of which some scales are 0, and one is not."""
+    y = b.norm(x, owner=owner)
+    node = b.nodes[-1]
+    m = node.op.map
+    scale = m.scale.copy()
+    scale[:-1] = 0
+    b.nodes[-1] = replace(node, op=replace(node.op, map=replace(m, scale=scale)))
+    return y
+
+
+def test_a_scale_of_zero_goes_into_what_nothing_else_reads(b):
+    x = b.linear(b.source(2), 3)
+    check(b.graph(b.tanh(zeroed(b, x))), left=0)
+
+
+def test_a_scale_of_zero_goes_into_what_follows(b):
+    x = b.tanh(b.linear(b.source(2), 3))
+    check(b.graph(b.linear(b.shifted(zeroed(b, x)), 2), b.linear(x, 2)), left=0)
+
+
+def test_a_scale_of_zero_goes_through_another_norm(b):
+    x = b.norm(b.linear(b.source(2), 3))
+    check(b.graph(b.tanh(zeroed(b, x))), left=0)
+    x = b.tanh(b.linear(b.source(2), 3))
+    check(b.graph(b.linear(b.norm(zeroed(b, x)), 2), b.linear(x, 2)), left=0)
+
+
+def test_a_scale_of_zero_stays_where_both_sides_are_needed(b):
+    x = b.linear(b.source(2), 3)
+    y = b.merged(MergeKind.ADD, zeroed(b, x), b.linear(x, 3))
+    plan = check(b.graph(b.linear(y, 2), b.linear(x, 2)), left=1)
+    assert "a scale of 0 (2 of 3 channels)" in plan.decisions[0].reason.lower()
+
+
+def test_a_constant_does_not_pass_a_clip_that_moves(b):
+    x = b.tanh(b.linear(b.source(2), 3))
+    graph = b.graph(b.linear(b.relu(zeroed(b, x)), 2), b.linear(x, 2))
+    check(graph, left=plan_fold(graph, clips=True).left, clips=True)
+
+
+# -------------------------------------------------------------------- what stays, and why
+
+
+def test_a_trunk_that_is_an_output(b):
+    x = b.linear(b.source(2), 2)
+    y = b.linear(b.leaky_relu(b.norm(x)), 2)
+    plan = check(b.graph(x, y), left=1)
+    said = plan.decisions[0].reason
+    assert said.startswith("Before it, Conv1D 'conv_1' is an output of the model; after it, Leaky")
+
+
+def test_contradictions_everywhere_change_nothing(b):
+    x = b.source(2)
+    for _ in range(30):
+        x = b.tanh(b.norm(x))
+    plan = check(b.graph(x), left=30)
+    assert not plan.actions
+    assert len({d.reason for d in plan.decisions}) == 30
+
+
+def test_what_meets_again_with_another_scale(b):
+    x = b.tanh(b.source(2))
+    x = b.linear(x, 2)
+    y = b.merged(MergeKind.ADD, x, b.norm(x))
+    plan = check(b.graph(b.linear(y, 2)), left=1)
+    assert "meet again with other scales" in plan.decisions[0].reason
+
+
+def test_what_is_not_finite_stays(b):
+    x = b.linear(b.source(2), 2)
+    y = b.tanh(b.norm(x))
+    node = b.nodes[-2]
+    m = node.op.map
+    b.nodes[-2] = replace(node, op=replace(node.op, map=replace(m, shift=m.shift + np.inf)))
+    plan = plan_fold(b.graph(b.tanh(b.norm(b.linear(y, 2)))))
+    assert [str(d.action) for d in plan.decisions] == ["kept", "folded"]
+    assert plan.decisions[0].reason == "Its scale or shift is not finite."
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_a_dtype_cannot_hold_stays_and_the_rest_goes(b, dtype):
+    x = b.norm(b.linear(b.source(2), 2))
+    x = b.linear(b.relu(x), 2)
+    x = b.norm(x)
+    huge = b.nodes[-1]
+    m = huge.op.map
+    b.nodes[-1] = replace(huge, op=replace(huge.op, map=replace(m, shift=m.shift + 1e39)))
+    graph = b.graph(b.tanh(x))
+    graph = replace(graph, nodes=tuple(replace(node, dtype=dtype) for node in graph.nodes))
+    plan = plan_fold(graph)
+    assert [str(d.action) for d in plan.decisions] == ["folded", "kept"]
+    assert "cannot absorb it: its weights would reach" in plan.decisions[1].reason
+
+
+def test_what_stays_takes_on_the_units_around_it(b):
+    x = b.source(2)
+    first, second = (b.linear(y, 2, owner="shared") for y in (x, b.tanh(x)))
+    graph = b.graph(b.tanh(b.norm(first, owner="a")), b.tanh(b.norm(second, owner="b")))
+    plan = check(graph, left=1)
+    assert set(plan.of(Remap)) == {"b"}
+
+
+def test_layers_that_nothing_asks_of_keep_their_weights(b):
+    x = b.linear(b.source(2), 2)
+    y = b.tanh(b.norm(b.linear(b.tanh(x), 2, owner="asked")))
+    plan = check(b.graph(b.linear(y, 2)), left=0)
+    assert set(plan.of(Fold)) == {"asked"}
+
+
+# ------------------------------------------------------------------------- random graphs
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_random_graphs_give_what_they_gave(seed):
+    graph = random_graph(seed)
+    left = {}
+    for options in OPTIONS:
+        plan = plan_fold(graph, **options)
+        left[tuple(options)] = plan.left
+        check(graph, plan.left, exact=False, **options)
+    assert left[("borders", "clips")] <= min(left[("borders",)], left[("clips",)])
+    assert max(left[("borders",)], left[("clips",)]) <= left[()]
+
+
+@pytest.mark.parametrize("seed", range(500, 560))
+def test_no_set_that_can_go_is_larger(seed):
+    """Of all sets of sites, as few stay as can."""
+    graph = random_graph(seed, steps=10)
+    work = WorkingGraph(graph)
+    sites = list(work.sites)
+    if len(sites) > 6:
+        sites = sites[:6]
+    solved = Assumptions(Strands(work))
+    left = sum(bool(solved.assume(owner)) for owner in sites)
+    for fewer in range(left):
+        for kept in combinations(sites, fewer):
+            tried = Assumptions(Strands(work))
+            assert any(tried.assume(owner) for owner in sites if owner not in kept), kept
+
+
+def test_a_plan_is_the_same_each_time():
+    first, second = (plan_fold(random_graph(11)).to_json() for _ in range(2))
+    assert first == second
+
+
+MISTAKES = {
+    "a shift passes an activation": (Clip, lambda tied: replace(tied, origins=Origins.SAME)),
+    "a sign passes an activation": (Clip, lambda tied: replace(tied, positive=False)),
+    "a shift passes a leaky one": (
+        PositivelyHomogeneous,
+        lambda tied: replace(tied, origins=Origins.SAME),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_wrong_row_is_noticed(name, monkeypatch):
+    kind, spoil = MISTAKES[name]
+    row = RELATIONS[kind]
+
+    def wrong(*args):
+        tied = row(*args)
+        return spoil(tied) if isinstance(tied, relations.Tied) else tied
+
+    monkeypatch.setitem(RELATIONS, kind, wrong)
+    with pytest.raises(AssertionError):
+        for seed in range(80):
+            graph = random_graph(seed)
+            check(graph, plan_fold(graph).left, exact=False)
+
+
+def test_a_fused_activation_takes_scales_alone(b):
+    x = b.linear(b.source(2), 2, activation=Activation.HOMOGENEOUS)
+    plan = check(b.graph(b.tanh(b.norm(x))), left=1)
+    assert "applies a fused activation, which a shift cannot pass" in plan.decisions[0].reason
