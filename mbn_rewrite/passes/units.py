@@ -321,9 +321,9 @@ class _ZeroScales:
         why = ""
         if stuck.any():
             why = (
-                f"a scale of 0 ({int(stuck.sum())} of {m.channels} channels) leaves what it gives "
-                "constant there, and neither what it reads nor what it gives can be told apart from "
-                "values that others need"
+                f"a scale of 0 ({int(stuck.sum())} of {m.channels} channels) makes what it gives "
+                "constant there, and others need what it reads as it is and give what it is joined "
+                "with"
             )
         scale, shift = m.scale.copy(), m.shift.copy()
         scale[dead | unread] = 1.0
