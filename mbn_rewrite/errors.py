@@ -48,6 +48,10 @@ class RewriteError(Exception):
     """
 
 
+class CopyError(RewriteError):
+    """A layer of a model cannot be copied."""
+
+
 class VerificationError(RewriteError):
     """The rewritten model does not give the original's outputs.
 

@@ -90,6 +90,7 @@ class Keras3(KerasAdapter):
     )
     metric = keras.Metric
     how_to_export = "write a SavedModel (export)"
+    export_call = 'model.export("saved_model")'
 
     def __init__(self) -> None:
         self.describers = {**layer_table(keras.layers), **_OPERATIONS}

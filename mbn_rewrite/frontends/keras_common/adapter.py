@@ -39,6 +39,7 @@ class KerasAdapter(ABC):
             is compiled or run, and those in which it keeps its inputs and outputs.
         metric: the base class of metrics.
         how_to_export: advice on writing a SavedModel, in words.
+        export_call: the call that writes one.
         describers: the table of known layer classes; see `op_table.layer_table`.
     """
 
@@ -62,7 +63,16 @@ class KerasAdapter(ABC):
     model_attributes: frozenset[str]
     metric: type
     how_to_export: str
+    export_call: str
     describers: dict[type, Describer]
+
+    @property
+    def way_around(self) -> str:
+        """Advice on what hides nothing of a model, and copies none of its layers."""
+        return (
+            "A SavedModel of the model hides nothing, and no layer of it is copied: "
+            f"{self.export_call}, then mbn-rewrite saved_model rewritten"
+        )
 
     # -- structures and tensors ------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.errors import CopyError, RewriteError, cause_of
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.weights import numpy_dtype
 
@@ -49,7 +49,7 @@ def config_of(layer: Any, keras: KerasAdapter) -> dict[str, Any]:
     try:
         return keras.config_of(layer)
     except Exception as error:
-        raise RewriteError(
+        raise CopyError(
             f"{label(layer)} cannot be copied, because its get_config() fails: "
             f"{cause_of(error)} Define get_config() so that it returns the arguments of __init__"
         ) from error
@@ -78,7 +78,7 @@ def from_config(layer: Any, config: dict[str, Any], keras: KerasAdapter, kind: A
     except Exception as error:
         if isinstance(error.__context__, RewriteError):  # Keras 3 wraps errors
             raise error.__context__ from None
-        raise RewriteError(
+        raise CopyError(
             f"{label(layer)} cannot be copied from its configuration: {cause_of(error)} "
             "Define get_config() so that it returns the arguments of __init__"
         ) from error
@@ -105,7 +105,7 @@ def check_call(layer: Any, keras: KerasAdapter) -> None:
     own_call = vars(layer).get("call")  # saving leaves the class's method there
     is_own = own_call is not None and getattr(own_call, "__func__", None) is not type(layer).call
     if is_own and not keras.assigns_its_own_call(layer):
-        raise RewriteError(
+        raise CopyError(
             f"{label(layer)} cannot be copied: its call method was exchanged on the object. Make "
             "a subclass of its class that has the method"
         )
@@ -120,7 +120,7 @@ def copy_weights(old: Any, new: Any, keras: KerasAdapter) -> None:
         RewriteError: the two do not have the same weights.
     """
     if {id(v) for v in old.weights} & {id(v) for v in new.weights}:
-        raise RewriteError(
+        raise CopyError(
             f"{label(old)} cannot be copied: its get_config() gives layers themselves, not their "
             f"configurations. Use {keras.package}.layers.serialize in get_config"
         )
@@ -167,7 +167,7 @@ def paired(old: Any, new: Any, keras: KerasAdapter) -> Iterator[tuple[Any, Any]]
     """
     olds, news = parts(old), parts(new)
     if _kinds(olds, keras) != _kinds(news, keras):
-        raise RewriteError(
+        raise CopyError(
             f"{label(old)} cannot be copied: its copy holds other layers "
             f"({_listed(news)}; the original {_listed(olds)}). Make the layers in __init__ or "
             "build, and give classes of your own names that Keras does not have"
@@ -200,7 +200,7 @@ def custom_classes(layer: Any) -> dict[str, type]:
     for part in parts(layer):
         kind = type(part)
         if not is_stock(kind) and classes.setdefault(kind.__name__, kind) is not kind:
-            raise RewriteError(
+            raise CopyError(
                 f"{label(layer)} cannot be copied: it holds layers of two different classes "
                 f"that are both named {kind.__name__}. Rename one of them"
             )
@@ -294,7 +294,7 @@ def _share_attributes(old: Any, new: Any, names: list[str], keras: KerasAdapter)
 def _zipped(layer: Any, old: list[Any], new: list[Any]) -> list[tuple[Any, Any]]:
     shapes, new_shapes = [tuple(v.shape) for v in old], [tuple(v.shape) for v in new]
     if shapes != new_shapes:
-        raise RewriteError(
+        raise CopyError(
             f"{label(layer)} cannot be copied: its weights have the shapes {shapes}, those of "
             f"its copy {new_shapes}"
         )
@@ -306,7 +306,7 @@ def _copy_vocabulary(old: Any, new: Any) -> None:
     if not hasattr(old, "set_vocabulary") or new.get_vocabulary() == old.get_vocabulary():
         return
     if getattr(old, "output_mode", getattr(old, "_output_mode", "")) == "tf_idf":
-        raise RewriteError(
+        raise CopyError(
             f"{label(old)} cannot be copied: its document frequencies were adapted. Give them to "
             "the layer as vocabulary and idf_weights, or rewrite the model behind it"
         )

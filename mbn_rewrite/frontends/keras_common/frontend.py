@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mbn_rewrite.errors import CopyError
 from mbn_rewrite.frontends.keras_common import reader
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.cloning import parts
@@ -39,10 +40,20 @@ class KerasFrontEnd(ABC):
         self._writer = writer
 
     def read(self, model: Any) -> Reading:
-        return reader.read(model, self._keras)
+        with self._with_way_around():
+            return reader.read(model, self._keras)
 
     def write(self, model: Any, reading: Reading, plan: Plan) -> Any:
-        return self._writer(self._keras, reading, plan).write(model)
+        with self._with_way_around():
+            return self._writer(self._keras, reading, plan).write(model)
+
+    @contextmanager
+    def _with_way_around(self) -> Iterator[None]:
+        """Context manager that says what to do where a layer cannot be copied."""
+        try:
+            yield
+        except CopyError as error:
+            raise CopyError(f"{error}. {self._keras.way_around}") from error
 
     # -- inputs ----------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from mbn_rewrite.frontends.keras_common.op_table import describe
 from mbn_rewrite.frontends.keras_common.sublayers import sublayers
 from mbn_rewrite.ir.graph import BatchNorm, Clip, Graph, HiddenBatchNorm, Input, Node, Op, Value
 from mbn_rewrite.ir.reasons import Change, Obstacle, Reason
+from mbn_rewrite.passes.wording import listed
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         lambda owner, name: weights.read(layers[owner], name),
     )
     notes = tuple(note_on_files(each, keras) for each in reader.unsure.values())
+    holders = sorted({each.holder for each in reader.hidden if each.op.reason is None})
+    if holders:
+        notes += (f"Calls inside {listed(holders)} cannot be seen here. {keras.way_around}.",)
     any_norm = reader.hidden or any(isinstance(node.op, BatchNorm) for node in reader.nodes)
     return Reading(
         graph, layers, reader.owners, frozenset(reader.masked), notes if any_norm else ()

@@ -92,6 +92,7 @@ class TfKeras(KerasAdapter):
     )
     metric = tf_keras.metrics.Metric
     how_to_export = 'write a SavedModel (save_format="tf"; tf.saved_model.load takes it)'
+    export_call = 'model.save("saved_model", save_format="tf")'
     describers = layer_table(tf_keras.layers)
 
     # -- structures and tensors ------------------------------------------------------------
