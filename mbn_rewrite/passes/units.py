@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
-from mbn_rewrite.ir.graph import BatchNorm, Node
+from mbn_rewrite.ir.graph import BatchNorm, Concat, Merge, Node
 from mbn_rewrite.passes.strands import Strands, Sum, Units
 from mbn_rewrite.passes.ties import NO_CAUSE, Conflict
 from mbn_rewrite.passes.workgraph import Side
@@ -62,6 +62,11 @@ class Assumptions:
         # What is equal before anything is assumed has one number.
         self.strand = strands.scales.find(np.arange(strands.scales.count))[0]
         self.origin = strands.origins.find(np.arange(strands.origins.count))[0]
+        self._merges: dict[int, list[Node]] = defaultdict(list)  # by scale of their first channel
+        for node in strands.graph.graph.nodes:
+            if isinstance(node.op, (Merge, Concat)) and node.outputs[0] in strands.units:
+                number = self.strand[strands.units[node.outputs[0]].scales[0]]
+                self._merges[int(number)].append(node)
         self._blocks = _Blocks(strands)
         assert not self._sums(set(range(len(strands.sums))))  # the identity satisfies them
         self._zeros = _ZeroScales(strands, self.strand)
@@ -182,7 +187,16 @@ class Assumptions:
     def _reason(self, edge: Edge, before: int, after: int, what: str) -> str:
         causes = (("before", before), ("after", after))
         told = [self._told(edge, side, cause, what) for side, cause in causes if cause != NO_CAUSE]
-        return "; ".join(told) or "what it reads and what it gives meet again with other scales"
+        return "; ".join(told) or self._meeting(edge)
+
+    def _meeting(self, edge: Edge) -> str:
+        """Reason where what a site reads and what it gives are tied to one scale."""
+        joined = self._merges.get(int(self.strand[edge.after.scales[0]]), ())
+        places = self.strands.places
+        later = [node for node in joined if places[node.owner] > places[edge.node.owner]]
+        if not later:
+            return "what it reads and what it gives meet again with other scales"
+        return f"after it, {later[0].label} joins it with values that do not have its scale"
 
     def _told(self, edge: Edge, side: str, cause: int, what: str) -> str:
         node, phrase, limited = self.strands.causes[cause]
