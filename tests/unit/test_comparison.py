@@ -1,5 +1,7 @@
 """The comparison accepts rounding and rejects mistakes; so do the tests that rely on it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -8,8 +10,7 @@ import tf_keras
 import mbn_rewrite as mbn
 from mbn_rewrite.comparison import TOLERANCES, compare_outputs
 from mbn_rewrite.ir.graph import Affine, Linear, Monotone, PositivelyHomogeneous, ZeroPadding
-from mbn_rewrite.rules import motion
-from mbn_rewrite.rules.motion import Absorb, Rule, Through
+from mbn_rewrite.rules.relations import RELATIONS, Ends, Origins, Tied
 from tests.support.checks import check_rewrite
 from tests.support.random_models import K, randomise
 
@@ -179,12 +180,14 @@ def test_right_model_is_accepted_and_wrong_ones_are_not(policy):
 # fail the very checks that the suite and the fuzzer use.
 
 
-def _always_through(op, m, shapes, position=None):
-    return Through((m,))
+def without_demands(row):
+    """A row that ties what it tied, and demands nothing."""
 
+    def wrong(op, shapes, slot, axis):
+        relation = row(op, shapes, slot, axis)
+        return Tied(relation.spread) if isinstance(relation, Tied) else Ends()
 
-def _always_absorb(op, m, shapes, position=None):
-    return Absorb()
+    return wrong
 
 
 MISTAKES = {
@@ -206,16 +209,17 @@ def test_a_wrong_rule_is_caught(name, monkeypatch):
     norm.moving_mean.assign([0.3, 0.2, -0.1, 0.4])
     inputs = tf.constant(np.random.default_rng(2).standard_normal((2, 8, 8, 4)), tf.float32)
     check_rewrite(model, inputs, "fold")
-    wrong = _always_absorb if op is Linear else _always_through
-    monkeypatch.setitem(motion.RULES, op, Rule(wrong, motion.RULES[op].forward))
+    monkeypatch.setitem(RELATIONS, op, without_demands(RELATIONS[op]))
     with pytest.raises(AssertionError, match="NOT EQUAL"):
         check_rewrite(model, inputs, "fold")
 
 
 def test_a_lost_shift_is_caught(monkeypatch):
-    def without_shift(op, m, shapes):
-        return Through((m.without_shift(),))
+    def half_lost(op, shapes, slot, axis):
+        """What it gives has twice the origin of what it reads."""
+        return replace(row(op, shapes, slot, axis), origins=Origins.SUM, weights=(2.0,))
 
+    row = RELATIONS[Affine]
     dropout = K.Dropout(0.5)
     x = K.Input((8, 8, 3))
     y = K.BatchNormalization()(dropout(K.Conv2D(8, 3)(x)))
@@ -224,7 +228,7 @@ def test_a_lost_shift_is_caught(monkeypatch):
     model.layers[-2].beta.assign([1.0] * 8)
     inputs = tf.constant(np.random.default_rng(2).standard_normal((2, 8, 8, 3)), tf.float32)
     check_rewrite(model, inputs, "fold")
-    monkeypatch.setitem(motion.RULES, Affine, Rule(without_shift, motion.RULES[Affine].forward))
+    monkeypatch.setitem(RELATIONS, Affine, half_lost)
     with pytest.raises(AssertionError, match="NOT EQUAL"):
         check_rewrite(model, inputs, "fold")
 
