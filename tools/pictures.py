@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +49,7 @@ from mbn_rewrite.ir.graph import (
     ZeroPadding,
 )
 from mbn_rewrite.ir.kernels import Window
-from mbn_rewrite.rules.motion import RULES, Absorb, Blocked, Outcome, Shapes
+from mbn_rewrite.rules.relations import OUT, RELATIONS, Ends, Origins, Relation, Shapes, Tied
 
 _PICTURE = re.compile(r"(<!-- picture: (\w+) -->\n).*?(<!-- end of picture -->)", re.DOTALL)
 
@@ -89,23 +90,26 @@ def reasons() -> str:
 
 
 def small_network() -> Any:
-    """A network in which a BatchNormalization goes backward, one forward, and one stays."""
+    """A network with a shared trunk: one BatchNormalization stays, the others go."""
     import keras
 
     layers = keras.layers
     image = keras.Input((16, 16, 3), name="image")
-    trunk = layers.Conv2D(8, 3, name="conv_1")(image)
-    x = layers.BatchNormalization(name="norm_1")(trunk)
+    x = layers.BatchNormalization(name="norm_1")(image)
+    trunk = layers.Conv2D(8, 3, padding="same", name="conv_1")(x)
+    x = layers.BatchNormalization(name="norm_2")(trunk)
     x = layers.ReLU(name="relu_1")(x)
     x = layers.Conv2D(8, 3, padding="same", name="conv_2")(x)
-    x = layers.BatchNormalization(name="norm_2")(x)
     x = layers.Add(name="add")([trunk, x])
-    x = layers.ReLU(name="relu_2")(x)
     x = layers.BatchNormalization(name="norm_3")(x)
+    x = layers.ReLU(name="relu_2")(x)
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     model = keras.Model(image, layers.Dense(10, name="dense")(x), name="small")
-    for norm in ("norm_1", "norm_2", "norm_3"):  # as if trained: a map that is not the identity
-        model.get_layer(norm).moving_mean.assign(np.linspace(-1, 1, 8))
+    for number in (1, 2, 3):  # as if trained: maps that are not the identity
+        norm = model.get_layer(f"norm_{number}")
+        channels = norm.gamma.shape[0]
+        norm.gamma.assign(np.linspace(0.5, 2, channels))
+        norm.moving_mean.assign(np.linspace(-1, 1, channels))
     return model
 
 
@@ -126,7 +130,7 @@ PROBES: dict[str, tuple[Op, Shapes]] = {
         Shapes((_IMAGE,), _IMAGE),
     ),
     "GRU, LSTM, SimpleRNN": (Recurrent((), 2), Shapes(((None, 6, _CHANNELS),), (None, 5))),
-    "another BatchNormalization": (
+    "BatchNormalization that stays": (
         BatchNorm(ChannelMap(np.ones(_CHANNELS), np.zeros(_CHANNELS), 3)),
         Shapes((_IMAGE,), _IMAGE),
     ),
@@ -151,47 +155,53 @@ PROBES: dict[str, tuple[Op, Shapes]] = {
     ),
     "anything else": (Opaque(), Shapes((_IMAGE,), _IMAGE)),
 }
-# What each is asked with, scale and shift; and what is said where only the first can move.
-_PLAIN = (2.0, 0.0)
-_OTHERS = {"no scale is negative": (-2.0, 0.0), "there is no shift": (2.0, 1.0)}
 
 
 def rules() -> str:
-    """Answers of the table of motion, for each kind of operation."""
-    rows = [
-        [name, _answer(partial(_backward, *probe)), _answer(partial(_forward, *probe))]
-        for name, probe in PROBES.items()
-    ]
-    return _table(["", "backward", "forward"], rows)
+    """What the table of units says, for each kind of operation."""
+    rows = [[name, *_units(*probe)] for name, probe in PROBES.items()]
+    return _table(["", "scales", "origins"], rows)
 
 
-def _backward(op: Op, shapes: Shapes, scale: float, shift: float) -> Outcome:
-    return RULES[type(op)].backward(op, _map_of(shapes.output, scale, shift), shapes)
+def _units(op: Op, shapes: Shapes) -> tuple[str, str]:
+    """What an operation demands of scales, and of origins."""
+    reads, gives = (
+        RELATIONS[type(op)](op, shapes, slot, len(shapes.of(slot)) - 1) for slot in (0, OUT)
+    )
+    if isinstance(reads, Tied):
+        return _tied(reads)
+    (scale_in, origin_in), (scale_out, origin_out) = _end(reads), _end(gives)
+    return _both(scale_in, scale_out), _both(origin_in, origin_out)
 
 
-def _forward(op: Op, shapes: Shapes, scale: float, shift: float) -> Outcome:
-    return RULES[type(op)].forward(op, _map_of(shapes.inputs[0], scale, shift), shapes, 0)
+def _tied(tied: Tied) -> tuple[str, str]:
+    same = "the same" if tied.spread[OUT].theirs is None else "the same, each input its slice"
+    scales = f"{same}, positive" if tied.positive else same
+    match tied.origins:
+        case Origins.SAME:
+            return scales, same
+        case Origins.ZERO:
+            return scales, "0"
+        case Origins.SUM:
+            return scales, f"o = {_sum(tied.weights)}"
 
 
-def _answer(rule: Callable[[float, float], Outcome]) -> str:
-    """Fate of a map, and its condition."""
-    plain = rule(*_PLAIN)
-    if isinstance(plain, Blocked):
-        return "blocks"
-    others = {said: rule(*asked) for said, asked in _OTHERS.items()}
-    blocked = {said: other for said, other in others.items() if isinstance(other, Blocked)}
-    answer = "**absorbs**" if isinstance(plain, Absorb) else "passes"
-    if blocked:
-        answer += f" if {' and '.join(blocked)}"
-    if any(other.border for other in blocked.values()):
-        answer += ", or with a border map"
-    return answer
+def _sum(weights: Iterable[float]) -> str:
+    """A weighted sum of the origins of inputs a, b, ..."""
+    terms = (f"{w:+g} o_{name}" for w, name in zip(weights, ascii_lowercase, strict=False))
+    return " ".join(terms).replace("+", "+ ").replace("-", "- ").replace(" 1 ", " ").lstrip("+ ")
 
 
-def _map_of(shape: tuple[int | None, ...], scale: float, shift: float) -> ChannelMap:
-    """A map of the last axis."""
-    channels = shape[-1] or 1
-    return ChannelMap(np.full(channels, scale), np.full(channels, shift), len(shape) - 1)
+def _end(relation: Relation) -> tuple[str, str]:
+    """The scales and the origins that one side of a layer takes."""
+    if not isinstance(relation, Ends):
+        return "1", "0"
+    origin = "any" if not relation.zero else "0, or a border map" if relation.border else "0"
+    return "positive" if relation.positive else "any", origin
+
+
+def _both(reads: str, gives: str) -> str:
+    return reads if reads == gives else f"it reads: {reads}; it gives: {gives}"
 
 
 # ------------------------------------------------------------------------------- helpers

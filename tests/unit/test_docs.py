@@ -23,7 +23,7 @@ import pytest
 import mbn_rewrite as mbn
 from mbn_rewrite.cli.flags import FLAGS
 from mbn_rewrite.ir.graph import Input
-from mbn_rewrite.rules.motion import RULES
+from mbn_rewrite.rules.relations import RELATIONS
 from tools import pictures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,7 +198,7 @@ def test_pictures_are_as_the_code_draws_them(page):
 
 
 def test_table_of_rules_has_every_kind_of_operation():
-    assert {type(op) for op, _ in pictures.PROBES.values()} == set(RULES) - {Input}
+    assert {type(op) for op, _ in pictures.PROBES.values()} == set(RELATIONS) - {Input}
 
 
 # ----------------------------------------------------------------------- links and names
