@@ -49,7 +49,18 @@ from mbn_rewrite.ir.graph import (
     ZeroPadding,
 )
 from mbn_rewrite.ir.kernels import Window
-from mbn_rewrite.rules.relations import OUT, RELATIONS, Ends, Origins, Relation, Shapes, Tied
+from mbn_rewrite.rules.relations import (
+    OUT,
+    RELATIONS,
+    Ends,
+    Gated,
+    Origins,
+    Relation,
+    Row,
+    Shapes,
+    Tied,
+    clipped,
+)
 
 _PICTURE = re.compile(r"(<!-- picture: (\w+) -->\n).*?(<!-- end of picture -->)", re.DOTALL)
 
@@ -117,59 +128,54 @@ def small_network() -> Any:
 
 _CHANNELS = 4
 _IMAGE = (None, 6, 6, _CHANNELS)
+_UNARY = Shapes((_IMAGE,), _IMAGE)
 _WINDOWS = (Window(3, 1, 1, "same"),) * 2
 
 # An operation of each kind, with the shapes of its inputs and of its output.
 _linear = partial(Linear, (), None, in_axis=3, out_axis=3)
 PROBES: dict[str, tuple[Op, Shapes]] = {
-    "convolution, Dense": (_linear(), Shapes((_IMAGE,), _IMAGE)),
-    "… that pads with zeros": (_linear(pads=True, windows=_WINDOWS), Shapes((_IMAGE,), _IMAGE)),
-    "… with a fused ReLU": (_linear(activation=Activation.HOMOGENEOUS), Shapes((_IMAGE,), _IMAGE)),
-    "… with another fused activation": (
-        _linear(activation=Activation.OTHER),
-        Shapes((_IMAGE,), _IMAGE),
-    ),
+    "convolution, Dense": (_linear(), _UNARY),
+    "… that pads with zeros": (_linear(pads=True, windows=_WINDOWS), _UNARY),
+    "… with a fused ReLU": (_linear(activation=Activation.HOMOGENEOUS), _UNARY),
+    "… with another fused activation": (_linear(activation=Activation.OTHER), _UNARY),
     "GRU, LSTM, SimpleRNN": (Recurrent((), 2), Shapes(((None, 6, _CHANNELS),), (None, 5))),
     "BatchNormalization that stays": (
         BatchNorm(ChannelMap(np.ones(_CHANNELS), np.zeros(_CHANNELS), 3)),
-        Shapes((_IMAGE,), _IMAGE),
+        _UNARY,
     ),
-    "average pooling, cropping, upsampling": (Affine(3, 3), Shapes((_IMAGE,), _IMAGE)),
-    "max pooling": (Monotone(3, 3), Shapes((_IMAGE,), _IMAGE)),
-    "zero padding": (ZeroPadding(3, 3), Shapes((_IMAGE,), _IMAGE)),
-    "ReLU": (Clip(), Shapes((_IMAGE,), _IMAGE)),
-    "LeakyReLU, PReLU": (PositivelyHomogeneous(), Shapes((_IMAGE,), _IMAGE)),
-    "ReLU6 and other clips": (Clip(0.0, 6.0), Shapes((_IMAGE,), _IMAGE)),
-    "reshape that keeps channels apart": (
-        Reshape(),
-        Shapes((_IMAGE,), (None, 36, _CHANNELS)),
-    ),
-    "transposition": (Permute((0, 2, 1, 3)), Shapes((_IMAGE,), _IMAGE)),
+    "average pooling, cropping, upsampling": (Affine(3, 3), _UNARY),
+    "max pooling": (Monotone(3, 3), _UNARY),
+    "zero padding": (ZeroPadding(3, 3), _UNARY),
+    "ReLU": (Clip(), _UNARY),
+    "LeakyReLU, PReLU": (PositivelyHomogeneous(), _UNARY),
+    "ReLU6 and other clips": (Clip(0.0, 6.0), _UNARY),
+    "reshape that keeps channels apart": (Reshape(), Shapes((_IMAGE,), (None, 36, _CHANNELS))),
+    "transposition": (Permute((0, 2, 1, 3)), _UNARY),
     "Add": (Merge(MergeKind.ADD), Shapes((_IMAGE,) * 2, _IMAGE)),
     "Subtract": (Merge(MergeKind.SUBTRACT), Shapes((_IMAGE,) * 2, _IMAGE)),
     "Average": (Merge(MergeKind.AVERAGE), Shapes((_IMAGE,) * 2, _IMAGE)),
+    "Multiply": (Merge(MergeKind.MULTIPLY), Shapes((_IMAGE, (None, 1, 1, _CHANNELS)), _IMAGE)),
     "Maximum, Minimum": (Merge(MergeKind.MAXIMUM), Shapes((_IMAGE,) * 2, _IMAGE)),
-    "Concatenate": (
-        Concat(3),
-        Shapes(((None, 6, 6, 1), (None, 6, 6, _CHANNELS - 1)), _IMAGE),
-    ),
-    "anything else": (Opaque(), Shapes((_IMAGE,), _IMAGE)),
+    "Concatenate": (Concat(3), Shapes(((None, 6, 6, 1), (None, 6, 6, _CHANNELS - 1)), _IMAGE)),
+    "anything else": (Opaque(), _UNARY),
 }
 
 
 def rules() -> str:
     """What the table of units says, for each kind of operation."""
-    rows = [[name, *_units(*probe)] for name, probe in PROBES.items()]
-    return _table(["", "scales", "origins"], rows)
+    units = {name: _units(RELATIONS[type(op)], op, shapes) for name, (op, shapes) in PROBES.items()}
+    bounded = "a clip that is given bounds for each channel"
+    units[bounded] = _units(partial(clipped, positive=False), Clip(), _UNARY)
+    return _table(["", "scales", "origins"], ([name, *said] for name, said in units.items()))
 
 
-def _units(op: Op, shapes: Shapes) -> tuple[str, str]:
+def _units(row: Row, op: Op, shapes: Shapes) -> tuple[str, str]:
     """What an operation demands of scales, and of origins."""
-    reads, gives = (
-        RELATIONS[type(op)](op, shapes, slot, len(shapes.of(slot)) - 1) for slot in (0, OUT)
-    )
+    reads, gives = (row(op, shapes, slot, len(shapes.of(slot)) - 1) for slot in (0, OUT))
     if isinstance(reads, Tied):
         return _tied(reads)
+    if isinstance(reads, Gated):
+        return "p = p_a p_b", "0"
     (scale_in, origin_in), (scale_out, origin_out) = _end(reads), _end(gives)
     return _both(scale_in, scale_out), _both(origin_in, origin_out)
 

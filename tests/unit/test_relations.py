@@ -17,7 +17,16 @@ from mbn_rewrite.ir.kernels import Kernel, Window
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 from mbn_rewrite.passes.fold import plan_fold
 from mbn_rewrite.plans import Fate
-from mbn_rewrite.rules.relations import OUT, RELATIONS, Ends, Origins, Shapes, Tied
+from mbn_rewrite.rules.relations import (
+    OUT,
+    RELATIONS,
+    Ends,
+    Gated,
+    Origins,
+    Shapes,
+    Tied,
+    clipped,
+)
 from tests.support.neutral import AXIS, Builder
 
 CONCRETE = [
@@ -115,6 +124,29 @@ PHRASES = {
     "reshape_gives_mixed": (graph.Reshape(), OUT, 1, Shapes((IMAGE,), (None, 256)), "mixes"),
     "reshape_of_open_size": (graph.Reshape(), 0, 3, OPEN, "mixes channels with positions"),
     "permute_of_open_size": (graph.Permute((0, 3, 1, 2)), 0, 3, OPEN, "unknown number of channels"),
+    "clip_reads": (graph.Clip(0.0, 6.0, "is limited"), 0, 3, UNARY, "is limited"),
+    "clip_gives": (graph.Clip(-1.0, why="is limited"), OUT, 3, UNARY, "is limited"),
+    "gate_of_all_channels": (
+        graph.Merge(MergeKind.MULTIPLY),
+        1,
+        3,
+        Shapes((IMAGE, (None, 8, 8, 1)), IMAGE),
+        "multiplies all channels by it",
+    ),
+    "gate_of_another_rank": (
+        graph.Merge(MergeKind.MULTIPLY),
+        0,
+        3,
+        Shapes((IMAGE, (4,)), IMAGE),
+        "multiplies values of different ranks",
+    ),
+    "gate_of_open_size": (
+        graph.Merge(MergeKind.MULTIPLY),
+        0,
+        3,
+        Shapes((IMAGE, (None, 8, 8, None)), (None, 8, 8, None)),
+        "of unknown numbers of channels",
+    ),
     "opaque_reads": (graph.Opaque(), 0, 3, UNARY, BLIND),
     "opaque_gives": (graph.Opaque("sorts it"), OUT, 3, UNARY, "sorts it"),
     "input": (graph.Input(), OUT, 3, UNARY, "is an input of the model"),
@@ -129,7 +161,7 @@ def test_what_takes_the_identity_alone_says_why(case):
     assert said in phrase
 
 
-KINDS = list(MergeKind)
+KINDS = [kind for kind in MergeKind if kind is not MergeKind.MULTIPLY]
 
 
 @pytest.mark.parametrize("slot", [OUT, 0])
@@ -176,6 +208,18 @@ TIED = {
     ),
     "homogeneous": (
         graph.PositivelyHomogeneous(),
+        UNARY,
+        Tied({}, Origins.ZERO, positive=True, doing="is an activation"),
+        {},
+    ),
+    "relu": (
+        graph.Clip(),
+        UNARY,
+        Tied({}, Origins.ZERO, positive=True, doing="is an activation"),
+        {},
+    ),
+    "clip_from_above": (
+        graph.Clip(-np.inf, 0.0),
         UNARY,
         Tied({}, Origins.ZERO, positive=True, doing="is an activation"),
         {},
@@ -276,6 +320,46 @@ def test_the_average_of_many_has_the_average_of_their_origins():
     assert asked(graph.Merge(MergeKind.AVERAGE), 0, 3, shapes).weights == (0.25,) * 4
 
 
+@pytest.mark.parametrize("slot", [OUT, 0, 1])
+def test_the_scales_of_a_gate_multiply(slot):
+    shapes = Shapes((IMAGE, (None, 1, 1, 4)), IMAGE)
+    relation = asked(graph.Merge(MergeKind.MULTIPLY), slot, 3, shapes)
+    assert isinstance(relation, Gated)
+    assert set(relation.spread) == {OUT, 0, 1} - {slot}
+    assert all(spread_of(relation, i) == (3, 4, [0, 1, 2, 3], None) for i in relation.spread)
+
+
+@pytest.mark.parametrize("slot", [OUT, 0])
+def test_what_gates_all_channels_alike_has_no_part_in_their_scales(slot):
+    shapes = Shapes((IMAGE, (None, 8, 8, 1)), IMAGE)
+    relation = asked(graph.Merge(MergeKind.MULTIPLY), slot, 3, shapes)
+    assert set(relation.spread) == {OUT, 0} - {slot}
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("slot", [OUT, 0])
+def test_a_clip_whose_bounds_move_takes_any_origin(slot, positive):
+    relation = clipped(graph.Clip(0.0, 6.0), UNARY, slot, 3, positive)
+    assert replace(relation, spread={}) == Tied({}, positive=positive, doing="is an activation")
+    assert set(relation.spread) == {OUT, 0} - {slot}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ((0.0, np.inf), graph.Clip()),
+        ((-1.0, 1.0), graph.Clip(-1.0, 1.0)),
+        ((2.0, 2.0), graph.Clip(2.0, 2.0)),
+        ((-np.inf, np.inf), graph.Affine()),
+        ((1.0, 0.0), graph.Opaque("says why")),
+        ((np.nan, 0.0), graph.Opaque("says why")),
+    ],
+    ids=str,
+)
+def test_bounds_make_a_clip_where_their_order_does_not_matter(bounds, expected):
+    assert graph.clip(*bounds, "says why") == expected
+
+
 # ------------------------------------------------------------------- exact, and no stricter
 
 # Values of two examples, three positions and four channels, and what operations make of them.
@@ -285,6 +369,8 @@ OPERATIONS = {
     "monotone": (graph.Monotone(2, 2), lambda x: x.max(axis=1, keepdims=True)),
     "zero_padding": (graph.ZeroPadding(2, 2), lambda x: np.pad(x, ((0, 0), (1, 1), (0, 0)))),
     "homogeneous": (graph.PositivelyHomogeneous(), lambda x: np.where(x < 0, x / 4, x)),
+    "relu": (graph.Clip(), lambda x: np.maximum(x, 0)),
+    "clip_from_above": (graph.Clip(-np.inf, 0.0), lambda x: np.minimum(x, 0)),
     "reshape": (graph.Reshape(), lambda x: x.reshape(2, -1)),
     "permute": (graph.Permute((0, 2, 1)), lambda x: x.transpose(0, 2, 1)),
     "add": (graph.Merge(MergeKind.ADD), lambda a, b: a + b),
@@ -350,14 +436,36 @@ def test_units_that_satisfy_a_row_keep_the_operation_exact(name):
     assert Tried(name).holds()
 
 
-@pytest.mark.parametrize("name", ["monotone", "homogeneous", "maximum", "minimum"])
+@pytest.mark.parametrize("name", ["monotone", "homogeneous", "relu", "maximum", "minimum"])
 def test_a_scale_that_is_not_positive_would_not_do(name):
     assert not Tried(name, spoilt="signs").holds()
 
 
-@pytest.mark.parametrize("name", ["zero_padding", "homogeneous", "add", "subtract", "average"])
+@pytest.mark.parametrize(
+    "name", ["zero_padding", "homogeneous", "relu", "clip_from_above", "add", "subtract", "average"]
+)
 def test_another_origin_would_not_do(name):
     assert not Tried(name, spoilt="origins").holds()
+
+
+VALUES = np.arange(-9.0, 9).reshape(6, 3)
+SCALES = np.array([0.5, 2, 4])
+
+
+@pytest.mark.parametrize("signs", [[1, 1, 1], [1, -1, 1]], ids=["positive", "mixed"])
+@pytest.mark.parametrize("bounds", [(0.0, np.inf), (0.0, 6.0), (-2.0, 3.0), (-np.inf, 1.0)])
+def test_a_clip_is_exact_with_bounds_that_moved(bounds, signs):
+    p, o = SCALES * signs, np.array([1.0, -2, 3])
+    lower, upper = (p * (bound - o) for bound in bounds)
+    kept = np.clip(p * (VALUES - o), np.minimum(lower, upper), np.maximum(lower, upper))
+    np.testing.assert_array_equal(kept, p * (np.clip(VALUES, *bounds) - o))
+
+
+@pytest.mark.parametrize(("o", "exact"), [(0.0, True), (1.0, False)])
+def test_a_gate_is_exact_with_scales_that_multiply(o, exact):
+    gate, q = np.array([[1.0, 3, -2]]), np.array([4, -0.5, 2])
+    kept = (SCALES * (VALUES - o)) * (q * gate)
+    assert np.array_equal(kept, SCALES * q * (VALUES * gate)) == exact
 
 
 # ----------------------------------------------------------------------- what a reader sees
