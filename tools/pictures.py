@@ -93,6 +93,12 @@ def rewritten() -> str:
     return _fenced(mermaid(mbn.convert(small_network(), mode="fold")))
 
 
+def printed() -> str:
+    """The plan of it as it is printed."""
+    table = str(mbn.plan(small_network(), mode="fold")).strip("\n")
+    return _fenced("\n".join(line.rstrip() for line in table.splitlines()), "text")
+
+
 def reasons() -> str:
     """Reasons that the plan gives for it."""
     said = mbn.plan(small_network(), mode="fold").decisions
@@ -213,8 +219,8 @@ def _both(reads: str, gives: str) -> str:
 # ------------------------------------------------------------------------------- helpers
 
 
-def _fenced(text: str) -> str:
-    return f"```mermaid\n{text}\n```"
+def _fenced(text: str, language: str = "mermaid") -> str:
+    return f"```{language}\n{text}\n```"
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -226,6 +232,7 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 PICTURES: dict[str, Callable[[], str]] = {
     "decisions": decisions,
     "rewritten": rewritten,
+    "printed": printed,
     "reasons": reasons,
     "rules": rules,
 }

@@ -9,8 +9,16 @@ import tf_keras
 
 import mbn_rewrite as mbn
 from mbn_rewrite.comparison import TOLERANCES, compare_outputs
-from mbn_rewrite.ir.graph import Affine, Linear, Monotone, PositivelyHomogeneous, ZeroPadding
-from mbn_rewrite.rules.relations import RELATIONS, Ends, Origins, Tied
+from mbn_rewrite.ir.graph import (
+    Affine,
+    Clip,
+    Linear,
+    Merge,
+    Monotone,
+    PositivelyHomogeneous,
+    ZeroPadding,
+)
+from mbn_rewrite.rules.relations import RELATIONS, Ends, Gated, Origins, Tied
 from tests.support.checks import check_rewrite
 from tests.support.random_models import K, randomise
 
@@ -185,7 +193,7 @@ def without_demands(row):
 
     def wrong(op, shapes, slot, axis):
         relation = row(op, shapes, slot, axis)
-        return Tied(relation.spread) if isinstance(relation, Tied) else Ends()
+        return Tied(relation.spread) if isinstance(relation, (Tied, Gated)) else Ends()
 
     return wrong
 
@@ -193,7 +201,15 @@ def without_demands(row):
 MISTAKES = {
     "shift_through_padding": (ZeroPadding, lambda x: K.ZeroPadding2D(1)(K.Conv2D(4, 1)(x))),
     "negative_through_max": (Monotone, lambda x: K.MaxPooling2D(2)(K.Conv2D(4, 1)(x))),
-    "anything_through_relu": (PositivelyHomogeneous, lambda x: K.ReLU()(K.Conv2D(4, 1)(x))),
+    "anything_through_relu": (Clip, lambda x: K.ReLU()(K.Conv2D(4, 1)(x))),
+    "anything_through_leaky_relu": (
+        PositivelyHomogeneous,
+        lambda x: K.LeakyReLU()(K.Conv2D(4, 1)(x)),
+    ),
+    "anything_through_gate": (
+        Merge,
+        lambda x: K.Multiply()([K.Conv2D(4, 1)(x), K.Conv2D(4, 1)(x)]),
+    ),
     "into_fused_activation": (Linear, lambda x: K.Conv2D(4, 1, activation="relu")(x)),
 }
 

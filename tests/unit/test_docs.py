@@ -190,7 +190,7 @@ def test_usage_names_every_flag():
 # ------------------------------------------------------------------------------ pictures
 
 
-@pytest.mark.parametrize("page", ["docs/design.md", "docs/guide/moves.md"])
+@pytest.mark.parametrize("page", ["docs/design.md", "docs/guide/modes.md", "docs/guide/moves.md"])
 def test_pictures_are_as_the_code_draws_them(page):
     text = (ROOT / page).read_text()
     assert "<!-- picture: " in text
