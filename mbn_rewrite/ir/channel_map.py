@@ -46,10 +46,6 @@ class ChannelMap:
         return bool(np.any(self.shift != 0))
 
     @property
-    def has_negative_scale(self) -> bool:
-        return bool(np.any(self.scale < 0))
-
-    @property
     def is_finite(self) -> bool:
         return bool(np.all(np.isfinite(self.scale)) and np.all(np.isfinite(self.shift)))
 
@@ -59,31 +55,12 @@ class ChannelMap:
     def on_axis(self, axis: int) -> ChannelMap:
         return ChannelMap(self.scale, self.shift, axis)
 
-    def part(self, start: int, stop: int) -> ChannelMap:
-        """The map of channels start..stop-1 alone."""
-        return ChannelMap(self.scale[start:stop], self.shift[start:stop], self.axis)
-
-    def widened(self, start: int, channels: int) -> ChannelMap:
-        """This map on channels start.., the identity on all the others of `channels`."""
-        scale, shift = np.ones(channels), np.zeros(channels)
-        scale[start : start + self.channels] = self.scale
-        shift[start : start + self.channels] = self.shift
-        return ChannelMap(scale, shift, self.axis)
-
     def then(self, later: ChannelMap) -> ChannelMap:
         """The map that applies this one first and `later` after it."""
         with np.errstate(all="ignore"):  # passes check what they compose
             return ChannelMap(
                 self.scale * later.scale, self.shift * later.scale + later.shift, self.axis
             )
-
-    def equals(self, other: ChannelMap) -> bool:
-        """Equal bit for bit, on the same axis."""
-        return (
-            self.axis == other.axis
-            and np.array_equal(self.scale, other.scale)
-            and np.array_equal(self.shift, other.shift)
-        )
 
 
 def reshaped(

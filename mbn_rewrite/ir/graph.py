@@ -47,7 +47,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """Operation of a node, as far as the motion of affine maps is concerned."""
+    """Operation of a node, as far as scales and shifts of its channels are concerned."""
 
     @property
     def chains(self) -> tuple[Chain, ...]:

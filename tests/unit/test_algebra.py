@@ -46,23 +46,6 @@ def test_then_is_composition(case):
     )
 
 
-@given(maps(4), st.integers(0, 3))
-def test_widened_is_the_identity_elsewhere(m, start):
-    x = np.arange(24.0).reshape(3, 8)
-    wide = applied(m.widened(start, 8), x)
-    expected = x.copy()
-    expected[:, start : start + 4] = applied(m, x[:, start : start + 4])
-    np.testing.assert_array_equal(wide, expected)
-
-
-@given(maps(6), st.integers(0, 6), st.integers(0, 6))
-def test_part_is_a_range_of_channels(m, a, b):
-    start, stop = sorted((a, b))
-    x = np.arange(18.0).reshape(3, 6)
-    part = applied(m.part(start, stop), x[:, start:stop])
-    np.testing.assert_array_equal(part, applied(m, x)[:, start:stop])
-
-
 # Layouts as matrices: what a kernel does at a single position.
 
 KERNELS = {
