@@ -24,7 +24,8 @@ def randomise(model, rng, *, gamma="mixed", shift=True):
     """Sets all weights to small whole numbers.
 
     Args:
-        gamma: "mixed" for both signs and some zeros, or "positive".
+        gamma: "mixed" for both signs and some zeros, "positive", or "powers" of two, by which can
+            be divided.
         shift: whether BatchNormalizations shift; without, beta is mean * gamma.
     """
     for layer in model._flatten_layers(include_self=False):
@@ -37,7 +38,7 @@ def randomise(model, rng, *, gamma="mixed", shift=True):
 
 def _randomise_norm(layer, rng, gamma, shift):
     shape = tuple(layer.moving_mean.shape)
-    values = rng.integers(1, 4, shape)
+    values = 2.0 ** rng.integers(-1, 2, shape) if gamma == "powers" else rng.integers(1, 4, shape)
     if gamma == "mixed":
         values = values * rng.choice([-1, 1], shape)
         values.reshape(-1)[0] = -2
