@@ -125,6 +125,9 @@ class _Folding:
                 if why:
                     self.kept[owner] = why
         self.settled = Settled(self.assumptions)
+        broken = self.settled.broken()
+        if broken:
+            self.refused[broken] = "sums around it need shifts that contradict one another"
         strand = self.assumptions.strand
         values = (strand[units.scales] for units in self.strands.units.values())
         self._bundles = Bundles(values, len(strand))

@@ -73,6 +73,26 @@ class Settled:
                 terms.append(term)
         return replace(total, weights=tuple(weights), terms=tuple(terms))
 
+    def broken(self) -> str:
+        """The last site that goes though the values of units do not let it, or ""."""
+        steps: list[Edge | Sum] = [*self._edges, *self._sums]
+        for step in steps:
+            if not self._holds(step):
+                numbers = np.concatenate([self._origin[units.origins] for units in _sides(step)])
+                around = [edge for edge in self._around(numbers) if isinstance(edge, Edge)]
+                return (around or self._edges)[-1].node.owner
+        return ""
+
+    def _holds(self, step: Edge | Sum) -> bool:
+        if isinstance(step, Edge):
+            o_x, o_y = (self._o[self._origin[units.origins]] for units in _sides(step))
+            parts = np.stack([o_y, -step.scale * o_x, -step.shift])
+        else:
+            terms = zip(step.weights, step.terms, strict=True)
+            parts = np.stack([w * self._o[self._origin[u.origins]] for w, u in terms])
+        size = np.abs(parts).sum(axis=0)
+        return bool(np.all(np.abs(parts.sum(axis=0)) <= 1e-9 * size))
+
     # -- reading -------------------------------------------------------------------------
 
     def given(self, units: Units) -> ChannelMap | None:

@@ -153,7 +153,7 @@ class Strands:
         self._numbers = [0, 0]  # of scales, and of origins, given out
         self.block: list[int] = []  # start of each run of origins that was given out together
         self._pending: deque[int] = deque()
-        self._tied: set[int] = set()  # ids of nodes
+        self._tied: dict[int, set[int]] = {}  # id of a node -> its slots that are tied
         # Demands and ties are collected until the numbers are counted.
         self._same_scale: list[tuple[Array, Array]] = []
         self.same_origin: list[tuple[Array, Array]] = []
@@ -213,7 +213,7 @@ class Strands:
         self.fixed.append((self.units[value], self.causes.add(node, phrase)))
 
     def _visit(self, node: Node, slot: int) -> None:
-        if id(node) in self._tied:
+        if slot in self._tied.get(id(node), ()):
             return
         relation = self._relation(node, slot)
         value = self._value(node, slot)
@@ -291,9 +291,9 @@ class Strands:
         same = tied.origins is not Origins.SUM
         for other, spread in tied.spread.items():
             self._tie_slot(node, other, spread, units, same)
-        if len(tied.spread) < len(node.inputs):
+        if tied.part:
             return  # the rest is tied from another slot
-        self._tied.add(id(node))
+        self._tied[id(node)] = {slot, *tied.spread}
         if node.owner in self._may_clip:
             self.clips.append(node)
         elif tied.origins is Origins.ZERO:
@@ -326,7 +326,7 @@ class Strands:
     def _gate(self, node: Node, slot: int, gated: Gated) -> None:
         for other, spread in gated.spread.items():
             self._reach(self._value(node, other), spread.axis, spread.channels)
-        self._tied.add(id(node))
+        self._tied[id(node)] = {slot, *gated.spread}
         units = {i: self.units[self._value(node, i)] for i in (slot, *gated.spread)}
         if len({sides.axis for sides in units.values()}) > 1:
             cause = self.causes.add(node, "multiplies on different axes of channels")

@@ -118,12 +118,12 @@ class Ties:
 
     # -- tying ---------------------------------------------------------------------------
 
+    @np.errstate(all="ignore")  # what is not finite is close to nothing, and so conflicts
     def set(self, numbers: Array, values: Array, cause: int) -> Conflict | None:
         """Makes numbers known; a conflict has the cause of what was known on the right."""
         values = np.broadcast_to(values, numbers.shape)
         root, a, b = self.find(numbers)
-        with np.errstate(all="ignore"):
-            wanted = (values - b) / a
+        wanted = (values - b) / a
         fresh = ~self._known[root]
         self._write(self._value, root[fresh], wanted[fresh])
         self._write(self._known, root[fresh], True)
@@ -153,6 +153,7 @@ class Ties:
             return None
         return Conflict(int(wrong.sum()), cause, self._why_sign(root[wrong][0]), signs=True)
 
+    @np.errstate(all="ignore")
     def tie(self, left: Array, right: Array, s: Array, t: Array) -> Conflict | None:
         """Ties numbers by left = s * right + t; no s is 0.
 

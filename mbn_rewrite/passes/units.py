@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
-from mbn_rewrite.ir.graph import BatchNorm, Concat, Merge, Node
+from mbn_rewrite.ir.graph import BatchNorm, Clip, Concat, Merge, Node
 from mbn_rewrite.passes.strands import Strands, Sum, Units
 from mbn_rewrite.passes.ties import NO_CAUSE, Conflict
 from mbn_rewrite.passes.workgraph import Side
@@ -89,7 +89,11 @@ class Assumptions:
         return reason
 
     def choose(self, numbers: Array) -> None:
-        """Sets origins that nothing has told so far to zero."""
+        """Sets origins that nothing has told so far to zero.
+
+        Sums of three unknowns and more are not solved together. Where they contradict only all at
+        once, the values that are settled do not satisfy them; see `Settled.broken`.
+        """
         conflict = self.strands.origins.set(numbers, np.zeros(1), NO_CAUSE)
         assert conflict is None
         self._sums(self._blocks.joined(numbers))
@@ -287,21 +291,23 @@ class _ZeroScales:
         size = strands.scales.count
         fixed = strands.scales.known(np.arange(size))[0]
         readers, layers, norms, sources = (np.zeros(size, np.int64) for _ in range(4))
+        sides: dict[tuple[str, Side, bool], list[Array]] = defaultdict(list)
         for end in strands.ends:
-            numbers = self._strand[end.units.scales]
-            if end.side is Side.AFTER:
-                np.add.at(sources, numbers, 1)
-            elif isinstance(end.node.op, BatchNorm):
-                np.add.at(norms, numbers, 1)
-            else:
-                np.add.at(layers, numbers, 1)
+            key = end.node.owner, end.side, isinstance(end.node.op, BatchNorm)
+            sides[key].append(self._strand[end.units.scales])
+        for (_, side, is_norm), numbers in sides.items():  # all calls of a layer count as one
+            counts = sources if side is Side.AFTER else norms if is_norm else layers
+            counts[np.unique(np.concatenate(numbers))] += 1
         readers = norms + layers
-        # A constant that a clip reads is another one after it.
-        clips = np.zeros(size, bool)
+        # A constant that a clip reads may be another one after it; only zero is not.
+        clips, beside_zero = np.zeros((2, size), bool)
         for node in strands.clips:
-            clips[self._strand[strands.units[node.outputs[0]].scales]] = True
+            assert isinstance(node.op, Clip)
+            numbers = self._strand[strands.units[node.outputs[0]].scales]
+            clips[numbers] = True
+            beside_zero[numbers] |= not node.op.lower <= 0 <= node.op.upper
         self._lone_sources = (sources == 1) & ~fixed & ~clips
-        ends = (readers == 1) & (layers == 0) & ~fixed
+        ends = (readers == 1) & (layers == 0) & ~fixed & ~beside_zero
         # What cannot be made constant cannot be made so through a BatchNormalization either.
         while True:
             before = ends.copy()

@@ -97,6 +97,7 @@ class Tied:
         weights: for `Origins.SUM`, that of each input.
         positive: whether the scale must be positive.
         doing: phrase on what the operation does, where it demands something.
+        part: whether there are other slots, which the slots of `spread` are asked for.
     """
 
     spread: Mapping[int, Spread]
@@ -104,6 +105,7 @@ class Tied:
     weights: tuple[float, ...] = ()
     positive: bool = False
     doing: str = ""
+    part: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ def _linear(op: Linear, shapes: Shapes, slot: int, axis: int) -> Relation:
             return "applies a fused activation"
         fused = op.activation is Activation.HOMOGENEOUS
         return Ends("applies a fused activation" if fused else "", positive=fused)
+    if slot != 0:
+        return "reads it beside its data"
     if axis != op.in_axis:
         return f"does not have its input channels on axis {axis} alone"
     return Ends(op.uneven if op.pads else "", border=op.pads and bool(op.windows))
@@ -336,7 +340,7 @@ def _concat(op: Concat, shapes: Shapes, slot: int, axis: int) -> Relation:
         return Tied({i: Spread(axis, b - a, np.arange(a, b)) for i, (a, b) in spans})
     start, stop = int(starts[slot]), int(starts[slot + 1])
     own = np.arange(stop - start)
-    return Tied({OUT: Spread(axis, total, own, np.arange(start, stop))})
+    return Tied({OUT: Spread(axis, total, own, np.arange(start, stop))}, part=True)
 
 
 # --------------------------------------------------------------------------- what blocks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 
 import numpy as np
 
@@ -224,7 +225,7 @@ def _merged(kind: ir.MergeKind, inputs: list[np.ndarray]) -> np.ndarray:
         case ir.MergeKind.MINIMUM:
             return np.minimum.reduce(inputs)
         case ir.MergeKind.MULTIPLY:
-            return np.multiply.reduce(inputs)
+            return reduce(np.multiply, inputs)
 
 
 def random_graph(seed: int, steps: int = 14) -> ir.Graph:

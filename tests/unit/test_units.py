@@ -9,7 +9,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from mbn_rewrite.ir.graph import Activation, Clip, MergeKind, PositivelyHomogeneous
+from mbn_rewrite.ir.graph import (
+    Activation,
+    Clip,
+    Merge,
+    MergeKind,
+    PositivelyHomogeneous,
+    ZeroPadding,
+)
 from mbn_rewrite.passes.fold import plan_fold
 from mbn_rewrite.passes.strands import Strands
 from mbn_rewrite.passes.units import Assumptions
@@ -41,6 +48,15 @@ def check(graph, left, exact=True, **options):
         else:
             np.testing.assert_allclose(after, before, rtol=1e-9, atol=1e-9 * np.abs(before).max())
     return plan
+
+
+def fixed_norm(b, x, scale, shift):
+    """A BatchNormalization with one scale and one shift for all channels."""
+    y = b.norm(x)
+    m = b.nodes[-1].op.map
+    m = replace(m, scale=np.full(m.channels, float(scale)), shift=np.full(m.channels, float(shift)))
+    b.nodes[-1] = replace(b.nodes[-1], op=replace(b.nodes[-1].op, map=m))
+    return y
 
 
 def reason(plan, name):
@@ -154,6 +170,46 @@ def test_a_call_of_a_shared_layer_that_must_be_as_it_is(b):
     assert "Beside" not in plan.decisions[0].reason
 
 
+def test_a_mask_of_one_channel_keeps_its_units(b):
+    x = b.source(2)
+    x, mask = b.norm(b.linear(x, 3)), b.norm(b.tanh(b.linear(x, 1)))
+    op = Merge(MergeKind.MULTIPLY)
+    y = b.linear(b.add(op, x, mask, channels=3, kind="Multiply"), 2)
+    plan = check(b.graph(y), left=1)
+    assert "multiplies all channels by it" in reason(plan, f"bn_{mask}")
+
+
+def test_sums_of_the_same_contradict_only_together(b):
+    x = b.source(2)
+    p, q = b.linear(x, 3), b.linear(x, 3)
+    y, z = b.merged(MergeKind.ADD, p, q), b.merged(MergeKind.ADD, p, q)
+    plan = check(
+        b.graph(b.linear(b.merged(MergeKind.MAXIMUM, y, fixed_norm(b, z, 1, 3)), 2)), left=1
+    )
+    assert "contradict one another" in plan.decisions[-1].reason
+
+
+def test_sums_in_another_order_contradict_only_together(b):
+    x = b.source(2)
+    p, q, r = (b.linear(x, 3) for _ in range(3))
+    y = b.merged(MergeKind.ADD, b.merged(MergeKind.ADD, p, q), r)
+    z = b.merged(MergeKind.ADD, p, b.merged(MergeKind.ADD, q, r))
+    both = b.merged(MergeKind.MAXIMUM, fixed_norm(b, y, 2, 1), fixed_norm(b, z, 2, 3))
+    check(b.graph(b.linear(both, 2)), left=1)
+
+
+def test_operations_that_read_something_beside_their_data(b):
+    x = b.source(2)
+    y = b.add(ZeroPadding(AXIS, AXIS), b.linear(x, 3), b.linear(x, 3), channels=3)
+    check(b.graph(b.linear(fixed_norm(b, y, 2, 5), 2)), left=0)
+    x = b.source(2)
+    data = b.linear(x, 2)
+    beside = b.norm(b.tanh(data))
+    y = b.linear(data, 2, owner="conv")
+    b.nodes[-1] = replace(b.nodes[-1], inputs=(data, beside))
+    assert plan_fold(b.graph(y)).left == 1
+
+
 # ----------------------------------------------------------------------------- clips
 
 
@@ -252,6 +308,29 @@ def test_a_constant_does_not_pass_a_clip_that_moves(b):
     x = b.tanh(b.linear(b.source(2), 3))
     graph = b.graph(b.linear(b.relu(zeroed(b, x)), 2), b.linear(x, 2))
     check(graph, left=plan_fold(graph, clips=True).left, clips=True)
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_a_scale_of_zero_at_several_calls(b, forward):
+    x = b.source(2)
+    calls = []
+    for y in (x, b.tanh(x)):
+        y = b.linear(y, 3, owner="conv")
+        y = b.norm(b.tanh(y) if forward else y, owner="bn")
+        if calls:  # one layer has one map
+            b.nodes[-1] = replace(b.nodes[-1], op=calls[0])
+        else:
+            zeroed_op = b.nodes[-1].op
+            m = replace(zeroed_op.map, scale=zeroed_op.map.scale * [0, 1, 0])
+            b.nodes[-1] = replace(b.nodes[-1], op=replace(zeroed_op, map=m))
+            calls.append(b.nodes[-1].op)
+        calls.append(b.linear(y, 2, owner="last") if forward else b.tanh(y))
+    check(b.graph(*calls[1:]), left=0)
+
+
+def test_a_constant_is_not_made_before_a_clip_that_excludes_zero(b):
+    x = b.add(Clip(1.0, 3.0), b.linear(b.source(2), 3), channels=3, kind="Clip")
+    check(b.graph(b.linear(zeroed(b, x), 2, window=3)), left=1, clips=True)
 
 
 # -------------------------------------------------------------------- what stays, and why
