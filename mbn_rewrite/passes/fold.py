@@ -14,6 +14,7 @@ import numpy as np
 
 from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Clip, Graph, Linear, Node
+from mbn_rewrite.passes.merge import merge_branches
 from mbn_rewrite.passes.precision import bounds_out_of_range, map_out_of_range, weights_out_of_range
 from mbn_rewrite.passes.settle import Settled
 from mbn_rewrite.passes.strands import End, Strands, Units
@@ -36,7 +37,8 @@ def plan_fold(graph: Graph, borders: bool = False, clips: bool = False) -> Plan:
         clips: whether all clips may take on bounds by channel, on both sides where scales are
             negative. That is exact too, but a ReLU may be fused that two bounds are not.
     """
-    work = WorkingGraph(graph)
+    merged = merge_branches(graph)
+    work = WorkingGraph(merged.graph)
     kept = {owner: why for owner in work.sites if (why := _why_fixed(work, owner))}
     while True:
         folding = _Folding(work, kept, borders)
@@ -54,7 +56,7 @@ def plan_fold(graph: Graph, borders: bool = False, clips: bool = False) -> Plan:
         unseen = f"{hidden.holder} holds it, and its calls cannot be seen"
         why = str(hidden.op.reason or unseen)
         decisions.append(Decision(hidden.owner, Fate.KEPT, reason=sentence(why)))
-    return Plan("fold", tuple(decisions), folding.actions)
+    return Plan("fold", merged.in_order(decisions), merged.actions | folding.actions)
 
 
 def _why_fixed(work: WorkingGraph, owner: str) -> str:

@@ -232,7 +232,10 @@ class Strands:
     def _relation(self, node: Node, slot: int) -> Relation:
         graph = self.graph
         shapes = Shapes(tuple(map(graph.shape, node.inputs)), graph.shape(node.outputs[0]))
-        axis = self.units[self._value(node, slot)].axis
+        units = self.units[self._value(node, slot)]
+        axis, size = units.axis, shapes.of(slot)[units.axis]
+        if size is not None and size != len(units.scales):
+            return "has another number of channels"
         if isinstance(node.op, Clip) and node.owner in self._may_clip:
             relation = clipped(node.op, shapes, slot, axis, positive=not self._signs)
         else:

@@ -154,14 +154,14 @@ def _computed(
     graph: ir.Graph, node: ir.Node, inputs: list[np.ndarray], x: np.ndarray, action: Action | None
 ) -> np.ndarray:
     op = node.op
+    if isinstance(action, Remove):
+        return inputs[action.keeps]
     match op:
         case ir.Input():
             return x
         case ir.Linear():
             return _linear(graph, node, inputs[0], action)
         case ir.BatchNorm():
-            if isinstance(action, Remove):
-                return inputs[0]
             m = action.map if isinstance(action, Remap) else op.map
             assert m is not None
             return inputs[0] * m.scale + m.shift
@@ -195,6 +195,9 @@ def _linear(graph: ir.Graph, node: ir.Node, x: np.ndarray, action: Action | None
     assert isinstance(op, ir.Linear)
     kernel, bias = (graph.read_weight(node.owner, name) for name in ("kernel", "bias"))
     if isinstance(action, Fold):
+        kernel, bias = (
+            action.op.weight(node.owner, name, graph.read_weight) for name in ("kernel", "bias")
+        )
         (kernel,), bias = fold(
             [(op.kernels[0], kernel)],
             bias,
