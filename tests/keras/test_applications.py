@@ -13,14 +13,15 @@ from benchmarks.models.networks import (
     set_statistics,
 )
 from mbn_rewrite.comparison import TOLERANCES, compare_outputs
+from mbn_rewrite.plans import Reclip
 from tests.support.checks import check_rewrites, outputs
 
 pytestmark = pytest.mark.slow
 
 MODES = ("fold", "depthwise")
 
-# (BatchNormalizations, left after fold). What stays in the last two stands behind a value
-# that others read too, and before a ReLU.
+# (BatchNormalizations, left after fold). In the last two, values that several of them read pass
+# through activations or maxima, which a gamma of the other sign cannot; none is left without.
 EXPECTED = {
     "ResNet50": (53, 0),
     "MobileNet": (27, 0),
@@ -50,6 +51,18 @@ def test_network(name):
     assert (len(plans["fold"].decisions), plans["fold"].left) == (total, left)
     assert plans["depthwise"].left == 0
     check_twin(name, model, images, plans)
+
+
+@pytest.mark.parametrize("name", ["ResNet50V2", "DenseNet121"])
+def test_none_is_left_where_no_gamma_is_negative(name):
+    model = build(name, seed=0, image_size=96)
+    rng = np.random.default_rng(0)
+    set_statistics(model, STATISTICS["typical"], rng)
+    images = random_images(model, rng)
+    check_rewrites(model, images, ["fold"])
+    plan = mbn.plan(model, "fold")
+    assert (len(plan.decisions), plan.left) == (EXPECTED[name][0], 0)
+    assert plan.of(Reclip)
 
 
 def check_twin(name, model, images, plans):
