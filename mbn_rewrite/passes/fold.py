@@ -14,13 +14,13 @@ import numpy as np
 
 from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Clip, Graph, Linear, Node
+from mbn_rewrite.passes.indexed_graph import IndexedGraph, Side
 from mbn_rewrite.passes.merge import merge_branches
 from mbn_rewrite.passes.precision import bounds_out_of_range, map_out_of_range, weights_out_of_range
 from mbn_rewrite.passes.settle import Settled
 from mbn_rewrite.passes.strands import End, Strands, Units
 from mbn_rewrite.passes.units import Assumptions, Bundles, Edge
 from mbn_rewrite.passes.wording import sentence
-from mbn_rewrite.passes.workgraph import Side, WorkingGraph
 from mbn_rewrite.plans import Action, Decision, Fate, Fold, Plan, Reclip, Remap, Remove
 
 
@@ -38,7 +38,7 @@ def plan_fold(graph: Graph, borders: bool = False, clips: bool = False) -> Plan:
             negative. That is exact too, but a ReLU may be fused that two bounds are not.
     """
     merged = merge_branches(graph)
-    work = WorkingGraph(merged.graph)
+    work = IndexedGraph(merged.graph)
     kept = {owner: why for owner in work.sites if (why := _why_fixed(work, owner))}
     while True:
         folding = _Folding(work, kept, borders)
@@ -59,7 +59,7 @@ def plan_fold(graph: Graph, borders: bool = False, clips: bool = False) -> Plan:
     return Plan("fold", merged.in_order(decisions), merged.actions | folding.actions)
 
 
-def _why_fixed(work: WorkingGraph, owner: str) -> str:
+def _why_fixed(work: IndexedGraph, owner: str) -> str:
     """Why a site stays whatever is around it, or ""."""
     for call in work.sites[owner]:
         op = call.op
@@ -71,7 +71,7 @@ def _why_fixed(work: WorkingGraph, owner: str) -> str:
     return ""
 
 
-def _clips_after(work: WorkingGraph, sites: Collection[str], every: bool) -> frozenset[str]:
+def _clips_after(work: IndexedGraph, sites: Collection[str], every: bool) -> frozenset[str]:
     """Owners of the clips that may take on bounds, so that one of some sites can go.
 
     Args:
@@ -108,7 +108,7 @@ class _Folding:
 
     def __init__(
         self,
-        work: WorkingGraph,
+        work: IndexedGraph,
         kept: Mapping[str, str],
         borders: bool = False,
         clips: Collection[str] = (),

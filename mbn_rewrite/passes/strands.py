@@ -16,8 +16,8 @@ import numpy as np
 from mbn_rewrite.ir.algebra import Border
 from mbn_rewrite.ir.channel_map import Array
 from mbn_rewrite.ir.graph import BatchNorm, Clip, Linear, Node
+from mbn_rewrite.passes.indexed_graph import IndexedGraph, Side
 from mbn_rewrite.passes.ties import Ties
-from mbn_rewrite.passes.workgraph import Side, WorkingGraph
 from mbn_rewrite.rules.relations import (
     OUT,
     RELATIONS,
@@ -136,7 +136,7 @@ class Strands:
 
     def __init__(
         self,
-        graph: WorkingGraph,
+        graph: IndexedGraph,
         borders: bool = False,
         clips: Collection[str] = (),
         signs: bool = False,

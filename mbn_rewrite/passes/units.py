@@ -21,9 +21,9 @@ import numpy as np
 
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Clip, Concat, Merge, Node
+from mbn_rewrite.passes.indexed_graph import Side
 from mbn_rewrite.passes.strands import Strands, Sum, Units
 from mbn_rewrite.passes.ties import NO_CAUSE, Conflict
-from mbn_rewrite.passes.workgraph import Side
 
 
 @dataclass(frozen=True)

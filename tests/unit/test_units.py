@@ -18,9 +18,9 @@ from mbn_rewrite.ir.graph import (
     ZeroPadding,
 )
 from mbn_rewrite.passes.fold import plan_fold
+from mbn_rewrite.passes.indexed_graph import IndexedGraph
 from mbn_rewrite.passes.strands import Strands
 from mbn_rewrite.passes.units import Assumptions
-from mbn_rewrite.passes.workgraph import WorkingGraph
 from mbn_rewrite.plans import Fold, Reclip, Remap
 from mbn_rewrite.rules import relations
 from mbn_rewrite.rules.relations import RELATIONS, Origins
@@ -421,7 +421,7 @@ def test_random_graphs_give_what_they_gave(seed):
 def test_no_set_that_can_go_is_larger(seed):
     """Of all sets of sites, as few stay as can."""
     graph = random_graph(seed, steps=10)
-    work = WorkingGraph(graph)
+    work = IndexedGraph(graph)
     sites = list(work.sites)
     if len(sites) > 6:
         sites = sites[:6]
