@@ -72,6 +72,7 @@ from benchmarks.common.console import progress
 from benchmarks.common.failures import noted
 from benchmarks.common.flags import check_outputs
 from benchmarks.common.timing import median_ratio, time_rounds
+from benchmarks.models.own_networks import OWN_NETWORKS
 from benchmarks.models.variants import (
     KERAS,
     MODES,
@@ -89,6 +90,7 @@ from mbn_rewrite.tables import table
 
 MODELS = (
     *("ResNet50", "MobileNetV2", "EfficientNetB0", "InceptionV3", "DenseNet121", "ResNet50V2"),
+    *OWN_NETWORKS,
 )
 VARIANTS = ("original", *MODES, "floor")
 DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")

@@ -1,7 +1,7 @@
 """Networks and inputs for benchmarks and tests: architectures, statistics, images.
 
-The networks are those of tf_keras.applications with random weights, and BatchNormalization
-statistics that suit their activations: "typical" ones, and "hard" ones with gammas of both
+The networks are those of `applications`, and some of our own, with random weights, and
+BatchNormalization statistics that suit their activations: "typical" ones, and "hard" ones with gammas of both
 signs or 0 and variances of 0 or 1e-36.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from benchmarks.models.own_networks import OWN_NETWORKS
 from tools import real_models
 
 APPLICATIONS = (
@@ -33,7 +34,12 @@ APPLICATIONS = (
 )
 
 # Networks not named here are 224 x 224 by default.
-_DEFAULT_SIZE = {"InceptionV3": 299, "InceptionResNetV2": 299, "Xception": 299}
+_DEFAULT_SIZE = {
+    "InceptionV3": 299,
+    "InceptionResNetV2": 299,
+    "Xception": 299,
+    "WideResNet-16-4": 32,
+}
 
 
 _BATCH = 2
@@ -51,9 +57,14 @@ def batch_norms(model: Any) -> list[Any]:
 
 
 def build(name: str, seed: int, image_size: int | None, keras: Any = tf_keras) -> Any:
-    """A network of a Keras's applications with random weights, without its softmax."""
+    """A network of a Keras's applications, or of `OWN_NETWORKS`, with random weights.
+
+    It is without its softmax.
+    """
     keras.utils.set_random_seed(seed)
     size = image_size or _DEFAULT_SIZE.get(name, 224)
+    if name in OWN_NETWORKS:
+        return OWN_NETWORKS[name](keras, size)
     return getattr(keras.applications, name)(
         include_top=True,
         weights=None,

@@ -23,6 +23,9 @@ from mbn_rewrite.passes.units import Assumptions, Bundles, Edge
 from mbn_rewrite.passes.wording import sentence
 from mbn_rewrite.plans import Action, Decision, Fate, Fold, Plan, Reclip, Remap, Remove
 
+# Of a site that does nothing, or whose neighbours do what makes up for it.
+NOTHING_LEFT = "It leaves nothing that a layer would have to absorb."
+
 
 def plan_fold(graph: Graph, borders: bool = False, clips: bool = False) -> Plan:
     """Folds what can be folded.
@@ -229,7 +232,7 @@ class _Folding:
         around = self._edited_around(owner)
         into = tuple(node.owner for node in self.work.graph.nodes if node.owner in around)
         into = tuple(dict.fromkeys(into))
-        return Decision(owner, Fate.FOLDED, into, self._stand_ins(into))
+        return Decision(owner, Fate.FOLDED, into, self._stand_ins(into) if into else NOTHING_LEFT)
 
     def _edited_around(self, owner: str) -> set[str]:
         """Layers that are edited for the values on either side of a site.
