@@ -1,8 +1,8 @@
 """Networks and inputs for benchmarks and tests: architectures, statistics, images.
 
 The networks are those of `applications`, and some of our own, with random weights, and
-BatchNormalization statistics that suit their activations: "typical" ones, and "hard" ones with gammas of both
-signs or 0 and variances of 0 or 1e-36.
+BatchNormalization statistics that suit their activations: "typical" ones, and "hard" ones with
+gammas of both signs or 0 and variances of 0 or 1e-36.
 """
 
 from __future__ import annotations

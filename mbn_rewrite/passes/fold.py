@@ -23,6 +23,9 @@ from mbn_rewrite.passes.units import Assumptions, Bundles, Edge
 from mbn_rewrite.passes.wording import sentence
 from mbn_rewrite.plans import Action, Decision, Fate, Fold, Plan, Reclip, Remap, Remove
 
+# How far off a value of some dtype may be kept. Farther off, digits of values near 1 are lost.
+_FARTHEST = {"float16": 8.0, "bfloat16": 8.0, "float32": 2.0**11, "float64": 2.0**40}
+
 # Of a site that does nothing, or whose neighbours do what makes up for it.
 NOTHING_LEFT = "It leaves nothing that a layer would have to absorb."
 
@@ -125,6 +128,8 @@ class _Folding:
         self.strands = Strands(work, borders, clips, signs)
         self.assumptions = Assumptions(self.strands)
         for owner in (*first, *(owner for owner in work.sites if owner not in first)):
+            if owner not in self.kept and not all(map(self.strands.fits, work.sites[owner])):
+                self.kept[owner] = "what it reads and gives has its channels on another axis, too"
             if owner not in self.kept:
                 why = self.assumptions.assume(owner)
                 if why:
@@ -164,6 +169,10 @@ class _Folding:
         node = ends[0].node
         before = next((self._asked(end) for end in ends if end.side is Side.BEFORE), None)
         after = next((self._asked(end) for end in ends if end.side is Side.AFTER), None)
+        why = self._lost(ends) or self._disagreement(owner)
+        if why:
+            self._refuse((end.units for end in ends), f"{node.label} {why}")
+            return
         if isinstance(node.op, BatchNorm):
             m = self.work.maps[owner]
             m = before.then(m) if before else m
@@ -191,6 +200,35 @@ class _Folding:
         for bundle in self._of(end.units for end in ends):
             self._edited.setdefault(bundle, []).append(owner)
 
+    def _lost(self, ends: Iterable[End]) -> str:
+        """Phrase on a layer that would read a value kept so far off that digits are lost, or ""."""
+        for end in ends:
+            if end.side is Side.BEFORE:
+                dtype = self.work.dtype(end.node.inputs[0])
+                lost = self.settled.lost(end.units)
+                if lost > _FARTHEST[dtype]:
+                    return (
+                        f"would read a value that is kept {lost:.3g} off what it is, "
+                        f"more than {dtype} has digits for"
+                    )
+        return ""
+
+    def _disagreement(self, owner: str) -> str:
+        """Phrase on a BatchNormalization that stays whose calls ask for different maps, or ""."""
+        if owner not in self.work.sites or self.work.calls[owner] == 1:
+            return ""
+        for side in Side:
+            ends = [e for e in self.strands.ends if e.node.owner == owner and e.side is side]
+            first, *others = [self._asked(end) for end in ends]
+            alike = all(_are_equal(first, other) for other in others)
+            if not alike or len(ends) != self.work.calls[owner]:
+                where = "followed" if side is Side.AFTER else "preceded"
+                return (
+                    f"is called {self.work.calls[owner]} times and not all its calls are {where} "
+                    "by the same scale and shift"
+                )
+        return ""
+
     def _reclip(self, node: Node) -> None:
         """Has the bounds of a clip move with its units."""
         op, units = node.op, self.strands.units[node.outputs[0]]
@@ -214,6 +252,7 @@ class _Folding:
     def _refuse(self, units: Iterable[Units], why: str) -> None:
         """Keeps the site that asks most of a layer."""
         near = {o for b in self._of(units) for o in self._sites.get(b, ())}
+        near = near or set(self.assumptions.gone)
         asked = {owner: max(map(_size, self.assumptions.gone[owner])) for owner in sorted(near)}
         self.refused[max(asked, key=asked.__getitem__)] = why
 
@@ -269,6 +308,12 @@ class _Folding:
                     f"{' x '.join(map(str, sizes))}."
                 )
         return " ".join(sentences)
+
+
+def _are_equal(first: ChannelMap | None, second: ChannelMap | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return np.array_equal(first.scale, second.scale) and np.array_equal(first.shift, second.shift)
 
 
 def _size(edge: Edge) -> float:

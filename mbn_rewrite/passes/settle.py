@@ -55,6 +55,9 @@ class Settled:
         for step in steps:
             for bundle in self._bundles.of(*(self._origin[u.origins] for u in _sides(step))):
                 self._steps[bundle].append(step)
+        self._taken = np.zeros(count)  # how far a BatchNormalization takes what it gives
+        for edge in self._edges:
+            np.maximum.at(self._taken, self._origin[edge.after.origins], np.abs(edge.shift))
         self._settle_scales()
         self._settle_origins()
 
@@ -111,6 +114,15 @@ class Settled:
         """A bound of a value, for each channel of how it is kept."""
         number, origin = self._strand[units.scales], self._origin[units.origins]
         return self._p[number] * bound + self._q[origin] + 0.0  # no -0
+
+    def lost(self, units: Units) -> float:
+        """How far off a value is kept, beyond what its computation takes it anyway: largest |o|.
+
+        What is kept is as large as p |o| then, and rounded as such: of a value that is not far
+        from 1, log2 |o| bits are lost.
+        """
+        origin = self._origin[units.origins]
+        return float((np.abs(self._o[origin]) - 4 * self._taken[origin]).max(initial=0))
 
     # -- scales --------------------------------------------------------------------------
 
@@ -203,6 +215,9 @@ class Settled:
         known, _ = self._strands.origins.known(units.origins)
         chosen = units.origins[~known if where is None else ~known & where]
         if len(chosen):
+            # Of those that are tied to one another, one; it tells the others.
+            root = self._strands.origins.find(chosen)[0]
+            chosen = chosen[np.unique(root, return_index=True)[1]]
             self._assumptions.choose(chosen)
             self._zeros.append(chosen)
 

@@ -31,6 +31,8 @@ from mbn_rewrite.rules.relations import (
     clipped,
 )
 
+IS_OUTPUT = "is an output of the model"  # of what gives a value
+
 
 @dataclass(frozen=True)
 class Units:
@@ -169,6 +171,15 @@ class Strands:
         self.scales, self.origins = Ties(self._numbers[0]), Ties(self._numbers[1])
         self._tie()
 
+    def fits(self, call: Node) -> bool:
+        """Whether what a BatchNormalization reads and gives has the channels of its map."""
+        op = call.op
+        assert isinstance(op, BatchNorm)
+        if op.map is None:
+            return False
+        sides = (self.units[call.inputs[0]], self.units[call.outputs[0]])
+        return all((u.axis, len(u.scales)) == (op.map.axis, op.map.channels) for u in sides)
+
     # -- reaching ------------------------------------------------------------------------
 
     def _spread(self) -> None:
@@ -183,7 +194,7 @@ class Strands:
             value = self._pending.popleft()
             producer = self.graph.producer(value)
             if self.graph.is_output(value):
-                self._fix(value, producer, "is an output of the model")
+                self._fix(value, producer, IS_OUTPUT)
             if len(producer.outputs) > 1:
                 self._fix(value, producer, "has several outputs")
             else:
@@ -231,10 +242,12 @@ class Strands:
 
     def _relation(self, node: Node, slot: int) -> Relation:
         graph = self.graph
+        if not node.outputs:
+            return "gives nothing"
         shapes = Shapes(tuple(map(graph.shape, node.inputs)), graph.shape(node.outputs[0]))
         units = self.units[self._value(node, slot)]
-        axis, size = units.axis, shapes.of(slot)[units.axis]
-        if size is not None and size != len(units.scales):
+        axis, shape = units.axis, shapes.of(slot)
+        if axis >= len(shape) or shape[axis] not in (None, len(units.scales)):
             return "has another number of channels"
         if isinstance(node.op, Clip) and node.owner in self._may_clip:
             relation = clipped(node.op, shapes, slot, axis, positive=not self._signs)
@@ -294,6 +307,10 @@ class Strands:
         same = tied.origins is not Origins.SUM
         for other, spread in tied.spread.items():
             self._tie_slot(node, other, spread, units, same)
+        sides = [self.units[self._value(node, i)] for i in (slot, *tied.spread)]
+        if tied.origins is Origins.SUM and len({(u.axis, len(u.scales)) for u in sides}) > 1:
+            self._tied[id(node)] = {slot, *tied.spread}
+            return  # what joins channels on different axes is the identity by now
         if tied.part:
             return  # the rest is tied from another slot
         self._tied[id(node)] = {slot, *tied.spread}
@@ -350,14 +367,21 @@ class Strands:
         """
         pending = list(self._gates)
         while pending:
-            free = [[units for units in gate.inputs if self._is_free(units)] for gate in pending]
-            at = next((i for i, inputs in enumerate(free) if len(inputs) < 2), 0)
-            gate, inputs = pending.pop(at), free[at]
-            for units in inputs[1:] if inputs else [gate.given]:
-                self._fix_units(units, gate.cause)
-            if inputs:
-                scales = gate.given.scales
-                _must(self.scales.tie(scales, inputs[0].scales, np.ones(1), np.zeros(1)))
+            undecided = [gate for gate in pending if not self._tie_gate(gate, most=1)]
+            if len(undecided) == len(pending):
+                self._tie_gate(undecided.pop(0))
+            pending = undecided
+
+    def _tie_gate(self, gate: _Gate, most: int | None = None) -> bool:
+        """Ties a gate if no more than so many inputs are free; returns whether it did."""
+        free = [units for units in gate.inputs if self._is_free(units)]
+        if most is not None and len(free) > most:
+            return False
+        for units in free[1:] if free else [gate.given]:
+            self._fix_units(units, gate.cause)
+        if free:
+            _must(self.scales.tie(gate.given.scales, free[0].scales, np.ones(1), np.zeros(1)))
+        return True
 
     def _is_free(self, units: Units) -> bool:
         return not self.scales.known(units.scales)[0].all()

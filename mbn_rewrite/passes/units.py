@@ -22,7 +22,7 @@ import numpy as np
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Clip, Concat, Merge, Node
 from mbn_rewrite.passes.indexed_graph import Side
-from mbn_rewrite.passes.strands import Strands, Sum, Units
+from mbn_rewrite.passes.strands import IS_OUTPUT, Strands, Sum, Units
 from mbn_rewrite.passes.ties import NO_CAUSE, Conflict
 
 
@@ -68,22 +68,29 @@ class Assumptions:
                 number = self.strand[strands.units[node.outputs[0]].scales[0]]
                 self._merges[int(number)].append(node)
         self._blocks = _Blocks(strands)
+        self._solved: list[int] = []  # sums that have nothing more to tell
         assert not self._sums(set(range(len(strands.sums))))  # the identity satisfies them
         self._zeros = _ZeroScales(strands, self.strand)
 
     def assume(self, owner: str) -> str:
         """Lets a BatchNormalization go; returns why it cannot, or ""."""
         scales, origins = self.strands.scales, self.strands.origins
-        found = [self._zeros.edge(call) for call in self.strands.graph.sites[owner]]
-        edges = [edge for edge, _ in found]
-        marks = scales.mark(), origins.mark()
-        reason = self._contradiction(edges) or next((why for _, why in found if why), "")
+        marks, zeros = (scales.mark(), origins.mark()), self._zeros.mark()
+        edges, stuck = [], ""
+        for call in self.strands.graph.sites[owner]:
+            edge, why = self._zeros.edge(call)
+            self._zeros.settle(edge)  # what the next call reads may be what this one gives
+            edges.append(edge)
+            stuck = stuck or why
+        self._solved.clear()
+        reason = self._contradiction(edges) or stuck
         if reason:
             scales.roll_back(marks[0])
             origins.roll_back(marks[1])
+            self._zeros.roll_back(zeros)
         else:
             self.gone[owner] = edges
-            self._zeros.settle(edges)
+            self._blocks.drop(self._solved)
         scales.keep()
         origins.keep()
         return reason
@@ -96,7 +103,9 @@ class Assumptions:
         """
         conflict = self.strands.origins.set(numbers, np.zeros(1), NO_CAUSE)
         assert conflict is None
+        self._solved.clear()
         self._sums(self._blocks.joined(numbers))
+        self._blocks.drop(self._solved)
         self.strands.origins.keep()
 
     def _contradiction(self, edges: Iterable[Edge]) -> str:
@@ -128,6 +137,8 @@ class Assumptions:
             woken.discard(number)
             total = self.strands.sums[number]
             outcome = self._added_up(total)
+            if outcome is None:
+                self._solved.append(number)
             if isinstance(outcome, Conflict):
                 node, phrase, _ = self.strands.causes[total.cause]
                 return f"{node.label} {phrase}"
@@ -138,14 +149,19 @@ class Assumptions:
                 woken |= fresh
         return ""
 
-    def _added_up(self, total: Sum) -> Conflict | bool:
-        """Whether a sum of origins told something new: one unknown is known, two are tied."""
+    def _added_up(self, total: Sum) -> Conflict | bool | None:
+        """Whether a sum of origins told something new: one unknown is known, two are tied.
+
+        None if all its terms are known.
+        """
         origins = self.strands.origins
         roots, slopes, constant, size = [], [], np.zeros(1), np.zeros(1)
+        all_known = True
         for weight, term in zip(total.weights, total.terms, strict=True):
             root, a, _ = origins.find(term.origins)
             known, value = origins.known(term.origins)
             _, _, b = origins.find(term.origins)
+            all_known = all_known and bool(known.all())
             part = weight * np.where(known, value, b)
             roots.append(root)
             slopes.append(np.where(known, 0.0, weight * a))
@@ -177,7 +193,9 @@ class Assumptions:
             conflict = origins.tie(root[i, two], root[j, two], -b / a, -constant[two] / a)
             if conflict is not None:
                 return conflict
-        return bool(len(one) or len(two))
+        if not all_known:
+            return bool(len(one) or len(two))
+        return None
 
     # -- reasons -------------------------------------------------------------------------
 
@@ -206,7 +224,11 @@ class Assumptions:
         node, phrase, limited = self.strands.causes[cause]
         later = self.strands.places[node.owner] > self.strands.places[edge.node.owner]
         where = side if later == (side == "after") or node.owner == edge.node.owner else "beside"
-        label = "it" if node.owner == edge.node.owner else node.label
+        label = node.label
+        if node.owner == edge.node.owner:
+            label = "it"
+        elif phrase == IS_OUTPUT:
+            phrase = phrase.replace("is", "is also", 1)
         told = f"{where} it, {label} {phrase}"
         return f"{told}, which {what}" if limited else told
 
@@ -239,6 +261,7 @@ class _Blocks:
     """
 
     def __init__(self, strands: Strands) -> None:
+        self._all_sums = strands.sums
         self._starts = np.asarray(strands.block)
         self._root = list(range(len(strands.block)))
         self._sums: dict[int, set[int]] = defaultdict(set)
@@ -259,6 +282,13 @@ class _Blocks:
             self._sums[first] |= self._sums.pop(other)
         return self._sums[first]
 
+    def drop(self, solved: Iterable[int]) -> None:
+        """Lets go of sums that have nothing more to tell."""
+        for number in solved:
+            for term in self._all_sums[number].terms:
+                for block in self._blocks(term.origins):
+                    self._sums[block].discard(number)
+
     def _blocks(self, numbers: Array) -> list[int]:
         blocks = np.unique(np.searchsorted(self._starts, numbers, side="right") - 1)
         return [self._find(int(block)) for block in blocks]
@@ -278,13 +308,13 @@ class _ZeroScales:
         self._units = strands.units
         self._strand = strand
         calls = [call for calls in strands.graph.sites.values() for call in calls]
-        self._calls = [c for c in calls if isinstance(c.op, BatchNorm) and c.op.map is not None]
-        self._dead_ends = np.zeros(strands.scales.count, bool)
+        self._calls = [call for call in calls if strands.fits(call)]
         self._lone_sources = np.zeros(strands.scales.count, bool)
         self._dead = np.zeros(strands.scales.count, bool)
         self._blind = np.zeros(strands.scales.count, bool)
         self._passed_on = np.zeros(strands.scales.count, bool)  # to what follows one that goes
-        if any((_map(call).scale == 0).any() for call in self._calls):
+        self._any = any((_map(call).scale == 0).any() for call in self._calls)
+        if self._any:
             self._look(strands)
 
     def _look(self, strands: Strands) -> None:
@@ -316,13 +346,14 @@ class _ZeroScales:
                 np.logical_and.at(ends, y, ends[x])
             if np.array_equal(before, ends):
                 break
-        self._dead_ends = ends
         while True:
             before = self._dead.copy()
             for call in self._calls:
                 x, y = self._sides(call)
                 unread = (_map(call).scale == 0) | self._dead[y]
-                np.logical_or.at(self._dead, x, unread & ends[x])
+                all_unread = np.ones(size, bool)  # where several channels have one number
+                np.logical_and.at(all_unread, x, unread & ends[x])
+                self._dead[x] |= all_unread[x]
             if np.array_equal(before, self._dead):
                 break
 
@@ -335,7 +366,7 @@ class _ZeroScales:
         m, (x, y) = _map(call), self._sides(call)
         unread = self._dead[y]
         zero = (m.scale == 0) & ~unread
-        dead = zero & self._dead_ends[x]
+        dead = zero & self._dead[x]
         blind = (zero & ~dead) | self._blind[x]
         stuck = blind & (~self._lone_sources[y] | self._passed_on[y])
         why = ""
@@ -353,9 +384,19 @@ class _ZeroScales:
         edge = Edge(call, *sides, scale, shift, dead | (unread & self._dead[x]), blind)
         return edge, why
 
-    def settle(self, edges: Iterable[Edge]) -> None:
-        """Takes note of edges that go."""
-        for edge in edges:
+    def mark(self) -> tuple[Array, Array]:
+        """What to roll back to."""
+        if not self._any:
+            return self._blind, self._passed_on
+        return self._blind.copy(), self._passed_on.copy()
+
+    def roll_back(self, marked: tuple[Array, Array]) -> None:
+        """Forgets the edges since a mark."""
+        self._blind, self._passed_on = marked
+
+    def settle(self, edge: Edge) -> None:
+        """Takes note of an edge that goes."""
+        if self._any:
             self._blind[self._strand[edge.after.scales[edge.blind]]] = True
             self._passed_on[self._strand[edge.before.scales[~edge.blind]]] = True
 

@@ -293,7 +293,8 @@ def _merge(op: Merge, shapes: Shapes, slot: int, axis: int) -> Relation:
         return _gate(shapes, slot, axis)
     if any(len(shape) != rank or shape[axis] != channels for shape in shapes.inputs):
         return "repeats one of its inputs over the channels"
-    assert channels is not None
+    if channels is None:
+        return "has an unknown number of channels"
     others = [i for i in range(OUT, len(shapes.inputs)) if i != slot]
     spread = {other: Spread(axis, channels, np.arange(channels)) for other in others}
     count = len(shapes.inputs)

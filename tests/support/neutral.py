@@ -82,18 +82,29 @@ class Builder:
             self.weights[owner, "bias"] = self.rng.integers(-2, 3, channels).astype(np.float64)
         return self.add(op, x, channels=channels, owner=owner, kind="Conv1D", rank=rank)
 
-    def norm(self, x: int, signs: bool = False, zeros: bool = False, owner: str = "") -> int:
+    def norm(
+        self,
+        x: int,
+        signs: bool = False,
+        zeros: bool = False,
+        owner: str = "",
+        axis: int | None = None,
+    ) -> int:
         """A BatchNormalization whose scales are powers of two, perhaps negative or 0."""
-        channels = self.channels(x)
-        scale = 2.0 ** self.rng.integers(-1, 2, channels)
+        shape = self.values[x].shape
+        axis = len(shape) - 1 if axis is None else axis
+        count = shape[axis]
+        assert count is not None
+        scale = 2.0 ** self.rng.integers(-1, 2, count)
         if signs:
-            scale *= self.rng.choice([1.0, 1.0, -1.0], channels)
+            scale *= self.rng.choice([1.0, 1.0, -1.0], count)
         if zeros:
-            scale *= self.rng.random(channels) > 0.3
-        shift = self.rng.integers(-2, 3, channels).astype(np.float64)
-        op = ir.BatchNorm(ChannelMap(scale, shift, AXIS), axis=AXIS)
+            scale *= self.rng.random(count) > 0.3
+        shift = self.rng.integers(-2, 3, count).astype(np.float64)
+        op = ir.BatchNorm(ChannelMap(scale, shift, axis), axis=axis)
         owner = owner or f"bn_{len(self.values)}"
-        return self.add(op, x, channels=channels, owner=owner, kind="BatchNormalization")
+        kind = "BatchNormalization"
+        return self.add(op, x, channels=self.channels(x), owner=owner, kind=kind, rank=len(shape))
 
     def relu(self, x: int, upper: float = np.inf) -> int:
         return self.add(ir.Clip(0.0, upper), x, channels=self.channels(x), kind="ReLU")
@@ -164,7 +175,8 @@ def _computed(
         case ir.BatchNorm():
             m = action.map if isinstance(action, Remap) else op.map
             assert m is not None
-            return inputs[0] * m.scale + m.shift
+            spread = [-1 if i == m.axis else 1 for i in range(inputs[0].ndim)]
+            return inputs[0] * m.scale.reshape(spread) + m.shift.reshape(spread)
         case ir.Opaque():
             return np.sign(inputs[0])
         case ir.Monotone():

@@ -341,7 +341,9 @@ def test_a_trunk_that_is_an_output(b):
     y = b.linear(b.leaky_relu(b.norm(x)), 2)
     plan = check(b.graph(x, y), left=1)
     said = plan.decisions[0].reason
-    assert said.startswith("Before it, Conv1D 'conv_1' is an output of the model; after it, Leaky")
+    assert said.startswith(
+        "Before it, Conv1D 'conv_1' is also an output of the model; after it, Leaky"
+    )
 
 
 def test_contradictions_everywhere_change_nothing(b):
@@ -400,6 +402,46 @@ def test_layers_that_nothing_asks_of_keep_their_weights(b):
     y = b.tanh(b.norm(b.linear(b.tanh(x), 2, owner="asked")))
     plan = check(b.graph(b.linear(y, 2)), left=0)
     assert set(plan.of(Fold)) == {"asked"}
+
+
+def test_channels_that_a_flatten_spreads_are_not_all_unread(b):
+    x = b.norm(b.linear(b.source(2), 1))
+    check(b.graph(b.linear(zeroed(b, b.flat(x)), 2)), left=0)
+
+
+def test_axes_that_differ_keep_a_site(b):
+    x = b.norm(b.linear(b.source(2), 3), axis=1)
+    plan = check(b.graph(b.linear(b.norm(x), 2)), left=2)
+    assert "has its channels on another axis" in "".join(d.reason for d in plan.decisions)
+
+
+def test_a_norm_called_twice_that_stays_has_one_map(b):
+    x = b.norm(b.source(2))
+    y = b.norm(x, owner="shared")
+    op = b.nodes[-1].op
+    z = b.add(op, y, channels=2, owner="shared", kind="BatchNormalization")
+    plan = plan_fold(b.graph(z))
+    check(b.graph(z), left=plan.left)
+    assert "shared" not in plan.of(Remap)
+
+
+def test_what_is_constant_at_one_call_is_so_at_the_next(b):
+    x = b.linear(b.source(2), 2)
+    joined = b.joined(x, zeroed(b, x))
+    y = b.norm(joined, owner="shared")
+    z = b.add(b.nodes[-1].op, y, channels=4, owner="shared", kind="BatchNormalization")
+    graph = b.graph(b.linear(z, 2))
+    check(graph, left=plan_fold(graph).left)
+
+
+@pytest.mark.parametrize(("scale", "left"), [(1e-2, 0), (1e-5, 1)])
+def test_what_is_not_kept_so_far_off_that_digits_are_lost(b, scale, left):
+    x = b.linear(b.source(2), 2)
+    y = b.linear(b.leaky_relu(fixed_norm(b, x, scale, 1)), 2)
+    graph = b.graph(y, b.linear(x, 2))
+    values = tuple(replace(value, dtype="float32") for value in graph.values)
+    plan = check(replace(graph, values=values), left=left, exact=False)
+    assert not left or "more than float32 has digits for" in plan.decisions[0].reason
 
 
 # ------------------------------------------------------------------------- random graphs
