@@ -313,7 +313,8 @@ class _Folding:
 def _are_equal(first: ChannelMap | None, second: ChannelMap | None) -> bool:
     if first is None or second is None:
         return first is second
-    return np.array_equal(first.scale, second.scale) and np.array_equal(first.shift, second.shift)
+    scales, shifts = (first.scale, second.scale), (first.shift, second.shift)
+    return np.allclose(*scales, rtol=1e-12, atol=0) and np.allclose(*shifts, rtol=1e-12, atol=0)
 
 
 def _size(edge: Edge) -> float:

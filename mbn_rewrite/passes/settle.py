@@ -184,8 +184,12 @@ class Settled:
         with np.errstate(all="ignore"):  # what is not finite is found by those who fold it
             p[x[up]], r[x[up]] = s[up] * p[y[up]], r[y[up]] / s[up]
             p[y[down]], r[y[down]] = p[x[down]] / s[down], s[down] * r[x[down]]
-        known[x[up]] = known[y[down]] = True
-        return bool(up.any() or down.any())
+        told = np.concatenate([x[up], y[down]])
+        known[told] = True
+        # s / s may be off 1 by its last digit, and would have weights edited that need not be.
+        identity = told[np.abs(p[told] - 1) <= _ROUNDING]
+        p[identity] = r[identity] = 1.0
+        return bool(len(told))
 
     # -- origins -------------------------------------------------------------------------
 
@@ -266,9 +270,9 @@ class Settled:
         known, q, o = self._o_known, self._q, self._o
         up, down = known[y] & ~known[x], known[x] & ~known[y]
         with np.errstate(all="ignore"):
-            q[x[up]] = p_y[up] * t[up] + q[y[up]]
+            q[x[up]] = _added(p_y[up] * t[up], q[y[up]])
             o[x[up]] = -q[x[up]] * r_x[up]
-            o[y[down]] = s[down] * o[x[down]] + t[down]
+            o[y[down]] = _added(s[down] * o[x[down]], t[down])
             q[y[down]] = -p_y[down] * o[y[down]]
         known[x[up]] = known[y[down]] = True
         return np.concatenate([x[up], y[down]])
@@ -285,14 +289,23 @@ class Settled:
                 continue
             others = [other for other in range(len(numbers)) if other != i]
             for array in (self._q, self._o):
-                parts = (total.weights[j] * array[numbers[j][here]] for j in others)
-                array[number[here]] = -sum(parts, np.zeros(1)) / total.weights[i]
+                parts = [total.weights[j] * array[numbers[j][here]] for j in others]
+                array[number[here]] = -_added(*parts) / total.weights[i]
             self._o_known[number[here]] = True
             told.append(number[here])
         return np.concatenate(told or [_NOTHING])
 
 
 _NOTHING = np.zeros(0, np.intp)
+
+# What some float64 operations are off by, relative to what went in, with room to spare.
+_ROUNDING = 1e-12
+
+
+def _added(*parts: Array) -> Array:
+    """Sum of some parts; 0 where it is but their rounding."""
+    total, size = np.sum(parts, axis=0), np.sum(np.abs(parts), axis=0)
+    return np.where(np.abs(total) <= _ROUNDING * size, 0.0, total)
 
 
 def _sides(step: Edge | Sum) -> Iterable[Units]:

@@ -249,6 +249,7 @@ class Strands:
         axis, shape = units.axis, shapes.of(slot)
         if axis >= len(shape) or shape[axis] not in (None, len(units.scales)):
             return "has another number of channels"
+        shapes = shapes.with_channels(slot, axis, len(units.scales))
         if isinstance(node.op, Clip) and node.owner in self._may_clip:
             relation = clipped(node.op, shapes, slot, axis, positive=not self._signs)
         else:

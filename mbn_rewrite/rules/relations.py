@@ -61,6 +61,15 @@ class Shapes:
     def of(self, slot: int) -> Shape:
         return self.output if slot == OUT else self.inputs[slot]
 
+    def with_channels(self, slot: int, axis: int, channels: int) -> Shapes:
+        """These shapes, where one has so many channels on an axis."""
+        known = list(self.of(slot))
+        known[axis] = channels
+        if slot == OUT:
+            return Shapes(self.inputs, tuple(known))
+        before, after = self.inputs[:slot], self.inputs[slot + 1 :]
+        return Shapes((*before, tuple(known), *after), self.output)
+
 
 class Origins(Name):
     """Relation between the origins of what an operation reads and gives."""
@@ -209,7 +218,7 @@ def _unary(
         return f"has its channels on axis {own}, not on axis {axis}"
     moved = axis if moved is None else moved
     channels = _channels(shapes, slot, axis)
-    if channels is None or _channels(shapes, other, moved) != channels:
+    if channels is None or _channels(shapes, other, moved) not in (None, channels):
         return "gives another number of channels than it reads"
     return Tied(
         {other: Spread(moved, channels, np.arange(channels))},
