@@ -288,7 +288,8 @@ def _check(arguments: list[str]) -> None:
             raise ValueError(f"--{flag}: unknown {unknown}; known are {', '.join(known)}")
     FLAGS.variants = list(dict.fromkeys(["original", *FLAGS.variants]))  # others are compared to it
     for name in FLAGS.models:
-        if not Path(name).exists() and not hasattr(tf_keras.applications, name):
+        known_network = name in OWN_NETWORKS or hasattr(tf_keras.applications, name)
+        if not Path(name).exists() and not known_network:
             raise ValueError(
                 f"--models: '{name}' is no path, and no network; some are {', '.join(MODELS)}"
             )
