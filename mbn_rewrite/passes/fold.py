@@ -19,8 +19,9 @@ from mbn_rewrite.passes.merge import merge_branches
 from mbn_rewrite.passes.precision import bounds_out_of_range, map_out_of_range, weights_out_of_range
 from mbn_rewrite.passes.settle import Settled
 from mbn_rewrite.passes.strands import End, Strands, Units
+from mbn_rewrite.passes.ties import TOLERANCE
 from mbn_rewrite.passes.units import Assumptions, Bundles, Edge
-from mbn_rewrite.passes.wording import sentence
+from mbn_rewrite.passes.wording import bias_beside, sentence
 from mbn_rewrite.plans import Action, Decision, Fate, Fold, Plan, Reclip, Remap, Remove
 
 # How far off a value of some dtype may be kept. Farther off, digits of values near 1 are lost.
@@ -297,10 +298,7 @@ class _Folding:
             if not isinstance(fold, Fold) or not isinstance(node.op, Linear):
                 continue
             if fold.outer_bias:
-                sentences.append(
-                    f"{node.label} {self.work.bias_doubt(owner)}: a layer that stands for "
-                    "it adds the bias."
-                )
+                sentences.append(bias_beside(node.label, self.work.bias_doubt(owner)))
             if fold.border is not None:
                 sizes = (*fold.border.outputs, node.op.kernels[-1].out_channels)
                 sentences.append(
@@ -314,7 +312,7 @@ def _are_equal(first: ChannelMap | None, second: ChannelMap | None) -> bool:
     if first is None or second is None:
         return first is second
     scales, shifts = (first.scale, second.scale), (first.shift, second.shift)
-    return np.allclose(*scales, rtol=1e-12, atol=0) and np.allclose(*shifts, rtol=1e-12, atol=0)
+    return all(np.allclose(*both, rtol=TOLERANCE, atol=0) for both in (scales, shifts))
 
 
 def _size(edge: Edge) -> float:

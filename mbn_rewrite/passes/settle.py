@@ -20,6 +20,7 @@ import numpy as np
 
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.passes.strands import Sum, Units
+from mbn_rewrite.passes.ties import TOLERANCE
 from mbn_rewrite.passes.units import Assumptions, Bundles, Edge
 
 
@@ -51,8 +52,8 @@ class Settled:
         values = (self._origin[units.origins] for units in strands.units.values())
         self._bundles = Bundles(values, count)
         self._steps: dict[int, list[Edge | Sum]] = defaultdict(list)
-        steps: list[Edge | Sum] = [*self._edges, *self._sums]
-        for step in steps:
+        self._every: list[Edge | Sum] = [*self._edges, *self._sums]
+        for step in self._every:
             for bundle in self._bundles.of(*(self._origin[u.origins] for u in _sides(step))):
                 self._steps[bundle].append(step)
         self._taken = np.zeros(count)  # how far a BatchNormalization takes what it gives
@@ -78,8 +79,7 @@ class Settled:
 
     def broken(self) -> str:
         """The last site that goes though the values of units do not let it, or ""."""
-        steps: list[Edge | Sum] = [*self._edges, *self._sums]
-        for step in steps:
+        for step in self._every:
             if not self._holds(step):
                 numbers = np.concatenate([self._origin[units.origins] for units in _sides(step)])
                 around = [edge for edge in self._around(numbers) if isinstance(edge, Edge)]
@@ -187,7 +187,7 @@ class Settled:
         told = np.concatenate([x[up], y[down]])
         known[told] = True
         # s / s may be off 1 by its last digit, and would have weights edited that need not be.
-        identity = told[np.abs(p[told] - 1) <= _ROUNDING]
+        identity = told[np.abs(p[told] - 1) <= TOLERANCE]
         p[identity] = r[identity] = 1.0
         return bool(len(told))
 
@@ -298,14 +298,11 @@ class Settled:
 
 _NOTHING = np.zeros(0, np.intp)
 
-# What some float64 operations are off by, relative to what went in, with room to spare.
-_ROUNDING = 1e-12
-
 
 def _added(*parts: Array) -> Array:
     """Sum of some parts; 0 where it is but their rounding."""
     total, size = np.sum(parts, axis=0), np.sum(np.abs(parts), axis=0)
-    return np.where(np.abs(total) <= _ROUNDING * size, 0.0, total)
+    return np.where(np.abs(total) <= TOLERANCE * size, 0.0, total)
 
 
 def _sides(step: Edge | Sum) -> Iterable[Units]:

@@ -2,10 +2,11 @@
 
 Every number is known relative to the root of its set, x = a * root + b, and a set whose root is
 known is known whole. Ties are made for whole vectors at a time. A tie that contradicts those made
-before is refused; `rolled_back` undoes what was made since a mark.
+before is refused; `roll_back` undoes what was made since a mark.
 
 Tarjan, "Efficiency of a good but not linear set union algorithm" (1975) has the structure; numbers
-on the edges are folklore. Roots are the smallest numbers of their sets, found by halving paths.
+on the edges are folklore. Roots are the smallest numbers of their sets; what looks one up shortens
+its path.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mbn_rewrite.ir.channel_map import Array
 
 # Sums of products of float64 numbers that are equal in exact arithmetic differ by some units of
 # 2^-53 of their terms. What differs by more is not equal.
-_TOLERANCE = 1e-12
+TOLERANCE = 1e-12
 
 NO_CAUSE = -1
 
@@ -240,4 +241,4 @@ class Ties:
 
 
 def _close(x: Array, y: Array, size: Array) -> Array:
-    return np.abs(x - y) <= _TOLERANCE * size
+    return np.abs(x - y) <= TOLERANCE * size

@@ -23,7 +23,7 @@ from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Clip, Concat, Merge, Node
 from mbn_rewrite.passes.indexed_graph import Side
 from mbn_rewrite.passes.strands import IS_OUTPUT, Strands, Sum, Units
-from mbn_rewrite.passes.ties import NO_CAUSE, Conflict
+from mbn_rewrite.passes.ties import NO_CAUSE, TOLERANCE, Conflict
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,8 @@ class Assumptions:
         roots, slopes, constant, size = [], [], np.zeros(1), np.zeros(1)
         all_known = True
         for weight, term in zip(total.weights, total.terms, strict=True):
-            root, a, _ = origins.find(term.origins)
+            root, a, b = origins.find(term.origins)
             known, value = origins.known(term.origins)
-            _, _, b = origins.find(term.origins)
             all_known = all_known and bool(known.all())
             part = weight * np.where(known, value, b)
             roots.append(root)
@@ -171,11 +170,11 @@ class Assumptions:
             for j in range(i):
                 same = (roots[i] == roots[j]) & (slope[i] != 0) & (slope[j] != 0)
                 both = slope[i] + slope[j]
-                both[np.abs(both) <= 1e-12 * np.abs(slope[i])] = 0
+                both[np.abs(both) <= TOLERANCE * np.abs(slope[i])] = 0
                 slope[j] = np.where(same, both, slope[j])
                 slope[i] = np.where(same, 0.0, slope[i])
         unknown = np.count_nonzero(slope, axis=0)
-        wrong = (unknown == 0) & ~(np.abs(constant) <= 1e-12 * size)
+        wrong = (unknown == 0) & ~(np.abs(constant) <= TOLERANCE * size)
         if wrong.any():
             return Conflict(int(wrong.sum()))
         root = np.stack(roots)
@@ -320,7 +319,7 @@ class _ZeroScales:
     def _look(self, strands: Strands) -> None:
         size = strands.scales.count
         fixed = strands.scales.known(np.arange(size))[0]
-        readers, layers, norms, sources = (np.zeros(size, np.int64) for _ in range(4))
+        layers, norms, sources = (np.zeros(size, np.int64) for _ in range(3))
         sides: dict[tuple[str, Side, bool], list[Array]] = defaultdict(list)
         for end in strands.ends:
             key = end.node.owner, end.side, isinstance(end.node.op, BatchNorm)
@@ -328,7 +327,6 @@ class _ZeroScales:
         for (_, side, is_norm), numbers in sides.items():  # all calls of a layer count as one
             counts = sources if side is Side.AFTER else norms if is_norm else layers
             counts[np.unique(np.concatenate(numbers))] += 1
-        readers = norms + layers
         # A constant that a clip reads may be another one after it; only zero is not.
         clips, beside_zero = np.zeros((2, size), bool)
         for node in strands.clips:
@@ -337,7 +335,7 @@ class _ZeroScales:
             clips[numbers] = True
             beside_zero[numbers] |= not node.op.lower <= 0 <= node.op.upper
         self._lone_sources = (sources == 1) & ~fixed & ~clips
-        ends = (readers == 1) & (layers == 0) & ~fixed & ~beside_zero
+        ends = (norms == 1) & (layers == 0) & ~fixed & ~beside_zero
         # What cannot be made constant cannot be made so through a BatchNormalization either.
         while True:
             before = ends.copy()
