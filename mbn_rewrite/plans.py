@@ -105,6 +105,8 @@ class Fold:
     @property
     def has_shift(self) -> bool:
         """Whether what is absorbed takes a bias."""
+        if any(kernel.is_table for kernels, _ in self.op.chains for kernel in kernels):
+            return False
         if any(m is not None and m.has_shift for m in (self.before, self.after)):
             return True
         return self.sums is not None and any(bias for _, bias in self.op.chains)

@@ -10,6 +10,7 @@ channel. A linear layer y = W x + b absorbs a map on either side of it:
     after:   s * (W x + b) + t  =  (s W) x + (s b + t)
     before:  W (s * x + t) + b  =  (W s) x + (W t + b)
 
+A table of an embedding, of which x picks a row, absorbs one behind it: every row r becomes s r + t.
 Where a convolution reads zeros around its input, W t is not the same at every position:
 
     before:  W pad(s * x + t) + b  =  (W s) pad(x) + B + b,   B = W pad(t)
@@ -103,7 +104,10 @@ def fold(
                 constant = kernel.applied_to_constant(array, constant)
             new_bias = new_bias + constant
         arrays[0] = kernels[0][0].scaled(arrays[0], inputs=before.scale)
-    if after is not None:
-        arrays[-1] = kernels[-1][0].scaled(arrays[-1], outputs=after.scale)
+    last = kernels[-1][0]
+    if after is not None and last.is_table:
+        arrays[-1] = last.mapped(arrays[-1], after)
+    elif after is not None:
+        arrays[-1] = last.scaled(arrays[-1], outputs=after.scale)
         new_bias = after.scale * new_bias + after.shift
     return arrays, new_bias

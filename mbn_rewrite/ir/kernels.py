@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mbn_rewrite.ir.channel_map import Array
+from mbn_rewrite.ir.channel_map import Array, ChannelMap
+
+_ROWS = 4096  # of a table, that are held in float64 at once
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,15 @@ class Kernel:
         in_dims: the axes of the view that, in this order, count the input channels.
         out_dims: likewise the output channels, in ascending order. An axis may be in both
             (depthwise kernels).
+        is_table: whether each output is a row of it, as of an embedding, so that a shift is
+            added to every row. Rows are its first axis and channels its second.
     """
 
     name: str
     view: tuple[int, ...]
     in_dims: tuple[int, ...]
     out_dims: tuple[int, ...]
+    is_table: bool = False
 
     @property
     def in_channels(self) -> int:
@@ -61,6 +66,15 @@ class Kernel:
             np.multiply(
                 array.reshape(self.view), factor, out=result, dtype=np.float64, casting="unsafe"
             )
+        return result.reshape(array.shape)
+
+    def mapped(self, array: Array, m: ChannelMap) -> Array:
+        """A table with a map done on every row, rounded as `scaled` does."""
+        result, table = np.empty(self.view, array.dtype), array.reshape(self.view)
+        with np.errstate(all="ignore"):  # as there
+            for start in range(0, len(table), _ROWS):
+                rows = slice(start, start + _ROWS)
+                result[rows] = m.scale * table[rows].astype(np.float64) + m.shift
         return result.reshape(array.shape)
 
     def applied_to_constant(self, array: Array, vector: Array) -> Array:

@@ -40,6 +40,11 @@ def matrix(name: str, shape: Sequence[int], transposed: bool = False) -> Kernel:
     return Kernel(name, tuple(shape), (int(transposed),), (int(not transposed),))
 
 
+def table(name: str, shape: Sequence[int]) -> Kernel:
+    """(rows, channels) of an embedding"""
+    return Kernel(name, tuple(shape), (), (1,), is_table=True)
+
+
 @dataclass(frozen=True)
 class Einsum:
     """A product of data with a kernel, one letter per axis.

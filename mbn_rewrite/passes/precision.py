@@ -75,7 +75,10 @@ def _surely_fit(action: Fold, dtype: str, read: Callable[[str], Array]) -> bool:
             size = _magnitude(array)
             largest, added = max(largest, size), added * size * array.size
         added = (added + (_magnitude(read(bias)) if bias else 0.0)) * scale_after + shift_after
-        if not max(largest * scale_before * scale_after, added) < _LARGEST[dtype]:
+        largest = largest * scale_before * scale_after
+        if kernels[-1].is_table:
+            largest += shift_after
+        if not max(largest, added) < _LARGEST[dtype]:
             return False
     return True
 

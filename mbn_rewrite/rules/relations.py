@@ -161,7 +161,7 @@ def _linear(op: Linear, shapes: Shapes, slot: int, axis: int) -> Relation:
     """p_y (W x + b - o_y) = (p_y W / p_x) (p_x (x - o_x)) + p_y (W o_x + b - o_y)
 
     W o_x depends on the position where zeros are read: a border map. A fused activation works on
-    the output, as it does alone.
+    the output, as it does alone. The rows of a table are y itself: p_y (row - o_y).
     """
     if slot == OUT:
         if axis != op.out_axis:

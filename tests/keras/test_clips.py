@@ -71,6 +71,10 @@ OF_KERAS_3 = {
     "ops.clip below": (lambda x: ops.clip(x, -INF, 0.5), Clip(-INF, 0.5)),
     "ops.clip to nothing": (lambda x: ops.clip(x, -INF, INF), Affine()),
     "ops.clip crossed": (lambda x: ops.clip(x, 1.0, 0.0), Opaque()),
+    "ops.maximum": (lambda x: ops.maximum(x, 0.5), Clip(0.5, INF)),
+    "ops.maximum turned": (lambda x: ops.maximum(0.5, x), Clip(0.5, INF)),
+    "ops.minimum": (lambda x: ops.minimum(x, np.float32(6.0)), Clip(-INF, 6.0)),
+    "ops.maximum per channel": (lambda x: ops.maximum(x, np.zeros(4)), Opaque()),
     "ops.clip per channel": (lambda x: ops.clip(x, [0.0] * 4, 1.0), Opaque()),
     "relu": (keras.activations.relu, Clip()),
     "relu limited": (lambda x: keras.activations.relu(x, max_value=3.0), Clip(0.0, 3.0)),
@@ -99,6 +103,10 @@ OF_TENSORFLOW = {
         Clip(-2.0, 0.5),
     ),
     "clip crossed": (lambda x: tf.clip_by_value(x, 1.0, 0.0), Opaque()),
+    "maximum": (lambda x: tf.maximum(x, 0.5), Clip(0.5, INF)),
+    "maximum turned": (lambda x: tf.maximum(0.5, x), Clip(0.5, INF)),
+    "minimum": (lambda x: tf.math.minimum(x, tf.constant(6.0)), Clip(-INF, 6.0)),
+    "maximum per channel": (lambda x: tf.maximum(x, np.zeros(4)), Opaque()),
     "clip per channel": (lambda x: tf.clip_by_value(x, np.zeros(4), 1.0), Opaque()),
 }
 

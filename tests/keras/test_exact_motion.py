@@ -11,8 +11,9 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+import mbn_rewrite as mbn
 from tests.support.kerases import K, Model, function, set_policy
-from tests.support.whole_numbers import assert_exact, norm
+from tests.support.whole_numbers import assert_equal_bits, assert_exact, norm, randomise
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +93,15 @@ def test_linear_absorbs_what_follows(name, use_bias, rng):
     shape, layer = LINEAR[name]
     model = model_of(shape, chain(layer(use_bias=use_bias), norm(), K.ReLU()))
     assert assert_exact(model, rng).left == 0
+
+
+def test_an_embedding_absorbs_what_follows(rng):
+    tokens = K.Input((8,), dtype="int32")
+    model = Model(tokens, chain(K.Embedding(9, 4), norm(), K.ReLU())(tokens))
+    randomise(model, rng)
+    new, plan = mbn.convert_with_plan(model, "fold", check=False)
+    assert plan.left == 0
+    assert_equal_bits(model, new, rng.integers(0, 9, (2, 8)))
 
 
 @pytest.mark.parametrize("bias_axes", [None, "d"])

@@ -896,6 +896,48 @@ def test_scale_and_shift_pass_onward(name, tmp_path):
     assert_all_gone(*rewritten(tmp_path, Case(function)))
 
 
+def tokens(x):
+    return tf.cast(tf.minimum(tf.abs(x), 8.0), tf.int32)
+
+
+TABLES = {
+    "gather": lambda x, table: tf.gather(table, tokens(x)),
+    "lookup": lambda x, table: tf.nn.embedding_lookup(table, tokens(x)),
+    "read": lambda x, table: tf.gather(tf.convert_to_tensor(table), tokens(x)),
+}
+
+
+@pytest.mark.parametrize("form", TABLES)
+def test_an_embedding_absorbs_what_follows(form, tmp_path):
+    def block(x, w):
+        return normalised(TABLES[form](x, w.kernel(9, CHANNELS)), w)
+
+    decisions, result = rewritten(tmp_path, Case(both_ways_beside(block), SEQUENCE))
+    assert_all_gone(decisions, result, norms=2)
+    assert not {"BiasAdd", "Mul"} & set(op_counts(result))
+
+
+NO_TABLES = {
+    "columns": lambda x, w: tf.gather(w.kernel(CHANNELS, 9), tokens(x), axis=1),
+    "transposed": lambda x, w: tf.gather(tf.transpose(w.kernel(CHANNELS, 9)), tokens(x)),
+    "shared": lambda x, w: w.twice(lambda table: tf.gather(table, tokens(x))),
+}
+
+
+@pytest.mark.parametrize("form", NO_TABLES)
+def test_what_is_no_embedding_of_its_own_is_left_alone(form, tmp_path):
+    def function(x, w):
+        def twice(rows):
+            table = w.kernel(9, CHANNELS)
+            return rows(table) + tf.reduce_sum(table)
+
+        w.twice = twice
+        return normalised(NO_TABLES[form](x, w), w)
+
+    (decision,), _ = rewritten(tmp_path, Case(function, SEQUENCE))
+    assert decision.action == "kept"
+
+
 def test_prelu_stays_behind_a_batch_norm_that_goes(tmp_path):
     def function(x, w):
         gamma, _, mean, variance = w.norm(CHANNELS)

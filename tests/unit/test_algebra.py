@@ -6,9 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mbn_rewrite.ir import layouts
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.ir.channel_map import ChannelMap, reshaped
+from mbn_rewrite.ir.graph import Linear
 from mbn_rewrite.ir.kernels import Kernel
+from mbn_rewrite.passes.precision import weights_out_of_range
+from mbn_rewrite.plans import Fold
 
 small = st.integers(-4, 4).map(float)
 
@@ -119,6 +123,23 @@ def test_weights_are_rounded_once(dtype):
     assert folded.dtype == dtype
     exact = array.astype(np.float64) * m.scale
     np.testing.assert_array_equal(folded, exact.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_every_row_of_a_table_absorbs_scale_and_shift(dtype):
+    rng = np.random.default_rng(1)
+    table = layouts.table("embeddings", (5000, 4))  # more rows than are held in float64 at once
+    array = rng.standard_normal((5000, 4)).astype(dtype)
+    m = ChannelMap(rng.standard_normal(4), rng.standard_normal(4), 1)
+    (folded,), bias = fold([(table, array)], None, after=m)
+    assert folded.dtype == dtype
+    np.testing.assert_array_equal(folded, applied(m, array.astype(np.float64)).astype(dtype))
+    assert not bias.any()
+    action = Fold(Linear((table,), None, None, 2), None, m)
+    assert not action.has_shift  # that would take a bias
+    assert weights_out_of_range(action, "float32", lambda name: array) == ""
+    large = Fold(action.op, None, ChannelMap(np.ones(4), np.full(4, 1e39), 1))
+    assert "more than float32 can hold" in weights_out_of_range(large, "float32", lambda _: array)
 
 
 # ------------------------------------------------------------------------------- reshaping

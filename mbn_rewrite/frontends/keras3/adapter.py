@@ -33,7 +33,13 @@ from mbn_rewrite.frontends.keras3.training_layers import (
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Record
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, parts
-from mbn_rewrite.frontends.keras_common.op_table import clip_between, layer_table, relu
+from mbn_rewrite.frontends.keras_common.op_table import (
+    clip_between,
+    clip_by_a_number,
+    is_number,
+    layer_table,
+    relu,
+)
 from mbn_rewrite.ir.graph import (
     Affine,
     Concat,
@@ -173,7 +179,8 @@ class Keras3(KerasAdapter):
             return Opaque("is quantized")
         if isinstance(call.layer, numpy.Add) and _is_zero(call.arguments):
             return Affine()
-        return None
+        bounds = _BOUNDS.get(type(call.layer))
+        return clip_by_a_number(bounds, call.arguments) if bounds else None
 
     def reason_to_stay(self, layer: Any) -> Reason | None:
         # Releases before 3.14 lack this attribute.
@@ -331,7 +338,7 @@ def _without_unknown_arguments(kind: type, config: dict[str, Any]) -> dict[str, 
 
 def _is_zero(arguments: tuple[Any, ...]) -> bool:
     """Whether this is the number 0 alone, with which Python's `sum` begins."""
-    return len(arguments) == 1 and isinstance(arguments[0], (int, float)) and arguments[0] == 0
+    return len(arguments) == 1 and is_number(arguments[0]) and bool(arguments[0] == 0)
 
 
 def _merge(kind: MergeKind) -> Describer:
@@ -342,6 +349,8 @@ def _concatenate(call: Call) -> Op:
     axis = call.layer.axis
     return Opaque() if axis is None else Concat(axis % len(call.output))
 
+
+_BOUNDS = {numpy.Maximum: MergeKind.MAXIMUM, numpy.Minimum: MergeKind.MINIMUM}
 
 _OPERATIONS: dict[type, Describer] = {
     numpy.Add: _merge(MergeKind.ADD),

@@ -31,7 +31,7 @@ from mbn_rewrite.plans import Fold
 # They were chosen for the original weights, and would spoil the folded ones.
 _REGULARIZERS = {
     f"{weight}_{kind}"
-    for weight in ("kernel", "bias", "depthwise", "pointwise", "gamma", "beta")
+    for weight in ("kernel", "bias", "depthwise", "pointwise", "embeddings", "gamma", "beta")
     for kind in ("regularizer", "constraint")
 }
 

@@ -154,6 +154,14 @@ def _prefixed(op: Linear, prefix: str) -> Linear:
     return replace(op, kernels=kernels, bias=op.bias and prefix + op.bias)
 
 
+def embedding(call: Call) -> Op:
+    """Look-up of the rows of a table."""
+    if getattr(call.layer, "sparse", False):
+        return Opaque("may give sparse tensors")
+    table = layouts.table("embeddings", call.layer.embeddings.shape)
+    return Linear((table,), None, None, len(call.output) - 1)
+
+
 # ---------------------------------------------------------------------- recurrent layers
 
 

@@ -120,7 +120,7 @@ def relu(call: Call) -> Op:
 
 def clip_between(lower: Any, upper: Any, why: str = Opaque.why) -> Op:
     """Clip between two bounds as layers and operations hold them, None where there is none."""
-    if not all(bound is None or _is_number(bound) for bound in (lower, upper)):
+    if not all(bound is None or is_number(bound) for bound in (lower, upper)):
         return Opaque(why)  # such as bounds per channel, or a variable
     return clip(
         -math.inf if lower is None else float(lower),
@@ -129,7 +129,16 @@ def clip_between(lower: Any, upper: Any, why: str = Opaque.why) -> Op:
     )
 
 
-def _is_number(value: Any) -> bool:
+def clip_by_a_number(kind: MergeKind, arguments: tuple[Any, ...]) -> Op | None:
+    """max(x, number) or min(x, number), by the arguments beside x; None where it is neither."""
+    if kind not in (MergeKind.MAXIMUM, MergeKind.MINIMUM) or len(arguments) != 1:
+        return None
+    (bound,) = arguments
+    return clip_between(*((bound, None) if kind is MergeKind.MAXIMUM else (None, bound)))
+
+
+def is_number(value: Any) -> bool:
+    """Whether an argument is one number, known beforehand."""
     return isinstance(value, (int, float, np.number, np.ndarray)) and np.ndim(value) == 0
 
 
@@ -148,6 +157,7 @@ _TABLE: dict[str, Describer] = {
     "SeparableConv1D SeparableConv2D": linear_layers.separable_conv,
     "Dense": linear_layers.dense,
     "EinsumDense": linear_layers.einsum_dense,
+    "Embedding": linear_layers.embedding,
     "TimeDistributed": linear_layers.time_distributed,
     " ".join(linear_layers.RECURRENT): linear_layers.recurrent,
     "Bidirectional": linear_layers.bidirectional,

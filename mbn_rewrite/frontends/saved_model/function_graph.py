@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -203,9 +203,9 @@ def function_graph_of(
     variables |= {name: variable_in_graph(name) for name in sorted(in_graph & kept)}
     written = _written(graph_def, variables)
     _state_shapes(graph_def, variables)
-    graph = tf.Graph()
-    with graph.as_default():
-        tf.graph_util.import_graph_def(graph_def, name="")
+    graph = _imported(graph_def)
+    if _state_shapes_of_rows(graph_def, graph, variables):
+        graph = _imported(graph_def)
     arguments = function.inputs[: len(function.inputs) - len(externals)]
     return FunctionGraph(
         name,
@@ -242,15 +242,42 @@ def _written(graph_def: GraphDef, variables: dict[str, Any]) -> dict[str, str]:
     return written
 
 
+def _imported(graph_def: GraphDef) -> Any:
+    graph = tf.Graph()
+    with graph.as_default():
+        tf.graph_util.import_graph_def(graph_def, name="")
+    return graph
+
+
 def _state_shapes(graph_def: GraphDef, variables: dict[str, Any]) -> None:
     """Notes at each read the shape of its variable, which its handle does not tell."""
+    for node, variable in _uses(graph_def, variables, "ReadVariableOp"):
+        _state_shape(node, variable.shape)
+
+
+def _state_shapes_of_rows(graph_def: GraphDef, graph: Any, variables: dict[str, Any]) -> bool:
+    """Notes likewise the shapes of rows that are gathered; returns whether there are any."""
+    found = False
+    for node, variable in _uses(graph_def, variables, "ResourceGather"):
+        indices = graph.get_operation_by_name(node.name).inputs[1]
+        if not node.attr["batch_dims"].i:
+            _state_shape(node, indices.shape.concatenate(variable.shape[1:]))
+            found = True
+    return found
+
+
+def _uses(graph_def: GraphDef, variables: dict[str, Any], kind: str) -> Iterator[tuple[Any, Any]]:
+    """The nodes of a kind that read a variable, each with that."""
     nodes = {node.name: node for node in graph_def.node}
     for node in graph_def.node:
-        if node.op == "ReadVariableOp":
+        if node.op == kind:
             source = nodes[node.input[0].partition(":")[0]]
             while source.op in ALIASES:
                 source = nodes[source.input[0].partition(":")[0]]
             if source.name in variables:
-                shape = variables[source.name].shape.as_proto()
-                del node.attr["_output_shapes"].list.shape[:]
-                node.attr["_output_shapes"].list.shape.add().CopyFrom(shape)
+                yield node, variables[source.name]
+
+
+def _state_shape(node: Any, shape: tf.TensorShape) -> None:
+    del node.attr["_output_shapes"].list.shape[:]
+    node.attr["_output_shapes"].list.shape.add().CopyFrom(shape.as_proto())

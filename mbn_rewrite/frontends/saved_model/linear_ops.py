@@ -192,3 +192,22 @@ def einsum(site: Site) -> Answer:
     return _linear(
         site, 0, 1, lambda s: read.layout("kernel", s), read.in_axis, read.out_axis
     )  # fmt: skip
+
+
+def gather(site: Site) -> Answer:
+    """ResourceGather and GatherV2 of rows of a table, as of an embedding."""
+    op = site.op
+    if op.type == "ResourceGather":
+        weight = site.constants.gathered(op)
+    else:
+        axis = site.number(2)
+        weight = site.constants.weight(op.inputs[0]) if axis is not None and axis == 0 else None
+    if weight is None or site.attribute("batch_dims") or len(weight.shape) != 2:
+        return Opaque()
+    if site.constants.weight(op.inputs[1]) is not None:
+        return Opaque("picks the same rows at every call")
+    if weight.order != (0, 1):
+        return Opaque("has a transposed table")
+    table = layouts.table("kernel", weight.shape)
+    linear = Linear((table,), None, None, len(site.output) - 1)
+    return Described(linear, (op.inputs[1],), op.outputs[0], {"kernel": weight})

@@ -143,6 +143,7 @@ _DESCRIBERS: dict[str, Callable[[Site], Answer]] = {
     ),
     **dict.fromkeys(("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"), linear_ops.matmul),
     "Einsum": linear_ops.einsum,
+    **dict.fromkeys(("ResourceGather", "GatherV2"), linear_ops.gather),
     **dict.fromkeys(("AvgPool", "AvgPool3D"), position_ops.pool(Affine)),
     **dict.fromkeys(("MaxPool", "MaxPoolV2", "MaxPool3D"), position_ops.pool(Monotone)),
     "Mean": position_ops.reduction(Affine),

@@ -113,7 +113,7 @@ class Constants:
             stored = self._stored(op)
             if stored is None:
                 return None
-            return Weight(stored, stored.shape, tuple(range(len(stored.shape))), stored.dtype)
+            return _whole(stored)
         if op.type not in ALIASES | {"Cast", "Transpose"} and not _reshapes(op):
             return None
         inner = self.weight(op.inputs[0])
@@ -130,6 +130,11 @@ class Constants:
         if not shape.is_fully_defined() or inner.order != tuple(range(len(inner.order))):
             return None
         return replace(inner, view=tuple(shape), order=tuple(range(shape.rank)))
+
+    def gathered(self, op: Any) -> Weight | None:
+        """The stored array whose rows an operation gathers by its handle."""
+        stored = self._stored(op)
+        return None if stored is None else _whole(stored)
 
     def _stored(self, op: Any) -> Stored | None:
         if op.type == "Const":
@@ -261,6 +266,10 @@ def _reshapes(op: Any) -> bool:
     sizes = [tensor.shape.num_elements() for tensor in (op.inputs[0], op.outputs[0])]
     steps = tf.get_static_value(op.inputs[3])
     return sizes[0] == sizes[1] is not None and steps is not None and bool(np.all(steps == 1))
+
+
+def _whole(stored: Stored) -> Weight:
+    return Weight(stored, stored.shape, tuple(range(len(stored.shape))), stored.dtype)
 
 
 def _cast(weight: Weight, dtype: Any) -> Weight | None:

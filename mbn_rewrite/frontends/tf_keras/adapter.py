@@ -26,7 +26,12 @@ from tf_keras.src.saving.serialization_lib import SafeModeScope
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Call, Record
 from mbn_rewrite.frontends.keras_common.cloning import share_config_objects
-from mbn_rewrite.frontends.keras_common.op_table import clip_between, layer_table
+from mbn_rewrite.frontends.keras_common.op_table import (
+    clip_between,
+    clip_by_a_number,
+    is_number,
+    layer_table,
+)
 from mbn_rewrite.frontends.tf_keras.inference_layers import (
     BorderedConvolution,
     ChannelClip,
@@ -308,12 +313,14 @@ def _function(call: Call) -> Op:
         return Concat(call.arguments[0] % len(call.output))
     if symbol == "clip_by_value":
         return _clip_by_value(call)
-    if _TF_MERGES.get(symbol) is MergeKind.ADD and _is_zero(call.arguments):
+    kind = _TF_MERGES.get(symbol)
+    constants = tuple(map(_known, call.arguments))
+    if kind is MergeKind.ADD and _is_zero(constants):
         return Affine()  # Python's `sum` begins with 0
-    if call.arguments:
-        return Opaque()
-    if symbol in _TF_MERGES and len(call.inputs) == 2:
-        return Merge(_TF_MERGES[symbol])
+    if constants:
+        return (clip_by_a_number(kind, constants) if kind else None) or Opaque()
+    if kind and len(call.inputs) == 2:
+        return Merge(kind)
     if symbol in _TF_CLIPS:
         return clip_between(*_TF_CLIPS[symbol])
     if symbol in ("identity", "stop_gradient"):
@@ -321,12 +328,14 @@ def _function(call: Call) -> Op:
     return Opaque()
 
 
-def _is_zero(arguments: tuple[Any, ...]) -> bool:
+def _known(argument: Any) -> Any:
+    """An argument of a function; a constant tensor as array."""
+    return tf.get_static_value(argument) if isinstance(argument, tf.Tensor) else argument
+
+
+def _is_zero(constants: tuple[Any, ...]) -> bool:
     """Whether this is the number 0 alone."""
-    if len(arguments) != 1 or not isinstance(arguments[0], (int, float, tf.Tensor)):
-        return False
-    value = tf.get_static_value(tf.convert_to_tensor(arguments[0]))
-    return value is not None and value.ndim == 0 and bool(value == 0)
+    return len(constants) == 1 and is_number(constants[0]) and bool(constants[0] == 0)
 
 
 def _clip_by_value(call: Call) -> Op:
