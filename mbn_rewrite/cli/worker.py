@@ -35,7 +35,7 @@ from mbn_rewrite.cli.job import (
 from mbn_rewrite.errors import RewriteError, VerificationError, cause_of, is_out_of_memory
 from mbn_rewrite.options import DEFAULT_BUDGET
 from mbn_rewrite.tables import Page, laid_out_for
-from mbn_rewrite.tuning.auto import MEASURING
+from mbn_rewrite.tuning.trial import MEASURING
 
 if TYPE_CHECKING:
     from mbn_rewrite.report import Report

@@ -31,7 +31,9 @@ _FARTHEST = {"float16": 8.0, "bfloat16": 8.0, "float32": 2.0**11, "float64": 2.0
 NOTHING_LEFT = "It leaves nothing that a layer would have to absorb."
 
 
-def plan_fold(graph: Graph, borders: bool = False, clips: bool = False) -> Plan:
+def plan_fold(
+    graph: Graph, borders: bool = False, clips: bool = False, stay: Collection[str] = ()
+) -> Plan:
     """Folds what can be folded.
 
     A ReLU that reads nothing but a BatchNormalization may take on bounds by channel, where nothing
@@ -43,10 +45,14 @@ def plan_fold(graph: Graph, borders: bool = False, clips: bool = False) -> Plan:
             border map. That is exact too, but costs an addition that may not be fused.
         clips: whether all clips may take on bounds by channel, on both sides where scales are
             negative. That is exact too, but a ReLU may be fused that two bounds are not.
+        stay: sites that do not go at these costs.
     """
     merged = merge_branches(graph)
     work = IndexedGraph(merged.graph)
     kept = {owner: why for owner in work.sites if (why := _why_fixed(work, owner))}
+    if stay:
+        without = {d.name: d.reason.removesuffix(".") for d in plan_fold(graph).decisions}
+        kept = {owner: without[owner] for owner in work.sites if owner in stay} | kept
     while True:
         folding = _Folding(work, kept, borders)
         able = _clips_after(work, folding.kept.keys() - kept.keys(), clips)

@@ -1,35 +1,24 @@
 """Mode "auto": of the exact forms that a model can have, the one that measures fastest.
 
 The planner says which forms there are (`planner.candidates`). Each is written and run as a whole,
-in turn with the others and with the model as it was. The folded model is taken unless another
-form is faster beyond noise, and the model as it was if even the chosen form is slower than that.
+in turn with the others and with the model as it was. Then the two fastest are mixed by groups of
+sites. The folded model is taken unless another form is faster beyond noise, and the model as it was
+if even the chosen form is slower than that.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
-from mbn_rewrite.errors import RewriteError, cause_of, is_out_of_memory
-from mbn_rewrite.frontends.protocols import OpenModel, Run
+from mbn_rewrite.frontends.protocols import OpenModel
 from mbn_rewrite.ir.graph import Graph
-from mbn_rewrite.measurement import CONFIDENCE, LEAST_ROUNDS, Measurement, Ratio, Timing, ratio
+from mbn_rewrite.measurement import CONFIDENCE, LEAST_ROUNDS, Measurement, Ratio, ratio
 from mbn_rewrite.options import Options
-from mbn_rewrite.passes.planner import FOLDED, candidates, make_plan
+from mbn_rewrite.passes.planner import FOLDED, candidates, groups, make_plan, mixed
 from mbn_rewrite.plans import Decision, Fate, Plan
-from mbn_rewrite.tuning.timing import time_interleaved
-
-INPUT = "input"  # the model as it was
-MEASURING = "measuring"  # how the step begins that takes the budget
-
-# Runs a form, by its plan; None stands for the model as it was. RewriteError: it cannot be
-# run in this way.
-Runner = Callable[[Plan | None], AbstractContextManager[Run]]
-
-_NEEDED = (INPUT, FOLDED)  # without these there is nothing to compare others with
-_BUILDING = 0.6  # the part of the budget after which no further form is built, or run at all
+from mbn_rewrite.tuning.trial import INPUT, NEEDED, Runner, Trial
 
 
 def plan_for(model: OpenModel, options: Options) -> Plan:
@@ -51,113 +40,74 @@ def plan_for(model: OpenModel, options: Options) -> Plan:
 def choose(graph: Graph, runner: Runner, device: str, options: Options) -> Plan:
     """The plan of the form that measures fastest.
 
-    Nothing is measured where every BatchNormalization folds, or nothing else could be done.
+    Nothing is measured where every BatchNormalization folds, or nothing else could be done. Where
+    what is left reads values of several sizes, forms are mixed too: see `_mix`.
     """
     plans = candidates(graph)
     if len(plans) == 1:
         return plans[FOLDED]
-    start = time.perf_counter()
-    notes: dict[str, str] = {}
+    sites = groups(graph, plans[FOLDED])
+    mixes = len(sites) > 1
     with ExitStack() as stack:
-        runs = _built(stack, plans, runner, options, start, notes)
-        seconds: dict[str, list[float]] = {}
-        while set(_NEEDED) <= set(runs) and not seconds:
-            options.progress(f"{MEASURING} {len(runs)} forms: {options.run_config}")
-            try:
-                seconds = time_interleaved(runs, start + options.budget, stays=_NEEDED)
-            except _Failed as failed:  # memory, or a device, may be gone half-way
-                runs.pop(failed.form)
-    for form, times in seconds.items():
-        if not times:
-            notes[form] = _not_tried(options)
-    chosen, why = _fastest(seconds, notes)
-    timings = tuple(
-        Timing(
-            form,
-            tuple(seconds.get(form, ())),
-            ratio(seconds[INPUT], seconds[form]) if seconds.get(form) else None,
-            notes.get(form, ""),
-        )
-        for form in (INPUT, *plans)
-    )
-    measurement = Measurement(device, options.run_config, timings, chosen, why)
-    plan = _as_it_was(plans[FOLDED]) if chosen == INPUT else plans[chosen]
+        trial = Trial(stack, runner, options)
+        trial.add(plans, _FIRST.building if mixes else _ALONE.building)
+        trial.measure([INPUT, *plans], _FIRST.measuring if mixes else _ALONE.measuring)
+        if mixes:
+            _mix(graph, sites, trial)
+    chosen, why = _fastest(trial.last, trial.notes)
+    measurement = Measurement(device, options.run_config, trial.timings(), chosen, why)
+    plan = _as_it_was(plans[FOLDED]) if chosen == INPUT else trial.plans[chosen]
     return replace(plan, measurement=measurement)
 
 
-def _built(
-    stack: ExitStack,
-    plans: Mapping[str, Plan],
-    runner: Runner,
-    options: Options,
-    start: float,
-    notes: dict[str, str],
-) -> dict[str, Run]:
-    """Functions that run the forms that can be built and run in time."""
-    runs: dict[str, Run] = {}
+@dataclass(frozen=True)
+class _Share:
+    """Parts of the budget after which no further form is built, and none is run."""
 
-    def begins(form: str) -> bool:
-        if not set(_NEEDED).isdisjoint(notes):
-            notes[form] = "not tried: there is nothing to compare it with"
-        elif form not in _NEEDED and time.perf_counter() - start > _BUILDING * options.budget:
-            notes[form] = _not_tried(options)
-        return form not in notes
-
-    # All are built before one runs: a call may move statistics, which must not be copied.
-    for form, plan in ((INPUT, None), *plans.items()):
-        if begins(form):
-            options.progress(f"building form '{form}'")
-            with suppress(_Failed), _noting(notes, form):
-                runs[form] = stack.enter_context(runner(plan))
-    for form in list(runs):
-        runs[form] = _noted(runs[form], notes, form)
-        if begins(form):
-            with suppress(_Failed):
-                runs[form]()
-    return {form: run for form, run in runs.items() if form not in notes}
+    building: float
+    measuring: float
 
 
-def _not_tried(options: Options) -> str:
-    return f"not tried: the budget of {options.budget:g} seconds was used up"
+_ALONE = _Share(0.6, 1.0)
+_FIRST, _SECOND, _THIRD = _Share(0.4, 0.5), _Share(0.75, 0.9), _Share(0.95, 1.0)
+_PROMISING = 1.1  # times the time of the fastest form, up to which another is mixed with it
 
 
-class _Failed(Exception):  # noqa: N818 - it goes no further than this module
-    """A form cannot be built or run; it has been noted why."""
+def _mix(graph: Graph, sites: Mapping[str, frozenset[str]], trial: Trial) -> None:
+    """Tries the form that comes second for some groups of sites, and the fastest for the others.
 
-    def __init__(self, form: str) -> None:
-        super().__init__(form)
-        self.form = form
-
-
-@contextmanager
-def _noting(notes: dict[str, str], form: str) -> Iterator[None]:
-    """Context manager that notes what keeps a form from being measured.
-
-    Whatever that is, the other forms are there: it is no reason to give nothing.
+    Each group is tried alone; those that are faster for it beyond noise are then put together.
+    A mix that is not faster than one form for all is out of the running.
     """
-    try:
-        yield
-    except Exception as error:
-        said = str(error) if isinstance(error, RewriteError) else cause_of(error)
-        notes[form] = f"not measured: {'out of memory' if is_out_of_memory(error) else said}"
-        raise _Failed(form) from error
+    best, *others = trial.ranked()
+    if not others or trial.compared(others[0], best).median > _PROMISING:
+        return
+    second, built = others[0], {plan.to_json() for plan in trial.plans.values()}
 
+    def mix(names: Sequence[str]) -> dict[str, Plan]:
+        forms = {name: second if name in names else best for name in sites}
+        plan = mixed(graph, {site: forms[name] for name, group in sites.items() for site in group})
+        is_new = plan.to_json() not in built
+        return {f"{best} ({', '.join(names)}: {second})": plan} if is_new else {}
 
-def _noted(run: Run, notes: dict[str, str], form: str) -> Run:
-    def noted() -> object:
-        with _noting(notes, form):
-            return run()
-
-    return noted
+    tried = {name: mix([name]) for name in sites}
+    plans = {label: plan for each in tried.values() for label, plan in each.items()}
+    trial.add(plans, _SECOND.building)
+    better = trial.better([*plans], best, _SECOND.measuring)
+    names = [name for name, each in tried.items() if set(each) & set(better)]
+    if len(names) > 1:
+        plans = mix(names)
+        trial.add(plans, _THIRD.building)
+        trial.better([*plans], max(better, key=better.__getitem__), _THIRD.measuring)
 
 
 def _fastest(seconds: Mapping[str, list[float]], notes: Mapping[str, str]) -> tuple[str, str]:
     """The form to take, and why."""
-    failed = next((form for form in _NEEDED if form in notes), None)
+    failed = next((form for form in NEEDED if form in notes), None)
     if failed:
         return FOLDED, f"nothing was compared, since '{failed}' was not run; what folds is folded"
     compared = {form: times for form, times in seconds.items() if len(times) >= LEAST_ROUNDS}
-    if not set(_NEEDED) <= set(compared):
+    if not set(NEEDED) <= set(compared):
         return FOLDED, "the budget allowed too few rounds to compare, so what folds is folded"
     forms = {form: times for form, times in compared.items() if form != INPUT}
     best = min(forms, key=lambda form: ratio(forms[form], forms[FOLDED]).median)

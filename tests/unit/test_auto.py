@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.in_memory import ModelInMemory
 from mbn_rewrite.frontends.registry import front_end_of, open_source
 from mbn_rewrite.frontends.saved_model.function_graph import op_counts
-from mbn_rewrite.ir.graph import BatchNorm, Opaque
+from mbn_rewrite.ir.graph import BatchNorm, Clip, Opaque
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 from mbn_rewrite.options import Options, RunConfig, checked_options
-from mbn_rewrite.passes.planner import FOLDED, candidates
-from mbn_rewrite.plans import Fold
-from mbn_rewrite.tuning import auto
-from mbn_rewrite.tuning.auto import INPUT, choose, plan_for
+from mbn_rewrite.passes.planner import FOLDED, candidates, groups, mixed
+from mbn_rewrite.plans import Fold, Reclip
+from mbn_rewrite.tuning import trial
+from mbn_rewrite.tuning.auto import choose, plan_for
+from mbn_rewrite.tuning.trial import INPUT
 from tests.support.checks import check_saved_rewrites
 from tests.support.kerases import K, Model, norms
 from tests.unit.test_planner import Wiring, norm_op
@@ -89,7 +91,7 @@ def chosen(monkeypatch, times, graph=None, options=None, failing=()):
         assert set(stays) == {INPUT, FOLDED}
         return {name: list(taken[name]) for name in runs}
 
-    monkeypatch.setattr(auto, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(trial, "time_interleaved", time_interleaved)
 
     def runner(plan):
         actions = [] if plan is None else [decision.action for decision in plan.decisions]
@@ -182,7 +184,7 @@ def test_memory_that_ends_while_a_form_is_built_costs_no_model(monkeypatch):
         return nullcontext(lambda: None)
 
     monkeypatch.setattr(
-        auto, "time_interleaved", lambda runs, *_, **__: dict.fromkeys(runs, [1.0] * 9)
+        trial, "time_interleaved", lambda runs, *_, **__: dict.fromkeys(runs, [1.0] * 9)
     )
     measurement = choose(unfoldable(), runner, "a device", Options()).measurement
     assert measurement.timings[-1].note == "not measured: out of memory"
@@ -217,6 +219,117 @@ def test_forms_are_left_out_when_the_budget_is_used_up(monkeypatch):
     times = {INPUT: [3.0] * 9, FOLDED: [2.0] * 9}
     plan = chosen(monkeypatch, times, options=Options(budget=1e-9))
     assert "budget" in plan.measurement.timings[-1].note
+
+
+# --------------------------------------------------------------------------- forms by group
+
+
+def of_sizes(*sizes):
+    """A graph in which BatchNormalizations that do not fold read so many positions."""
+    wiring = Wiring()
+    x = wiring.relu("first", wiring.source())
+    for number, size in enumerate(sizes):
+        op = BatchNorm(norm_op(2.0, 1.0).map, axis=1, fusible=True)
+        bn = wiring.add(f"bn{number}", op, x, kind="BatchNormalization")
+        wiring.values[x] = replace(
+            wiring.values[x], shape=(None, *wiring.values[x].shape[1:], size)
+        )
+        x = wiring.relu(f"relu{number}", bn)
+    return wiring.graph(x)
+
+
+def test_sites_are_grouped_by_the_size_of_what_they_read():
+    graph = of_sizes(16, 16, 64, 4, 4, None)
+    found = groups(graph, candidates(graph)[FOLDED])
+    assert {name: sorted(sites) for name, sites in found.items()} == {
+        "large": ["bn0", "bn1", "bn2"],  # those of one size stay together
+        "medium": ["bn3", "bn4"],
+        "small": ["bn5"],
+    }
+    alike = of_sizes(8, 8, 8)
+    assert list(groups(alike, candidates(alike)[FOLDED])) == ["large"]
+
+
+def test_every_site_has_the_form_that_it_is_given():
+    graph = of_sizes(16, 8, 4)
+    plan = mixed(graph, {"bn0": "fused", "bn1": "scale_and_shift", "bn2": FOLDED})
+    assert [d.action for d in plan.decisions] == ["fused", "scale_and_shift", "kept"]
+    assert plan.mode == "auto"
+
+
+def two_clips():
+    """Two places at each of which a BatchNormalization goes if a ReLU takes on bounds."""
+    wiring = Wiring()
+    x = wiring.source()
+    for name in "ab":
+        x = wiring.add(f"relu_{name}", Clip(), wiring.dense(f"dense_{name}", x))
+        x = wiring.norm(f"bn_{name}", x, shift=1.0)
+        x = wiring.relu(f"end_{name}", x)
+    return wiring.graph(x)
+
+
+def test_only_the_sites_that_are_given_a_form_at_a_cost_go():
+    graph = two_clips()
+    assert [plan.left for plan in map(candidates(graph).get, (FOLDED, "clip"))] == [2, 0]
+    plan = mixed(graph, {"bn_a": "clip", "bn_b": FOLDED})
+    assert [d.action for d in plan.decisions] == ["folded", "kept"]
+    assert plan.decisions[1] == candidates(graph)[FOLDED].decisions[1]
+    assert set(plan.of(Reclip)) == {"relu_a"}
+    plan = mixed(graph, {"bn_a": "clip", "bn_b": "scale_and_shift"})
+    assert [d.action for d in plan.decisions] == ["folded", "scale_and_shift"]
+
+
+def measured(monkeypatch, graph, cost, options=None):
+    """The plan that is taken if a call takes the sum of the costs of (site, action)."""
+
+    def time_interleaved(runs, deadline, stays=()):
+        return {name: [run()] * 9 for name, run in runs.items()}
+
+    def runner(plan):
+        kept = [(d.name, "kept") for d in candidates(graph)[FOLDED].decisions]
+        actions = kept if plan is None else [(d.name, d.action) for d in plan.decisions]
+        return nullcontext(lambda: 1.0 + sum(cost(*action) for action in actions))
+
+    monkeypatch.setattr(trial, "time_interleaved", time_interleaved)
+    return choose(graph, runner, "a device", options or Options())
+
+
+def test_forms_are_mixed_where_that_is_faster(monkeypatch):
+    faster = {("bn0", "fused"), ("bn1", "scale_and_shift"), ("bn2", "scale_and_shift")}
+    graph = of_sizes(16, 8, 4)
+    plan = measured(monkeypatch, graph, lambda *action: -0.05 * (action in faster))
+    assert [d.action for d in plan.decisions] == ["fused", "scale_and_shift", "scale_and_shift"]
+    assert plan.measurement.chosen == "scale_and_shift (large: fused)"
+    forms = [timing.form for timing in plan.measurement.timings]
+    assert forms[-3:] == [
+        f"scale_and_shift ({name}: fused)" for name in ("large", "medium", "small")
+    ]
+    assert all(len(timing.seconds) == 9 for timing in plan.measurement.timings)
+
+
+def test_groups_that_gain_are_put_together(monkeypatch):
+    gains = {("bn0", "scale_and_shift"): 0.1, ("bn1", "fused"): 0.04, ("bn2", "fused"): 0.04}
+    plan = measured(monkeypatch, of_sizes(16, 8, 4), lambda *action: -gains.get(action, 0.0))
+    assert [d.action for d in plan.decisions] == ["scale_and_shift", "fused", "fused"]
+    assert plan.measurement.chosen == "scale_and_shift (medium, small: fused)"
+
+
+def test_a_mix_that_gains_nothing_is_not_taken(monkeypatch):
+    graph = of_sizes(16, 8, 4)
+    plan = measured(monkeypatch, graph, lambda name, action: -0.01 * (action == "fused"))
+    assert plan.measurement.chosen == "fused"
+    slow = measured(monkeypatch, graph, lambda name, action: -0.2 * (action == "fused"))
+    assert len(slow.measurement.timings) == 4  # the next one is too slow to be mixed with it
+
+
+def test_forms_are_not_mixed_without_time(monkeypatch):
+    used = property(lambda self: 0.8 if self.rounds else 0.1)
+    monkeypatch.setattr(trial.Trial, "_used", used)
+    plan = measured(monkeypatch, of_sizes(16, 8, 4), lambda *_: 0.0)
+    notes = {timing.form: timing.note for timing in plan.measurement.timings}
+    assert plan.measurement.chosen == FOLDED
+    assert notes[FOLDED] == ""
+    assert notes["folded (small: fused)"] == "not tried: the budget of 60 seconds was used up"
 
 
 # ----------------------------------------------------------------------------- in earnest
@@ -306,7 +419,7 @@ def test_saved_models_are_written_in_the_form_that_was_chosen(
 
     if taken == "fused" and each_keras.__name__ == "tf_keras":
         taken = "depthwise"  # it is fused already
-    monkeypatch.setattr(auto, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(trial, "time_interleaved", time_interleaved)
     original = model()
     inputs = tf.constant(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), tf.float32)
     plan = check_saved_rewrites(original, inputs, tmp_path, ["auto"])["auto"]
@@ -327,7 +440,7 @@ def test_what_was_measured_is_let_go(each_keras, tmp_path, monkeypatch):
     def time_interleaved(runs, deadline, stays=()):
         return {name: [1.0 if name == "depthwise" else 2.0] * 9 for name in runs}
 
-    monkeypatch.setattr(auto, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(trial, "time_interleaved", time_interleaved)
     opened = ModelInMemory(front_end_of(original := model()), original)
     plan = plan_for(opened, Options())
     assert [tried.actions is plan.actions for tried, _ in opened._written] == [True]
@@ -380,7 +493,7 @@ def test_mixed_precision_is_set_for_as_long_as_is_measured(monkeypatch):
         meanwhile.append(tf.config.optimizer.get_experimental_options()[name])
         return dict.fromkeys(runs, [1.0] * 9)
 
-    monkeypatch.setattr(auto, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(trial, "time_interleaved", time_interleaved)
     x = inputs = K.Input((4,))
     original = Model(inputs, K.Activation("tanh")(K.BatchNormalization()(K.ReLU()(x))))
     before = tf.config.optimizer.get_experimental_options()
