@@ -223,12 +223,11 @@ class Assumptions:
         node, phrase, limited = self.strands.causes[cause]
         later = self.strands.places[node.owner] > self.strands.places[edge.node.owner]
         where = side if later == (side == "after") or node.owner == edge.node.owner else "beside"
-        label = node.label
+        told = f"{where} it, {node.label} {phrase}"
         if node.owner == edge.node.owner:
-            label = "it"
+            told = f"what it gives {phrase}" if phrase == IS_OUTPUT else f"{where} it, it {phrase}"
         elif phrase == IS_OUTPUT:
-            phrase = phrase.replace("is", "is also", 1)
-        told = f"{where} it, {label} {phrase}"
+            told = f"{where} it, {node.label} {phrase.replace('is', 'is also', 1)}"
         return f"{told}, which {what}" if limited else told
 
 
