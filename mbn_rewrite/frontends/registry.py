@@ -52,7 +52,7 @@ def _check_model(model: Any, kind: Any, package: str) -> None:
             f"a model is needed, not the {type(model).__name__} '{getattr(model, 'name', model)}'. "
             f"Put layers in a {package}.Sequential with an input shape"
         )
-    if not model.built or not (model.weights or model.inputs):
+    if not model.built or not (model.weights or getattr(model, "inputs", None)):
         raise RewriteError(
             f"{type(model).__name__} '{model.name}' has not been built, so it has no weights. "
             "Call it once on data, or give it an input shape"

@@ -25,6 +25,8 @@ class Obstacle(Enum):
     CASTS = (Change.MOVE, "it turns {}")
     MASKED = (Change.MOVE, "it is given a mask, which others read from it")
     HELD_TWICE = (Change.MOVE, "{} holds it too")
+    READ_BY_CODE = (Change.REPLACE, "code of {} reads its parameters or statistics")
+    NOT_CALLED = (Change.REPLACE, "{} does not call it at inference")
 
     TRAINING_UNDECIDED = (Change.REPLACE, "whether it trains is decided when the model is called")
     TRAINING_OPERATION = (

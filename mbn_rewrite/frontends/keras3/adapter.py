@@ -20,6 +20,7 @@ from keras.src.ops.core import StopGradient
 from keras.src.saving.serialization_lib import SafeModeScope
 
 from mbn_rewrite.errors import RewriteError
+from mbn_rewrite.frontends.keras3 import tracing
 from mbn_rewrite.frontends.keras3.inference_layers import (
     BiasedConvolution,
     BorderedConvolution,
@@ -40,6 +41,7 @@ from mbn_rewrite.frontends.keras_common.op_table import (
     layer_table,
     relu,
 )
+from mbn_rewrite.frontends.keras_common.tracing import Trace
 from mbn_rewrite.ir.graph import (
     Affine,
     Concat,
@@ -155,6 +157,12 @@ class Keras3(KerasAdapter):
 
     def all_calls_of(self, layer: Any) -> list[Record]:
         return [_record(node) for node in layer._inbound_nodes]
+
+    def traced(self, record: Record) -> Trace:
+        return tracing.traced(record, _record)
+
+    def call_of(self, model: Any) -> Record | None:
+        return tracing.call_of(model)
 
     def training(self, own: Any, inherited: bool | None) -> Any:
         # A Functional model passes its own argument on to all its layers, whatever is on record.

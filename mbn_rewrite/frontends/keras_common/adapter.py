@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Record
 from mbn_rewrite.ir.graph import Op, Shape
 from mbn_rewrite.ir.reasons import Reason
+
+if TYPE_CHECKING:  # which imports this module
+    from mbn_rewrite.frontends.keras_common.tracing import Trace
 
 
 class KerasAdapter(ABC):
@@ -129,6 +132,21 @@ class KerasAdapter(ABC):
     @abstractmethod
     def all_calls_of(self, layer: Any) -> list[Record]:
         """All recorded calls of a layer, in whatever model."""
+
+    @abstractmethod
+    def traced(self, record: Record) -> Trace:
+        """Traces one call of a layer by running its code, at inference; see `tracing.trace`.
+
+        Raises:
+            Exception: whatever the code raises.
+        """
+
+    @abstractmethod
+    def call_of(self, model: Any) -> Record | None:
+        """A call of a subclassed model as it was built or called; None if that is not known.
+
+        It has no outputs, and its inputs are Keras tensors.
+        """
 
     def training(self, own: Any, inherited: bool | None) -> Any:
         """Whether a recorded call is in training.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.cloning import custom_classes, is_stock, label, parts
+from mbn_rewrite.passes.wording import listed
 
 _FRAMEWORKS = ("keras", "tf_keras", "tensorflow")
 _BUILT_IN = (*_FRAMEWORKS, "builtins", "numpy")  # their objects refer to no layer of a model
@@ -282,6 +283,15 @@ def note_on_files(model: Any, keras: KerasAdapter) -> str:
     )
     return (
         f"{label(model)} stays of its class, whose constructor makes the network {rule}. "
+        f"{_WHAT_WORKS}, or {keras.how_to_export}."
+    )
+
+
+def note_on_holders(labels: Sequence[str], keras: KerasAdapter) -> str:
+    """Note on saving a rewritten model with layers that make and call others in code."""
+    return (
+        f"The code of {listed(labels)} makes the layers that it calls, as they were before they "
+        "were rewritten. Where one was, saving as .keras or .h5 raises an error. "
         f"{_WHAT_WORKS}, or {keras.how_to_export}."
     )
 

@@ -1,9 +1,10 @@
 """Reads a model made of layers into the neutral graph. Decides nothing, changes nothing.
 
 Functional and Sequential models are read call by call; nested ones are read in place, as if their
-layers belonged to the outer model. Calls that a custom layer or a subclassed model makes of its
-sublayers cannot be seen: Functional models among those are read as separate parts, whose outputs
-count as outputs of the model, and their BatchNormalizations are listed as hidden.
+layers belonged to the outer model. So are custom layers and subclassed models, by a trace of what
+their code calls. Where that cannot be traced, Functional models that they hold are read as separate
+parts, whose outputs count as outputs of the model, and their BatchNormalizations are listed as
+hidden.
 """
 
 from __future__ import annotations
@@ -19,16 +20,37 @@ from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.batch_norm import batch_norm, is_batch_norm
 from mbn_rewrite.frontends.keras_common.calls import Call, Record
-from mbn_rewrite.frontends.keras_common.cloning import check_call, check_copy, label, parts
+from mbn_rewrite.frontends.keras_common.cloning import (
+    check_call,
+    check_copy,
+    is_stock,
+    label,
+    parts,
+)
 from mbn_rewrite.frontends.keras_common.custom_models import (
     attributes,
     leaves,
     needs_check,
     note_on_files,
+    note_on_holders,
 )
 from mbn_rewrite.frontends.keras_common.op_table import describe
-from mbn_rewrite.frontends.keras_common.sublayers import sublayers
-from mbn_rewrite.ir.graph import BatchNorm, Clip, Graph, HiddenBatchNorm, Input, Node, Op, Value
+from mbn_rewrite.frontends.keras_common.sublayers import all_sublayers, sublayers
+from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, trace
+from mbn_rewrite.ir.graph import (
+    BatchNorm,
+    Clip,
+    Graph,
+    HiddenBatchNorm,
+    Input,
+    Linear,
+    Node,
+    Op,
+    Opaque,
+    PositivelyHomogeneous,
+    Recurrent,
+    Value,
+)
 from mbn_rewrite.ir.reasons import Change, Obstacle, Reason
 from mbn_rewrite.passes.wording import listed
 
@@ -60,9 +82,10 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         reader.outputs.update(reader.read_calls(model, "", training=False))
     else:
         check_copy(model, keras)
-        reader.read_sublayers(model, "", label(model), training=False)
+        reader.read_subclassed(model)
+    reader.list_not_called()
     reader.list_unreachable(model)
-    reader.note_what_is_held_twice()
+    reader.note_what_is_tied()
     layers = reader.layers
     graph = Graph(
         tuple(
@@ -75,6 +98,8 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         lambda owner, name: weights.read(layers[owner], name),
     )
     notes = tuple(note_on_files(each, keras) for each in reader.unsure.values())
+    if reader.holders_of_norms:
+        notes += (note_on_holders(reader.holders_of_norms, keras),)
     holders = sorted({each.holder for each in reader.hidden if each.op.reason is None})
     if holders:
         notes += (f"Calls inside {listed(holders)} cannot be seen here. {keras.way_around}.",)
@@ -97,6 +122,10 @@ class _Reader:
     with_mask: set[int] = field(default_factory=set)  # values that may come with a mask
     parents: dict[int, str] = field(default_factory=dict)  # id(sublayer) -> its parent's label
     held: set[int] = field(default_factory=set)  # ids of layers in attributes of others
+    traced: dict[int, tuple[Any, str]] = field(default_factory=dict)  # id -> layer, its owner
+    untraced: dict[int, str] = field(default_factory=dict)  # id(layer) -> why it was not traced
+    reads: dict[int, str] = field(default_factory=dict)  # id(variable) -> whose code reads it
+    strangers: dict[int, str] = field(default_factory=dict)  # id(layer) -> whose code calls it
     unsure: dict[int, Any] = field(default_factory=dict)  # models whose configuration may mislead
 
     def read_calls(
@@ -151,6 +180,7 @@ class _Reader:
         training: bool | None,
         sources: list[int],
         sizes_hold: bool,
+        in_code: bool = False,
     ) -> list[int]:
         layer = record.layer
         training = self._training_of(record, training)
@@ -158,9 +188,16 @@ class _Reader:
             return self.read_calls(layer, self._path(layer, prefix), training, sources)
         if id(layer) not in self.owners:
             check_copy(layer, self.keras)
+        if self._is_holder(layer) and training is False and not self.with_mask & set(sources):
+            trace = self._trace(record, record.outputs)
+            if trace is not None:
+                return self._read_trace(layer, trace, self._owner(layer, prefix), sources)
         results = [self._add_value(t) for t in record.outputs]
         owner = self._owner(layer, prefix)
         op = self._operation(record, training, sources, results, sizes_hold)
+        if in_code:
+            self.held.add(id(layer))
+            op = self._as_code_has_it(layer, op)
         self._follow_masks(record, owner, sources, results)
         # Functions, which may clip, have no dtype of their own.
         dtype = self.values[results[0]].dtype if isinstance(op, Clip) else _dtype(layer)
@@ -170,6 +207,88 @@ class _Reader:
             worst = self._worst_training(layer, training)
             self.read_sublayers(layer, f"{owner}/", node.label, worst)
         return results
+
+    # -- layers that call others in Python code --------------------------------------------
+
+    def read_subclassed(self, model: Any) -> None:
+        """Reads a model that calls its layers in Python code."""
+        record = self.keras.call_of(model) if not self.keras.is_traced(model) else None
+        trace = self._trace(record, None) if record is not None else None
+        if trace is None:
+            self.read_sublayers(model, "", label(model), training=False)
+            return
+        self.owners[id(model)] = ""
+        sources = [self._add_value(tensor) for tensor in trace.inputs]
+        for number, value in enumerate(sources):
+            name = f"input_{number}" if len(sources) > 1 else "input"
+            self.nodes.append(Node(name, "Input", Input(), (), (value,)))
+            self.layers[name] = model
+        self.outputs.update(self._read_trace(model, trace, "", sources))
+
+    def _is_holder(self, layer: Any) -> bool:
+        """Whether a layer may call others in code that can be traced."""
+        return (
+            isinstance(layer, self.keras.layers.Layer)
+            and not is_batch_norm(layer, self.keras)
+            and not is_stock(type(layer))
+            and not self.keras.is_traced(layer)
+            and len(parts(layer)) > 1
+        )
+
+    def _trace(self, record: Record, outputs: tuple[Any, ...] | None) -> Trace | None:
+        try:
+            return trace(record, self.keras, outputs)
+        except NotTraceable as why:
+            self.untraced[id(record.layer)] = str(why)
+            return None
+
+    def _read_trace(self, layer: Any, trace: Trace, owner: str, sources: list[int]) -> list[int]:
+        """Reads what the code of a layer calls; returns the values of its results."""
+        who = label(layer)
+        self.traced[id(layer)] = layer, owner
+        self.reads |= dict.fromkeys(trace.reads, who)
+        within = {id(inner) for inner in all_sublayers(layer, self.keras)}
+        seen = dict(zip(map(id, trace.inputs), sources, strict=True))
+        prefix = f"{owner}/" if owner else ""
+        for record in trace.records:
+            if id(record.layer) not in within:
+                self.strangers[id(record.layer)] = who
+            given = [seen[id(t)] for t in record.inputs]
+            results = self._read_call(record, prefix, False, given, True, in_code=True)
+            seen.update(zip(map(id, record.outputs), results, strict=True))
+        return [seen[id(t)] for t in trace.outputs]
+
+    def _as_code_has_it(self, layer: Any, op: Op) -> Op:
+        """An operation as code calls it, in which functions cannot be exchanged."""
+        is_layer = isinstance(layer, self.keras.layers.Layer)
+        if not isinstance(op, Clip) or (is_layer and not self.keras.assigns_its_own_call(layer)):
+            return op
+        return PositivelyHomogeneous() if op.is_homogeneous else Opaque(op.why)
+
+    @property
+    def holders_of_norms(self) -> list[str]:
+        """Labels of the outermost layers whose code calls BatchNormalizations, as it was traced."""
+        norms = [node.owner for node in self.nodes if isinstance(node.op, BatchNorm)]
+        outermost = {
+            owner: label(layer)
+            for layer, owner in self.traced.values()
+            if not any(owner.startswith(f"{other}/") for _, other in self.traced.values())
+        }
+        return [
+            who
+            for owner, who in outermost.items()
+            if not owner or any(norm.startswith(f"{owner}/") for norm in norms)
+        ]
+
+    def list_not_called(self) -> None:
+        """Lists BatchNormalizations that code which was traced holds but does not call."""
+        for layer, owner in self.traced.values():
+            prefix = f"{owner}/" if owner else ""
+            for _, inner in sublayers(layer, self.keras):
+                if is_batch_norm(inner, self.keras) and id(inner) not in self.owners:
+                    op = BatchNorm(None, Reason(Obstacle.NOT_CALLED, label(layer)))
+                    self._add_hidden(inner, prefix, label(layer), op)
+            self.read_sublayers(layer, prefix, label(layer), training=False, is_seen=True)
 
     def _operation(
         self,
@@ -223,8 +342,9 @@ class _Reader:
         who: str,
         training: bool | None,
         seen: dict[int, int] | None = None,
+        is_seen: bool = False,
     ) -> None:
-        """Reads the sublayers of a layer, whose calls cannot be seen.
+        """Reads the sublayers of a layer, whose calls cannot be seen, if they were not read before.
 
         Args:
             parent: the layer.
@@ -232,8 +352,9 @@ class _Reader:
             who: its label.
             training: how it is called itself; see `calls.Call`.
             seen: for a parent that is visible itself; see `read_calls`.
+            is_seen: whether its calls were read.
         """
-        is_visible = self.keras.is_visible(parent)
+        is_visible = is_seen or self.keras.is_visible(parent)
         for _, layer in sublayers(parent, self.keras):
             self.held.add(id(layer))
             if not is_visible:  # in a visible parent's copy, the sublayer's copy takes its place
@@ -264,21 +385,45 @@ class _Reader:
                 op = BatchNorm(None, Reason(Obstacle.OUT_OF_REACH, who))
                 self._add_hidden(layer, "", who, op)
 
-    def note_what_is_held_twice(self) -> None:
-        """Notes which layers are called visibly and are also sublayers of a parent.
+    def note_what_is_tied(self) -> None:
+        """Notes which layers are called visibly and cannot be changed for all that.
 
-        BatchNormalizations among them stay, unless their parent is visible too.
+        They are sublayers of a parent whose calls were not seen, or kept where they cannot be
+        exchanged, or code reads their weights.
         """
         seen = {node.owner for node in self.nodes}
         self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
-        self.nodes = [self._perhaps_held_twice(node) for node in self.nodes]
+        self.nodes = [self._perhaps_tied(node) for node in self.nodes]
 
-    def _perhaps_held_twice(self, node: Node) -> Node:
+    def _perhaps_tied(self, node: Node) -> Node:
         layer, op = self.layers[node.owner], node.op
-        who = self.parents.get(id(layer))
-        if who and isinstance(op, BatchNorm) and not op.why_not(Change.REPLACE):
-            op = replace(op, reason=Reason(Obstacle.HELD_TWICE, who))
+        if isinstance(op, BatchNorm) and not op.why_not(Change.REPLACE):
+            reason = self._tie(layer)
+            op = replace(op, reason=reason) if reason else op
+        elif isinstance(op, (Linear, Recurrent, Clip)):
+            who = self._reader_of(layer)
+            if who:
+                op = Opaque(f"has weights that code of {who} reads")
+            elif id(layer) in self.strangers:
+                op = Opaque(f"is kept where {self.strangers[id(layer)]} cannot have another layer")
         return replace(node, op=op, held=id(layer) in self.held)
+
+    def _tie(self, layer: Any) -> Reason | None:
+        """Why a BatchNormalization has to stay as it is, for all that is known of its calls."""
+        who = self._reader_of(layer)
+        if who:
+            return Reason(Obstacle.READ_BY_CODE, who)
+        if id(layer) in self.strangers:
+            return Reason(Obstacle.OUT_OF_REACH, self.strangers[id(layer)])
+        who = self.parents.get(id(layer), "")
+        return Reason(Obstacle.HELD_TWICE, who) if who else None
+
+    def _reader_of(self, layer: Any) -> str:
+        """Whose code reads weights of a layer itself, or ""."""
+        if not self.reads or not isinstance(layer, self.keras.layers.Layer):
+            return ""
+        read = [self.reads.get(id(variable), "") for variable in layer.variables]
+        return next(filter(None, read), "")
 
     def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm) -> None:
         rank = getattr(layer.input_spec, "ndim", None)

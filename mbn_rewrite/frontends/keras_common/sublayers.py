@@ -39,6 +39,18 @@ def sublayers(layer: Any, keras: KerasAdapter) -> Iterator[tuple[Place, Any]]:
                 yield Place(attribute, keys), inner
 
 
+def all_sublayers(layer: Any, keras: KerasAdapter) -> Iterator[Any]:
+    """Layers that can be exchanged within a layer, at any depth, each once."""
+    known = {id(layer)}
+    pending = [layer]
+    while pending:
+        for _, inner in sublayers(pending.pop(), keras):
+            if id(inner) not in known:
+                known.add(id(inner))
+                pending.append(inner)
+                yield inner
+
+
 def _layers_in(
     value: Any, keys: tuple[Any, ...], base: type
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:

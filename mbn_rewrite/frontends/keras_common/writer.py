@@ -303,6 +303,7 @@ class Writer(ABC):
     # -- sublayers ---------------------------------------------------------------------
 
     def _rewrite_sublayers(self, old: Any, new: Any) -> None:
+        """Puts what the plan asks for in the place of layers that a layer's code calls."""
         for place, inner in sublayers(old, self.keras):
             if not self._is_planned(inner):
                 self._restore_training_layers(new, place, inner)
@@ -310,10 +311,12 @@ class Writer(ABC):
             self._check_not_traced(old)
             if self.keras.is_visible(inner):
                 replace_sublayer(new, place, self.model(inner), self.keras)
-            elif isinstance(self.plan.actions.get(self.owner(inner)), (Replace, Sample)):
+            elif self.owner(inner) in self.plan.actions:
                 replace_sublayer(new, place, self._sublayer_replacement(inner), self.keras)
             else:
                 self._rewrite_sublayers(inner, sublayer_at(new, place))
+        if self._is_planned(old, but=Sample):
+            vars(new)["get_config"] = CheckedConfig(new, self.keras)
 
     def _restore_training_layers(self, parent: Any, place: Place, old: Any) -> None:
         """Copies training layers where the constructor of their parent creates others."""
@@ -332,12 +335,23 @@ class Writer(ABC):
         return self._copies[id(old)]
 
     def _sublayer_replacement(self, old: Any) -> Any:
+        """The layer to have in the place of another that code calls."""
+        if self.is_removed(old):
+            return self._copies.setdefault(id(old), self._stand_in(old))
         if id(old) not in self._copies:
-            rank = old.input_spec.ndim
+            rank = getattr(old.input_spec, "ndim", None) or 0
             # A mask may reach it, and only ScaleAndShift passes masks on in every rank.
-            self._copies[id(old)] = self._acted_on(old, rank, masked=rank == 3)
+            new = self._copies[id(old)] = self._acted_on(old, rank, masked=rank == 3)
+            if not isinstance(old, self.keras.batch_norm_base):
+                self.keras.build_copy(old, new)
             self.finish()
         return self._copies[id(old)]
+
+    def _stand_in(self, old: Any) -> Any:
+        """A layer that does nothing, and may be called as a BatchNormalization is."""
+        return self.keras.layers.Dropout(
+            0.0, name=old.name, dtype=old.dtype_policy, trainable=old.trainable
+        )
 
     def _check_not_traced(self, layer: Any) -> None:
         if self.keras.is_traced(layer):
@@ -347,8 +361,10 @@ class Writer(ABC):
                 "compiles predict() and saved models all the same"
             )
 
-    def _is_planned(self, layer: Any) -> bool:
-        return any(self.owner(part) in self.plan.actions for part in parts(layer))
+    def _is_planned(self, layer: Any, but: type | None = None) -> bool:
+        """Whether there are actions on a layer or its sublayers, other than those of a kind."""
+        actions = [self.plan.actions.get(self.owner(part)) for part in parts(layer)]
+        return any(action is not None and type(action) is not but for action in actions)
 
 
 # Action -> the method that makes the layer it asks for. Removed layers have none: what reads their

@@ -32,6 +32,8 @@ from mbn_rewrite.frontends.keras_common.op_table import (
     is_number,
     layer_table,
 )
+from mbn_rewrite.frontends.keras_common.tracing import Trace
+from mbn_rewrite.frontends.tf_keras import tracing
 from mbn_rewrite.frontends.tf_keras.inference_layers import (
     BorderedConvolution,
     ChannelClip,
@@ -150,6 +152,12 @@ class TfKeras(KerasAdapter):
 
     def all_calls_of(self, layer: Any) -> list[Record]:
         return [_record(node) for node in layer._inbound_nodes]
+
+    def traced(self, record: Record) -> Trace:
+        return tracing.traced(record, _record)
+
+    def call_of(self, model: Any) -> Record | None:
+        return tracing.call_of(model)
 
     def all_layers_in(self, layer: Any) -> list[Any]:
         return list(layer.submodules)

@@ -1,0 +1,99 @@
+"""Traces of Keras 3 layers that call others in Python code; see `keras_common.tracing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+from keras.src.backend.common import global_state
+
+from mbn_rewrite.frontends.keras_common.calls import Record
+from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, in_order, probe_of
+
+
+class _Reads(keras.StatelessScope):
+    """Scope in which no variable changes, and which notes those that are read.
+
+    What layers read that are called is not among them, since Keras runs these in their own scopes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+
+    def get_current_value(self, variable: Any) -> Any:
+        self.read.add(id(variable))
+        return super().get_current_value(variable)
+
+
+def traced(record: Record, record_of: Callable[[Any], Record]) -> Trace:
+    """Trace of one call of a layer.
+
+    Args:
+        record: the call.
+        record_of: reads a node that Keras has made for a call.
+    """
+    layer = record.layer
+    inputs = [keras.KerasTensor(t.shape, dtype=t.dtype, name="traced") for t in record.inputs]
+    places = dict(zip(map(id, record.inputs), inputs, strict=True))
+    args, kwargs = keras.tree.map_structure(
+        lambda value: places.get(id(value), value), (record.args, record.kwargs)
+    )
+    if layer._call_has_training_arg:
+        kwargs["training"] = False
+    found: list[tuple[list[Record], list[Any]]] = []
+
+    def symbolic_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = self.call(*args, **kwargs)
+        outputs = keras.tree.flatten(result)
+        if not all(isinstance(t, keras.KerasTensor) for t in outputs):
+            raise NotTraceable("it returns something that is no tensor")
+        # Before Keras makes the call itself what gave its results.
+        found.append((in_order(outputs, inputs, lambda t: record_of(_node_of(t))), outputs))
+        return result
+
+    probe = probe_of(layer, {"symbolic_call": symbolic_call})
+    with _names_as_they_were(), _Reads() as scope:
+        probe(*args, **kwargs)
+    ((records, outputs),) = found
+    return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(scope.read))
+
+
+def call_of(model: Any) -> Record | None:
+    """A call of a subclassed model, as it was built; None if that is not known."""
+    config = model.get_build_config() or {}
+    shapes = config.get("shapes_dict") or {"input_shape": config.get("input_shape")}
+    if None in shapes.values():
+        return None
+    given = {
+        name.removesuffix("_shape"): keras.tree.map_shape_structure(
+            lambda shape: keras.KerasTensor(shape, dtype=model.input_dtype, name="traced"), shape
+        )
+        for name, shape in shapes.items()
+    }
+    args = tuple(given.values()) if len(given) == 1 else ()
+    kwargs = {} if args else given
+    return Record(model, args, kwargs, tuple(keras.tree.flatten((args, kwargs))), ())
+
+
+def _node_of(tensor: Any) -> Any:
+    history = tensor._keras_history
+    if history.operation is None:
+        raise NotTraceable("it uses a Keras tensor of another model")
+    return history.operation._inbound_nodes[history.node_index]
+
+
+@contextmanager
+def _names_as_they_were() -> Iterator[None]:
+    """Context manager after which new layers and tensors are named as they would have been."""
+    numbers = global_state.get_global_attribute("object_name_uids")
+    before = dict(numbers or {})
+    try:
+        yield
+    finally:
+        numbers = global_state.get_global_attribute("object_name_uids")
+        if numbers is not None:
+            numbers.clear()
+            numbers.update(before)

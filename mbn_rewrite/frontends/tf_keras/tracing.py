@@ -1,0 +1,118 @@
+"""Traces of tf_keras layers that call others in Python code; see `keras_common.tracing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+from tf_keras.src import backend
+
+from mbn_rewrite.frontends.keras_common.calls import Record
+from mbn_rewrite.frontends.keras_common.cloning import parts
+from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, in_order, probe_of
+
+
+def traced(record: Record, record_of: Callable[[Any], Record]) -> Trace:
+    """Trace of one call of a layer.
+
+    Args:
+        record: the call.
+        record_of: reads a node that Keras has made for a call.
+    """
+    layer = record.layer
+    with _names_as_they_were():
+        inputs = [tf_keras.Input(type_spec=t.type_spec) for t in record.inputs]
+        places = dict(zip(map(id, record.inputs), inputs, strict=True))
+        args, kwargs = tf.nest.map_structure(
+            lambda value: places.get(id(value), value), (record.args, record.kwargs)
+        )
+        if layer._expects_training_arg:
+            args, kwargs = layer._call_spec.set_arg_value(
+                "training", False, tuple(args), kwargs, inputs_in_args=True
+            )
+        found: list[tuple[list[Record], list[Any]]] = []
+
+        def call(self: Any, inputs_: Any, masks: Any, args: Any, kwargs: Any) -> Any:
+            result = self.call(_cast(self, inputs_), *args, **kwargs)
+            outputs = tf.nest.flatten(result)
+            if not all(backend.is_keras_tensor(t) for t in outputs):
+                raise NotTraceable("it returns something that is no tensor")
+            # Before Keras makes the call itself what gave its results.
+            found.append((in_order(outputs, inputs, lambda t: record_of(_node_of(t))), outputs))
+            return result
+
+        probe = probe_of(layer, {"_keras_tensor_symbolic_call": call})
+        probe(*args, **kwargs)
+    ((records, outputs),) = found
+    return Trace(
+        tuple(inputs), tuple(records), tuple(outputs), _read_by_code(records, parts(layer))
+    )
+
+
+def call_of(model: Any) -> Record | None:
+    """A call of a subclassed model, as it was called first; None if it never was."""
+    spec = model.save_spec(dynamic_batch=True)
+    if spec is None:
+        return None
+    with _names_as_they_were():
+        args, kwargs = tf.nest.map_structure(_as_keras_tensor, spec)
+    given = filter(backend.is_keras_tensor, tf.nest.flatten((args, kwargs)))
+    return Record(model, args, kwargs, tuple(given), ())
+
+
+def _as_keras_tensor(spec: Any) -> Any:
+    return tf_keras.Input(type_spec=spec) if isinstance(spec, tf.TypeSpec) else spec
+
+
+def _cast(layer: Any, inputs: Any) -> Any:
+    """Inputs as Keras casts them where layers compute in another dtype."""
+    dtype = layer._compute_dtype_object
+    if not layer._autocast or dtype is None or not dtype.is_floating:
+        return inputs
+    return tf.nest.map_structure(
+        lambda t: (
+            tf.cast(t, dtype)
+            if backend.is_keras_tensor(t) and t.dtype.is_floating and t.dtype != dtype
+            else t
+        ),
+        inputs,
+    )
+
+
+def _read_by_code(records: list[Record], layers: list[Any]) -> frozenset[int]:
+    """Variables that are given to functions, and those that their constants may come from."""
+    read: set[int] = set()
+    sizes: set[int] = set()
+    for record in records:
+        if not hasattr(record.layer, "function"):  # what layers read is theirs
+            continue
+        for value in tf.nest.flatten((record.args, record.kwargs)):
+            if isinstance(value, tf.Variable):
+                read.add(id(value))
+            elif isinstance(value, tf.Tensor) and value.shape.num_elements() != 1:
+                sizes.add(value.shape.num_elements())
+    variables = [variable for part in layers for variable in part.variables]
+    return frozenset(read | {id(v) for v in variables if v.shape.num_elements() in sizes})
+
+
+def _node_of(tensor: Any) -> Any:
+    history = tensor._keras_history
+    return history.layer._inbound_nodes[history.node_index]
+
+
+@contextmanager
+def _names_as_they_were() -> Iterator[None]:
+    """Context manager after which new layers are named as they would have been."""
+    numbers = backend.PER_GRAPH_OBJECT_NAME_UIDS
+    before = {graph: dict(names) for graph, names in numbers.items()}
+    observed = set(backend.OBSERVED_NAMES)
+    try:
+        yield
+    finally:
+        for graph, names in list(numbers.items()):
+            names.clear()
+            names.update(before.get(graph, {}))
+        backend.OBSERVED_NAMES.intersection_update(observed)
