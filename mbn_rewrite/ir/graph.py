@@ -308,7 +308,8 @@ class Node:
         inputs: the values it reads, the data first.
         outputs: the values it gives.
         dtype: the narrowest dtype that its weights are stored or used in.
-        held: whether code that cannot be seen may call the layer, too.
+        held: whether code may call the layer, too, so that it can be exchanged but not left out.
+        caller: label of the layer whose code makes this call, or "" for one of the model's own.
     """
 
     owner: str
@@ -318,6 +319,7 @@ class Node:
     outputs: tuple[int, ...]
     dtype: str = "float32"
     held: bool = False
+    caller: str = ""
 
     @property
     def label(self) -> str:

@@ -27,7 +27,8 @@ def plan_training(graph: Graph, mode: str, stride: Any) -> Plan:
         if isinstance(node.op, BatchNorm)
     ] + [(hidden.owner, hidden.op, None) for hidden in graph.hidden]
     _check_names(stride, [owner for owner, _, _ in sites])
-    holders = {hidden.owner: hidden.holder for hidden in graph.hidden}
+    holders = {node.owner: node.caller for node in graph.nodes if node.caller}
+    holders |= {hidden.owner: hidden.holder for hidden in graph.hidden}
     kept: dict[str, str] = {}  # for what is said of any call
     for owner, op, shape in sites:
         reason = op.why_not(Change.SAMPLE)

@@ -92,12 +92,10 @@ def from_config(layer: Any, config: dict[str, Any], keras: KerasAdapter, kind: A
 
 def check_copy(layer: Any, keras: KerasAdapter) -> None:
     """Raises RewriteError if a layer, or whatever else is called, cannot be copied."""
-    if not isinstance(layer, keras.layers.Layer):
-        keras.copy_operation(layer)
-    elif not is_stock(type(layer)):
-        from_config(layer, config_of(layer, keras), keras)
-    else:
+    if isinstance(layer, keras.layers.Layer):
         check_call(layer, keras)
+    else:
+        keras.copy_operation(layer)
 
 
 def check_call(layer: Any, keras: KerasAdapter) -> None:
@@ -111,6 +109,15 @@ def check_call(layer: Any, keras: KerasAdapter) -> None:
         )
 
 
+def check_own_layers(old: Any, new: Any, keras: KerasAdapter) -> None:
+    """Raises RewriteError if a copy has layers of the original."""
+    if {id(v) for v in old.weights} & {id(v) for v in new.weights}:
+        raise CopyError(
+            f"{label(old)} cannot be copied: its get_config() gives layers themselves, not their "
+            f"configurations. Use {keras.package}.layers.serialize in get_config"
+        )
+
+
 def copy_weights(old: Any, new: Any, keras: KerasAdapter) -> None:
     """Sets all weights, flags and states of a built layer to those of the original.
 
@@ -119,11 +126,7 @@ def copy_weights(old: Any, new: Any, keras: KerasAdapter) -> None:
     Raises:
         RewriteError: the two do not have the same weights.
     """
-    if {id(v) for v in old.weights} & {id(v) for v in new.weights}:
-        raise CopyError(
-            f"{label(old)} cannot be copied: its get_config() gives layers themselves, not their "
-            f"configurations. Use {keras.package}.layers.serialize in get_config"
-        )
+    check_own_layers(old, new, keras)
     copied: set[int] = set()
     pairs: list[tuple[Any, Any]] = []
     for old_part, new_part in paired(old, new, keras):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -33,6 +33,34 @@ def made_without_constructor(old: Any, base: type, *args: Any, **kwargs: Any) ->
     new = kind.__new__(kind)
     base.__init__(new, *args, **kwargs)  # type: ignore[misc]
     return new
+
+
+def copied_by_attributes(old: Any, keras: KerasAdapter, copier: AttributeCopier) -> Any:
+    """A copy of a layer whose class cannot make one from a configuration.
+
+    It is of the same class, whose constructor is not run, and has a copy of every attribute. It is
+    built as far as the original is.
+    """
+    base = keras.model if isinstance(old, keras.model) else keras.layers.Layer
+    new = made_without_constructor(
+        old, base, name=old.name, dtype=old.dtype_policy, trainable=old.trainable
+    )
+    made = dict(vars(new))
+    for name, value in vars(old).items():
+        if name not in made and not name.startswith("_self_"):
+            setattr(new, name, copier.copied(value))
+    for name, value in made.items():  # what the constructor of the base class has set anew
+        kept = vars(old).get(name)
+        if kept is not value and (isinstance(kept, _PLAIN) or name in _OF_BUILDING):
+            vars(new)[name] = kept
+    return new
+
+
+_PLAIN = (bool, int, float, str, tuple)
+_OF_BUILDING = (
+    *("_build_shapes_dict", "_build_input_shape", "input_spec", "_input_spec"),
+    *("_saved_model_inputs_spec", "_saved_model_arg_spec"),
+)
 
 
 def attributes(model: Any, keras: KerasAdapter) -> dict[str, Any]:
@@ -84,7 +112,7 @@ class AttributeCopier:
     ) -> None:
         self._keras = keras
         self._layer = layer
-        self._copies = dict(tensors)
+        self._copies: ChainMap[int, Any] = ChainMap({}, tensors)  # which may come to hold more
 
     def copied(self, value: Any) -> Any:
         """The copy's counterpart of a value."""

@@ -180,14 +180,16 @@ class _Reader:
         training: bool | None,
         sources: list[int],
         sizes_hold: bool,
-        in_code: bool = False,
+        caller: str = "",
     ) -> list[int]:
         layer = record.layer
         training = self._training_of(record, training)
         if self.keras.is_visible(layer) and self._fits(record, sources):
             return self.read_calls(layer, self._path(layer, prefix), training, sources)
-        if id(layer) not in self.owners:
+        if id(layer) not in self.owners and not caller:  # else whoever holds it is copied
             check_copy(layer, self.keras)
+        elif caller and isinstance(layer, self.keras.layers.Layer):
+            check_call(layer, self.keras)
         if self._is_holder(layer) and training is False and not self.with_mask & set(sources):
             trace = self._trace(record, record.outputs)
             if trace is not None:
@@ -195,13 +197,15 @@ class _Reader:
         results = [self._add_value(t) for t in record.outputs]
         owner = self._owner(layer, prefix)
         op = self._operation(record, training, sources, results, sizes_hold)
-        if in_code:
+        if caller:
             self.held.add(id(layer))
             op = self._as_code_has_it(layer, op)
         self._follow_masks(record, owner, sources, results)
         # Functions, which may clip, have no dtype of their own.
         dtype = self.values[results[0]].dtype if isinstance(op, Clip) else _dtype(layer)
-        node = Node(owner, type(layer).__name__, op, tuple(sources), tuple(results), dtype)
+        node = Node(
+            owner, type(layer).__name__, op, tuple(sources), tuple(results), dtype, caller=caller
+        )
         self.nodes.append(node)
         if not isinstance(op, (Input, BatchNorm)):
             worst = self._worst_training(layer, training)
@@ -254,7 +258,7 @@ class _Reader:
             if id(record.layer) not in within:
                 self.strangers[id(record.layer)] = who
             given = [seen[id(t)] for t in record.inputs]
-            results = self._read_call(record, prefix, False, given, True, in_code=True)
+            results = self._read_call(record, prefix, False, given, True, caller=who)
             seen.update(zip(map(id, record.outputs), results, strict=True))
         return [seen[id(t)] for t in trace.outputs]
 
@@ -399,7 +403,9 @@ class _Reader:
         layer, op = self.layers[node.owner], node.op
         if isinstance(op, BatchNorm) and not op.why_not(Change.REPLACE):
             reason = self._tie(layer)
-            op = replace(op, reason=reason) if reason else op
+            if reason:
+                has_map = not reason.rules_out(Change.REPLACE)
+                op = replace(op, reason=reason, map=op.map if has_map else None)
         elif isinstance(op, (Linear, Recurrent, Clip)):
             who = self._reader_of(layer)
             if who:

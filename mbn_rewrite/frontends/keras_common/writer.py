@@ -14,14 +14,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.errors import CopyError, RewriteError, cause_of
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.clips import clip_layer
 from mbn_rewrite.frontends.keras_common.cloning import (
+    check_own_layers,
     config_of,
     copy_weights,
     from_config,
+    is_stock,
     label,
     parts,
 )
@@ -29,6 +31,7 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
     AttributeCopier,
     CheckedConfig,
     attributes,
+    copied_by_attributes,
     made_without_constructor,
     needs_check,
 )
@@ -69,6 +72,7 @@ class Writer(ABC):
         self._copies: dict[int, Any] = {}  # id(layer) -> its copy
         self._models: list[tuple[Any, Any]] = []  # whose attributes are still to be copied
         self._tensors: dict[int, Any] = {}  # id(Keras tensor) -> that of the copy
+        self._copier = AttributeCopier(keras, self._counterpart, self._tensors)
 
     def write(self, model: Any) -> Any:
         """A rewritten copy of a model.
@@ -77,7 +81,7 @@ class Writer(ABC):
             RewriteError: a layer cannot be copied.
         """
         new = self.model(model) if self.keras.is_visible(model) else self._subclassed(model)
-        copier = AttributeCopier(self.keras, self._counterpart, self._tensors)
+        copier = self._copier
         while self._models or self._parents:  # each may add more of either
             if self._models:
                 self._copy_attributes(*self._models.pop(0), copier)
@@ -136,14 +140,12 @@ class Writer(ABC):
             return self.model(old)
         if id(old) in self._copies:
             return self._copies[id(old)]
-        owner = self.owner(old)
-        action = self.plan.actions.get(owner)
-        if isinstance(action, Remove):
-            new = self.identity_in_place_of(old)
-        elif isinstance(action, (Replace, Sample)):
+        if self.owner(old) in self.plan.actions:
             return self._sublayer_replacement(old)
-        elif isinstance(old, self.keras.model):
+        if isinstance(old, self.keras.model):
             new = self._subclassed(old)
+        elif not is_stock(type(old)):  # no call builds it
+            new = self._copied_by_attributes(old)
         elif old.variables:
             new = self.copied(old)
             self.keras.build_copy(old, new)
@@ -271,9 +273,21 @@ class Writer(ABC):
         """A layer with the same configuration and the same weights."""
         if not isinstance(old, self.keras.layers.Layer):
             return self.keras.copy_operation(old)
-        new = from_config(old, config_of(old, self.keras), self.keras)
+        try:
+            new = from_config(old, config_of(old, self.keras), self.keras)
+            check_own_layers(old, new, self.keras)
+        except CopyError:
+            if is_stock(type(old)):
+                raise
+            return self._copied_by_attributes(old)
         self._unfinished.append(lambda: copy_weights(old, new, self.keras))
         self._parents.append((old, new))
+        return new
+
+    def _copied_by_attributes(self, old: Any) -> Any:
+        new = self._copies[id(old)] = copied_by_attributes(old, self.keras, self._copier)
+        if self._is_planned(old, but=Sample):
+            vars(new)["get_config"] = CheckedConfig(new, self.keras)
         return new
 
     def _folded(self, old: Any, action: Fold, rank: int, masked: bool) -> Any:
@@ -342,7 +356,7 @@ class Writer(ABC):
             rank = getattr(old.input_spec, "ndim", None) or 0
             # A mask may reach it, and only ScaleAndShift passes masks on in every rank.
             new = self._copies[id(old)] = self._acted_on(old, rank, masked=rank == 3)
-            if not isinstance(old, self.keras.batch_norm_base):
+            if not isinstance(self.plan.actions[self.owner(old)], (Replace, Sample)):
                 self.keras.build_copy(old, new)
             self.finish()
         return self._copies[id(old)]

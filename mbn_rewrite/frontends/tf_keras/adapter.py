@@ -230,6 +230,8 @@ class TfKeras(KerasAdapter):
     def network_config(self, model: Any) -> dict[str, Any] | None:
         if not in_tf_saved_model_scope():
             return None
+        if not isinstance(model, Functional):
+            return dict(type(model).get_config(model))
         base = Sequential if isinstance(model, Sequential) else Functional
         config: dict[str, Any] = base.get_config(model)
         return config
