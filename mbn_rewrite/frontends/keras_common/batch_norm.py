@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.frontends.keras_common.tracing import probe_of
 from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Shape, fused_operation_takes
 from mbn_rewrite.ir.reasons import Obstacle, Reason
@@ -75,11 +78,48 @@ def _parameters(
 
 def _irreplaceable(layer: Any, keras: KerasAdapter) -> Reason | None:
     """Reason why no other layer can do a BatchNormalization's work, even in training, or None."""
-    if type(layer) not in (*keras.batch_norms, *keras.training_layers):
-        return Reason(Obstacle.OWN_CLASS, type(layer).__name__)
     if not layer.built:
         return Reason(Obstacle.NEVER_CALLED)
+    known = (*keras.batch_norms, *keras.training_layers)
+    if type(layer) not in known and not _passes_on(layer, keras):
+        return Reason(Obstacle.OWN_CLASS, type(layer).__name__)
     return keras.reason_to_stay(layer)
+
+
+def known_class(layer: Any, keras: KerasAdapter) -> Any:
+    """The class of Keras that a BatchNormalization is of or derives from; None if there is none."""
+    known = (*keras.batch_norms, *keras.training_layers)
+    return next((kind for kind in type(layer).__mro__ if kind in known), None)
+
+
+def _passes_on(layer: Any, keras: KerasAdapter) -> bool:
+    """Whether a class of one's own does at inference what the class of Keras's does.
+
+    Its `call` is run on an object with the layer's attributes, where a class comes between it and
+    Keras's: that notes what it is called with, and what the `call` makes of what it returns.
+    """
+    base, kind = known_class(layer, keras), type(layer)
+    if base is None or kind.__call__ is not base.__call__:
+        return False
+    given, returned = object(), object()
+    calls: list[tuple[Any, Any]] = []
+
+    def noted(self: Any, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        calls.append((inputs, training))
+        return returned
+
+    between = type(base.__name__, (base,), {"call": noted})
+    arguments = {"training": False} if "training" in _arguments(kind.call) else {}
+    try:
+        result = kind.call(probe_of(layer, {}, between), given, **arguments)
+        ((inputs, training),) = calls
+        return result is returned and inputs is given and (training is None or not bool(training))
+    except Exception:  # the user's code may raise anything on an object that is no tensor
+        return False
+
+
+def _arguments(function: Any) -> Collection[str]:
+    return inspect.signature(function).parameters
 
 
 def _fusible(layer: Any, axis: int, keras: KerasAdapter) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.batch_norm import affine_weights
+from mbn_rewrite.frontends.keras_common.batch_norm import affine_weights, known_class
 from mbn_rewrite.frontends.keras_common.cloning import (
     config_of,
     from_config,
@@ -78,7 +78,7 @@ def _scale_and_shift(
 def _fused(keras: KerasAdapter, old: Any, m: ChannelMap) -> tuple[Any, Callable[[], None]]:
     """A BatchNormalization that runs the fused operation: the strided layer, with stride 1."""
     own = {"stride": 1, "scale": True, "center": True}
-    new = from_config(old, config_of(old, keras) | own, keras, keras.training_layers[0])
+    new = from_config(old, _plain_config(old, keras) | own, keras, keras.training_layers[0])
 
     def finish() -> None:
         build_like(keras, old, new)
@@ -121,7 +121,7 @@ def training_layer(
     """
     own = {"stride": sampled.stride, "synchronized": bool(getattr(old, "synchronized", False))}
     kind = keras.training_layers[sampled.depthwise]
-    new = from_config(old, config_of(old, keras) | own, keras, kind)
+    new = from_config(old, _plain_config(old, keras) | own, keras, kind)
 
     def finish() -> None:
         build_like(keras, old, new)
@@ -135,6 +135,12 @@ def training_layer(
         new.trainable = old.trainable
 
     return new, finish
+
+
+def _plain_config(old: Any, keras: KerasAdapter) -> dict[str, Any]:
+    """Configuration of a BatchNormalization without what a class of one's own adds."""
+    kind = known_class(old, keras)
+    return config_of(old, keras) if kind is type(old) else dict(kind.get_config(old))
 
 
 def build_like(keras: KerasAdapter, old: Any, new: Any) -> None:

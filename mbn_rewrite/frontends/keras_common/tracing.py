@@ -42,13 +42,20 @@ class Trace:
     reads: frozenset[int]
 
 
-def probe_of(layer: Any, methods: dict[str, Callable[..., Any]]) -> Any:
+def probe_of(layer: Any, methods: dict[str, Callable[..., Any]], *bases: type) -> Any:
     """An object that is like a layer but for some methods.
 
     Its attributes are those of the layer. Lists, dictionaries and sets of attributes are its own.
+
+    Args:
+        layer: the layer.
+        methods: by name.
+        bases: classes that come after the layer's own, and before those that these have in common.
     """
     kind = type(layer)
-    made = types.new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(methods))
+    made = types.new_class(
+        kind.__name__, (kind, *bases), exec_body=lambda body: body.update(methods)
+    )
     probe: Any = object.__new__(made)
     for name, value in vars(layer).items():
         vars(probe)[name] = value.copy() if type(value) in (list, dict, set) else value
