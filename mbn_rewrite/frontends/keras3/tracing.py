@@ -28,6 +28,17 @@ class _Reads(keras.StatelessScope):
         return super().get_current_value(variable)
 
 
+class _Caller(keras.layers.Layer):
+    """Layer that calls something, as a model calls its layers: these learn of `training` by it."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(name="caller")
+        self.function = function
+
+    def call(self, training: bool | None = None) -> None:
+        self.function()
+
+
 def traced(record: Record, record_of: Callable[[Any], Record]) -> Trace:
     """Trace of one call of a layer.
 
@@ -56,7 +67,7 @@ def traced(record: Record, record_of: Callable[[Any], Record]) -> Trace:
 
     probe = probe_of(layer, {"symbolic_call": symbolic_call})
     with _names_as_they_were(), _Reads() as scope:
-        probe(*args, **kwargs)
+        _Caller(lambda: probe(*args, **kwargs))(training=False)
     ((records, outputs),) = found
     return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(scope.read))
 

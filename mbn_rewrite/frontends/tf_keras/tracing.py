@@ -29,10 +29,8 @@ def traced(record: Record, record_of: Callable[[Any], Record]) -> Trace:
         args, kwargs = tf.nest.map_structure(
             lambda value: places.get(id(value), value), (record.args, record.kwargs)
         )
-        if layer._expects_training_arg:
-            args, kwargs = layer._call_spec.set_arg_value(
-                "training", False, tuple(args), kwargs, inputs_in_args=True
-            )
+        if not layer._call_spec.arg_was_passed("training", args, kwargs, inputs_in_args=True):
+            kwargs = {**kwargs, "training": False}  # layers that do not take it hand it on
         found: list[tuple[list[Record], list[Any]]] = []
 
         def call(self: Any, inputs_: Any, masks: Any, args: Any, kwargs: Any) -> Any:
