@@ -336,6 +336,7 @@ class HiddenBatchNorm:
         op: the map itself.
         rank: the number of dimensions of its input, or None where that is not known.
         dtype: as in `Node`.
+        why: why its calls cannot be seen, as a clause, or "".
     """
 
     owner: str
@@ -343,6 +344,7 @@ class HiddenBatchNorm:
     op: BatchNorm
     rank: int | None
     dtype: str
+    why: str = ""
 
 
 def _no_weights(owner: str, name: str) -> np.ndarray:

@@ -4,7 +4,14 @@ from mbn_rewrite.frontends.keras3.inference_layers import (
     BiasedConvolution,
     BorderedConvolution,
     ChannelClip,
+    PassThrough,
     ScaleAndShift,
 )
 
-__all__ = ["BiasedConvolution", "BorderedConvolution", "ChannelClip", "ScaleAndShift"]
+__all__ = [
+    "BiasedConvolution",
+    "BorderedConvolution",
+    "ChannelClip",
+    "PassThrough",
+    "ScaleAndShift",
+]

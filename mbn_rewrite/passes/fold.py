@@ -67,6 +67,7 @@ def plan_fold(
     decisions = [folding.decision(owner) for owner in work.sites]
     for hidden in graph.hidden:
         unseen = f"{hidden.holder} holds it, and its calls cannot be seen"
+        unseen += f": {hidden.why}" if hidden.why else ""
         why = str(hidden.op.reason or unseen)
         decisions.append(Decision(hidden.owner, Fate.KEPT, reason=sentence(why)))
     return Plan("fold", merged.in_order(decisions), merged.actions | folding.actions)

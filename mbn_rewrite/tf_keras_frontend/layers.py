@@ -3,7 +3,8 @@
 from mbn_rewrite.frontends.tf_keras.inference_layers import (
     BorderedConvolution,
     ChannelClip,
+    PassThrough,
     ScaleAndShift,
 )
 
-__all__ = ["BorderedConvolution", "ChannelClip", "ScaleAndShift"]
+__all__ = ["BorderedConvolution", "ChannelClip", "PassThrough", "ScaleAndShift"]

@@ -25,6 +25,7 @@ from mbn_rewrite.frontends.keras3.inference_layers import (
     BiasedConvolution,
     BorderedConvolution,
     ChannelClip,
+    PassThrough,
     ScaleAndShift,
 )
 from mbn_rewrite.frontends.keras3.training_layers import (
@@ -83,6 +84,7 @@ class Keras3(KerasAdapter):
     depthwise_kernel = "kernel"
     scale_and_shift = ScaleAndShift
     channel_clip = ChannelClip
+    pass_through = PassThrough
     bordered_convolution = BorderedConvolution
     biased_convolution = BiasedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
@@ -101,7 +103,11 @@ class Keras3(KerasAdapter):
     export_call = 'model.export("saved_model")'
 
     def __init__(self) -> None:
-        self.describers = {**layer_table(keras.layers), **_OPERATIONS}
+        self.describers = {
+            **layer_table(keras.layers),
+            **_OPERATIONS,
+            PassThrough: lambda call: Affine(),
+        }
 
     # -- structures and tensors ------------------------------------------------------------
 

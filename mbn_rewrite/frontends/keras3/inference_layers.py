@@ -31,6 +31,14 @@ class ScaleAndShift(inference_layers.ScaleAndShift, _Keras3Layer, keras.layers.L
 
 
 @keras.saving.register_keras_serializable(package="mbn_rewrite")
+class PassThrough(inference_layers.PassThrough, _Keras3Layer, keras.layers.Layer):
+    """See `keras_common.inference_layers.PassThrough`."""
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(package="mbn_rewrite")
 class ChannelClip(inference_layers.ChannelClip, _Keras3Layer, keras.layers.Layer):
     """See `keras_common.inference_layers.ChannelClip`."""
 

@@ -69,7 +69,14 @@ def traced(record: Record, record_of: Callable[[Any], Record]) -> Trace:
     with _names_as_they_were(), _Reads() as scope:
         _Caller(lambda: probe(*args, **kwargs))(training=False)
     ((records, outputs),) = found
-    return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(scope.read))
+    given = {
+        id(value)
+        for each in records
+        if not isinstance(each.layer, keras.layers.Layer)
+        for value in keras.tree.flatten((each.args, each.kwargs))
+        if isinstance(value, keras.Variable)  # functions do not read it here
+    }
+    return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(scope.read | given))
 
 
 def call_of(model: Any) -> Record | None:

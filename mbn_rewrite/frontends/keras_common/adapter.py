@@ -34,6 +34,7 @@ class KerasAdapter(ABC):
         depthwise_kernel: the attribute in which depthwise convolutions keep their kernel.
         scale_and_shift: this package's layer class of that name.
         channel_clip: likewise.
+        pass_through: likewise.
         bordered_convolution: likewise.
         biased_convolution: likewise; only where `may_misplace_bias`.
         private: prefixes of attributes that hold nothing of the user's; `sublayers` searches all
@@ -60,6 +61,7 @@ class KerasAdapter(ABC):
     depthwise_kernel: str
     scale_and_shift: type
     channel_clip: type
+    pass_through: type
     bordered_convolution: type
     biased_convolution: type
     private: tuple[str, ...]
@@ -276,6 +278,10 @@ class KerasAdapter(ABC):
 
     def replacing(self, parent: Any, old: Any, new: Any) -> AbstractContextManager[Any]:
         """Context manager in which one sublayer of a built layer may be replaced by another."""
+        return nullcontext()
+
+    def naming_like(self, layer: Any) -> AbstractContextManager[Any]:
+        """Context manager in which variables are named as those of a layer."""
         return nullcontext()
 
     def is_traced(self, layer: Any) -> bool:

@@ -21,15 +21,13 @@ def clip_layer(keras: KerasAdapter, old: Any, planned: Reclip) -> tuple[Any, Cal
         planned: the bounds.
     """
     is_layer = isinstance(old, keras.layers.Layer) and not keras.assigns_its_own_call(old)
-    # A function computes in whatever dtype it is given, and drops masks.
-    given = keras.all_calls_of(old)[0].outputs[0]
-    new: Any = keras.channel_clip(
+    new: Any = keras.channel_clip(  # a function drops masks
         planned.axis,
         use_lower=planned.lower is not None,
         use_upper=planned.upper is not None,
         pass_mask=is_layer,
         name=old.name,
-        dtype=old.dtype_policy if is_layer else keras.dtype_of(given),
+        dtype=old.dtype_policy if is_layer else _given_dtype(keras, old),
         trainable=getattr(old, "trainable", True),
     )
     check_bounds(planned, new.compute_dtype, label(old))
@@ -39,3 +37,8 @@ def clip_layer(keras: KerasAdapter, old: Any, planned: Reclip) -> tuple[Any, Cal
             weights.write(new, side, bounds)
 
     return new, finish
+
+
+def _given_dtype(keras: KerasAdapter, function: Any) -> str:
+    """Dtype in which a function computes, which is that of what it is given."""
+    return keras.dtype_of(keras.all_calls_of(function)[0].outputs[0])

@@ -111,7 +111,7 @@ def check_call(layer: Any, keras: KerasAdapter) -> None:
 
 def check_own_layers(old: Any, new: Any, keras: KerasAdapter) -> None:
     """Raises RewriteError if a copy has layers of the original."""
-    if {id(v) for v in old.weights} & {id(v) for v in new.weights}:
+    if {id(part) for part in parts(old)} & {id(part) for part in parts(new)}:
         raise CopyError(
             f"{label(old)} cannot be copied: its get_config() gives layers themselves, not their "
             f"configurations. Use {keras.package}.layers.serialize in get_config"

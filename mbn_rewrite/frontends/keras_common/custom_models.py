@@ -47,7 +47,8 @@ def copied_by_attributes(old: Any, keras: KerasAdapter, copier: AttributeCopier)
     )
     made = dict(vars(new))
     for name, value in vars(old).items():
-        if name not in made and not name.startswith("_self_"):
+        kept = name in made or name.startswith("_self_") or isinstance(value, CheckedConfig)
+        if not kept:
             setattr(new, name, copier.copied(value))
     for name, value in made.items():  # what the constructor of the base class has set anew
         kept = vars(old).get(name)
@@ -275,8 +276,7 @@ class CheckedConfig:
 
 
 _WHAT_WORKS = (
-    "Save its weights (save_weights) and load them into what convert makes of a new "
-    "model of that class"
+    "Save its weights (save_weights) and load them into what convert makes of the original"
 )
 
 

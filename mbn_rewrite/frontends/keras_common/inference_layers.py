@@ -76,6 +76,22 @@ class ScaleAndShift(_PerChannel):
         return {**super().get_config(), "axis": self.axis}  # type: ignore[misc]
 
 
+class PassThrough(_Layer):
+    """y = x: what is left of a BatchNormalization that other layers do the work of.
+
+    Takes its place where Python code calls it, with the arguments that it is called with.
+
+    Input: any shape, any floating dtype. Output: the same shape; the layer's compute dtype.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        return inputs
+
+
 class ChannelClip(_PerChannel):
     """y = min(max(x, lower), upper), per channel: a ReLU, or another clip, with bounds of its own.
 

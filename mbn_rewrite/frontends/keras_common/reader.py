@@ -49,6 +49,7 @@ from mbn_rewrite.ir.graph import (
     Opaque,
     PositivelyHomogeneous,
     Recurrent,
+    Shape,
     Value,
 )
 from mbn_rewrite.ir.reasons import Change, Obstacle, Reason
@@ -72,6 +73,11 @@ class Reading:
     owners: dict[int, str]
     masked: frozenset[str]
     notes: tuple[str, ...] = ()
+
+    def shape_read_by(self, owner: str) -> Shape:
+        """Shape of what a call of a layer reads."""
+        node = next(node for node in self.graph.nodes if node.owner == owner)
+        return self.graph.values[node.inputs[0]].shape
 
 
 def read(model: Any, keras: KerasAdapter) -> Reading:
@@ -366,7 +372,8 @@ class _Reader:
             if id(layer) in self.owners:
                 continue
             if is_batch_norm(layer, self.keras):
-                self._add_hidden(layer, prefix, who, batch_norm(layer, training, self.keras))
+                op = batch_norm(layer, training, self.keras)
+                self._add_hidden(layer, prefix, who, op, self.untraced.get(id(parent), ""))
             elif self.keras.is_visible(layer):
                 path = self._path(layer, prefix)
                 self.owners[id(layer)] = path
@@ -431,10 +438,10 @@ class _Reader:
         read = [self.reads.get(id(variable), "") for variable in layer.variables]
         return next(filter(None, read), "")
 
-    def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm) -> None:
+    def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm, why: str = "") -> None:
         rank = getattr(layer.input_spec, "ndim", None)
         owner = self._owner(layer, prefix)
-        self.hidden.append(HiddenBatchNorm(owner, who, op, rank, _dtype(layer)))
+        self.hidden.append(HiddenBatchNorm(owner, who, op, rank, _dtype(layer), why))
 
     def _add_value(self, tensor: Any) -> int:
         value = len(self.values)

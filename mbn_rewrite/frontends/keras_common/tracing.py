@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mbn_rewrite.errors import cause_of
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import parts
 
@@ -58,7 +59,8 @@ def probe_of(layer: Any, methods: dict[str, Callable[..., Any]], *bases: type) -
     )
     probe: Any = object.__new__(made)
     for name, value in vars(layer).items():
-        vars(probe)[name] = value.copy() if type(value) in (list, dict, set) else value
+        own = next((each for each in (list, dict, set) if isinstance(value, each)), None)
+        vars(probe)[name] = own(value) if own else value
     return probe
 
 
@@ -97,8 +99,8 @@ def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) 
     except NotTraceable:
         raise
     except Exception as error:  # the user's code may raise anything
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise NotTraceable(told) from error
+        told = cause_of(error).removesuffix(".")
+        raise NotTraceable(f"its code fails on Keras tensors ({told})") from error
     given, gives = (
         [(keras.shape_of(t), keras.dtype_of(t)) for t in tensors]
         for tensors in (outputs or (), found.outputs)

@@ -351,21 +351,25 @@ class Writer(ABC):
     def _sublayer_replacement(self, old: Any) -> Any:
         """The layer to have in the place of another that code calls."""
         if self.is_removed(old):
-            return self._copies.setdefault(id(old), self._stand_in(old))
+            return self.keras.pass_through(
+                name=old.name, dtype=old.dtype_policy, trainable=old.trainable
+            )
         if id(old) not in self._copies:
-            rank = getattr(old.input_spec, "ndim", None) or 0
-            # A mask may reach it, and only ScaleAndShift passes masks on in every rank.
-            new = self._copies[id(old)] = self._acted_on(old, rank, masked=rank == 3)
-            if not isinstance(self.plan.actions[self.owner(old)], (Replace, Sample)):
-                self.keras.build_copy(old, new)
-            self.finish()
+            with self.keras.naming_like(old):
+                self._copies[id(old)] = self._built_in_place_of(old)
         return self._copies[id(old)]
 
-    def _stand_in(self, old: Any) -> Any:
-        """A layer that does nothing, and may be called as a BatchNormalization is."""
-        return self.keras.layers.Dropout(
-            0.0, name=old.name, dtype=old.dtype_policy, trainable=old.trainable
-        )
+    def _built_in_place_of(self, old: Any) -> Any:
+        rank = getattr(old.input_spec, "ndim", None) or 0
+        # A mask may reach it, and only ScaleAndShift passes masks on in every rank.
+        new = self._acted_on(old, rank, masked=rank == 3)
+        action = self.plan.actions[self.owner(old)]
+        if isinstance(action, Reclip):
+            new.build(self.reading.shape_read_by(self.owner(old)))
+        elif isinstance(action, (Fold, Remap)):
+            self.keras.build_copy(old, new)
+        self.finish()
+        return new
 
     def _check_not_traced(self, layer: Any) -> None:
         if self.keras.is_traced(layer):

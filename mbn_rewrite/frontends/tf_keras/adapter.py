@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -37,6 +37,7 @@ from mbn_rewrite.frontends.tf_keras import tracing
 from mbn_rewrite.frontends.tf_keras.inference_layers import (
     BorderedConvolution,
     ChannelClip,
+    PassThrough,
     ScaleAndShift,
 )
 from mbn_rewrite.frontends.tf_keras.training_layers import (
@@ -81,6 +82,7 @@ class TfKeras(KerasAdapter):
     depthwise_kernel = "depthwise_kernel"
     scale_and_shift = ScaleAndShift
     channel_clip = ChannelClip
+    pass_through = PassThrough
     bordered_convolution = BorderedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
     private = (
@@ -100,7 +102,9 @@ class TfKeras(KerasAdapter):
     metric = tf_keras.metrics.Metric
     how_to_export = 'write a SavedModel (save_format="tf"; tf.saved_model.load takes it)'
     export_call = 'model.save("saved_model", save_format="tf")'
-    describers = layer_table(tf_keras.layers)
+
+    def __init__(self) -> None:
+        self.describers = {**layer_table(tf_keras.layers), PassThrough: lambda call: Affine()}
 
     # -- structures and tensors ------------------------------------------------------------
 
@@ -266,6 +270,12 @@ class TfKeras(KerasAdapter):
 
     def assign(self, target: Any, source: Any) -> None:
         target.assign(source)
+
+    def naming_like(self, layer: Any) -> AbstractContextManager[Any]:
+        if not layer.variables:
+            return nullcontext()
+        prefix, _, _ = layer.variables[0].name.rpartition("/")
+        return tf.name_scope(f"{prefix}/" if prefix else None)  # a slash for exactly that name
 
     @contextmanager
     def replacing(self, parent: Any, old: Any, new: Any) -> Iterator[None]:

@@ -36,6 +36,14 @@ class ScaleAndShift(inference_layers.ScaleAndShift, _TfKerasLayer, tf_keras.laye
 
 
 @registered
+class PassThrough(inference_layers.PassThrough, _TfKerasLayer, tf_keras.layers.Layer):
+    """See `keras_common.inference_layers.PassThrough`."""
+
+    def compute_output_shape(self, input_shape: tf.TensorShape) -> tf.TensorShape:
+        return tf.TensorShape(input_shape)
+
+
+@registered
 class ChannelClip(inference_layers.ChannelClip, _TfKerasLayer, tf_keras.layers.Layer):
     """See `keras_common.inference_layers.ChannelClip`."""
 

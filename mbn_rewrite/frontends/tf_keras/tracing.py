@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 from tf_keras.src import backend
+from tf_keras.src.engine.keras_tensor import KerasTensor
 
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import parts
@@ -36,7 +37,7 @@ def traced(record: Record, record_of: Callable[[Any], Record]) -> Trace:
         def call(self: Any, inputs_: Any, masks: Any, args: Any, kwargs: Any) -> Any:
             result = self.call(_cast(self, inputs_), *args, **kwargs)
             outputs = tf.nest.flatten(result)
-            if not all(backend.is_keras_tensor(t) for t in outputs):
+            if not all(isinstance(t, KerasTensor) for t in outputs):
                 raise NotTraceable("it returns something that is no tensor")
             # Before Keras makes the call itself what gave its results.
             found.append((in_order(outputs, inputs, lambda t: record_of(_node_of(t))), outputs))
@@ -57,7 +58,7 @@ def call_of(model: Any) -> Record | None:
         return None
     with _names_as_they_were():
         args, kwargs = tf.nest.map_structure(_as_keras_tensor, spec)
-    given = filter(backend.is_keras_tensor, tf.nest.flatten((args, kwargs)))
+    given = [t for t in tf.nest.flatten((args, kwargs)) if isinstance(t, KerasTensor)]
     return Record(model, args, kwargs, tuple(given), ())
 
 
@@ -73,7 +74,7 @@ def _cast(layer: Any, inputs: Any) -> Any:
     return tf.nest.map_structure(
         lambda t: (
             tf.cast(t, dtype)
-            if backend.is_keras_tensor(t) and t.dtype.is_floating and t.dtype != dtype
+            if isinstance(t, KerasTensor) and t.dtype.is_floating and t.dtype != dtype
             else t
         ),
         inputs,
