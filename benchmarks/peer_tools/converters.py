@@ -127,6 +127,21 @@ def openvino(make: Callable[[Work], Path]) -> Callable[[Work], Path]:
     return convert
 
 
+def litert(make: Callable[[Work], Path]) -> Callable[[Work], Path]:
+    """LiteRT's converter, which TensorFlow has, on what another converter makes."""
+
+    def convert(work: Work) -> Path:
+        import tensorflow as tf
+
+        source = make(work)
+        out = source.with_name(f"{source.name}.tflite")
+        converter = tf.lite.TFLiteConverter.from_saved_model(str(source), ["serving_default"])
+        out.write_bytes(converter.convert())
+        return out
+
+    return convert
+
+
 def last_line(text: str) -> str:
     """The last line of what a program wrote, which mostly is its reason."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
