@@ -10,6 +10,9 @@ Each model is written as SavedModel and given to each tool:
     optimize        optimize_for_inference, TensorFlow's tool, on the frozen graph
     kecam           keras_cv_attention_models' convert_to_fused_conv_bn_model, on the model of
                     tf_keras
+    batchnorm_folding
+                    tensorflow-batchnorm-folding's fold_batchnormalization_layers, on the model
+                    of tf_keras
     onnx            tf2onnx, then ONNX Runtime with all of its optimisations
     openvino        OpenVINO's converter and its runtime, in float32
     litert          LiteRT's converter and its runtime, with XNNPACK, in float32
@@ -109,7 +112,7 @@ TRAINED = (*real_models.MODELS, *real_models.SAVED_MODELS)
 SERVING_MODES = tuple(mode for mode in MODES if mode not in TRAINING_MODES)
 PACKAGES = (
     *("tensorflow", "tf_keras", "keras", "numpy", "tf2onnx", "onnx", "onnxruntime", "openvino"),
-    *("ai-edge-litert", "keras-cv-attention-models"),
+    *("ai-edge-litert", "keras-cv-attention-models", "tensorflow-batchnorm-folding"),
 )
 
 FLAGS = flags.FLAGS

@@ -6,6 +6,8 @@ where it is used, so that what is not installed is missed by its own tool alone.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,6 +92,28 @@ def keras_cv_attention_models(work: Work) -> Path:
     model = tf_keras.models.load_model(work.keras_file, compile=False)
     out = work.output("keras_cv_attention_models")
     convert_to_fused_conv_bn_model(model).save(out, save_format="tf")
+    return out
+
+
+def batchnorm_folding(work: Work) -> Path:
+    """The folding of tensorflow-batchnorm-folding, on the file of tf_keras.
+
+    Models of Keras 3 have configurations in which it misses what it looks for.
+    """
+    if not work.keras_file.exists():
+        raise Declined("it takes models of tf_keras only")
+    import tf_keras
+    from batch_normalization_folding.folder import fold_batchnormalization_layers
+
+    model = tf_keras.models.load_model(work.keras_file, compile=False)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            folded, _ = fold_batchnormalization_layers(model)
+    except SystemExit:  # so it ends where it knows no way on, after saying why
+        raise Declined(last_line(printed.getvalue())) from None
+    out = work.output("batchnorm_folding")
+    folded.save(out, save_format="tf")
     return out
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_tools.converters import (
+    batchnorm_folding,
     keras_cv_attention_models,
     litert,
     openvino,
@@ -79,6 +80,14 @@ def tools(modes: Sequence[str], batch: int) -> list[Tool]:
             keras_cv_attention_models,
             TensorFlow,
             needs=("keras_cv_attention_models",),
+            environment=_LEGACY,
+        ),
+        Tool(
+            "batchnorm_folding",
+            "tensorflow-batchnorm-folding",
+            batchnorm_folding,
+            TensorFlow,
+            needs=("batch_normalization_folding",),
             environment=_LEGACY,
         ),
         Tool("onnx", "ONNX Runtime", tf2onnx(original), OnnxRuntime, needs=_ONNX),

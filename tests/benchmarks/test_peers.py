@@ -1,15 +1,19 @@
 """`benchmarks/peers.py`: what counts as left, what a wrong answer looks like, what is kept."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 import tensorflow as tf
+import tf_keras
 from absl import flags
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks import peers
+from benchmarks.common.failures import Declined
 from benchmarks.common.timing import time_rounds
 from benchmarks.peer_tools import converters, runtimes, steps, tables
 from benchmarks.peer_tools import tools as peer_tools
@@ -339,6 +343,46 @@ def test_litert_gives_the_outputs(work):
     assert result["status"] == "ok"
     assert Left(**result["at_run"]).total == 2
     assert result["nodes"] == 5  # the convolution, and two multiplications and additions
+
+
+# --------------------------------------------------------------------- tools of tf_keras
+
+
+@pytest.fixture
+def keras_work(tmp_path):
+    work = Work(tmp_path)
+    layers = [tf_keras.Input((4,)), tf_keras.layers.BatchNormalization(), tf_keras.layers.ReLU()]
+    tf_keras.Sequential(layers).save(work.keras_file, save_format="h5")
+    return work
+
+
+def folding_by(monkeypatch, function):
+    """Has the package fold as a function does."""
+    module = SimpleNamespace(fold_batchnormalization_layers=function)
+    monkeypatch.setitem(sys.modules, "batch_normalization_folding", SimpleNamespace(folder=module))
+    monkeypatch.setitem(sys.modules, "batch_normalization_folding.folder", module)
+
+
+def test_batchnorm_folding_saves_what_it_gives(keras_work, monkeypatch):
+    folding_by(monkeypatch, lambda model: (model, "1/0"))
+    path = converters.batchnorm_folding(keras_work)
+    assert tf.saved_model.contains_saved_model(str(path))
+
+
+def test_batchnorm_folding_that_ends_the_process_declines(keras_work, monkeypatch):
+    def fold(model):
+        print("a line\nit is not supported yet")
+        sys.exit()
+
+    folding_by(monkeypatch, fold)
+    with pytest.raises(Declined, match=r"^it is not supported yet$"):
+        converters.batchnorm_folding(keras_work)
+
+
+@pytest.mark.parametrize("tool", ["batchnorm_folding", "keras_cv_attention_models"])
+def test_tools_of_tf_keras_decline_others(tool, tmp_path):
+    with pytest.raises(Declined, match="tf_keras only"):
+        getattr(converters, tool)(Work(tmp_path))
 
 
 # ------------------------------------------------------------------------------ the program
