@@ -321,7 +321,7 @@ def main(argv: list[str]) -> int:
     if done:
         print(summary_table(done, names))
         if any(key.startswith("ours_") for key in names):
-            print(nodes_table(done, names))
+            print("\n" + nodes_table(done, names) + "\n")
         print(heading(kept.data))
     if done and FLAGS.chart and set(names) - {"original"}:
         draw(done, names, FLAGS.chart)
