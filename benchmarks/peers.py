@@ -10,10 +10,14 @@ Each model is written as SavedModel and given to each tool:
     optimize        optimize_for_inference, TensorFlow's tool, on the frozen graph
     kecam           keras_cv_attention_models' convert_to_fused_conv_bn_model, on the model of
                     tf_keras
+    batchnorm_folding
+                    tensorflow-batchnorm-folding's fold_batchnormalization_layers, on the model
+                    of tf_keras
     onnx            tf2onnx, then ONNX Runtime with all of its optimisations
     openvino        OpenVINO's converter and its runtime, in float32
-    ours_onnx, ours_openvino
-                    our output, mode fold, through either of the last two
+    litert          LiteRT's converter and its runtime, with XNNPACK, in float32
+    ours_onnx, ours_openvino, ours_litert
+                    our output, mode fold, through each of the last three
 
 Tools whose packages are not installed are skipped (pip install .[peers]). The columns:
 
@@ -23,16 +27,19 @@ Tools whose packages are not installed are skipped (pip install .[peers]). The c
                     BatchNormalization (EfficientNet scales its input) are taken off.
     BN left         the same in what runs: of TensorFlow the graphs that its runtime reports of
                     the call, after Grappler and oneDNN's rewriting; of ONNX Runtime its optimised
-                    model; of OpenVINO its runtime model. BatchNormalization that runs in another
-                    form is in the note: as 1x1 depthwise convolutions, or within a convolution
-                    that does it on its way out.
+                    model; of OpenVINO its runtime model; of LiteRT its file. BatchNormalization
+                    that runs in another form is in the note: as 1x1 depthwise convolutions, or
+                    within a convolution that does it on its way out.
+    nodes           operations in what runs that depend on the inputs, whatever they do: those
+                    that run in every call
     error           largest difference from the original's outputs, relative to the output's
                     largest magnitude. A tool above the tolerance is WRONG and is not timed.
     ms              of one call: median, and quartiles in brackets
     times as fast   as the original, by the medians
     note            why there is no figure; where another tool is faster than all rows of ours,
                     or than those in TensorFlow ("within scatter" where the quartiles overlap);
-                    where it leaves fewer operations that do BatchNormalization than any of ours
+                    where it leaves fewer operations that do BatchNormalization than any of ours;
+                    where ours has more nodes than the original in the same runtime
 
 "Fewest possible" is what our planner leaves, mode fold: all that it can move exactly.
 
@@ -85,7 +92,14 @@ from benchmarks.peer_tools.steps import (
     run_step,
     step,
 )
-from benchmarks.peer_tools.tables import draw, heading, model_table, summary_table, title_of
+from benchmarks.peer_tools.tables import (
+    draw,
+    heading,
+    model_table,
+    nodes_table,
+    summary_table,
+    title_of,
+)
 from benchmarks.peer_tools.tools import Tool
 from mbn_rewrite.device import cpu_name
 from mbn_rewrite.errors import RewriteError
@@ -98,7 +112,7 @@ TRAINED = (*real_models.MODELS, *real_models.SAVED_MODELS)
 SERVING_MODES = tuple(mode for mode in MODES if mode not in TRAINING_MODES)
 PACKAGES = (
     *("tensorflow", "tf_keras", "keras", "numpy", "tf2onnx", "onnx", "onnxruntime", "openvino"),
-    "keras-cv-attention-models",
+    *("ai-edge-litert", "keras-cv-attention-models", "tensorflow-batchnorm-folding"),
 )
 
 FLAGS = flags.FLAGS
@@ -306,6 +320,8 @@ def main(argv: list[str]) -> int:
     names = kept.data["tools"]
     if done:
         print(summary_table(done, names))
+        if any(key.startswith("ours_") for key in names):
+            print("\n" + nodes_table(done, names) + "\n")
         print(heading(kept.data))
     if done and FLAGS.chart and set(names) - {"original"}:
         draw(done, names, FLAGS.chart)

@@ -1,6 +1,6 @@
 """Counts the BatchNormalization that is left in a graph, alike for all formats of graphs.
 
-A reader for each format (TensorFlow, ONNX, OpenVINO) gives `Node`s, which say no more of an
+A reader for each format (TensorFlow, ONNX, OpenVINO, LiteRT) gives `Node`s, which say no more of an
 operation than counting needs. What does not depend on the graph's inputs is constant, whether it
 is stored as constant, is a variable, or is computed from either as the model runs. Then
 
@@ -20,6 +20,8 @@ BatchNormalization (EfficientNet scales its input by channel): who counts subtra
 original has. A BatchNormalization of one channel, once it is arithmetic, looks like any scaling by
 a number, and is not counted; `one_channel` says how many there are. Bodies of loops and calls are
 not looked into; `unseen` says how many there are.
+
+`count_nodes` counts everything that runs, whatever it does.
 """
 
 from __future__ import annotations
@@ -42,15 +44,17 @@ class Node:
         kind: "input", "constant", "multiply", "divide", "add" (or subtract), "fused" (a
             BatchNormalization), "depthwise" (a depthwise convolution), "within" (a convolution that
             does a BatchNormalization), "handed on" (its values are those of its first input),
-            "call" (of what is not looked into) or "other".
+            "call" (of what is not looked into), "output" (of the graph) or "other".
         inputs: names of what it reads, in order.
         shape: of constants of floating-point numbers; () for others.
+        activated: whether the operation ends in an activation.
     """
 
     name: str
     kind: str
     inputs: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
+    activated: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,12 @@ def count(nodes: Iterable[Node]) -> Left:
         within=kinds["within"],
         unseen=kinds["call"],
     )
+
+
+def count_nodes(nodes: Iterable[Node]) -> int:
+    """Number of operations that depend on the graph's inputs, so that they run in every call."""
+    graph = Graph(nodes)
+    return sum(graph.nodes[name].kind not in ("input", "output") for name in graph.data)
 
 
 def one_channel(nodes: Iterable[Node]) -> int:
@@ -150,7 +160,7 @@ class Graph:
         if name is None or len(self.readers[name]) > 1:
             return None
         before = self.nodes.get(name)
-        if before is None or before.kind not in (*STEPS, "handed on"):
+        if before is None or before.activated or before.kind not in (*STEPS, "handed on"):
             return None
         return before
 

@@ -6,6 +6,8 @@ where it is used, so that what is not installed is missed by its own tool alone.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,6 +95,28 @@ def keras_cv_attention_models(work: Work) -> Path:
     return out
 
 
+def batchnorm_folding(work: Work) -> Path:
+    """The folding of tensorflow-batchnorm-folding, on the file of tf_keras.
+
+    Models of Keras 3 have configurations in which it misses what it looks for.
+    """
+    if not work.keras_file.exists():
+        raise Declined("it takes models of tf_keras only")
+    import tf_keras
+    from batch_normalization_folding.folder import fold_batchnormalization_layers
+
+    model = tf_keras.models.load_model(work.keras_file, compile=False)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            folded, _ = fold_batchnormalization_layers(model)
+    except SystemExit:  # so it ends where it knows no way on, after saying why
+        raise Declined(last_line(printed.getvalue())) from None
+    out = work.output("batchnorm_folding")
+    folded.save(out, save_format="tf")
+    return out
+
+
 def tf2onnx(make: Callable[[Work], Path]) -> Callable[[Work], Path]:
     """tf2onnx's command line, on what another converter makes."""
 
@@ -122,6 +146,21 @@ def openvino(make: Callable[[Work], Path]) -> Callable[[Work], Path]:
         out = source.with_name(f"{source.name}.xml")
         # It would write weights in float16 by default.
         ov.save_model(ov.convert_model(source), out, compress_to_fp16=False)
+        return out
+
+    return convert
+
+
+def litert(make: Callable[[Work], Path]) -> Callable[[Work], Path]:
+    """LiteRT's converter, which TensorFlow has, on what another converter makes."""
+
+    def convert(work: Work) -> Path:
+        import tensorflow as tf
+
+        source = make(work)
+        out = source.with_name(f"{source.name}.tflite")
+        converter = tf.lite.TFLiteConverter.from_saved_model(str(source), ["serving_default"])
+        out.write_bytes(converter.convert())
         return out
 
     return convert

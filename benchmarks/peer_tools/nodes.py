@@ -1,4 +1,4 @@
-"""Readers of graphs: those of TensorFlow, ONNX and OpenVINO as the nodes that are counted."""
+"""Readers of graphs: those of TensorFlow, ONNX, OpenVINO and LiteRT as nodes that are counted."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _TF_KINDS = {
     "BatchNormWithGlobalNormalization": "fused",
     **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall", "XlaLaunch"), "call"),
     **dict.fromkeys(("While", "StatelessWhile", "If", "StatelessIf"), "call"),
+    "Retval": "output",
 }
 
 
@@ -152,6 +153,7 @@ def _onnx_kind(node: Any, attributes: Mapping[str, Any]) -> str:
 
 _OPENVINO_KINDS = {
     "Parameter": "input",
+    "Result": "output",
     "Constant": "constant",
     "Multiply": "multiply",
     "Divide": "divide",
@@ -166,7 +168,7 @@ _ELEMENTWISE = {"Eltwise", "Subgraph", "Multiply", "Add", "Math", "ScaleShift", 
 
 
 def openvino_nodes(model: Any) -> list[Node]:
-    """The nodes of an OpenVINO model, as converted."""
+    """The nodes of an OpenVINO model, as converted; of a runtime model only how they are tied."""
     nodes = []
     for op in model.get_ordered_ops():
         inputs = [x.get_source_output().get_node().get_friendly_name() for x in op.inputs()]
@@ -206,3 +208,42 @@ def openvino_left(model: Any, runtime_model: Any) -> Left:
             elif name in scalings and place:
                 found["within"] += 1
     return Left(**found, unseen=written.unseen)
+
+
+# --------------------------------------------------------------------------------- LiteRT
+
+_LITERT_KINDS = {
+    "MUL": "multiply",
+    "DIV": "divide",
+    **dict.fromkeys(("ADD", "SUB"), "add"),
+    **dict.fromkeys(("CAST", "TRANSPOSE"), "handed on"),
+    "DEPTHWISE_CONV_2D": "depthwise",
+    **dict.fromkeys(("WHILE", "IF", "CALL"), "call"),
+}
+
+
+def litert_nodes(content: bytes) -> list[Node]:
+    """The nodes of the main graph in a .tflite file, named by the first tensor that they give."""
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(content)
+    graph = model.subgraphs[0]
+    ops = {code: name for name, code in vars(schema.BuiltinOperator).items()}
+    types = schema.TensorType
+    floating = (types.FLOAT32, types.FLOAT64, types.FLOAT16, types.BFLOAT16)
+    nodes = [Node(str(i), "input") for i in graph.inputs]
+    for i, tensor in enumerate(graph.tensors):
+        if model.buffers[tensor.buffer].data is not None:
+            shape = tuple(tensor.shape) if tensor.type in floating else ()
+            nodes.append(Node(str(i), "constant", (), shape))
+    producers: dict[int, str] = {}
+    for op in graph.operators:
+        producers |= dict.fromkeys(op.outputs, str(op.outputs[0]))
+    for op in graph.operators:
+        code = model.operatorCodes[op.opcodeIndex]
+        # Operators that are older than the second field have their number in the first alone.
+        kind = _LITERT_KINDS.get(ops[max(code.builtinCode, code.deprecatedBuiltinCode)], "other")
+        inputs = tuple(producers.get(i, str(i)) for i in op.inputs if i >= 0)
+        activated = bool(getattr(op.builtinOptions, "fusedActivationFunction", 0))
+        nodes.append(Node(str(op.outputs[0]), kind, inputs, (), activated))
+    return nodes

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.common.failures import Declined
 from benchmarks.models.signatures import signature_of
-from benchmarks.peer_tools.bn_count import Left, count
+from benchmarks.peer_tools.bn_count import Left, count, count_nodes
 from benchmarks.peer_tools.nodes import (
+    litert_nodes,
     nodes_of,
     onnx_nodes,
     openvino_left,
@@ -45,7 +47,9 @@ class TensorFlow:
         }
         given = list(self._serve.structured_outputs)
         self._outputs = names_of(given, _matched(outputs, [{name} for name in given]))
-        self.at_run = self._first_call()
+        graphs = [tensorflow_nodes(graph, self._arguments) for graph in self._graphs_of_a_call()]
+        self.at_run = sum(map(count, graphs), Left())
+        self.nodes = sum(map(count_nodes, graphs))
 
     def __call__(self) -> list[np.ndarray]:
         results = self._serve(**self._inputs)
@@ -55,7 +59,11 @@ class TensorFlow:
     def in_file(self) -> Left:
         return count(nodes_of(self._serve))
 
-    def _first_call(self) -> Left:
+    @property
+    def _arguments(self) -> int:
+        return len(self._serve.inputs) - len(self._serve.captured_inputs)
+
+    def _graphs_of_a_call(self) -> list[Any]:
         from tensorflow.python.eager import context
 
         runtime = context.context()
@@ -65,11 +73,10 @@ class TensorFlow:
             metadata = runtime.export_run_metadata()
         finally:
             runtime.disable_graph_collection()
-        arguments = len(self._serve.inputs) - len(self._serve.captured_inputs)
         graphs = [g for called in metadata.function_graphs for g in called.partition_graphs]
         if not graphs:
             raise RuntimeError("TensorFlow reports no graph of what it ran")
-        return sum((count(tensorflow_nodes(graph, arguments)) for graph in graphs), Left())
+        return graphs
 
 
 class OnnxRuntime:
@@ -93,7 +100,8 @@ class OnnxRuntime:
         options.optimized_model_filepath = str(optimised)
         self._session = ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
         self.in_file = count(onnx_nodes(onnx.load(path)))
-        self.at_run = count(onnx_nodes(onnx.load(optimised)))
+        runs = onnx_nodes(onnx.load(optimised))
+        self.at_run, self.nodes = count(runs), count_nodes(runs)
         names = [x.name for x in self._session.get_inputs()]
         wanted = names_of(names, _matched(inputs, [{name} for name in names]))
         self._inputs = dict(zip(wanted, inputs.values(), strict=True))
@@ -125,7 +133,8 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
         }
         compiled = core.compile_model(model, "CPU", settings)
-        self.at_run = openvino_left(model, compiled.get_runtime_model())
+        runs = compiled.get_runtime_model()
+        self.at_run, self.nodes = openvino_left(model, runs), count_nodes(openvino_nodes(runs))
         self._request = compiled.create_infer_request()
         self._inputs = given
         self._outputs = _matched(outputs, [x.get_names() for x in model.outputs])
@@ -133,6 +142,43 @@ class OpenVino:
     def __call__(self) -> list[np.ndarray]:
         results = self._request.infer(self._inputs, share_inputs=True, share_outputs=True)
         return [results[i] for i in self._outputs]
+
+
+class LiteRt:
+    """Runs a .tflite file by XNNPACK, which takes operators over from LiteRT by default.
+
+    What it runs is the operators of the file. XNNPACK does not tell what it makes of them.
+    """
+
+    def __init__(self, path: Path, inputs: Arrays, outputs: Sequence[str], threads: int) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+
+        runs = litert_nodes(path.read_bytes())
+        self.in_file = self.at_run = count(runs)
+        self.nodes = count_nodes(runs)
+        self._model = Interpreter(model_path=str(path), num_threads=threads)
+        given, gives = self._details()
+        names = names_of(given, _matched(inputs, [{name} for name in given]))
+        self._inputs = [
+            (given[name]["index"], array)
+            for name, array in zip(names, inputs.values(), strict=True)
+        ]
+        names = names_of(gives, _matched(outputs, [{name} for name in gives]))
+        self._outputs = [gives[name]["index"] for name in names]
+        for index, array in self._inputs:
+            self._model.resize_tensor_input(index, array.shape)
+        self._model.allocate_tensors()
+
+    def __call__(self) -> list[np.ndarray]:
+        for index, array in self._inputs:  # whose memory it uses for other tensors later
+            self._model.set_tensor(index, array)
+        self._model.invoke()
+        return [self._model.get_tensor(index) for index in self._outputs]
+
+    def _details(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Inputs and outputs of the signature by name; it may not be held while shapes change."""
+        signature = self._model.get_signature_runner()
+        return signature.get_input_details(), signature.get_output_details()
 
 
 def _matched(wanted: Iterable[str], offered: Sequence[set[str]]) -> list[int]:

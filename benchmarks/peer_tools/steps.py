@@ -139,6 +139,7 @@ def examined(tool: Tool, work: Work, threads: int) -> dict[str, Any]:
         "path": str(path),
         "in_file": vars(model.in_file),
         "at_run": vars(model.at_run),
+        "nodes": model.nodes,
         "error": comparison.to_dict()["max_rel_error"],
         "tolerance": tolerance,
     }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import charts
 from benchmarks.peer_tools.bn_count import Left
 from mbn_rewrite.tables import table
+
+# Ours, given to runtimes other than TensorFlow.
+OURS_ELSEWHERE = ("ours_onnx", "ours_openvino", "ours_litert")
 
 
 def notes(row: dict[str, Any], rows: Sequence[dict[str, Any]], one_channel: int = 0) -> list[str]:
@@ -26,6 +29,7 @@ def notes(row: dict[str, Any], rows: Sequence[dict[str, Any]], one_channel: int 
     found += [f"{left.depthwise} as 1x1 depthwise"] if left.depthwise else []
     found += [f"{left.within} within other operations"] if left.within else []
     found += [f"{left.unseen} calls not looked into"] if left.unseen else []
+    found += ["MORE NODES than the original"] if row["ours"] and _has_more_nodes(row, rows) else []
     if row["ours"] or row["tool"] == "original" or row["status"] != "ok":
         return found
     ours = [other for other in rows if other["ours"] and other["status"] == "ok"]
@@ -36,13 +40,26 @@ def notes(row: dict[str, Any], rows: Sequence[dict[str, Any]], one_channel: int 
     return found
 
 
+def beside(key: str, keys: Collection[str]) -> str:
+    """The tool that gives the original to the runtime that a tool of ours runs in."""
+    other = key.removeprefix("ours_")
+    return other if other in keys else "original"
+
+
+def _has_more_nodes(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether what a row of ours runs has more nodes than what the same runtime has without us."""
+    nodes = {other["tool"]: other["nodes"] for other in rows if "nodes" in other}
+    there = nodes.get(beside(row["tool"], [other["tool"] for other in rows]))
+    return there is not None and nodes.get(row["tool"], 0) > there
+
+
 def _faster(row: dict[str, Any], ours: Sequence[dict[str, Any]]) -> list[str]:
     """Note that a row is faster than ours, if it is, and than which of them."""
     if "milliseconds" not in row or not ours:
         return []
     groups = {
         "ours": ours,
-        "ours in TensorFlow": [o for o in ours if o["tool"] not in ("ours_onnx", "ours_openvino")],
+        "ours in TensorFlow": [o for o in ours if o["tool"] not in OURS_ELSEWHERE],
     }
     for name, group in groups.items():
         if not group:
@@ -62,6 +79,7 @@ def as_cells(row: dict[str, Any], model: dict[str, Any], name: str) -> list[str]
     return [
         name,
         *counts,
+        str(row.get("nodes", "-")),
         "-" if error is None else f"{float(error):.0e}" if float(error) else "0",
         timed if row["status"] == "ok" else row["status"],
         f"{row['times_as_fast']:.2f}" if row.get("times_as_fast") else "-",
@@ -82,7 +100,7 @@ def model_table(model: dict[str, Any], names: Mapping[str, str]) -> str:
         title += f" ({model['others']} other per-channel scalings are not counted)"
     if model.get("one_channel"):
         title += f" ({model['one_channel']} of one channel, counted only as fused operation)"
-    columns = ["tool", "in file", "BN left", "error", "ms", "times as fast", "note"]
+    columns = ["tool", "in file", "BN left", "nodes", "error", "ms", "times as fast", "note"]
     cells = (as_cells(row, model, names[row["tool"]]) for row in model["rows"])
     return table(columns, cells, title, width=140)
 
@@ -109,6 +127,19 @@ def summary_table(models: Sequence[dict[str, Any]], names: Mapping[str, str]) ->
         "times as fast as the original (BN left; d: as 1x1 depthwise, w: within other operations)"
     )
     return table(["model", "fewest", *names], rows, title, width=180)
+
+
+def nodes_table(models: Sequence[dict[str, Any]], names: Mapping[str, str]) -> str:
+    """Nodes in what runs, of all models: for each tool of ours the original's, then ours."""
+
+    def cell(model: dict[str, Any], key: str) -> str:
+        nodes = {row["tool"]: str(row.get("nodes", "-")) for row in model["rows"]}
+        return f"{nodes.get(beside(key, names), '-')} -> {nodes.get(key, '-')}"
+
+    ours = [key for key in names if key.startswith("ours_")]
+    rows = [[title_of(model), *(cell(model, key) for key in ours)] for model in models]
+    title = "nodes in what runs: the original in the same runtime -> ours"
+    return table(["model", *(names[key] for key in ours)], rows, title, width=140)
 
 
 def draw(models: Sequence[dict[str, Any]], names: Mapping[str, str], path: str) -> None:

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_tools.converters import (
+    batchnorm_folding,
     keras_cv_attention_models,
+    litert,
     openvino,
     optimize_for_inference,
     original,
     ours,
     tf2onnx,
 )
-from benchmarks.peer_tools.runtimes import Arrays, OnnxRuntime, OpenVino, TensorFlow
+from benchmarks.peer_tools.runtimes import Arrays, LiteRt, OnnxRuntime, OpenVino, TensorFlow
 from benchmarks.peer_tools.work import Work
 
 
@@ -53,7 +55,9 @@ class Tool:
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
-_ONNX, _OPENVINO = ("tf2onnx", "onnx", "onnxruntime"), ("openvino",)
+_ONNX = ("tf2onnx", "onnx", "onnxruntime")
+_OPENVINO, _LITERT = ("openvino",), ("ai_edge_litert",)
+_LEGACY = {"TF_USE_LEGACY_KERAS": "1"}
 
 
 def tools(modes: Sequence[str], batch: int) -> list[Tool]:
@@ -76,10 +80,19 @@ def tools(modes: Sequence[str], batch: int) -> list[Tool]:
             keras_cv_attention_models,
             TensorFlow,
             needs=("keras_cv_attention_models",),
-            environment={"TF_USE_LEGACY_KERAS": "1"},
+            environment=_LEGACY,
+        ),
+        Tool(
+            "batchnorm_folding",
+            "tensorflow-batchnorm-folding",
+            batchnorm_folding,
+            TensorFlow,
+            needs=("batch_normalization_folding",),
+            environment=_LEGACY,
         ),
         Tool("onnx", "ONNX Runtime", tf2onnx(original), OnnxRuntime, needs=_ONNX),
         Tool("openvino", "OpenVINO", openvino(original), OpenVino, needs=_OPENVINO),
+        Tool("litert", "LiteRT", litert(original), LiteRt, needs=_LITERT),
         Tool(
             "ours_onnx",
             f"ours: {through}, ONNX Runtime",
@@ -94,6 +107,14 @@ def tools(modes: Sequence[str], batch: int) -> list[Tool]:
             openvino(folded),
             OpenVino,
             needs=_OPENVINO,
+            is_ours=True,
+        ),
+        Tool(
+            "ours_litert",
+            f"ours: {through}, LiteRT",
+            litert(folded),
+            LiteRt,
+            needs=_LITERT,
             is_ours=True,
         ),
     ]

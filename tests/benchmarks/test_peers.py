@@ -1,20 +1,25 @@
 """`benchmarks/peers.py`: what counts as left, what a wrong answer looks like, what is kept."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 import tensorflow as tf
+import tf_keras
 from absl import flags
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks import peers
+from benchmarks.common.failures import Declined
 from benchmarks.common.timing import time_rounds
 from benchmarks.peer_tools import converters, runtimes, steps, tables
 from benchmarks.peer_tools import tools as peer_tools
-from benchmarks.peer_tools.bn_count import Left, Node, count, one_channel
+from benchmarks.peer_tools.bn_count import Left, Node, count, count_nodes, one_channel
 from benchmarks.peer_tools.nodes import (
+    litert_nodes,
     onnx_nodes,
     openvino_left,
     openvino_nodes,
@@ -152,6 +157,26 @@ def test_a_call_is_said():
     assert count(nodes) == Left(unseen=1)
 
 
+def test_nodes_that_run_are_those_that_depend_on_the_inputs():
+    constants = [Node("c", "constant"), Node("d", "other", ("c",))]
+    data = [Node("x", "input"), Node("y", "other", ("x", "d")), Node("z", "output", ("y",))]
+    assert count_nodes([*constants, *data]) == 1
+
+
+def test_an_activation_ends_a_run():
+    def scalings(activated):
+        return count(
+            [
+                *(Node("x", "input"), Node("c", "constant", (), (4,))),
+                Node("y", "multiply", ("x", "c"), (), activated),
+                Node("z", "multiply", ("y", "c")),
+            ]
+        )
+
+    assert scalings(activated=False) == Left(arithmetic=1)
+    assert scalings(activated=True) == Left(arithmetic=2)
+
+
 def test_other_scalings_are_taken_off():
     assert Left(1, 2, 3, 4, 5).without(1) == Left(1, 1, 3, 4, 5)
     assert Left(1, 0).without(2) == Left(1, 0)
@@ -212,6 +237,10 @@ def test_onnx_graph(steps, expected):
     assert count(onnx_nodes(onnx_model(steps, CONSTANTS))) == expected
 
 
+def test_nodes_of_an_onnx_graph():
+    assert count_nodes(onnx_nodes(onnx_model([CONV, NORM, RELU], CONSTANTS))) == 3
+
+
 @pytest.mark.parametrize(
     ("steps", "in_file", "at_run"),
     [
@@ -227,6 +256,7 @@ def test_onnx_runtime_in_file_and_at_run(steps, in_file, at_run, tmp_path):
     assert model.in_file == in_file
     # What it cannot fold becomes a 1x1 depthwise convolution, where it has blocked kernels.
     assert model.at_run.operations == 1 if at_run is None else model.at_run == at_run
+    assert model.nodes > 0
     assert model()[0].shape == (1, 4, 6, 6)
 
 
@@ -268,6 +298,91 @@ def test_openvino(name, ov):
     compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert count(openvino_nodes(model)) == converted
     assert openvino_left(model, compiled.get_runtime_model()) == run
+    assert count_nodes(openvino_nodes(compiled.get_runtime_model())) > 0
+
+
+# ---------------------------------------------------------------------------------- LiteRT
+
+
+LITERT = {
+    # name -> (function, what is left of it, nodes)
+    "folded when converted": (lambda x: fused_norm(conv(x), *NORMS[0]), Left(), 1),
+    "behind an activation": (
+        lambda x: tf.nn.relu(fused_norm(tf.nn.relu(conv(x)), *NORMS[0])),
+        Left(arithmetic=1),
+        3,
+    ),
+    "two, an activation between": (
+        lambda x: tf.nn.relu(x * VECTOR + VECTOR) * VECTOR,
+        Left(arithmetic=2),
+        3,
+    ),
+    "depthwise": (lambda x: depthwise(tf.cumsum(x, 1)), Left(depthwise=1), 2),
+    "a bias": (biased, Left(), 1),
+    "data by data": (
+        lambda x: x * tf.reduce_mean(x, [1, 2], keepdims=True),
+        Left(),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LITERT)
+def test_litert_graph(name):
+    function, expected, nodes = LITERT[name]
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete(function)])
+    graph = litert_nodes(converter.convert())
+    assert count(graph) == expected
+    assert count_nodes(graph) == nodes
+
+
+def test_litert_gives_the_outputs(work):
+    pytest.importorskip("ai_edge_litert", reason="LiteRT is no dependency of the suite")
+    tool = next(tool for tool in peer_tools.tools(["fold"], 1) if tool.key == "litert")
+    result = steps.examined(tool, work, 1)
+    assert result["status"] == "ok"
+    assert Left(**result["at_run"]).total == 2
+    assert result["nodes"] == 5  # the convolution, and two multiplications and additions
+
+
+# --------------------------------------------------------------------- tools of tf_keras
+
+
+@pytest.fixture
+def keras_work(tmp_path):
+    work = Work(tmp_path)
+    layers = [tf_keras.Input((4,)), tf_keras.layers.BatchNormalization(), tf_keras.layers.ReLU()]
+    tf_keras.Sequential(layers).save(work.keras_file, save_format="h5")
+    return work
+
+
+def folding_by(monkeypatch, function):
+    """Has the package fold as a function does."""
+    module = SimpleNamespace(fold_batchnormalization_layers=function)
+    monkeypatch.setitem(sys.modules, "batch_normalization_folding", SimpleNamespace(folder=module))
+    monkeypatch.setitem(sys.modules, "batch_normalization_folding.folder", module)
+
+
+def test_batchnorm_folding_saves_what_it_gives(keras_work, monkeypatch):
+    folding_by(monkeypatch, lambda model: (model, "1/0"))
+    path = converters.batchnorm_folding(keras_work)
+    assert tf.saved_model.contains_saved_model(str(path))
+
+
+def test_batchnorm_folding_that_ends_the_process_declines(keras_work, monkeypatch):
+    def fold(model):
+        print("a line\nit is not supported yet")
+        sys.exit()
+
+    folding_by(monkeypatch, fold)
+    with pytest.raises(Declined, match=r"^it is not supported yet$"):
+        converters.batchnorm_folding(keras_work)
+
+
+@pytest.mark.parametrize("tool", ["batchnorm_folding", "keras_cv_attention_models"])
+def test_tools_of_tf_keras_decline_others(tool, tmp_path):
+    with pytest.raises(Declined, match="tf_keras only"):
+        getattr(converters, tool)(Work(tmp_path))
 
 
 # ------------------------------------------------------------------------------ the program
@@ -284,6 +399,7 @@ def test_wrong_answers_are_marked(runtime, status, work):
     result = steps.examined(tool, work, 1)
     assert result["status"] == status
     assert result["at_run"] == vars(Left(fused=1, arithmetic=1))
+    assert result["nodes"] > 0
 
 
 def test_optimize_for_inference_gives_the_outputs(work):
@@ -303,7 +419,7 @@ def row(key, left, speed, ours=False, status="ok", **more):
 def test_a_wrong_row_shows_no_latency():
     wrong = row("kecam", Left(), 3.0, status="WRONG") | {"error": "inf"}
     cells = tables.as_cells(wrong, {"rows": [wrong]}, "a tool")
-    assert cells[4:6] == ["WRONG", "-"]
+    assert cells[5:7] == ["WRONG", "-"]
 
 
 @pytest.mark.parametrize(
@@ -325,6 +441,30 @@ def test_a_wrong_row_shows_no_latency():
 def test_where_a_peer_is_better_the_note_says_so(peer, expected):
     ours = [row("ours_fold", Left(2), 1.2, ours=True), row("ours_onnx", Left(2), 2.0, ours=True)]
     assert tables.notes(peer, [*ours, peer]) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "nodes", "expected"),
+    [
+        ("ours_fold", 20, []),
+        ("ours_fold", 21, ["MORE NODES than the original"]),
+        ("ours_onnx", 10, []),
+        ("ours_onnx", 11, ["MORE NODES than the original"]),
+        ("ours_litert", 99, []),  # LiteRT did not run the original
+    ],
+)
+def test_more_nodes_than_the_original_in_the_same_runtime(key, nodes, expected):
+    rows = [row("original", Left(), 1.0, nodes=20), row("onnx", Left(), 2.0, nodes=10)]
+    rows.append(row("litert", Left(), 1.0, status="failed"))
+    ours = row(key, Left(), 3.0, ours=True, nodes=nodes)
+    assert tables.notes(ours, [*rows, ours]) == expected
+
+
+def test_nodes_of_all_models():
+    names = {"original": "original", "ours_fold": "ours", "onnx": "ONNX", "ours_onnx": "ours, ONNX"}
+    rows = [row(key, Left(), 1.0, nodes=n) for key, n in zip(names, (9, 5, 4), strict=False)]
+    printed = tables.nodes_table([{"model": "m", "keras": "k", "rows": rows}], names)
+    assert printed.strip().split("\n")[-1].split() == ["m,", "k", "9", "->", "5", "4", "->", "-"]
 
 
 def test_one_channel_that_is_not_seen_is_not_fewer():
