@@ -47,6 +47,7 @@ def probe_of(layer: Any, methods: dict[str, Callable[..., Any]], *bases: type) -
     """An object that is like a layer but for some methods.
 
     Its attributes are those of the layer. Lists, dictionaries and sets of attributes are its own.
+    It takes no losses and metrics, which would be kept in the layer.
 
     Args:
         layer: the layer.
@@ -54,6 +55,7 @@ def probe_of(layer: Any, methods: dict[str, Callable[..., Any]], *bases: type) -
         bases: classes that come after the layer's own, and before those that these have in common.
     """
     kind = type(layer)
+    methods = {"add_loss": _does_nothing, "add_metric": _does_nothing, **methods}
     made = types.new_class(
         kind.__name__, (kind, *bases), exec_body=lambda body: body.update(methods)
     )
@@ -64,12 +66,19 @@ def probe_of(layer: Any, methods: dict[str, Callable[..., Any]], *bases: type) -
     return probe
 
 
+def _does_nothing(*_: Any, **__: Any) -> None:
+    """Takes the place of a method that changes the layer."""
+
+
 @contextmanager
 def left_as_it_is(layer: Any) -> Iterator[None]:
     """Context manager that takes back what calls do to the attributes of a layer's sublayers."""
     before = [(vars(part), dict(vars(part))) for part in parts(layer)]
     lists = [
-        (value, list(value)) for _, kept in before for value in kept.values() if type(value) is list
+        (value, list(value))
+        for _, kept in before
+        for value in kept.values()
+        if isinstance(value, list) and not hasattr(value, "_storage")  # tf_keras copies these
     ]
     try:
         yield
@@ -78,7 +87,9 @@ def left_as_it_is(layer: Any) -> Iterator[None]:
             attributes.clear()
             attributes.update(kept)
         for value, items in lists:
-            value[:] = items
+            list.__setitem__(
+                value, slice(None), items
+            )  # those of Keras 3 track what they are given
 
 
 def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) -> Trace:
