@@ -84,7 +84,7 @@ def from_config(layer: Any, config: dict[str, Any], keras: KerasAdapter, kind: A
         ) from error
     keras.rename(new, layer.name)
     # Sublayers that are created when the layer is built follow in `copy_weights`.
-    complete = kind is None and _kinds(parts(layer), keras) == _kinds(parts(new), keras)
+    complete = kind is None and has_the_same_layers(layer, new, keras)
     for old_part, new_part in paired(layer, new, keras) if complete else [(layer, new)]:
         _share_objects(old_part, new_part, keras)
     return new
@@ -107,6 +107,11 @@ def check_call(layer: Any, keras: KerasAdapter) -> None:
             f"{label(layer)} cannot be copied: its call method was exchanged on the object. Make "
             "a subclass of its class that has the method"
         )
+
+
+def has_the_same_layers(old: Any, new: Any, keras: KerasAdapter) -> bool:
+    """Whether a copy holds layers of the same classes as the original does."""
+    return _kinds(parts(old), keras) == _kinds(parts(new), keras)
 
 
 def check_own_layers(old: Any, new: Any, keras: KerasAdapter) -> None:

@@ -23,6 +23,7 @@ from mbn_rewrite.frontends.keras_common.cloning import (
     config_of,
     copy_weights,
     from_config,
+    has_the_same_layers,
     is_stock,
     label,
     parts,
@@ -185,7 +186,13 @@ class Writer(ABC):
         args, kwargs = self.keras.map_structure(
             lambda t: tensors.get(id(t), t), (record.args, record.kwargs)
         )
-        return self.keras.flatten(called(new, args, kwargs))
+        try:
+            return self.keras.flatten(called(new, args, kwargs))
+        except RewriteError:
+            by_attributes = self._without_configuration(record.layer)
+            if by_attributes is None:
+                raise
+            return self.keras.flatten(called(by_attributes, args, kwargs))
 
     def _subclassed(self, old: Any) -> Any:
         self._check_not_traced(old)
@@ -280,9 +287,21 @@ class Writer(ABC):
             if is_stock(type(old)):
                 raise
             return self._copied_by_attributes(old)
+        if not is_stock(type(old)) and not has_the_same_layers(old, new, self.keras):
+            return self._copied_by_attributes(old)  # some are made later, or it lacks them
         self._unfinished.append(lambda: copy_weights(old, new, self.keras))
         self._parents.append((old, new))
         return new
+
+    def _without_configuration(self, old: Any) -> Any | None:
+        """Another copy of a layer, whose configuration made one that cannot be called; or None."""
+        new = self._copies.get(id(old))
+        made = [pair for pair in self._parents if pair[1] is new]
+        if not made or is_stock(type(old)) or self.owner(old) in self.plan.actions:
+            return None
+        self._parents.remove(made[0])
+        self._unfinished.pop()  # which would set the weights of that copy
+        return self._copied_by_attributes(old)
 
     def _copied_by_attributes(self, old: Any) -> Any:
         new = self._copies[id(old)] = copied_by_attributes(old, self.keras, self._copier)
