@@ -200,6 +200,27 @@ def test_a_layer_of_the_model_that_a_holder_calls_too(own, each_keras, rng):
     assert not {id(v) for v in model.variables} & {id(v) for v in new.variables}
 
 
+@pytest.mark.parametrize("told", [{"size": 5}, {"padded": False}], ids=["another", "fewer layers"])
+def test_a_configuration_that_makes_something_else(told, own, each_keras, rng):
+    """Such as one that gives an attribute as the constructor has changed it."""
+
+    class Grown(each_keras.layers.Layer):
+        def __init__(self, size=3, padded=True, **kwargs):
+            super().__init__(**kwargs)
+            self.pad = K.ZeroPadding2D(1) if padded else None
+            self.conv, self.other = K.Conv2D(4, size), K.Conv2D(4, 3, padding="same")
+            self.norm = K.BatchNormalization()
+
+        def call(self, x):
+            y = self.conv(x if self.pad is None else self.pad(x))
+            return self.norm(y) + self.other(x)
+
+        def get_config(self):
+            return {**super().get_config(), **told}
+
+    folded(model_with(Grown(), rng=rng))
+
+
 def test_mixed_precision(own, each_keras, rng):
     each_keras.mixed_precision.set_global_policy("mixed_float16")
     model = model_with(own.Nested(), rng=rng)

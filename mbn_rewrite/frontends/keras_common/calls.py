@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mbn_rewrite.ir.graph import Op, Shape
 
@@ -61,3 +64,31 @@ class Call:
 
 
 Describer = Callable[[Call], Op]  # maps a call to the operation that it performs
+
+
+def training_of(record: Record, inherited: bool | None, keras: KerasAdapter) -> bool | None:
+    """Whether a call is in training; see `Call`.
+
+    Args:
+        record: the call.
+        inherited: whether the call of the model is.
+        keras: the adapter of its Keras.
+    """
+    value = record.kwargs.get("training")
+    if value is None and len(record.args) > 1:
+        names = list(inspect.signature(record.layer.call).parameters)
+        if "training" in names[: len(record.args)]:
+            value = record.args[names.index("training")]
+    value = keras.training(value, inherited)
+    return bool(value) if isinstance(value, (bool, int, np.bool_)) else None
+
+
+def other_arguments(record: Record, keras: KerasAdapter) -> tuple[Any, ...]:
+    """Arguments of a call other than Keras tensors, without names, flags and Nones."""
+    arguments = (record.args, {k: v for k, v in record.kwargs.items() if k != "name"})
+    tensors = {id(t) for t in record.inputs}
+    return tuple(
+        value
+        for value in keras.flatten(arguments)
+        if value is not None and not isinstance(value, bool) and id(value) not in tensors
+    )

@@ -9,17 +9,15 @@ hidden.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.batch_norm import batch_norm, is_batch_norm
-from mbn_rewrite.frontends.keras_common.calls import Call, Record
+from mbn_rewrite.frontends.keras_common.bindings import Bindings
+from mbn_rewrite.frontends.keras_common.calls import Call, Record, other_arguments, training_of
 from mbn_rewrite.frontends.keras_common.cloning import (
     check_call,
     check_copy,
@@ -43,16 +41,14 @@ from mbn_rewrite.ir.graph import (
     Graph,
     HiddenBatchNorm,
     Input,
-    Linear,
     Node,
     Op,
     Opaque,
     PositivelyHomogeneous,
-    Recurrent,
     Shape,
     Value,
 )
-from mbn_rewrite.ir.reasons import Change, Obstacle, Reason
+from mbn_rewrite.ir.reasons import Obstacle, Reason
 from mbn_rewrite.passes.wording import listed
 
 
@@ -91,7 +87,7 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         reader.read_subclassed(model)
     reader.list_not_called()
     reader.list_unreachable(model)
-    reader.note_what_is_tied()
+    reader.apply_bindings()
     layers = reader.layers
     graph = Graph(
         tuple(
@@ -126,12 +122,9 @@ class _Reader:
     owners: dict[int, str] = field(default_factory=dict)
     masked: set[str] = field(default_factory=set)
     with_mask: set[int] = field(default_factory=set)  # values that may come with a mask
-    parents: dict[int, str] = field(default_factory=dict)  # id(sublayer) -> its parent's label
-    held: set[int] = field(default_factory=set)  # ids of layers in attributes of others
     traced: dict[int, tuple[Any, str]] = field(default_factory=dict)  # id -> layer, its owner
     untraced: dict[int, str] = field(default_factory=dict)  # id(layer) -> why it was not traced
-    reads: dict[int, str] = field(default_factory=dict)  # id(variable) -> whose code reads it
-    strangers: dict[int, str] = field(default_factory=dict)  # id(layer) -> whose code calls it
+    bindings: Bindings = field(default_factory=Bindings)
     unsure: dict[int, Any] = field(default_factory=dict)  # models whose configuration may mislead
 
     def read_calls(
@@ -189,7 +182,7 @@ class _Reader:
         caller: str = "",
     ) -> list[int]:
         layer = record.layer
-        training = self._training_of(record, training)
+        training = training_of(record, training, self.keras)
         if self.keras.is_visible(layer) and self._fits(record, sources):
             return self.read_calls(layer, self._path(layer, prefix), training, sources)
         if id(layer) not in self.owners and not caller:  # else whoever holds it is copied
@@ -204,7 +197,7 @@ class _Reader:
         owner = self._owner(layer, prefix)
         op = self._operation(record, training, sources, results, sizes_hold)
         if caller:
-            self.held.add(id(layer))
+            self.bindings.held.add(id(layer))
             op = self._as_code_has_it(layer, op)
         self._follow_masks(record, owner, sources, results)
         # Functions, which may clip, have no dtype of their own.
@@ -256,13 +249,13 @@ class _Reader:
         """Reads what the code of a layer calls; returns the values of its results."""
         who = label(layer)
         self.traced[id(layer)] = layer, owner
-        self.reads |= dict.fromkeys(trace.reads, who)
+        self.bindings.reads |= dict.fromkeys(trace.reads, who)
         within = {id(inner) for inner in all_sublayers(layer, self.keras)}
         seen = dict(zip(map(id, trace.inputs), sources, strict=True))
         prefix = f"{owner}/" if owner else ""
         for record in trace.records:
             if id(record.layer) not in within:
-                self.strangers[id(record.layer)] = who
+                self.bindings.strangers[id(record.layer)] = who
             given = [seen[id(t)] for t in record.inputs]
             results = self._read_call(record, prefix, False, given, True, caller=who)
             seen.update(zip(map(id, record.outputs), results, strict=True))
@@ -315,7 +308,7 @@ class _Reader:
             tuple(self.values[value].shape for value in sources),
             self.values[results[0]].shape,
             training,
-            self._other_arguments(record),
+            other_arguments(record, self.keras),
             sizes_hold,
         )
         op = describe(call)
@@ -342,7 +335,7 @@ class _Reader:
 
     def _worst_training(self, layer: Any, training: bool | None) -> bool | None:
         """Whether any call of a layer is in training; None if that is not known."""
-        calls = [self._training_of(call, training) for call in self.keras.all_calls_of(layer)]
+        calls = [training_of(call, training, self.keras) for call in self.keras.all_calls_of(layer)]
         return False if all(value is False for value in calls) else (True in calls or None)
 
     def read_sublayers(
@@ -366,9 +359,9 @@ class _Reader:
         """
         is_visible = is_seen or self.keras.is_visible(parent)
         for _, layer in sublayers(parent, self.keras):
-            self.held.add(id(layer))
+            self.bindings.held.add(id(layer))
             if not is_visible:  # in a visible parent's copy, the sublayer's copy takes its place
-                self.parents.setdefault(id(layer), who)
+                self.bindings.parents.setdefault(id(layer), who)
             if id(layer) in self.owners:
                 continue
             if is_batch_norm(layer, self.keras):
@@ -396,47 +389,13 @@ class _Reader:
                 op = BatchNorm(None, Reason(Obstacle.OUT_OF_REACH, who))
                 self._add_hidden(layer, "", who, op)
 
-    def note_what_is_tied(self) -> None:
-        """Notes which layers are called visibly and cannot be changed for all that.
-
-        They are sublayers of a parent whose calls were not seen, or kept where they cannot be
-        exchanged, or code reads their weights.
-        """
+    def apply_bindings(self) -> None:
+        """Notes which layers are called visibly and cannot be changed for all that."""
         seen = {node.owner for node in self.nodes}
         self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
-        self.nodes = [self._perhaps_tied(node) for node in self.nodes]
-
-    def _perhaps_tied(self, node: Node) -> Node:
-        layer, op = self.layers[node.owner], node.op
-        if isinstance(op, BatchNorm) and not op.why_not(Change.REPLACE):
-            reason = self._tie(layer)
-            if reason:
-                has_map = not reason.rules_out(Change.REPLACE)
-                op = replace(op, reason=reason, map=op.map if has_map else None)
-        elif isinstance(op, (Linear, Recurrent, Clip)):
-            who = self._reader_of(layer)
-            if who:
-                op = Opaque(f"has weights that code of {who} reads")
-            elif id(layer) in self.strangers:
-                op = Opaque(f"is kept where {self.strangers[id(layer)]} cannot have another layer")
-        return replace(node, op=op, held=id(layer) in self.held)
-
-    def _tie(self, layer: Any) -> Reason | None:
-        """Why a BatchNormalization has to stay as it is, for all that is known of its calls."""
-        who = self._reader_of(layer)
-        if who:
-            return Reason(Obstacle.READ_BY_CODE, who)
-        if id(layer) in self.strangers:
-            return Reason(Obstacle.OUT_OF_REACH, self.strangers[id(layer)])
-        who = self.parents.get(id(layer), "")
-        return Reason(Obstacle.HELD_TWICE, who) if who else None
-
-    def _reader_of(self, layer: Any) -> str:
-        """Whose code reads weights of a layer itself, or ""."""
-        if not self.reads or not isinstance(layer, self.keras.layers.Layer):
-            return ""
-        read = [self.reads.get(id(variable), "") for variable in layer.variables]
-        return next(filter(None, read), "")
+        self.nodes = [
+            self.bindings.applied(node, self.layers[node.owner], self.keras) for node in self.nodes
+        ]
 
     def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm, why: str = "") -> None:
         rank = getattr(layer.input_spec, "ndim", None)
@@ -449,16 +408,6 @@ class _Reader:
         if self.keras.carries_mask(tensor):
             self.with_mask.add(value)
         return value
-
-    def _other_arguments(self, record: Record) -> tuple[Any, ...]:
-        """Arguments of a call other than Keras tensors, without names, flags and Nones."""
-        arguments = (record.args, {k: v for k, v in record.kwargs.items() if k != "name"})
-        tensors = {id(t) for t in record.inputs}
-        return tuple(
-            value
-            for value in self.keras.flatten(arguments)
-            if value is not None and not isinstance(value, bool) and id(value) not in tensors
-        )
 
     def _path(self, model: Any, prefix: str) -> str:
         return f"{prefix}{model.name}/"
@@ -473,16 +422,6 @@ class _Reader:
             self.owners[id(layer)] = name
             self.layers[name] = layer
         return self.owners[id(layer)]
-
-    def _training_of(self, record: Record, inherited: bool | None) -> bool | None:
-        """Whether a call is in training; see `calls.Call`."""
-        value = record.kwargs.get("training")
-        if value is None and len(record.args) > 1:
-            names = list(inspect.signature(record.layer.call).parameters)
-            if "training" in names[: len(record.args)]:
-                value = record.args[names.index("training")]
-        value = self.keras.training(value, inherited)
-        return bool(value) if isinstance(value, (bool, int, np.bool_)) else None
 
     def _fits(self, record: Record, sources: list[int]) -> bool:
         """Whether a nested model accepts these values as they are."""
