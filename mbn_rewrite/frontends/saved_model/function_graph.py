@@ -13,6 +13,7 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from mbn_rewrite.frontends.saved_model.inlining import inlined
 from mbn_rewrite.frontends.saved_model.ref_variables import variables_in, without_references
+from mbn_rewrite.frontends.saved_model.stated_shapes import state_shapes
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES, READS, writes_in
 
 # Stateful operations that change nothing, so that they are needed only where their output is read.
@@ -132,7 +133,7 @@ def counts_of(nodes: Iterable[Any]) -> dict[str, int]:
 
 def op_counts(function: Any) -> dict[str, int]:
     """Number of operations of each type that a concrete function runs."""
-    return counts_of(inlined(function)[0].node)
+    return counts_of(inlined(function, look_inside=True)[0].node)
 
 
 @dataclass
@@ -176,7 +177,7 @@ def source_of(tensor: Any) -> Any:
 
 
 def function_graph_of(
-    name: str, function: Any, variable_in_graph: Callable[[str], Any]
+    name: str, function: Any, variable_in_graph: Callable[[str], Any], look_inside: bool = False
 ) -> FunctionGraph:
     """Reads a concrete function.
 
@@ -185,11 +186,13 @@ def function_graph_of(
         function: the concrete function.
         variable_in_graph: gives a tf.Variable in place of a variable of TensorFlow 1, which is a
             node of the graph.
+        look_inside: whether to open what XLA compiles in the midst of others. Such a graph is to be
+            read and written, not to be run.
 
     Raises:
         RewriteError: it uses such a variable in a way that a tf.Variable cannot be used.
     """
-    graph_def, compiled = inlined(function)
+    graph_def, compiled = inlined(function, look_inside)
     externals = function.captured_inputs
     placeholders = function.inputs[len(function.inputs) - len(externals) :]
     captures = {p.op.name: e for p, e in zip(placeholders, externals, strict=True)}
@@ -202,7 +205,7 @@ def function_graph_of(
     kept = {node.name for node in graph_def.node}
     variables |= {name: variable_in_graph(name) for name in sorted(in_graph & kept)}
     written = _written(graph_def, variables)
-    _state_shapes(graph_def, variables)
+    state_shapes(graph_def, variables)
     graph = tf.Graph()
     with graph.as_default():
         tf.graph_util.import_graph_def(graph_def, name="")
@@ -240,17 +243,3 @@ def _written(graph_def: GraphDef, variables: dict[str, Any]) -> dict[str, str]:
             node.attr.clear()
             node.input[:] = [source for source in node.input if source.startswith("^")]
     return written
-
-
-def _state_shapes(graph_def: GraphDef, variables: dict[str, Any]) -> None:
-    """Notes at each read the shape of its variable, which its handle does not tell."""
-    nodes = {node.name: node for node in graph_def.node}
-    for node in graph_def.node:
-        if node.op == "ReadVariableOp":
-            source = nodes[node.input[0].partition(":")[0]]
-            while source.op in ALIASES:
-                source = nodes[source.input[0].partition(":")[0]]
-            if source.name in variables:
-                shape = variables[source.name].shape.as_proto()
-                del node.attr["_output_shapes"].list.shape[:]
-                node.attr["_output_shapes"].list.shape.add().CopyFrom(shape)

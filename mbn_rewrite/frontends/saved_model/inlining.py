@@ -1,8 +1,8 @@
 """Flat graphs of the functions of a SavedModel: calls inlined, dead branches removed.
 
-Calls that have to stay calls are loops, branches that are decided while the model runs,
-functions compiled by XLA in the midst of others, and those that TensorFlow replaces by device
-(GRU and LSTM).
+Calls that have to stay calls are loops, branches that are decided while the model runs, and
+functions that TensorFlow replaces by device (GRU and LSTM). Functions compiled by XLA in the midst
+of others are opened where they are to be read; see `compiled_parts`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 from tensorflow.python.grappler import tf_optimizer
 from tensorflow.python.training.saver import export_meta_graph
 
-_CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
+from mbn_rewrite.frontends.saved_model.compiled_parts import CALLS, COMPILED, is_marked, opened
+
 _BRANCHES = {"If", "StatelessIf"}
 # Operations that may stand beside a call that XLA compiles, and be compiled with it.
 _EMPTY = {"Placeholder", "Identity", "NoOp", "Const", "ReadVariableOp"}
@@ -26,11 +27,12 @@ _EMPTY = {"Placeholder", "Identity", "NoOp", "Const", "ReadVariableOp"}
 _CALL = re.compile(r"^(Func/)?((Stateful)?PartitionedCall(_\d+)?)/")
 
 
-def inlined(function: Any) -> tuple[GraphDef, bool]:
+def inlined(function: Any, look_inside: bool = False) -> tuple[GraphDef, bool]:
     """The graph of a concrete function with its calls inlined.
 
     Args:
         function: a tf.ConcreteFunction.
+        look_inside: whether to open what XLA compiles in the midst of others.
 
     Returns:
         The graph, and whether XLA must compile all of it. Inputs and outputs keep the names
@@ -42,25 +44,27 @@ def inlined(function: Any) -> tuple[GraphDef, bool]:
         if node.op == "PlaceholderWithDefault" and node.name in arguments:
             node.op = "Placeholder"  # callers always give it, so the default is not used
             del node.input[:]
-    compiled = _is_marked(function.function_def, "_XlaMustCompile")
+    compiled = is_marked(function.function_def, COMPILED)
     compiled = compiled or _is_compiled_whole(graph_def)
     for nodes, attributes in _bodies(graph_def):
         if attributes is not None:
             attributes.pop("_noinline", None)
             if compiled:
-                attributes.pop("_XlaMustCompile", None)
+                attributes.pop(COMPILED, None)
             if "api_implements" in attributes:
                 attributes["_noinline"].b = True
         for node in nodes:
             node.attr.pop("_noinline", None)
             node.attr.pop("_gradient_op_type", None)  # there is no way back at inference
             if compiled:
-                node.attr.pop("_XlaMustCompile", None)
+                node.attr.pop(COMPILED, None)
             if "_lower_using_switch_merge" in node.attr:
                 node.attr["_lower_using_switch_merge"].b = False
     graph_def = _optimized(graph_def, function)
     while _decide_branches(graph_def):
         graph_def = _optimized(graph_def, function)
+    if look_inside and not compiled:
+        graph_def = opened(graph_def, lambda graph: _optimized(graph, function))
     _decide_switches(graph_def)
     return graph_def, compiled
 
@@ -150,23 +154,18 @@ def _is_compiled_whole(graph_def: GraphDef) -> bool:
     compiled = {
         function.signature.name
         for function in graph_def.library.function
-        if _is_marked(function, "_XlaMustCompile")
+        if is_marked(function, COMPILED)
     }
     library = {function.signature.name: function for function in graph_def.library.function}
     nodes: Iterable[Any] = graph_def.node
     while True:
         working = [node for node in nodes if node.op not in _EMPTY]
-        if len(working) != 1 or working[0].op not in _CALLS:
+        if len(working) != 1 or working[0].op not in CALLS:
             return False
         (call,) = working
-        if _is_marked(call, "_XlaMustCompile") or call.attr["f"].func.name in compiled:
+        if is_marked(call, COMPILED) or call.attr["f"].func.name in compiled:
             return True
         nodes = library[call.attr["f"].func.name].node_def
-
-
-def _is_marked(node_or_function: Any, attribute: str) -> bool:
-    # Reading an entry that is not there would make an empty one.
-    return attribute in node_or_function.attr and bool(node_or_function.attr[attribute].b)
 
 
 # ------------------------------------------------------------- branches decided beforehand

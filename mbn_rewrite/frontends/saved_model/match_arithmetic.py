@@ -46,6 +46,7 @@ class Step:
         scale, shift: float64, of the shape that `constant` has when it is broadcast.
         axis: the axis along which `constant` varies, or None where it is one number.
         roots: the keys of the variances, as stored, that `constant` takes the root of.
+        fits: whether `constant` is known to fit `data`, whose shape may not be known.
     """
 
     op: Any
@@ -55,6 +56,7 @@ class Step:
     shift: Array
     axis: int | None
     roots: frozenset[Any]
+    fits: bool = True
 
 
 def step_of(constants: Constants, op: Any) -> Step | None:
@@ -76,7 +78,7 @@ def step_of(constants: Constants, op: Any) -> Step | None:
         fits = True
     else:
         axis, fits = _varying_axis(value, data.shape)
-    if not fits:
+    if not fits and not _may_fit(value, data.shape):
         return None
     vector = value.reshape(-1)
     one, zero = np.ones_like(vector), np.zeros_like(vector)
@@ -94,7 +96,7 @@ def step_of(constants: Constants, op: Any) -> Step | None:
         for stored in constants.stored_in(root.outputs[0])
         if math.prod(stored.shape) > 1 or stored.is_variable
     )
-    return Step(op, data, constant, scale, shift, axis, roots)
+    return Step(op, data, constant, scale, shift, axis, roots, fits)
 
 
 def _varying_axis(value: Array, shape: Any) -> tuple[int | None, bool]:
@@ -108,6 +110,14 @@ def _varying_axis(value: Array, shape: Any) -> tuple[int | None, bool]:
         return None, False
     axis = shape.rank + axes[0]
     return axis, axis > 0
+
+
+def _may_fit(value: Array, shape: Any) -> bool:
+    """Whether an array may vary along one axis of a tensor whose shape is not known."""
+    axes = [axis - value.ndim for axis, size in enumerate(value.shape) if size > 1]
+    if len(axes) != 1:
+        return False
+    return shape.rank is None or (-axes[0] < shape.rank and shape[shape.rank + axes[0]] is None)
 
 
 def _is_root_of_variance(op: Any) -> bool:
@@ -193,6 +203,8 @@ def _norm_of(constants: Constants, run: list[Step]) -> Norm | None:
     def staying(obstacle: Obstacle, detail: str = "") -> Norm:
         return Norm(ops, source, sink, rank, None, None, keys, Reason(obstacle, detail))
 
+    if not all(step.fits for step in run):
+        return staying(Obstacle.AXIS_UNKNOWN)
     if len(axes) > 1:
         return staying(Obstacle.AXES_DIFFER)
     shape = run[0].data.shape
@@ -230,7 +242,10 @@ def _is_precomputed(constants: Constants, run: list[Step]) -> bool:
     kinds = [step.op.type for step in run]
     if len(run) != 2 or kinds[0] != "Mul" or kinds[1] not in ("Add", "AddV2", "Sub", "BiasAdd"):
         return False
-    if any(step.axis is None or not _is_constant_of_graph(constants, step) for step in run):
+    if any(
+        not step.fits or step.axis is None or not _is_constant_of_graph(constants, step)
+        for step in run
+    ):
         return False
     pending, depth = [source_of(run[0].data)], 0
     while pending and depth < 8:

@@ -145,9 +145,7 @@ class _Reader:
         """Whether an operation only serves to compute constants."""
         if not op.outputs or op.type == "Placeholder":
             return op.name in constants.function.captures
-        return constants.weight(op.outputs[0]) is not None or (
-            constants.value(op.outputs[0]) is not None
-        )
+        return constants.is_fixed(op.outputs[0])
 
     def _add(
         self, function: FunctionGraph, op: Any, described: Described, known: dict[str, int]

@@ -78,7 +78,7 @@ class SavedModelDirectory:
         for entry in self._loaded.entries:
             try:
                 self._graphs[entry.name] = function_graph_of(
-                    entry.name, entry.function, self._loaded.variable_in_graph
+                    entry.name, entry.function, self._loaded.variable_in_graph, look_inside=True
                 )
             except RewriteError:
                 raise

@@ -1,0 +1,79 @@
+"""Shapes that TensorFlow does not find by itself, noted in a graph before it is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.core.framework.graph_pb2 import GraphDef
+
+from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
+
+_TRANSPOSED = {"Conv2DBackpropInput": 4, "Conv3DBackpropInputV2": 5}  # with their ranks
+
+
+def state_shapes(graph_def: GraphDef, variables: Mapping[str, Any]) -> None:
+    """Notes the shapes of variables where they are read, and the channels of convolutions.
+
+    A handle does not tell the shape of its variable. A transposed convolution is told the shape of
+    its result, in which the number of channels may have been put into a vector and taken out again.
+
+    Args:
+        graph_def: the graph.
+        variables: Placeholder name -> the tf.Variable whose handle it stands for.
+    """
+    nodes = {node.name: node for node in graph_def.node}
+    for node in graph_def.node:
+        if node.op == "ReadVariableOp":
+            source = nodes[_name(node.input[0])]
+            while source.op in ALIASES:
+                source = nodes[_name(source.input[0])]
+            if source.name in variables:
+                _note(node, variables[source.name].shape)
+        elif node.op in _TRANSPOSED:
+            rank = _TRANSPOSED[node.op]
+            axis = 1 if node.attr["data_format"].s in (b"NCHW", b"NCDHW") else rank - 1
+            channels = _element(nodes, node.input[0], axis)
+            if channels is not None:
+                _note(node, tf.TensorShape([None] * axis + [channels] + [None] * (rank - 1 - axis)))
+
+
+def _note(node: Any, shape: Any) -> None:
+    del node.attr["_output_shapes"].list.shape[:]
+    node.attr["_output_shapes"].list.shape.add().CopyFrom(shape.as_proto())
+
+
+def _name(source: str) -> str:
+    return source.partition(":")[0]
+
+
+def _element(nodes: Mapping[str, Any], source: str, index: int) -> int | None:
+    """An element of a vector of sizes, where it is a constant."""
+    node = nodes.get(_name(source))
+    while node is not None and node.op in ALIASES:
+        node = nodes.get(_name(node.input[0]))
+    if node is None:
+        return None
+    if node.op == "Pack":
+        count = node.attr["N"].i
+        return _number(nodes, node.input[index]) if -count <= index < count else None
+    values = _constant(nodes, source)
+    return int(values[index]) if values is not None and values.ndim == 1 else None
+
+
+def _number(nodes: Mapping[str, Any], source: str) -> int | None:
+    """A size, where it is a constant or one element of a vector."""
+    value = _constant(nodes, source)
+    if value is not None:
+        return int(value) if value.ndim == 0 else None
+    node = nodes.get(_name(source))
+    if node is None or node.op != "StridedSlice" or node.attr["shrink_axis_mask"].i != 1:
+        return None
+    first = _constant(nodes, node.input[1])
+    return None if first is None or first.size != 1 else _element(nodes, node.input[0], first[0])
+
+
+def _constant(nodes: Mapping[str, Any], source: str) -> Any:
+    node = nodes.get(_name(source))
+    return tf.make_ndarray(node.attr["value"].tensor) if node and node.op == "Const" else None
