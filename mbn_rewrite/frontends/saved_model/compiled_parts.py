@@ -66,6 +66,23 @@ def opened(graph_def: GraphDef, inline: Callable[[GraphDef], GraphDef]) -> Graph
     return result
 
 
+def marked_like(before: GraphDef, after: GraphDef) -> GraphDef:
+    """A graph with calls inlined whose nodes are marked as the calls were.
+
+    Args:
+        before: the graph with the calls.
+        after: the graph without them, which is changed.
+    """
+    marks = {node.name: node.attr[_MARK].s for node in before.node if _MARK in node.attr}
+    known = {node.name for node in before.node}
+    for node in after.node:
+        if marks and node.name not in known:
+            mark = next((m for name, m in marks.items() if node.name.startswith(f"{name}/")), None)
+            if mark is not None:
+                node.attr[_MARK].s = mark
+    return after
+
+
 def _can_be_opened(node: Any, library: dict[str, Any]) -> bool:
     """Whether a node calls a function that XLA compiles and that only computes."""
     if node.op not in CALLS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,9 @@ class FunctionGraph:
         variables: Placeholder name -> the tf.Variable whose handle it stands for.
         written: of those variables, the ones that it writes to: Placeholder name -> the
             operation that does, in words.
+        flags: what decided branches beforehand: the name of a default or a variable -> its value,
+            in words.
+        labels: the names of arguments for callers, by those of their Placeholders.
     """
 
     name: str
@@ -56,6 +59,8 @@ class FunctionGraph:
     captures: dict[str, Any]
     variables: dict[str, Any]
     written: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def outputs(self) -> list[Any]:
@@ -133,7 +138,7 @@ def counts_of(nodes: Iterable[Any]) -> dict[str, int]:
 
 def op_counts(function: Any) -> dict[str, int]:
     """Number of operations of each type that a concrete function runs."""
-    return counts_of(inlined(function, look_inside=True)[0].node)
+    return counts_of(inlined(function, look_inside=True).graph_def.node)
 
 
 @dataclass
@@ -192,7 +197,7 @@ def function_graph_of(
     Raises:
         RewriteError: it uses such a variable in a way that a tf.Variable cannot be used.
     """
-    graph_def, compiled = inlined(function, look_inside)
+    graph_def, compiled, defaults = inlined(function, look_inside)
     externals = function.captured_inputs
     placeholders = function.inputs[len(function.inputs) - len(externals) :]
     captures = {p.op.name: e for p, e in zip(placeholders, externals, strict=True)}
@@ -205,22 +210,36 @@ def function_graph_of(
     kept = {node.name for node in graph_def.node}
     variables |= {name: variable_in_graph(name) for name in sorted(in_graph & kept)}
     written = _written(graph_def, variables)
-    state_shapes(graph_def, variables)
-    graph = tf.Graph()
-    with graph.as_default():
-        tf.graph_util.import_graph_def(graph_def, name="")
-    arguments = function.inputs[: len(function.inputs) - len(externals)]
+    arguments = [t.op.name for t in function.inputs[: len(function.inputs) - len(externals)]]
+    keywords = getattr(function, "_arg_keywords", None) or arguments
     return FunctionGraph(
         name,
         graph_def,
-        graph,
+        _imported(graph_def, variables),
         compiled,
-        tuple(t.op.name for t in arguments),
+        tuple(arguments),
         tuple(results),
         captures,
         variables,
         written,
+        defaults,
+        dict(zip(arguments, keywords, strict=False)),
     )
+
+
+def with_graph_def(function: FunctionGraph, graph_def: GraphDef) -> FunctionGraph:
+    """A function with another graph, of the same arguments and results."""
+    written = _written(graph_def, function.variables)
+    graph = _imported(graph_def, function.variables)
+    return replace(function, graph_def=graph_def, graph=graph, written=written)
+
+
+def _imported(graph_def: GraphDef, variables: dict[str, Any]) -> Any:
+    state_shapes(graph_def, variables)
+    graph = tf.Graph()
+    with graph.as_default():
+        tf.graph_util.import_graph_def(graph_def, name="")
+    return graph
 
 
 def _written(graph_def: GraphDef, variables: dict[str, Any]) -> dict[str, str]:

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from mbn_rewrite.frontends.saved_model.evaluation import MOST_ELEMENTS, Evaluation
+from mbn_rewrite.frontends.saved_model.flags import switch_before
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes, source_of
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
 from mbn_rewrite.ir.channel_map import Array
@@ -131,6 +132,10 @@ class Constants:
     def is_fixed(self, tensor: Any) -> bool:
         """Whether a tensor is the same in every run."""
         return self._evaluation.is_fixed(tensor)
+
+    def switch_before(self, tensor: Any) -> Any:
+        """The output of a switch of TensorFlow 1 that a weight comes through, or None."""
+        return switch_before(self.function, self._evaluation, tensor)
 
     def evaluation_given(self, operations: Iterable[str]) -> Evaluation:
         """Evaluation of what is computed of the results of operations, too, which are given."""
