@@ -33,6 +33,7 @@ from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 # Operations in the expression of the variance of a BatchNormalization.
 _ROOTS = {"Rsqrt", "Sqrt", "Pow"}
+_ADDITIONS = {"Add", "AddV2", "Sub", "BiasAdd"}
 
 
 @dataclass(frozen=True)
@@ -233,14 +234,15 @@ def _without_preparation(run: list[Step]) -> list[Step]:
 
 
 def _is_precomputed(constants: Constants, run: list[Step]) -> bool:
-    """Whether a run is a multiplication and an addition by vectors of the graph.
+    """Whether a run is (x - mean) * scale + shift, by vectors of the graph.
 
-    A BatchNormalization whose constants were computed beforehand is left as that. A normalisation
-    by the data itself (of layers, instances or groups) ends in the same way, so it is looked for
-    before the run.
+    The mean may be part of the shift, and the scale may be several vectors. A BatchNormalization
+    whose constants were computed beforehand is left as that. A normalisation by the data itself (of
+    layers, instances or groups) ends in the same way, so it is looked for before the run.
     """
     kinds = [step.op.type for step in run]
-    if len(run) != 2 or kinds[0] != "Mul" or kinds[1] not in ("Add", "AddV2", "Sub", "BiasAdd"):
+    factors = kinds[1:-1] if kinds[0] == "Sub" else kinds[:-1]
+    if not factors or set(factors) != {"Mul"} or kinds[-1] not in _ADDITIONS:
         return False
     if any(
         not step.fits or step.axis is None or not _is_constant_of_graph(constants, step)

@@ -25,18 +25,31 @@ def state_shapes(graph_def: GraphDef, variables: Mapping[str, Any]) -> None:
     """
     nodes = {node.name: node for node in graph_def.node}
     for node in graph_def.node:
-        if node.op == "ReadVariableOp":
+        if node.op in ("ReadVariableOp", "ResourceGather"):
             source = nodes[_name(node.input[0])]
             while source.op in ALIASES:
                 source = nodes[_name(source.input[0])]
+            shape = None
             if source.name in variables:
-                _note(node, variables[source.name].shape)
+                shape = _shape_read(nodes, node, variables[source.name].shape)
+            if shape is not None:
+                _note(node, shape)
         elif node.op in _TRANSPOSED:
             rank = _TRANSPOSED[node.op]
             axis = 1 if node.attr["data_format"].s in (b"NCHW", b"NCDHW") else rank - 1
             channels = _element(nodes, node.input[0], axis)
             if channels is not None:
                 _note(node, tf.TensorShape([None] * axis + [channels] + [None] * (rank - 1 - axis)))
+
+
+def _shape_read(nodes: Mapping[str, Any], node: Any, shape: Any) -> Any:
+    """The shape of what is read of a variable of some shape, or None."""
+    if node.op == "ReadVariableOp":
+        return shape
+    indices = _constant(nodes, node.input[1])
+    if indices is None or node.attr["batch_dims"].i or shape.rank is None:
+        return None
+    return tf.TensorShape([*indices.shape, *shape[1:]])
 
 
 def _note(node: Any, shape: Any) -> None:

@@ -182,10 +182,16 @@ class Constants:
                 ("constant", id(self.function), op.name), op.name, tuple(tensor.shape),
                 tensor.dtype.name, lambda: _array(op), (self.function, op.name),
             )  # fmt: skip
+        stored = self._stored_variable(op)
+        dtype = op.outputs[0].dtype
+        return stored if stored is not None and stored.dtype == dtype.name else None
+
+    def _stored_variable(self, op: Any) -> Stored | None:
+        """The variable that an operation reads."""
         variable = self.function.variable(op.inputs[0])
         if variable is None or id(variable) in self._writes.by:
             return None
-        if not variable.shape.is_fully_defined() or variable.dtype != op.outputs[0].dtype:
+        if not variable.shape.is_fully_defined():
             return None
         return Stored(
             ("variable", id(variable)), variable.name.partition(":")[0],
@@ -278,6 +284,8 @@ class Constants:
         arguments = [self.value(argument) for argument in op.inputs] if compute else [None]
         if compute is None or any(argument is None for argument in arguments):
             return _wide(self._evaluation.run([tensor])[0])
+        if op.type == "Cast":  # to fewer digits, perhaps
+            return _wide(np.asarray(arguments[0]).astype(dtype.as_numpy_dtype))
         with np.errstate(all="ignore"):  # what is not finite is said by who asked
             return np.asarray(compute(*arguments), np.float64)
 
@@ -303,8 +311,11 @@ class Constants:
                 continue
             seen.add(current.name)
             weight = self.weight(current)
-            if weight is not None:
-                found.setdefault(weight.stored.key, weight.stored)
+            stored = weight.stored if weight is not None else None
+            if current.op.type == "ResourceGather":
+                stored = self._stored_variable(current.op)
+            if stored is not None:
+                found.setdefault(stored.key, stored)
             else:
                 pending += reversed(current.op.inputs)
         return list(found.values())
@@ -312,7 +323,7 @@ class Constants:
 
 _COMPUTE: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(ALIASES, lambda x: x),
-    "Cast": lambda x: x,
+    "Cast": lambda x: x,  # see `Constants._value`
     "Add": np.add,
     "AddV2": np.add,
     "Sub": np.subtract,
