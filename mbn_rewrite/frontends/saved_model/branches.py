@@ -16,6 +16,7 @@ BRANCHES = {"If", "StatelessIf"}
 SWITCHES = {"Switch", "RefSwitch"}
 # The number of the input that decides.
 CONDITION = {**dict.fromkeys(BRANCHES, 0), **dict.fromkeys(SWITCHES, 1)}
+SELECTIONS = {"Select", "SelectV2"}  # input 1 where input 0 is true, else input 2
 
 # Gives the condition of a branch or switch, None where it is not known.
 ConditionOf = Callable[[Any], bool | None]
@@ -110,6 +111,19 @@ def decide_switches(graph_def: GraphDef, condition_of: ConditionOf) -> bool:
     del graph_def.node[:]
     graph_def.node.extend(living)
     return True
+
+
+def decide_selections(graph_def: GraphDef, chosen: Mapping[str, int]) -> None:
+    """Lets data flow past operations that choose between two tensors, where they are decided.
+
+    Args:
+        graph_def: the graph.
+        chosen: the name of such an operation -> the number of the input that it gives.
+    """
+    for node in graph_def.node:
+        if node.name in chosen:
+            waits = [source for source in node.input if source.startswith("^")]
+            _become_identity(node, [node.input[chosen[node.name]], *waits])
 
 
 def _never_run(graph_def: GraphDef, taken: dict[str, int]) -> set[Any]:

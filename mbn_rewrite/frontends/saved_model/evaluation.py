@@ -86,6 +86,9 @@ class Evaluation:
         )
 
     def _bodies(self, op: Any) -> Iterator[tuple[frozenset[str], Any]]:
+        """The nodes of the functions that an operation calls, each with their names."""
+        if not any("func" in attribute.type for attribute in op.op_def.attr):
+            return iter(())
         bodies = list(bodies_called(self._function.graph_def, op.node_def))
         names = frozenset(body.signature.name for body in bodies)
         return ((names, node) for body in bodies for node in body.node_def)

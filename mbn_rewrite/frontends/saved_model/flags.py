@@ -17,7 +17,9 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from mbn_rewrite.frontends.saved_model.branches import (
     CONDITION,
+    SELECTIONS,
     decide_branches,
+    decide_selections,
     decide_switches,
 )
 from mbn_rewrite.frontends.saved_model.compiled_parts import marked_like, opened
@@ -43,8 +45,10 @@ def decided(function: FunctionGraph, writes: Writes) -> FunctionGraph | None:
         function: the function.
         writes: variables that functions write to, which decide nothing beforehand.
     """
-    conditions, flags = _known_conditions(function, writes)
-    if not conditions:
+    evaluation = Evaluation(function, writes)
+    conditions, flags = _known_conditions(function, evaluation)
+    chosen = _chosen(function, evaluation, flags)
+    if not conditions and not chosen:
         return None
     graph_def = GraphDef()
     graph_def.CopyFrom(function.graph_def)
@@ -55,6 +59,7 @@ def decided(function: FunctionGraph, writes: Writes) -> FunctionGraph | None:
         if not function.compiled:
             graph_def = opened(graph_def, lambda graph: optimized(graph, fetched))
     decide_switches(graph_def, lambda node: conditions.get(node.name))
+    decide_selections(graph_def, chosen)
     return replace(with_graph_def(function, graph_def), flags=function.flags | flags)
 
 
@@ -66,10 +71,9 @@ def _placeholders(function: FunctionGraph) -> list[str]:
 
 
 def _known_conditions(
-    function: FunctionGraph, writes: Writes
+    function: FunctionGraph, evaluation: Evaluation
 ) -> tuple[dict[str, bool], dict[str, str]]:
     """The conditions of branches that are the same in every run, and the flags behind them."""
-    evaluation = Evaluation(function, writes)
     conditions: dict[str, bool] = {}
     flags: dict[str, str] = {}
     for op in function.graph.get_operations():
@@ -79,6 +83,28 @@ def _known_conditions(
                 conditions[op.name] = _truth(evaluation.run([tensor])[0])
                 flags |= _flags_behind(function, evaluation, tensor)
     return conditions, flags
+
+
+def _chosen(
+    function: FunctionGraph, evaluation: Evaluation, flags: dict[str, str]
+) -> dict[str, int]:
+    """The inputs that selections by one flag give in every run; adds the flags to `flags`.
+
+    What is the same in every run itself is left alone, and so is what is broadcast.
+    """
+    found: dict[str, int] = {}
+    for op in function.graph.get_operations():
+        if op.type not in SELECTIONS or evaluation.is_fixed(op.outputs[0]):
+            continue
+        condition = op.inputs[0]
+        if condition.shape.num_elements() != 1 or not evaluation.is_fixed(condition):
+            continue
+        index = 1 if evaluation.run([condition])[0].item() else 2
+        shape = op.inputs[index].shape
+        if shape.is_fully_defined() and shape == op.outputs[0].shape:
+            found[op.name] = index
+            flags.update(_flags_behind(function, evaluation, condition))
+    return found
 
 
 def _truth(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Finds BatchNormalization that cannot be rewritten, so that it is listed all the same.
 
-It is in the body of a loop, a branch or a call that stays one, behind a switch of TensorFlow 1, or
-its variance is written to.
+It is in the body of a loop, a branch or a call that stays one, behind a switch of TensorFlow 1, its
+variance is written to, or it normalises over several axes.
 """
 
 from __future__ import annotations
@@ -78,6 +78,24 @@ def _ways_of(node: Any) -> Iterator[tuple[Any, bool | None]]:
         way = type(node)()
         way.attr[attribute].CopyFrom(node.attr[attribute])
         yield way, condition
+
+
+def over_several_axes(constants: Constants, op: Any) -> tuple[Any, str] | None:
+    """A variance that varies along several axes, if an operation takes its root.
+
+    Returns:
+        The stored array, and its axes in words.
+    """
+    if op.type not in ("Rsqrt", "Sqrt") or not constants.is_fixed(op.outputs[0]):
+        return None
+    added = source_of(op.inputs[0]).op
+    for tensor in added.inputs if added.type in ("Add", "AddV2") else ():
+        weight = constants.weight(tensor)
+        axes = [axis for axis, size in enumerate(weight.shape) if size > 1] if weight else []
+        if weight is not None and len(axes) > 1:
+            shape = weight.shape
+            return weight.stored, str(axes) if shape[0] == 1 else f"of the sizes {list(shape)}"
+    return None
 
 
 def switched_variance(constants: Constants, op: Any) -> Any:

@@ -34,6 +34,9 @@ from mbn_rewrite.ir.reasons import Obstacle, Reason
 # Operations in the expression of the variance of a BatchNormalization.
 _ROOTS = {"Rsqrt", "Sqrt", "Pow"}
 _ADDITIONS = {"Add", "AddV2", "Sub", "BiasAdd"}
+_DIVISIONS = ("RealDiv", "Div", "DivNoNan")
+_ELEMENTWISE = {"Mul", "Add", "AddV2", "Sub", "BiasAdd", *_DIVISIONS}
+_MOST_STEPS = 8  # of a BatchNormalization whose constants are broadcast to the shape of its input
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,17 @@ class Step:
 
 def step_of(constants: Constants, op: Any) -> Step | None:
     """The step of an elementwise operation that has one operand that is not constant, or None."""
-    if op.type not in ("Mul", "Add", "AddV2", "Sub", "RealDiv", "Div", "BiasAdd"):
+    if op.type not in _ELEMENTWISE:
         return None
     left, right = op.inputs[0], op.inputs[1]
-    value = constants.value(right)
+    value = _value_beside(constants, left, right)
     data, constant, flipped = left, right, False
     if value is None:
-        value = constants.value(left)
+        value = _value_beside(constants, right, left)
         data, constant, flipped = right, left, True
     if value is None or constants.value(data) is not None or not data.dtype.is_floating:
         return None
-    if flipped and op.type in ("RealDiv", "Div"):
+    if flipped and op.type in _DIVISIONS:
         return None
     if op.type == "BiasAdd":
         axis: int | None = channel_axis(op)
@@ -86,18 +89,50 @@ def step_of(constants: Constants, op: Any) -> Step | None:
     with np.errstate(all="ignore"):  # the caller reports a map that is not finite
         scale, shift = {
             "Mul": (vector, zero),
-            "RealDiv": (one / vector, zero),
-            "Div": (one / vector, zero),
+            **dict.fromkeys(_DIVISIONS, (one / vector, zero)),
+            "DivNoNan": (np.where(vector == 0, zero, one / vector), zero),
             "Sub": (-one, vector) if flipped else (one, -vector),
         }.get(op.type, (one, vector))
     roots = frozenset(
         stored.key
         for name in constants.depends_on(constant, _ROOTS)
-        if _is_root_of_variance(root := constants.function.graph.get_operation_by_name(name))
+        if _is_root_of_variance(
+            constants, root := constants.function.graph.get_operation_by_name(name)
+        )
         for stored in constants.stored_in(root.outputs[0])
         if math.prod(stored.shape) > 1 or stored.is_variable
     )
     return Step(op, data, constant, scale, shift, axis, roots, fits)
+
+
+def _value_beside(constants: Constants, data: Any, tensor: Any) -> Array | None:
+    """The value of an operand, before it was broadcast to the shape of the data beside it."""
+    before = source_of(tensor)
+    if before.op.type != "BroadcastTo" or data.shape.rank is None:
+        return constants.value(tensor)
+    value = constants.value(before.op.inputs[0])
+    shape = source_of(before.op.inputs[1]).op
+    alike = shape.type == "Shape" and _is_of_shape(constants, data, shape.inputs[0])
+    if not alike and data.shape.is_fully_defined():
+        alike = before.shape.is_fully_defined() and data.shape == before.shape
+    return value if alike else constants.value(tensor)
+
+
+def _is_of_shape(constants: Constants, data: Any, other: Any) -> bool:
+    """Whether data has the shape of another tensor because it is computed of that by steps."""
+    other, data = source_of(other), source_of(data)
+    for _ in range(_MOST_STEPS):
+        if data is other:
+            return True
+        if data.op.type not in _ELEMENTWISE or data.shape.rank != data.op.inputs[0].shape.rank:
+            return False
+        unknown = [t for t in data.op.inputs if not constants.is_fixed(t)]
+        # Operands that are broadcast to the shape of the same tensor do not count.
+        unknown = [t for t in unknown if source_of(t).op.type != "BroadcastTo"]
+        if len(unknown) != 1:
+            return False
+        data = source_of(unknown[0])
+    return False
 
 
 def _varying_axis(value: Array, shape: Any) -> tuple[int | None, bool]:
@@ -121,11 +156,17 @@ def _may_fit(value: Array, shape: Any) -> bool:
     return shape.rank is None or (-axes[0] < shape.rank and shape[shape.rank + axes[0]] is None)
 
 
-def _is_root_of_variance(op: Any) -> bool:
-    """Whether an operation is 1/sqrt(variance + epsilon), or the square root alone."""
+def _is_root_of_variance(constants: Constants, op: Any) -> bool:
+    """Whether an operation is 1/sqrt(variance + epsilon), or the square root alone.
+
+    Inputs are prepared by the roots of constants, too, but not of variables.
+    """
     if source_of(op.inputs[0]).op.type in ("Add", "AddV2"):
         return True
-    return op.type == "Rsqrt" and op.outputs[0].shape.num_elements() != 1
+    if op.outputs[0].shape.num_elements() == 1:
+        return False
+    of_variables = any(stored.is_variable for stored in constants.stored_in(op.inputs[0]))
+    return op.type == "Rsqrt" or of_variables
 
 
 def arithmetic_norms(constants: Constants, taken: set[str]) -> Iterator[Norm]:

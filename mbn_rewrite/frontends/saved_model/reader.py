@@ -116,6 +116,7 @@ class _Reader:
             self._add_written(function, constants, op)
             self._add_hidden(function, op)
             self._add_switched(function, constants, op)
+            self._add_of_several_axes(function, constants, op)
         self._add_constants(function, known)
         for tensor in function.outputs:
             self.outputs.add(self._value(source_of(tensor), known))
@@ -242,6 +243,15 @@ class _Reader:
             variable = function.variable(switch.op.inputs[0])
             key = ("hidden", function.name if variable is None else id(variable))
             self._hide(key, common_scope([self._shown(op.name)]), function.name, reason)
+
+    def _add_of_several_axes(self, function: FunctionGraph, constants: Constants, op: Any) -> None:
+        """Lists a BatchNormalization over several axes."""
+        found = hidden_batchnorm.over_several_axes(constants, op)
+        if found is not None:
+            stored, axes = found
+            name = common_scope([self._shown(op.name)])
+            reason = Reason(Obstacle.SEVERAL_AXES, axes)
+            self._hide(("axes", stored.key), name, function.name, reason)
 
     def _hide(self, key: Any, name: str, holder: str, reason: Reason) -> None:
         """Lists a BatchNormalization that stays, once."""
