@@ -138,6 +138,29 @@ def test_compiled_part_that_writes_stays_a_call(tmp_path):
     assert "PartitionedCall" in report.plan.decisions[0].reason
 
 
+def test_norm_behind_a_call_that_stays_does_not_blame_itself(tmp_path):
+    """Nothing tells the shape of what the call gives."""
+    root = held(Case(lambda x, w: normalised(conv(x, w, 3), w)))
+    root.count = tf.Variable(0.0)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def inner(x):
+        root.count.assign_add(1.0)
+        return conv(x, root, 3)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *IMAGE])], autograph=False)
+    def serve(x):
+        root.given = 0
+        words = tf.cast(tf.strings.length("one"), tf.float32)
+        return {"y": normalised(inner(x * words), root)}
+
+    tf.saved_model.save(root, str(tmp_path / "in"), {"serving_default": serve})
+    report = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", "fold")
+    (decision,) = report.plan.decisions
+    assert decision.action == "kept"
+    assert "batchnorm" not in decision.reason
+
+
 # ------------------------------------------------------------------------------- Keras
 
 LAYERS = {

@@ -302,6 +302,17 @@ def test_kernel_computed_of_the_data_stays(tmp_path):
     assert "computed while the model runs" in decision.reason
 
 
+def test_kernel_on_a_grid_stays_there(tmp_path):
+    """Converters look for it."""
+
+    def function(x, w):
+        kernel = tf.quantization.fake_quant_with_min_max_args(w.kernel(3, 3, 3, CHANNELS), -1, 1)
+        return normalised(tf.nn.conv2d(x, kernel, 1, "VALID"), w)
+
+    (decision,), _ = rewritten(tmp_path, Case(function, IMAGE))
+    assert decision.action == "kept"
+
+
 def test_random_kernel_stays(tmp_path):
     """It differs from run to run, so that nothing can be verified either."""
     root = Weights()

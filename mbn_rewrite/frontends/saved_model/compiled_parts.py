@@ -19,7 +19,7 @@ from tensorflow.python.framework import op_def_registry
 
 CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 COMPILED = "_XlaMustCompile"
-# Attribute of nodes: the name of the call, with the operation behind, that they were inlined from.
+# Attribute of nodes: the name of the call that they were inlined from.
 _MARK = "_compiled_in"
 # Stateful operations that XLA runs wherever they are read.
 _READS = {"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "NoOp"}
@@ -56,14 +56,27 @@ def opened(graph_def: GraphDef, inline: Callable[[GraphDef], GraphDef]) -> Graph
         call.attr["f"].func.name = names[call.attr["f"].func.name]
     for name, new_name in names.items():
         _add_opened(graph_def, library[name], new_name, names)
-    kinds = {call.name: call.op for call in calls}
+    marks = {call.name: call.name.encode() for call in calls}
     result = inline(graph_def)
-    for node in result.node:
-        if node.name not in before:
-            call = next((name for name in kinds if node.name.startswith(f"{name}/")), None)
-            if call is not None:
-                node.attr[_MARK].s = call.encode()
+    _mark(result, before, marks)
     return result
+
+
+def _mark(graph_def: GraphDef, known: set[str], marks: dict[str, bytes]) -> None:
+    """Marks what was inlined from calls.
+
+    Args:
+        graph_def: the graph, which is changed.
+        known: the nodes that were there before.
+        marks: calls, each with the mark of what is inlined from it.
+    """
+    innermost_first = sorted(marks, key=len, reverse=True)
+    for node in graph_def.node:
+        if node.name not in known:
+            for call in innermost_first:
+                if node.name.startswith(f"{call}/"):
+                    node.attr[_MARK].s = marks[call]
+                    break
 
 
 def marked_like(before: GraphDef, after: GraphDef) -> GraphDef:
@@ -74,12 +87,7 @@ def marked_like(before: GraphDef, after: GraphDef) -> GraphDef:
         after: the graph without them, which is changed.
     """
     marks = {node.name: node.attr[_MARK].s for node in before.node if _MARK in node.attr}
-    known = {node.name for node in before.node}
-    for node in after.node:
-        if marks and node.name not in known:
-            mark = next((m for name, m in marks.items() if node.name.startswith(f"{name}/")), None)
-            if mark is not None:
-                node.attr[_MARK].s = mark
+    _mark(after, {node.name for node in before.node}, marks)
     return after
 
 

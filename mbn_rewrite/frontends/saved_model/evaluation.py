@@ -101,7 +101,8 @@ class Evaluation:
             given: the results of operations that are given, by the operation's name.
         """
         if not self._sessions:
-            self._sessions.append(tf.compat.v1.Session(graph=self._imported()))
+            on_cpu = tf.compat.v1.ConfigProto(device_count={"GPU": 0})  # GPUs round products
+            self._sessions.append(tf.compat.v1.Session(graph=self._imported(), config=on_cpu))
         (session,) = self._sessions
         feeds = {
             f"{op.name}:0": (given or {})[op.name]

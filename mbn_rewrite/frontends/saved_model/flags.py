@@ -174,7 +174,7 @@ def input_that_decides(function: FunctionGraph, op: Any) -> str:
     (argument,) = found
     (given,) = function.graph.get_operation_by_name(argument).outputs
     one = given.dtype == tf.bool if given.shape.rank is None else given.shape.num_elements() == 1
-    if not one or not Evaluation(function, Writes(), [argument]).is_fixed(tensor):
+    if not one or not Evaluation(function, Writes.of(function), [argument]).is_fixed(tensor):
         return ""
     return argument
 
@@ -238,7 +238,7 @@ def _value_for(function: FunctionGraph, argument: str, op: Any, wanted: bool) ->
     given = function.graph.get_operation_by_name(argument).outputs[0]
     if given.dtype != tf.bool:
         return None
-    evaluation = Evaluation(function, Writes(), [argument])
+    evaluation = Evaluation(function, Writes.of(function), [argument])
     for value in (False, True):
         array = np.full(given.shape.as_list() if given.shape.rank else (), value)
         if _truth(evaluation.run([tensor], {argument: array})[0]) == wanted:

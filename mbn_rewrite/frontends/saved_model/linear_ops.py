@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mbn_rewrite.frontends.saved_model.op_site import Answer, Described, Site, shape_of
-from mbn_rewrite.frontends.saved_model.weights import Weight
+from mbn_rewrite.frontends.saved_model.stored_arrays import Weight
 from mbn_rewrite.ir import layouts
 from mbn_rewrite.ir.graph import SPREADS, Linear, Opaque
 from mbn_rewrite.ir.kernels import Kernel, Window

@@ -33,9 +33,10 @@ from mbn_rewrite.frontends.saved_model.reading import (
     Reading,
 )
 from mbn_rewrite.frontends.saved_model.scopes import common_scope, shared_scope, without_leaf
+from mbn_rewrite.frontends.saved_model.stored_arrays import Weight
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
 from mbn_rewrite.frontends.saved_model.weight_uses import WeightUses
-from mbn_rewrite.frontends.saved_model.weights import Constants, Weight
+from mbn_rewrite.frontends.saved_model.weights import Constants
 from mbn_rewrite.ir.graph import (
     Affine,
     BatchNorm,

@@ -8,7 +8,7 @@ from typing import Any
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph
 from mbn_rewrite.frontends.saved_model.match_batchnorm import Norm
 from mbn_rewrite.frontends.saved_model.op_site import Described
-from mbn_rewrite.frontends.saved_model.weights import Stored
+from mbn_rewrite.frontends.saved_model.stored_arrays import Stored
 from mbn_rewrite.ir.graph import Graph
 
 

@@ -23,7 +23,7 @@ from mbn_rewrite.frontends.saved_model.reading import (
     PlainCall,
     Reading,
 )
-from mbn_rewrite.frontends.saved_model.weights import Computed, Stored
+from mbn_rewrite.frontends.saved_model.stored_arrays import Computed, Stored
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import Linear
