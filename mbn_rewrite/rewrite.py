@@ -51,6 +51,7 @@ def rewrite_saved_model(
     *,
     tags: Sequence[str] | None = None,
     signatures: Sequence[str] | None = None,
+    set_input: Mapping[str, Any] | None = None,
     trusted: bool = False,
     dry_run: bool = False,
     inputs: Mapping[str, Any] | None = None,
@@ -77,6 +78,10 @@ def rewrite_saved_model(
         tags: which graph of a SavedModel with several; by default the one tagged "serve".
         signatures: which signatures of a SavedModel to carry over; by default all, and the
             methods that the loaded object has beside them.
+        set_input: inputs of signatures of a SavedModel to set to a value for good, by name or by
+            "signature/input", as {"phase_train": False}: a flag that says whether the model trains
+            decides its branches then. Signatures have these inputs no more. What is written is
+            compared with the original at that value.
         trusted: whether all that the model says may be done. By default only what is known to
             compute is run: files of Keras that hold code, name functions of other kinds or read
             files of this machine are refused, and so are SavedModels that act when they are
@@ -119,7 +124,7 @@ def rewrite_saved_model(
     output_dir.clean_up(*([] if dry_run else [destination.absolute().parent]))
     check_paths(source, None if dry_run else destination, overwrite, trusted)
     options.progress(f"loading {source}")
-    model = open_source(source, trusted, tags, signatures)
+    model = open_source(source, trusted, tags, signatures, set_input)
     _leave_unverified(model, unverified, source)
     report = _planned(model, options, source)
     if dry_run:

@@ -57,7 +57,7 @@ def nodes_of(function: Any) -> list[Node]:
     """The graph of a concrete function as it was written, with its calls inlined."""
     from mbn_rewrite.frontends.saved_model.inlining import inlined
 
-    graph_def, _ = inlined(function)
+    graph_def = inlined(function).graph_def
     shapes = {id(variable.handle): variable.shape for variable in function.graph.variables}
     captures = function.captured_inputs
     placeholders = function.inputs[len(function.inputs) - len(captures) :]

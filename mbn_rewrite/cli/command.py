@@ -13,6 +13,7 @@ from mbn_rewrite import output_dir
 from mbn_rewrite.cli import report_file
 from mbn_rewrite.cli.console import pass_on, print_result, say
 from mbn_rewrite.cli.flags import EXIT_ERROR, FLAGS
+from mbn_rewrite.cli.given_values import set_inputs_in
 from mbn_rewrite.cli.interrupts import Interrupted, Interrupts
 from mbn_rewrite.cli.job import DIFFERENT, DONE, Ending, Job, Step
 from mbn_rewrite.cli.supervisor import Limits, supervised
@@ -83,6 +84,7 @@ def _job(source: Path, destination: Path | None, folder: OwnFolder | None) -> Jo
         "mode": FLAGS.mode,
         "tags": FLAGS.tags,
         "signatures": FLAGS.signatures,
+        "set_input": set_inputs_in(FLAGS.set_input),
         "trusted": FLAGS.trusted,
         "unverified": FLAGS.unverified,
         "tolerance": FLAGS.tolerance,

@@ -30,6 +30,7 @@ Examples:
     mbn-rewrite --verify-inputs=real_inputs.npz saved_model served
     mbn-rewrite --unverified=from_text,sample saved_model served
     mbn-rewrite --signatures=serving_default --tags=serve in out
+    mbn-rewrite --set-input=phase_train=False saved_model served
 
 A SavedModel is a program, and so may be what a file of Keras holds; to verify it is to run it,
 and so is to measure it (mode auto). It is loaded and run in a process of its own: a model that
@@ -97,6 +98,14 @@ flags.DEFINE_list(
     None,
     "Carry over these signatures of a SavedModel only. By default all, and the methods that the "
     "loaded object has.",
+)
+flags.DEFINE_multi_string(
+    "set_input",
+    [],
+    "Set an input of a signature to a value for good, as NAME=VALUE or SIGNATURE/NAME=VALUE; may "
+    "be given several times. A flag that says whether the model trains then decides its branches: "
+    "--set-input=phase_train=False. The signature has the input no more, and what is written is "
+    "compared with the original at that value.",
 )
 flags.DEFINE_list(
     "tags", None, 'The tags of the graph in a SavedModel that has several. By default "serve".'

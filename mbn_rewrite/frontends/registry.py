@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +77,24 @@ def open_source(
     trusted: bool = False,
     tags: Sequence[str] | None = None,
     signatures: Sequence[str] | None = None,
+    set_input: Mapping[str, Any] | None = None,
 ) -> ModelSource:
     """Opens a model on disk; see `rewrite_saved_model`.
 
     Raises:
-        RewriteError: it cannot be read, or has no such tags or signatures.
+        RewriteError: it cannot be read, or has no such tags, signatures or inputs.
     """
     if source.is_dir():
         from mbn_rewrite.frontends.saved_model.source import SavedModelDirectory
 
-        return SavedModelDirectory(source, tags, signatures, trusted)
+        return SavedModelDirectory(source, tags, signatures, trusted, set_input)
     if tags is not None or signatures is not None:
         raise RewriteError(f"{source} is a file of Keras, which has no tags and signatures")
+    if set_input:
+        raise RewriteError(
+            f"{source} is a file of Keras, which has no signatures whose inputs could be set. "
+            "Leave set_input out, or give a SavedModel"
+        )
     if keras_files.package_of(source) == "keras":
         from mbn_rewrite.frontends.keras3.source import Keras3File
 

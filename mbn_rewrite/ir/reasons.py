@@ -40,6 +40,7 @@ class Obstacle(Enum):
     STATISTICS_READ = (Change.REPLACE, "its statistics are read as outputs")
     AXES_DIFFER = (Change.REPLACE, "it scales along one axis and shifts along another")
     AXIS_UNKNOWN = (Change.REPLACE, "its channel axis is not known")
+    BRANCH = (Change.REPLACE, "it is in a branch that {}")
     IN_BODY = (Change.REPLACE, "it is in the body of {}, which stays as it is")
 
     TRAINING_CALL = (

@@ -602,6 +602,28 @@ def explicit_blocks(pads):
     return function
 
 
+def blocks_kept(x, w):
+    """Zeros are added behind, and one result too few is cut off."""
+    blocks = tf.space_to_batch_nd(x, [2], [[0, 2]])
+    y = tf.nn.conv1d(blocks, w.kernel(3, x.shape[-1], CHANNELS), 1, "VALID")
+    return tf.batch_to_space(y, [2], [[0, 1]])
+
+
+def blocks_strided(x, w):
+    """A convolution that moves by two positions reads other ones than are counted by."""
+    blocks = tf.space_to_batch_nd(x, [2], [[0, 1]])
+    y = tf.nn.conv1d(blocks, w.kernel(3, x.shape[-1], CHANNELS), 2, "VALID")
+    return tf.batch_to_space(y, [2], [[0, 1]])
+
+
+def depthwise_dilated(padding):
+    def function(x, w):
+        weights = w.kernel(3, 3, x.shape[-1], 1)
+        return tf.nn.depthwise_conv2d(x, weights, [1] * 4, padding, dilations=[2, 2])
+
+    return function
+
+
 def depthwise(multiplier, padding="VALID"):
     def function(x, w):
         weights = w.kernel(3, 3, x.shape[-1], multiplier)
@@ -685,7 +707,11 @@ EXACT = {
     "conv1d_open_length": Case(biased(conv1d), (None, 4)),
     "dilated_1d": Case(convolution(2, "VALID"), SEQUENCE),
     "dilated_1d_bias": Case(biased(convolution(2, "VALID")), SEQUENCE),
+    "dilated_1d_open_length": Case(convolution(2, "VALID"), (None, 4)),
+    "dilated_1d_left_over": Case(convolution(3, "VALID"), (11, 4)),
     "dilated_2d": Case(convolution([2, 2], "VALID", 2)),
+    "dilated_2d_open_size": Case(convolution([2, 2], "VALID", 2), (None, None, 3)),
+    "dilated_depthwise_open_size": Case(depthwise_dilated("VALID"), (None, None, 3)),
     "blocks_2d": Case(blocked("VALID")),
     "blocks_2d_bias": Case(biased(blocked("VALID"))),
     "blocks_1d": Case(explicit_blocks(0), SEQUENCE),
@@ -722,15 +748,16 @@ PADDED = {
     "conv1d": Case(lambda x, w: conv1d(x, w, "SAME"), SEQUENCE),
     "dilated_1d": Case(convolution(2, "SAME"), SEQUENCE),
     "dilated_1d_open_length": Case(biased(convolution(2, "SAME")), (None, 4)),
-    "dilated_1d_open_length_valid": Case(convolution(2, "VALID"), (None, 4)),
     "dilated_2d": Case(biased(convolution([2, 2], "SAME", 2))),
     "dilated_2d_open_size": Case(convolution([2, 2], "SAME", 2), (None, None, 3)),
-    "dilated_2d_open_size_valid": Case(convolution([2, 2], "VALID", 2), (None, None, 3)),
     "blocks_1d": Case(explicit_blocks(1), SEQUENCE),
     "blocks_2d": Case(biased(blocked("SAME"))),
     "blocks_2d_open_size": Case(biased(blocked("SAME")), (None, None, 3)),
     "conv3d": Case(lambda x, w: conv3d(x, w, "SAME"), VOLUME),
     "depthwise": Case(depthwise(2, "SAME")),
+    "dilated_depthwise_open_size": Case(depthwise_dilated("SAME"), (None, None, 3)),
+    "blocks_of_padding_that_is_kept": Case(blocks_kept, SEQUENCE),
+    "blocks_of_a_moving_convolution": Case(blocks_strided, (13, 4)),
     "transposed_3x3": Case(transposed(3, 2)),
     "transposed_bias": Case(biased(transposed(2, 2))),
     "transposed_volume_3x3": Case(transposed_volume(3, 2), VOLUME),

@@ -29,7 +29,7 @@ def test_an_input_of_a_static_shape_is_planned(size, tmp_path):
     model = Large()
     spec = tf.TensorSpec([1, size, size, 1], tf.float32, name="x")
     function = model.__call__.get_concrete_function(spec)
-    graph_def, _ = inlined(function)
+    graph_def = inlined(function).graph_def
     (argument,) = [node for node in graph_def.node if node.name == "x"]
     assert [d.size for d in argument.attr["shape"].shape.dim] == [1, size, size, 1]
     tf.saved_model.save(model, str(tmp_path / "m"), signatures=function)

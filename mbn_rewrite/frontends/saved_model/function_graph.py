@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from mbn_rewrite.frontends.saved_model.inlining import inlined
 from mbn_rewrite.frontends.saved_model.ref_variables import variables_in, without_references
+from mbn_rewrite.frontends.saved_model.stated_shapes import state_shapes, state_shapes_of_rows
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES, READS, writes_in
 
 # Stateful operations that change nothing, so that they are needed only where their output is read.
@@ -44,6 +45,9 @@ class FunctionGraph:
         variables: Placeholder name -> the tf.Variable whose handle it stands for.
         written: of those variables, the ones that it writes to: Placeholder name -> the
             operation that does, in words.
+        flags: what decided branches beforehand: the name of a default or a variable -> its value,
+            in words.
+        labels: the names of arguments for callers, by those of their Placeholders.
     """
 
     name: str
@@ -55,6 +59,8 @@ class FunctionGraph:
     captures: dict[str, Any]
     variables: dict[str, Any]
     written: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def outputs(self) -> list[Any]:
@@ -132,7 +138,7 @@ def counts_of(nodes: Iterable[Any]) -> dict[str, int]:
 
 def op_counts(function: Any) -> dict[str, int]:
     """Number of operations of each type that a concrete function runs."""
-    return counts_of(inlined(function)[0].node)
+    return counts_of(inlined(function, look_inside=True).graph_def.node)
 
 
 @dataclass
@@ -176,7 +182,7 @@ def source_of(tensor: Any) -> Any:
 
 
 def function_graph_of(
-    name: str, function: Any, variable_in_graph: Callable[[str], Any]
+    name: str, function: Any, variable_in_graph: Callable[[str], Any], look_inside: bool = False
 ) -> FunctionGraph:
     """Reads a concrete function.
 
@@ -185,11 +191,13 @@ def function_graph_of(
         function: the concrete function.
         variable_in_graph: gives a tf.Variable in place of a variable of TensorFlow 1, which is a
             node of the graph.
+        look_inside: whether to open what XLA compiles in the midst of others. Such a graph is to be
+            read and written, not to be run.
 
     Raises:
         RewriteError: it uses such a variable in a way that a tf.Variable cannot be used.
     """
-    graph_def, compiled = inlined(function)
+    graph_def, compiled, defaults = inlined(function, look_inside)
     externals = function.captured_inputs
     placeholders = function.inputs[len(function.inputs) - len(externals) :]
     captures = {p.op.name: e for p, e in zip(placeholders, externals, strict=True)}
@@ -202,22 +210,38 @@ def function_graph_of(
     kept = {node.name for node in graph_def.node}
     variables |= {name: variable_in_graph(name) for name in sorted(in_graph & kept)}
     written = _written(graph_def, variables)
-    _state_shapes(graph_def, variables)
-    graph = _imported(graph_def)
-    if _state_shapes_of_rows(graph_def, graph, variables):
-        graph = _imported(graph_def)
-    arguments = function.inputs[: len(function.inputs) - len(externals)]
+    arguments = [t.op.name for t in function.inputs[: len(function.inputs) - len(externals)]]
+    keywords = getattr(function, "_arg_keywords", None) or arguments
     return FunctionGraph(
         name,
         graph_def,
-        graph,
+        _imported(graph_def, variables),
         compiled,
-        tuple(t.op.name for t in arguments),
+        tuple(arguments),
         tuple(results),
         captures,
         variables,
         written,
+        defaults,
+        dict(zip(arguments, keywords, strict=False)),
     )
+
+
+def with_graph_def(function: FunctionGraph, graph_def: GraphDef) -> FunctionGraph:
+    """A function with another graph, of the same arguments and results."""
+    written = _written(graph_def, function.variables)
+    graph = _imported(graph_def, function.variables)
+    return replace(function, graph_def=graph_def, graph=graph, written=written)
+
+
+def _imported(graph_def: GraphDef, variables: dict[str, Any]) -> Any:
+    state_shapes(graph_def, variables)
+    while True:
+        graph = tf.Graph()
+        with graph.as_default():
+            tf.graph_util.import_graph_def(graph_def, name="")
+        if not state_shapes_of_rows(graph_def, graph, variables):
+            return graph
 
 
 def _written(graph_def: GraphDef, variables: dict[str, Any]) -> dict[str, str]:
@@ -240,44 +264,3 @@ def _written(graph_def: GraphDef, variables: dict[str, Any]) -> dict[str, str]:
             node.attr.clear()
             node.input[:] = [source for source in node.input if source.startswith("^")]
     return written
-
-
-def _imported(graph_def: GraphDef) -> Any:
-    graph = tf.Graph()
-    with graph.as_default():
-        tf.graph_util.import_graph_def(graph_def, name="")
-    return graph
-
-
-def _state_shapes(graph_def: GraphDef, variables: dict[str, Any]) -> None:
-    """Notes at each read the shape of its variable, which its handle does not tell."""
-    for node, variable in _uses(graph_def, variables, "ReadVariableOp"):
-        _state_shape(node, variable.shape)
-
-
-def _state_shapes_of_rows(graph_def: GraphDef, graph: Any, variables: dict[str, Any]) -> bool:
-    """Notes likewise the shapes of rows that are gathered; returns whether there are any."""
-    found = False
-    for node, variable in _uses(graph_def, variables, "ResourceGather"):
-        indices = graph.get_operation_by_name(node.name).inputs[1]
-        if not node.attr["batch_dims"].i:
-            _state_shape(node, indices.shape.concatenate(variable.shape[1:]))
-            found = True
-    return found
-
-
-def _uses(graph_def: GraphDef, variables: dict[str, Any], kind: str) -> Iterator[tuple[Any, Any]]:
-    """The nodes of a kind that read a variable, each with that."""
-    nodes = {node.name: node for node in graph_def.node}
-    for node in graph_def.node:
-        if node.op == kind:
-            source = nodes[node.input[0].partition(":")[0]]
-            while source.op in ALIASES:
-                source = nodes[source.input[0].partition(":")[0]]
-            if source.name in variables:
-                yield node, variables[source.name]
-
-
-def _state_shape(node: Any, shape: tf.TensorShape) -> None:
-    del node.attr["_output_shapes"].list.shape[:]
-    node.attr["_output_shapes"].list.shape.add().CopyFrom(shape.as_proto())

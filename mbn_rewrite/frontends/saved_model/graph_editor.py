@@ -10,6 +10,7 @@ import tensorflow as tf
 from tensorflow.core.framework import node_def_pb2
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
+from mbn_rewrite.frontends.saved_model.compiled_parts import closed
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes, has_side_effect
 from mbn_rewrite.ir.channel_map import Array
 
@@ -150,6 +151,7 @@ class GraphEditor:
                 _set_attribute(new, "value", self._constants[name])
         captures = {**self.function.captures, **self.function.variables, **self.captures}
         captures = {name: captures[name] for name in captures if name in inputs}
+        graph_def, outputs = closed(graph_def, outputs)
         return Rewritten(
             graph_def, self.function.compiled, self.function.arguments, outputs, captures
         )

@@ -1,15 +1,15 @@
 """Flat graphs of the functions of a SavedModel: calls inlined, dead branches removed.
 
-Calls that have to stay calls are loops, branches that are decided while the model runs,
-functions compiled by XLA in the midst of others, and those that TensorFlow replaces by device
-(GRU and LSTM).
+Calls that have to stay calls are loops, branches that are decided while the model runs, and
+functions that TensorFlow replaces by device (GRU and LSTM). Functions compiled by XLA in the midst
+of others are opened where they are to be read; see `compiled_parts`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
@@ -18,51 +18,90 @@ from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 from tensorflow.python.grappler import tf_optimizer
 from tensorflow.python.training.saver import export_meta_graph
 
-_CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
-_BRANCHES = {"If", "StatelessIf"}
+from mbn_rewrite.frontends.saved_model.branches import (
+    conditions_in,
+    decide_branches,
+    decide_switches,
+    defaults_in,
+)
+from mbn_rewrite.frontends.saved_model.compiled_parts import CALLS, COMPILED, is_marked, opened
+
 # Operations that may stand beside a call that XLA compiles, and be compiled with it.
 _EMPTY = {"Placeholder", "Identity", "NoOp", "Const", "ReadVariableOp"}
 # Prefix that inlining gives to the names of nodes.
 _CALL = re.compile(r"^(Func/)?((Stateful)?PartitionedCall(_\d+)?)/")
 
 
-def inlined(function: Any) -> tuple[GraphDef, bool]:
+class Inlined(NamedTuple):
+    """The graph of a function.
+
+    Attributes:
+        graph_def: the graph.
+        compiled: whether XLA must compile all of it.
+        defaults: the defaults that decided branches, in words, by the names of their nodes.
+    """
+
+    graph_def: GraphDef
+    compiled: bool
+    defaults: dict[str, str]
+
+
+def inlined(function: Any, look_inside: bool = False) -> Inlined:
     """The graph of a concrete function with its calls inlined.
 
     Args:
         function: a tf.ConcreteFunction.
+        look_inside: whether to open what XLA compiles in the midst of others.
 
     Returns:
-        The graph, and whether XLA must compile all of it. Inputs and outputs keep the names
-        that they have in `function.graph`.
+        The graph, in which inputs and outputs keep the names that they have in `function.graph`.
     """
     graph_def = function.graph.as_graph_def()
     arguments = {tensor.op.name for tensor in function.inputs}
+    given = getattr(function, "given", {})  # inputs that are set for good
     for node in graph_def.node:
         if node.op == "PlaceholderWithDefault" and node.name in arguments:
             node.op = "Placeholder"  # callers always give it, so the default is not used
             del node.input[:]
-    compiled = _is_marked(function.function_def, "_XlaMustCompile")
+        if node.name in given:
+            _become_constant(node, given[node.name])
+    compiled = is_marked(function.function_def, COMPILED)
     compiled = compiled or _is_compiled_whole(graph_def)
     for nodes, attributes in _bodies(graph_def):
         if attributes is not None:
             attributes.pop("_noinline", None)
             if compiled:
-                attributes.pop("_XlaMustCompile", None)
+                attributes.pop(COMPILED, None)
             if "api_implements" in attributes:
                 attributes["_noinline"].b = True
         for node in nodes:
             node.attr.pop("_noinline", None)
             node.attr.pop("_gradient_op_type", None)  # there is no way back at inference
             if compiled:
-                node.attr.pop("_XlaMustCompile", None)
+                node.attr.pop(COMPILED, None)
             if "_lower_using_switch_merge" in node.attr:
                 node.attr["_lower_using_switch_merge"].b = False
-    graph_def = _optimized(graph_def, function)
-    while _decide_branches(graph_def):
-        graph_def = _optimized(graph_def, function)
-    _decide_switches(graph_def)
-    return graph_def, compiled
+    fetched = [t.name for t in function.graph.inputs + function.graph.outputs]
+    # Side effects that nothing else waits for.
+    fetched += [op.name for op in function.graph.control_outputs]
+    graph_def = optimized(graph_def, fetched)
+    defaults = defaults_in(graph_def)
+    while decide_branches(graph_def, conditions_in(graph_def)):
+        graph_def = optimized(graph_def, fetched)
+        defaults |= defaults_in(graph_def)
+    if look_inside and not compiled:
+        graph_def = opened(graph_def, lambda graph: optimized(graph, fetched))
+    decide_switches(graph_def, conditions_in(graph_def))
+    return Inlined(graph_def, compiled, defaults)
+
+
+def _become_constant(node: Any, value: Any) -> None:
+    node.op = "Const"
+    del node.input[:]
+    dtype = node.attr["dtype" if "dtype" in node.attr else "T"].type
+    node.attr.clear()
+    node.attr["dtype"].type = dtype
+    node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value, dtype))
 
 
 def bodies_called(graph_def: GraphDef, node: Any) -> Iterator[Any]:
@@ -101,8 +140,10 @@ def _bodies(graph_def: GraphDef) -> Iterator[tuple[Iterable[Any], Any]]:
         yield function.node_def, function.attr
 
 
-def _optimized(graph_def: GraphDef, function: Any) -> GraphDef:
+def optimized(graph_def: GraphDef, fetched: list[str]) -> GraphDef:
     """Has Grappler, TensorFlow's graph optimiser, inline calls and do nothing else.
+
+    `fetched` names the nodes and tensors to keep.
 
     TensorFlow has no public function for it; its own freezing of functions
     (`convert_variables_to_constants_v2`) goes the same way.
@@ -110,9 +151,7 @@ def _optimized(graph_def: GraphDef, function: Any) -> GraphDef:
     shapes = _without_shapes_of_arguments(graph_def)
     meta_graph = export_meta_graph(graph_def=graph_def, graph=tf.Graph())
     fetches = meta_graph_pb2.CollectionDef()
-    fetches.node_list.value.extend(t.name for t in function.graph.inputs + function.graph.outputs)
-    # Side effects that nothing else waits for.
-    fetches.node_list.value.extend(op.name for op in function.graph.control_outputs)
+    fetches.node_list.value.extend(fetched)
     if not fetches.node_list.value:
         return graph_def  # it has no inputs and outputs, so no shapes either
     meta_graph.collection_def["train_op"].CopyFrom(fetches)
@@ -150,142 +189,15 @@ def _is_compiled_whole(graph_def: GraphDef) -> bool:
     compiled = {
         function.signature.name
         for function in graph_def.library.function
-        if _is_marked(function, "_XlaMustCompile")
+        if is_marked(function, COMPILED)
     }
     library = {function.signature.name: function for function in graph_def.library.function}
     nodes: Iterable[Any] = graph_def.node
     while True:
         working = [node for node in nodes if node.op not in _EMPTY]
-        if len(working) != 1 or working[0].op not in _CALLS:
+        if len(working) != 1 or working[0].op not in CALLS:
             return False
         (call,) = working
-        if _is_marked(call, "_XlaMustCompile") or call.attr["f"].func.name in compiled:
+        if is_marked(call, COMPILED) or call.attr["f"].func.name in compiled:
             return True
         nodes = library[call.attr["f"].func.name].node_def
-
-
-def _is_marked(node_or_function: Any, attribute: str) -> bool:
-    # Reading an entry that is not there would make an empty one.
-    return attribute in node_or_function.attr and bool(node_or_function.attr[attribute].b)
-
-
-# ------------------------------------------------------------- branches decided beforehand
-
-
-def _decide_branches(graph_def: GraphDef) -> bool:
-    """Turns branches with constant conditions into calls; returns whether there were any."""
-    nodes = {node.name: node for node in graph_def.node}
-    decided = False
-    for node in graph_def.node:
-        if node.op not in _BRANCHES:
-            continue
-        condition = _constant_bool(nodes, node.input[0])
-        if condition is None:
-            continue
-        branch = node.attr["then_branch" if condition else "else_branch"].func
-        node.op = "PartitionedCall" if node.op == "StatelessIf" else "StatefulPartitionedCall"
-        node.attr["f"].func.CopyFrom(branch)
-        for name in ("Tcond", "then_branch", "else_branch", "output_shapes"):
-            node.attr.pop(name, None)
-        del node.input[0]
-        decided = True
-    return decided
-
-
-def _decide_switches(graph_def: GraphDef) -> None:
-    """Lets data flow past the Switch and Merge of TensorFlow 1 where they are decided.
-
-    A Switch gives its input on output 1 where its condition is true, else on output 0; what
-    reads the other output never runs. A Merge gives the input that arrives.
-    """
-    nodes = {node.name: node for node in graph_def.node}
-    taken: dict[str, int] = {}
-    for node in graph_def.node:
-        if node.op in ("Switch", "RefSwitch"):
-            condition = _constant_bool(nodes, node.input[1])
-            if condition is not None:
-                taken[node.name] = int(condition)
-    if not taken:
-        return
-    dead = _never_run(graph_def, taken)
-    for node in graph_def.node:
-        live = [source for source in node.input if not _is_dead(source, dead)]
-        if node.op in ("Merge", "RefMerge") and node.name not in dead:
-            data = [source for source in live if not source.startswith("^")]
-            indexed = any(
-                _tensor(source) == (node.name, 1) for n in graph_def.node for source in n.input
-            )
-            if len(data) == 1 and not indexed:
-                _become_identity(node, live)
-        elif node.name in taken and node.name not in dead:
-            _become_identity(node, [node.input[0], *(x for x in live if x.startswith("^"))])
-    for node in graph_def.node:
-        for i, source in enumerate(node.input):
-            name, _ = _tensor(source)
-            if name in taken and not source.startswith("^"):
-                node.input[i] = name  # an Identity has one output
-    living = [node for node in graph_def.node if node.name not in dead]
-    del graph_def.node[:]
-    graph_def.node.extend(living)
-
-
-def _never_run(graph_def: GraphDef, taken: dict[str, int]) -> set[Any]:
-    """The nodes, and (switch, output) pairs, that no run of the graph reaches."""
-    dead: set[Any] = {(name, 1 - output) for name, output in taken.items()}
-    grown = True
-    while grown:  # in the order of the nodes mostly one pass, and one that finds no more
-        grown = False
-        for node in graph_def.node:
-            if node.name in dead or not node.input:
-                continue
-            gone = [_is_dead(source, dead) for source in node.input]
-            data = [g for g, s in zip(gone, node.input, strict=True) if not s.startswith("^")]
-            merges = node.op in ("Merge", "RefMerge")
-            if (all(data) and data) if merges else any(gone):
-                dead.add(node.name)
-                grown = True
-    return dead
-
-
-def _is_dead(source: str, dead: set[Any]) -> bool:
-    name, output = _tensor(source)
-    return name in dead or (name, output) in dead
-
-
-def _tensor(source: str) -> tuple[str, int]:
-    """A node's name and output; -1 for a control input."""
-    if source.startswith("^"):
-        return source[1:], -1
-    name, _, output = source.partition(":")
-    return name, int(output or 0)
-
-
-def _become_identity(node: Any, inputs: list[str]) -> None:
-    dtype = node.attr["T"].type
-    inputs = [s for s in inputs if not s.startswith("^")] + [s for s in inputs if s[0] == "^"]
-    node.op = "Identity"
-    node.attr.clear()
-    node.attr["T"].type = dtype
-    del node.input[:]
-    node.input.extend(inputs)
-
-
-def _constant_bool(nodes: dict[str, Any], source: str) -> bool | None:
-    """The value of a condition that is the same in every run, or None."""
-    node = nodes.get(_tensor(source)[0])
-    if node is None:
-        return None
-    if node.op in ("Identity", "PlaceholderWithDefault"):
-        # A default that the caller replaces has become a Placeholder, see `inlined`.
-        return _constant_bool(nodes, node.input[0])
-    if node.op == "LogicalNot":
-        inner = _constant_bool(nodes, node.input[0])
-        return None if inner is None else not inner
-    if node.op in ("LogicalAnd", "LogicalOr"):
-        both = [_constant_bool(nodes, source) for source in node.input[:2]]
-        if None in both:
-            return None
-        return all(both) if node.op == "LogicalAnd" else any(both)
-    if node.op == "Const" and node.attr["dtype"].type == tf.bool.as_datatype_enum:
-        return bool(tf.make_ndarray(node.attr["value"].tensor))
-    return None

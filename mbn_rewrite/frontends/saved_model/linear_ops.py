@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mbn_rewrite.frontends.saved_model.op_site import Answer, Described, Site, shape_of
-from mbn_rewrite.frontends.saved_model.weights import Weight
+from mbn_rewrite.frontends.saved_model.stored_arrays import Weight
 from mbn_rewrite.ir import layouts
 from mbn_rewrite.ir.graph import SPREADS, Linear, Opaque
 from mbn_rewrite.ir.kernels import Kernel, Window
@@ -25,7 +25,7 @@ def _linear(
     windows: tuple[Window, ...] = (),
 ) -> Answer:
     """A linear operation with the bias that is added to its output."""
-    weight = site.constants.weight(site.op.inputs[kernel])
+    weight = site.constants.kernel(site.op.inputs[kernel])
     if weight is None:
         written = site.constants.written(site.op.inputs[kernel])
         if written is not None:
@@ -76,7 +76,7 @@ def _bias_after(
             return None
         between.append(op)
         tensor = op.outputs[0]
-    weight = site.constants.weight(op.inputs[1 - position])
+    weight = site.constants.kernel(op.inputs[1 - position])
     if weight is None or math.prod(weight.shape) != channels or len(weight.shape) > len(shape):
         return None
     if op.type == "BiasAdd":

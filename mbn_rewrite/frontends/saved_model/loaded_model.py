@@ -112,6 +112,15 @@ class Loaded:
         """The signatures to carry over."""
         return {entry.name: entry.function for entry in self.entries if not entry.method}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on inputs that were set for good."""
+        return tuple(
+            f"'{entry.name}' has no input '{name}' any more: it is set to {value}"
+            for entry in self.entries
+            for name, value in getattr(entry.function, "set_to", {}).items()
+        )
+
     def release(self, names: Iterable[str]) -> None:
         """Lets go of functions, which hold more memory than small models do."""
         gone = set(names)

@@ -7,7 +7,7 @@ to inner objects is left out, and listed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mbn_rewrite.errors import NO_SPACE, RewriteError, cause_of
 from mbn_rewrite.frontends.saved_model import load_checks
 from mbn_rewrite.frontends.saved_model.loaded_model import Entry, Interface, Loaded, attribute_of
 from mbn_rewrite.frontends.saved_model.meta_graph import check_signatures, read_meta_graph
+from mbn_rewrite.frontends.saved_model.set_inputs import with_inputs_set
 from mbn_rewrite.frontends.saved_model.strip_unused import Functions, SlimCopy, functions_of
 
 # Methods that Keras saves for its own loading and training.
@@ -34,12 +35,16 @@ def load(
     tags: Sequence[str] | None = None,
     signatures: Sequence[str] | None = None,
     trusted: bool = False,
+    set_input: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Loads a SavedModel.
 
+    Args:
+        source, ...: as for `rewrite_saved_model`.
+
     Raises:
-        RewriteError: it cannot be loaded, has no such tags or signatures, or would act when it
-            is loaded and is not trusted.
+        RewriteError: it cannot be loaded, has no such tags, signatures or inputs, or would act when
+            it is loaded and is not trusted.
     """
     if isinstance(signatures, str):
         signatures = [signatures]
@@ -56,16 +61,16 @@ def load(
     copy: SlimCopy | None = None
     if meta_graph.HasField("object_graph_def"):  # TensorFlow 1 has neither methods nor objects
         with _blaming(source):
-            functions = functions_of(meta_graph)
-            methods = _methods_of(functions, left_out) if signatures is None else []
-            copy = _copy_of(source, meta_graph, functions, asked_for, methods)
+            stored_functions = functions_of(meta_graph)
+            methods = _methods_of(stored_functions, left_out) if signatures is None else []
+            copy = _copy_of(source, meta_graph, stored_functions, asked_for, methods)
     with _blaming(source, copy):
         root = _root(source, meta_graph, copy, trusted)
     for part in ("graph_def", "object_graph_def"):  # large, and of no more use
         meta_graph.ClearField(part)
     loaded = Loaded(root, meta_graph, [], left_out, copy=copy)
-    for key in asked_for:
-        function = root.signatures[key]
+    functions = {key: root.signatures[key] for key in asked_for}
+    for key, function in with_inputs_set(source, functions, set_input).items():
         loaded.entries.append(Entry(key, "", Interface.of(function), function))
     for name in methods:
         function = _restored(root, name)

@@ -33,6 +33,10 @@ from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 # Operations in the expression of the variance of a BatchNormalization.
 _ROOTS = {"Rsqrt", "Sqrt", "Pow"}
+_ADDITIONS = {"Add", "AddV2", "Sub", "BiasAdd"}
+_DIVISIONS = ("RealDiv", "Div", "DivNoNan")
+_ELEMENTWISE = {"Mul", "Add", "AddV2", "Sub", "BiasAdd", *_DIVISIONS}
+_MOST_STEPS = 8  # of a BatchNormalization whose constants are broadcast to the shape of its input
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Step:
         scale, shift: float64, of the shape that `constant` has when it is broadcast.
         axis: the axis along which `constant` varies, or None where it is one number.
         roots: the keys of the variances, as stored, that `constant` takes the root of.
+        fits: whether `constant` is known to fit `data`, whose shape may not be known.
     """
 
     op: Any
@@ -55,46 +60,79 @@ class Step:
     shift: Array
     axis: int | None
     roots: frozenset[Any]
+    fits: bool = True
 
 
 def step_of(constants: Constants, op: Any) -> Step | None:
     """The step of an elementwise operation that has one operand that is not constant, or None."""
-    if op.type not in ("Mul", "Add", "AddV2", "Sub", "RealDiv", "Div", "BiasAdd"):
+    if op.type not in _ELEMENTWISE:
         return None
     left, right = op.inputs[0], op.inputs[1]
-    value = constants.value(right)
+    value = _value_beside(constants, left, right)
     data, constant, flipped = left, right, False
     if value is None:
-        value = constants.value(left)
+        value = _value_beside(constants, right, left)
         data, constant, flipped = right, left, True
     if value is None or constants.value(data) is not None or not data.dtype.is_floating:
         return None
-    if flipped and op.type in ("RealDiv", "Div"):
+    if flipped and op.type in _DIVISIONS:
         return None
     if op.type == "BiasAdd":
         axis: int | None = channel_axis(op)
         fits = True
     else:
         axis, fits = _varying_axis(value, data.shape)
-    if not fits:
+    if not fits and not _may_fit(value, data.shape):
         return None
     vector = value.reshape(-1)
     one, zero = np.ones_like(vector), np.zeros_like(vector)
     with np.errstate(all="ignore"):  # the caller reports a map that is not finite
         scale, shift = {
             "Mul": (vector, zero),
-            "RealDiv": (one / vector, zero),
-            "Div": (one / vector, zero),
+            **dict.fromkeys(_DIVISIONS, (one / vector, zero)),
+            "DivNoNan": (np.where(vector == 0, zero, one / vector), zero),
             "Sub": (-one, vector) if flipped else (one, -vector),
         }.get(op.type, (one, vector))
     roots = frozenset(
         stored.key
         for name in constants.depends_on(constant, _ROOTS)
-        if _is_root_of_variance(root := constants.function.graph.get_operation_by_name(name))
+        if _is_root_of_variance(
+            constants, root := constants.function.graph.get_operation_by_name(name)
+        )
         for stored in constants.stored_in(root.outputs[0])
         if math.prod(stored.shape) > 1 or stored.is_variable
     )
-    return Step(op, data, constant, scale, shift, axis, roots)
+    return Step(op, data, constant, scale, shift, axis, roots, fits)
+
+
+def _value_beside(constants: Constants, data: Any, tensor: Any) -> Array | None:
+    """The value of an operand, before it was broadcast to the shape of the data beside it."""
+    before = source_of(tensor)
+    if before.op.type != "BroadcastTo" or data.shape.rank is None:
+        return constants.value(tensor)
+    value = constants.value(before.op.inputs[0])
+    shape = source_of(before.op.inputs[1]).op
+    alike = shape.type == "Shape" and _is_of_shape(constants, data, shape.inputs[0])
+    if not alike and data.shape.is_fully_defined():
+        alike = before.shape.is_fully_defined() and data.shape == before.shape
+    return value if alike else constants.value(tensor)
+
+
+def _is_of_shape(constants: Constants, data: Any, other: Any) -> bool:
+    """Whether data has the shape of another tensor because it is computed of that by steps."""
+    other, data = source_of(other), source_of(data)
+    for _ in range(_MOST_STEPS):
+        if data is other:
+            return True
+        if data.op.type not in _ELEMENTWISE or data.shape.rank != data.op.inputs[0].shape.rank:
+            return False
+        unknown = [t for t in data.op.inputs if not constants.is_fixed(t)]
+        # Operands that are broadcast to the shape of the same tensor do not count.
+        unknown = [t for t in unknown if source_of(t).op.type != "BroadcastTo"]
+        if len(unknown) != 1:
+            return False
+        data = source_of(unknown[0])
+    return False
 
 
 def _varying_axis(value: Array, shape: Any) -> tuple[int | None, bool]:
@@ -110,11 +148,25 @@ def _varying_axis(value: Array, shape: Any) -> tuple[int | None, bool]:
     return axis, axis > 0
 
 
-def _is_root_of_variance(op: Any) -> bool:
-    """Whether an operation is 1/sqrt(variance + epsilon), or the square root alone."""
+def _may_fit(value: Array, shape: Any) -> bool:
+    """Whether an array may vary along one axis of a tensor whose shape is not known."""
+    axes = [axis - value.ndim for axis, size in enumerate(value.shape) if size > 1]
+    if len(axes) != 1:
+        return False
+    return shape.rank is None or (-axes[0] < shape.rank and shape[shape.rank + axes[0]] is None)
+
+
+def _is_root_of_variance(constants: Constants, op: Any) -> bool:
+    """Whether an operation is 1/sqrt(variance + epsilon), or the square root alone.
+
+    Inputs are prepared by the roots of constants, too, but not of variables.
+    """
     if source_of(op.inputs[0]).op.type in ("Add", "AddV2"):
         return True
-    return op.type == "Rsqrt" and op.outputs[0].shape.num_elements() != 1
+    if op.outputs[0].shape.num_elements() == 1:
+        return False
+    of_variables = any(stored.is_variable for stored in constants.stored_in(op.inputs[0]))
+    return op.type == "Rsqrt" or of_variables
 
 
 def arithmetic_norms(constants: Constants, taken: set[str]) -> Iterator[Norm]:
@@ -193,6 +245,8 @@ def _norm_of(constants: Constants, run: list[Step]) -> Norm | None:
     def staying(obstacle: Obstacle, detail: str = "") -> Norm:
         return Norm(ops, source, sink, rank, None, None, keys, Reason(obstacle, detail))
 
+    if not all(step.fits for step in run):
+        return staying(Obstacle.AXIS_UNKNOWN)
     if len(axes) > 1:
         return staying(Obstacle.AXES_DIFFER)
     shape = run[0].data.shape
@@ -221,16 +275,20 @@ def _without_preparation(run: list[Step]) -> list[Step]:
 
 
 def _is_precomputed(constants: Constants, run: list[Step]) -> bool:
-    """Whether a run is a multiplication and an addition by vectors of the graph.
+    """Whether a run is (x - mean) * scale + shift, by vectors of the graph.
 
-    A BatchNormalization whose constants were computed beforehand is left as that. A normalisation
-    by the data itself (of layers, instances or groups) ends in the same way, so it is looked for
-    before the run.
+    The mean may be part of the shift, and the scale may be several vectors. A BatchNormalization
+    whose constants were computed beforehand is left as that. A normalisation by the data itself (of
+    layers, instances or groups) ends in the same way, so it is looked for before the run.
     """
     kinds = [step.op.type for step in run]
-    if len(run) != 2 or kinds[0] != "Mul" or kinds[1] not in ("Add", "AddV2", "Sub", "BiasAdd"):
+    factors = kinds[1:-1] if kinds[0] == "Sub" else kinds[:-1]
+    if not factors or set(factors) != {"Mul"} or kinds[-1] not in _ADDITIONS:
         return False
-    if any(step.axis is None or not _is_constant_of_graph(constants, step) for step in run):
+    if any(
+        not step.fits or step.axis is None or not _is_constant_of_graph(constants, step)
+        for step in run
+    ):
         return False
     pending, depth = [source_of(run[0].data)], 0
     while pending and depth < 8:

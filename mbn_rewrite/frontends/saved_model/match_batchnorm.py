@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mbn_rewrite.frontends.saved_model.flags import advice_on_switch
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, source_of
 from mbn_rewrite.frontends.saved_model.weights import Constants
 from mbn_rewrite.ir.channel_map import ChannelMap
@@ -118,12 +119,18 @@ def _reason_to_stay(constants: Constants, fused: _FusedOp) -> Reason | None:
             return Reason(Obstacle.WRITTEN, written[1])
     arrays = [constants.value(tensor) for tensor in fused.parameters]
     if any(array is None for array in arrays):
-        return Reason(Obstacle.COMPUTED)
+        switch = next(filter(_given, map(constants.switch_before, fused.parameters)), None)
+        advised = "" if switch is None else advice_on_switch(constants.function, switch)
+        return Reason(Obstacle.BRANCH, advised) if advised else Reason(Obstacle.COMPUTED)
     if any(_is_read(constants.function, tensor) for tensor in fused.op.outputs[1:]):
         return Reason(Obstacle.STATISTICS_READ)
     if not all(np.all(np.isfinite(array)) for array in arrays if array is not None):
         return Reason(Obstacle.NOT_FINITE)
     return None
+
+
+def _given(switch: Any) -> bool:
+    return switch is not None
 
 
 def _map_of(constants: Constants, fused: _FusedOp, axis: int) -> ChannelMap:

@@ -9,7 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph
-from mbn_rewrite.frontends.saved_model.weights import Constants, Weight
+from mbn_rewrite.frontends.saved_model.stored_arrays import Weight
+from mbn_rewrite.frontends.saved_model.weights import Constants
 from mbn_rewrite.ir.graph import Op, Shape
 
 

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 
 from mbn_rewrite.frontends.saved_model import linear_ops, position_ops
+from mbn_rewrite.frontends.saved_model.branches import BRANCHES
+from mbn_rewrite.frontends.saved_model.flags import advice
 from mbn_rewrite.frontends.saved_model.function_graph import source_of
 from mbn_rewrite.frontends.saved_model.op_site import Answer, Described, Site
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
@@ -131,6 +133,11 @@ def _multiplication(site: Site) -> Answer:
     return Merge(MergeKind.MULTIPLY)
 
 
+def _branch(site: Site) -> Answer:
+    advised = advice(site.function, site.op)
+    return Opaque(f"does what {advised}") if advised else Opaque()
+
+
 # ----------------------------------------------------------------------------- the table
 
 _DESCRIBERS: dict[str, Callable[[Site], Answer]] = {
@@ -168,5 +175,6 @@ _DESCRIBERS: dict[str, Callable[[Site], Answer]] = {
     "Maximum": _merge(MergeKind.MAXIMUM),
     "Minimum": _merge(MergeKind.MINIMUM),
     "Mul": _multiplication,
+    **dict.fromkeys(BRANCHES, _branch),
 }
 assert not ALIASES & set(_DESCRIBERS)

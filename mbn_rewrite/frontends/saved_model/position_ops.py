@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mbn_rewrite.frontends.saved_model.blocks import added_zeros_are_read
 from mbn_rewrite.frontends.saved_model.op_site import Answer, Site
 from mbn_rewrite.ir.graph import (
     Affine,
@@ -118,14 +119,21 @@ def resize(site: Site) -> Answer:
 
 
 def move_blocks(site: Site) -> Answer:
-    """SpaceToBatchND pads with zeros and BatchToSpaceND crops; both move blocks of positions."""
+    """SpaceToBatchND pads with zeros and BatchToSpaceND crops; both move blocks of positions.
+
+    Zeros that nothing is computed from do not count.
+    """
     rank, block = len(site.shape(0)), site.shape(1)
     if not block or block[0] is None or block[0] + 1 >= rank:
         return Opaque("works along every axis")
+    if site.op.type == "BatchToSpaceND" or _pads_nothing(site) or not added_zeros_are_read(site):
+        return Affine(rank - 1, rank - 1)
+    return ZeroPadding(rank - 1, rank - 1)
+
+
+def _pads_nothing(site: Site) -> bool:
     paddings = site.number(2)
-    crops = site.op.type == "BatchToSpaceND"
-    kind = Affine if crops or (paddings is not None and not paddings.any()) else ZeroPadding
-    return kind(rank - 1, rank - 1)
+    return paddings is not None and not paddings.any()
 
 
 def reshape(site: Site) -> Answer:

@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from mbn_rewrite.frontends.saved_model import hidden_batchnorm
+from mbn_rewrite.frontends.saved_model import flags, hidden_batchnorm, opaque_calls
 from mbn_rewrite.frontends.saved_model.function_graph import (
     SHAPE_ONLY,
     FunctionGraph,
@@ -25,7 +25,6 @@ from mbn_rewrite.frontends.saved_model.match_arithmetic import arithmetic_norms
 from mbn_rewrite.frontends.saved_model.match_batchnorm import FUSED, Norm, fused_norm
 from mbn_rewrite.frontends.saved_model.op_site import Described, Site, shape_of
 from mbn_rewrite.frontends.saved_model.op_table import describe
-from mbn_rewrite.frontends.saved_model.opaque_calls import notes_on
 from mbn_rewrite.frontends.saved_model.reading import (
     ClipCall,
     LinearCall,
@@ -34,9 +33,10 @@ from mbn_rewrite.frontends.saved_model.reading import (
     Reading,
 )
 from mbn_rewrite.frontends.saved_model.scopes import common_scope, shared_scope, without_leaf
+from mbn_rewrite.frontends.saved_model.stored_arrays import Weight
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
 from mbn_rewrite.frontends.saved_model.weight_uses import WeightUses
-from mbn_rewrite.frontends.saved_model.weights import Constants, Weight
+from mbn_rewrite.frontends.saved_model.weights import Constants
 from mbn_rewrite.ir.graph import (
     Affine,
     BatchNorm,
@@ -66,7 +66,8 @@ def read(functions: Iterable[FunctionGraph], writes: Writes, pinned: Iterable[An
     reader = _Reader(writes, WeightUses(writes, keys))
     for function in functions:
         reader.read(function)
-    return replace(reader.finish(), notes=notes_on(functions))
+    notes = (*flags.notes_on(functions), *opaque_calls.notes_on(functions))
+    return replace(reader.finish(), notes=notes)
 
 
 @dataclass
@@ -76,7 +77,7 @@ class _Reader:
     values: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     outputs: set[int] = field(default_factory=set)
-    hidden: list[HiddenBatchNorm] = field(default_factory=list)
+    hidden: dict[Any, HiddenBatchNorm] = field(default_factory=dict)
     linears: dict[str, list[LinearCall]] = field(default_factory=dict)
     norms: dict[str, list[NormCall]] = field(default_factory=dict)
     clips: dict[int, ClipCall] = field(default_factory=dict)  # by the number of their node
@@ -84,6 +85,7 @@ class _Reader:
     dtypes: set[str] = field(default_factory=set)
     owners: dict[Any, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
+    seen: set[Any] = field(default_factory=set)  # keys of `hidden` that are listed anyway
     scope: str = ""  # what all names of the function at hand begin with
 
     # -- one function --------------------------------------------------------------------
@@ -93,6 +95,12 @@ class _Reader:
         described, norms = self._recognised(function, constants)
         linear = [name for name, d in described.items() if isinstance(d.op, Linear)]
         self.scope = shared_scope([*linear, *norms])
+        self.seen |= {
+            ("hidden", key[1])
+            for norm in norms.values()
+            for key in norm.keys
+            if key[0] == "variable"
+        }
         known: dict[str, int] = {}  # tensor name -> value
         inside = {op.name for d in described.values() for op in d.absorbed}
         inside |= {op.name for norm in norms.values() for op in norm.ops}
@@ -108,6 +116,8 @@ class _Reader:
             self.uses.note(constants, op, f"{op.type} '{self._shown(op.name)}'")
             self._add_written(function, constants, op)
             self._add_hidden(function, op)
+            self._add_switched(function, constants, op)
+            self._add_of_several_axes(function, constants, op)
         self._add_constants(function, known)
         for tensor in function.outputs:
             self.outputs.add(self._value(source_of(tensor), known))
@@ -145,9 +155,7 @@ class _Reader:
         """Whether an operation only serves to compute constants."""
         if not op.outputs or op.type == "Placeholder":
             return op.name in constants.function.captures
-        return constants.weight(op.outputs[0]) is not None or (
-            constants.value(op.outputs[0]) is not None
-        )
+        return constants.is_fixed(op.outputs[0])
 
     def _add(
         self, function: FunctionGraph, op: Any, described: Described, known: dict[str, int]
@@ -210,21 +218,47 @@ class _Reader:
     def _add_written(self, function: FunctionGraph, constants: Constants, op: Any) -> None:
         """Lists a BatchNormalization written out as arithmetic whose variance is no constant."""
         for variable, writer in hidden_batchnorm.written_variances(constants, op):
-            key = ("written", id(variable))
-            if key not in self.owners:
-                owner = self._owner(key, common_scope([self._shown(op.name)]))
-                norm = BatchNorm(None, Reason(Obstacle.WRITTEN, writer))
-                self.hidden.append(HiddenBatchNorm(owner, function.name, norm, None, "float32"))
+            name, reason = common_scope([self._shown(op.name)]), Reason(Obstacle.WRITTEN, writer)
+            self._hide(("written", id(variable)), name, function.name, reason)
 
     def _add_hidden(self, function: FunctionGraph, op: Any) -> None:
         """Lists the BatchNormalizations in the functions that an operation calls."""
         place = self._shown(op.name)
         label = f"{op.type} '{place}'"
-        for body, node in hidden_batchnorm.in_functions_called(function, op):
-            norm = BatchNorm(None, Reason(Obstacle.IN_BODY, label))
-            key = (function.name, body, node)
-            owner = self._owner(key, f"{place}/{without_leaf(node)}")
-            self.hidden.append(HiddenBatchNorm(owner, label, norm, None, "float32"))
+        for found in hidden_batchnorm.in_functions_called(function, op):
+            name, condition = f"{place}/{without_leaf(found.node)}", found.condition
+            advice = "" if condition is None else flags.advice(function, op, condition)
+            reason = Reason(Obstacle.IN_BODY, label)
+            if advice:
+                reason = Reason(Obstacle.BRANCH, advice)
+            if found.variable is None:
+                self._hide((function.name, found.body, found.node), name, label, reason)
+            else:
+                self._hide(("hidden", id(found.variable)), name, label, reason)
+
+    def _add_switched(self, function: FunctionGraph, constants: Constants, op: Any) -> None:
+        """Lists a BatchNormalization behind a switch of TensorFlow 1."""
+        switch = hidden_batchnorm.switched_variance(constants, op)
+        if switch is not None:
+            reason = Reason(Obstacle.BRANCH, flags.advice_on_switch(function, switch))
+            variable = function.variable(switch.op.inputs[0])
+            key = ("hidden", function.name if variable is None else id(variable))
+            self._hide(key, common_scope([self._shown(op.name)]), function.name, reason)
+
+    def _add_of_several_axes(self, function: FunctionGraph, constants: Constants, op: Any) -> None:
+        """Lists a BatchNormalization over several axes."""
+        found = hidden_batchnorm.over_several_axes(constants, op)
+        if found is not None:
+            stored, axes = found
+            name = common_scope([self._shown(op.name)])
+            reason = Reason(Obstacle.SEVERAL_AXES, axes)
+            self._hide(("axes", stored.key), name, function.name, reason)
+
+    def _hide(self, key: Any, name: str, holder: str, reason: Reason) -> None:
+        """Lists a BatchNormalization that stays, once."""
+        if key not in self.owners:
+            owner, norm = self._owner(key, name), BatchNorm(None, reason)
+            self.hidden[key] = HiddenBatchNorm(owner, holder, norm, None, "float32")
 
     # -- all functions -------------------------------------------------------------------
 
@@ -248,7 +282,7 @@ class _Reader:
             tuple(self.values),
             tuple(nodes),
             frozenset(self.outputs),
-            tuple(self.hidden),
+            tuple(hidden for key, hidden in self.hidden.items() if key not in self.seen),
             lambda owner, name: linears[owner][0].described.weights[name].stored.read(),
         )
         return Reading(graph, linears, self.norms, clips, plain, frozenset(self.dtypes))

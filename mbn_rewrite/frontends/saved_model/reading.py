@@ -8,7 +8,7 @@ from typing import Any
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph
 from mbn_rewrite.frontends.saved_model.match_batchnorm import Norm
 from mbn_rewrite.frontends.saved_model.op_site import Described
-from mbn_rewrite.frontends.saved_model.weights import Stored
+from mbn_rewrite.frontends.saved_model.stored_arrays import Stored
 from mbn_rewrite.ir.graph import Graph
 
 
@@ -74,6 +74,7 @@ class Reading:
         keys = {key for calls in self.norms.values() for call in calls for key in call.norm.keys}
         for calls in self.linears.values():
             keys |= {w.stored.key for call in calls for w in call.described.weights.values()}
+        keys |= {inner for key in keys if key[0] == "computed" for inner in key[1]}
         return {key[1] for key in keys if key[0] == "variable"}
 
     def weight(self, owner: str, name: str) -> Stored:

@@ -15,6 +15,7 @@ from tensorflow.python.saved_model import fingerprinting_utils
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends.saved_model.graph_editor import Rewritten, as_node_name
 from mbn_rewrite.frontends.saved_model.loaded_model import Entry, Interface, Loaded
+from mbn_rewrite.frontends.saved_model.set_inputs import WithSetInputs
 
 
 def save(
@@ -99,7 +100,8 @@ def _tensors(node: Any) -> list[str]:
 def signature_of(entry: Entry, new: Rewritten | None) -> Any:
     """A concrete function with the arguments of a signature."""
     if new is None:
-        return entry.function
+        is_set = isinstance(entry.function, WithSetInputs)
+        return entry.function.concrete() if is_set else entry.function
     interface = entry.interface
     specs = [
         tf.TensorSpec(spec.shape, spec.dtype, name=as_node_name(name))
@@ -253,6 +255,8 @@ def _finish(meta_graph: Any, source: Path, directory: Path) -> None:
         if key in new.signature_def and not key.startswith("__"):
             new.signature_def[key].method_name = signature.method_name
             for name, value in signature.defaults.items():
+                if name not in new.signature_def[key].inputs:
+                    continue  # it was set
                 new.signature_def[key].defaults[name].CopyFrom(value)
     if new.SerializeToString(deterministic=True) != before:
         file.write_bytes(proto.SerializeToString(deterministic=True))

@@ -19,6 +19,7 @@ def shared_scope(names: Iterable[str]) -> str:
 def without_leaf(name: str) -> str:
     """The scope of an operation: the name of the layer that it comes from."""
     scope, _, leaf = name.rpartition("/")
+    scope = re.sub(r"/(Stateful)?PartitionedCall(_\d+)?$", "", scope)  # a function of the layer's
     return scope or leaf
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import Run
 from mbn_rewrite.frontends.reference_io import ReferenceIO
 from mbn_rewrite.frontends.saved_model import saving, writer
+from mbn_rewrite.frontends.saved_model.flags import decided
 from mbn_rewrite.frontends.saved_model.function_graph import (
     FunctionGraph,
     Writes,
@@ -52,10 +54,11 @@ class SavedModelDirectory:
         tags: Sequence[str] | None,
         signatures: Sequence[str] | None,
         trusted: bool = False,
+        set_input: Mapping[str, Any] | None = None,
     ) -> None:
         self._source = source
-        self._asked_for = (tags, signatures, trusted)
-        self._loaded = load(source, tags, signatures, trusted)
+        self._asked_for = (tags, signatures, trusted, set_input)
+        self._loaded = load(source, *self._asked_for)
         self.left_out: dict[str, str] = self._loaded.left_out
         self.as_it_was: dict[str, str] = {}
         self.unverifiable: dict[str, str] = {}
@@ -64,8 +67,9 @@ class SavedModelDirectory:
         self._copies: dict[Any, Any] = {}  # weights of forms that were run
         self._measured_with: Mapping[str, Any] | None = None
         self._read_functions()
-        self._note_unverifiable(trusted)
         self._initializer = self._read_initializer()
+        self._decide_branches()
+        self._note_unverifiable(trusted)
         self._leave_out_what_trains()
         self._writes = self._all_writes()
         pinned = [v for entry in self._unread for v in entry.function.graph.variables]
@@ -77,13 +81,26 @@ class SavedModelDirectory:
         """Reads the graphs of functions; notes those that cannot be read."""
         for entry in self._loaded.entries:
             try:
-                self._graphs[entry.name] = function_graph_of(
-                    entry.name, entry.function, self._loaded.variable_in_graph
+                graph = function_graph_of(
+                    entry.name, entry.function, self._loaded.variable_in_graph, look_inside=True
                 )
+                # Only inputs of signatures can be set.
+                self._graphs[entry.name] = replace(graph, labels={}) if entry.method else graph
             except RewriteError:
                 raise
             except Exception as error:
                 self.as_it_was[entry.name] = cause_of(error)
+
+    def _decide_branches(self) -> None:
+        """Takes out the branches that functions never take, as far as that can be known."""
+        undecided = set(self._graphs)
+        while undecided:
+            writes = self._all_writes()
+            found = {name: decided(self._graphs[name], writes) for name in sorted(undecided)}
+            new = {name: graph for name, graph in found.items() if graph is not None}
+            self._graphs |= new
+            # Where a write is gone, others may be decided, too.
+            undecided = set(self._graphs) if self._all_writes().by != writes.by else set(new)
 
     def _note_unverifiable(self, trusted: bool) -> None:
         """Notes the functions whose outputs are random, or that may act when they are called."""
@@ -186,7 +203,7 @@ class SavedModelDirectory:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*self._reading.notes, *self._notes())
+        return (*self._loaded.notes, *self._reading.notes, *self._notes())
 
     def set_up(self, run_config: RunConfig) -> AbstractContextManager[None]:
         return set_up(run_config)

@@ -30,7 +30,7 @@ READS = {
 # Operations that forward a handle.
 _FORWARDING = ALIASES | {"IdentityN", "Switch", "Merge", "Enter", "Exit", "NextIteration"}
 # Calls, and the number of inputs before the arguments of the function.
-_CALLS = {
+CALLS_BEFORE_ARGUMENTS = {
     **dict.fromkeys(("PartitionedCall", "StatefulPartitionedCall", "BatchFunction"), 0),
     **dict.fromkeys(("While", "StatelessWhile", "XlaLaunch"), 0),
     **dict.fromkeys(("If", "StatelessIf", "Case", "StatelessCase"), 1),
@@ -132,10 +132,10 @@ class _Body:
         known = len(called) == len(list(called_by(node))) - 1
         if not called or not known:
             yield from ((handle, label) for handle in sorted(passed))
-        elif node.op in _CALLS:
+        elif node.op in CALLS_BEFORE_ARGUMENTS:
             for name in called:
                 for i, operation in self._library.written_by(name).items():
-                    for handle in sorted(taken[i + _CALLS[node.op]]):
+                    for handle in sorted(taken[i + CALLS_BEFORE_ARGUMENTS[node.op]]):
                         yield handle, f"{operation} in {label}"
         else:  # who knows which argument is which
             bodies = bodies_called(self._library.graph_def, node)
@@ -231,7 +231,7 @@ class _Body:
 
 def _gives_handle(node: Any, output: str) -> bool:
     """Whether an output of a call is a handle."""
-    if node.op not in _CALLS:
+    if node.op not in CALLS_BEFORE_ARGUMENTS:
         return False
     types = node.attr["T" if "While" in node.op else "Tout"].list.type
     number = _number(output)

@@ -37,6 +37,9 @@ class WeightUses:
             weight = constants.weight(tensor)
             if weight is not None and not gives_weight:
                 self._add(weight.stored.key, op, label)
+            computed = constants.computed(tensor)
+            if computed is not None and op.type not in ALIASES:
+                self._add(computed.stored.key, op, label)
             is_handle = tensor.dtype == tf.resource
             variable = constants.function.variable(tensor) if is_handle else None
             if variable is not None and op.type not in ALIASES | {"ReadVariableOp"}:
@@ -44,7 +47,7 @@ class WeightUses:
 
     def note_output(self, constants: Constants, tensor: Any) -> None:
         """Notes the stored array that a function gives as an output, if it is one."""
-        weight = constants.weight(tensor)
+        weight = constants.weight(tensor) or constants.computed(tensor)
         if weight is not None:
             self._add(weight.stored.key, tensor, f"an output of '{constants.function.name}'")
 

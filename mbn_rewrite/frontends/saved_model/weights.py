@@ -1,88 +1,31 @@
 """Weights of a SavedModel: variables and constants, and values computed from them.
 
 A graph rarely feeds a variable straight to an operation: it is read, cast, and reshaped on the
-way. `Constants.weight` follows that way back to the stored array, and
-`Constants.value` computes small expressions such as the gamma * rsqrt(variance + epsilon)
-of a BatchNormalization, in float64.
+way. `Constants.weight` follows that way back to the stored array, `Constants.kernel` takes what is
+computed of stored arrays alone for one, and `Constants.value` computes small expressions such as
+the gamma * rsqrt(variance + epsilon) of a BatchNormalization, in float64 where it knows how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes
+from mbn_rewrite.frontends.saved_model.evaluation import MOST_ELEMENTS, Evaluation
+from mbn_rewrite.frontends.saved_model.flags import switch_before
+from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes, source_of
+from mbn_rewrite.frontends.saved_model.stored_arrays import Computed, Stored, Weight
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
 from mbn_rewrite.ir.channel_map import Array
-from mbn_rewrite.ir.kernels import Kernel
 
 # Larger results are no per-channel parameters.
 _MOST_ELEMENTS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An array that the model stores: a variable, or a constant of its graph.
-
-    Attributes:
-        key: identifies it.
-        name: its name for the user.
-        shape: its shape.
-        dtype: the name of its dtype.
-        read: gives its value.
-        place: the tf.Variable, or the (function, name of the node) of a constant.
-    """
-
-    key: Any
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], Array]
-    place: Any
-
-    @property
-    def is_variable(self) -> bool:
-        return bool(self.key[0] != "constant")
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A tensor that holds a stored array, perhaps in another shape and dtype.
-
-    Attributes:
-        stored: the array.
-        view: a shape of it; the tensor is `stored.reshape(view).transpose(order)`.
-        order: see `view`.
-        dtype: the narrowest dtype that it has on the way.
-    """
-
-    stored: Stored
-    view: tuple[int, ...]
-    order: tuple[int, ...]
-    dtype: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.view[axis] for axis in self.order)
-
-    def keeps_window(self, axes: int) -> bool:
-        """Whether the first axes of the tensor, those of a window, are stored in their order."""
-        window = self.order[:axes]
-        return list(window) == sorted(window)
-
-    def laid_out(self, kernel: Kernel) -> Kernel | None:
-        """A layout of the tensor as one of the stored array; None where there is none."""
-        if self.order == tuple(range(len(self.order))):
-            return kernel
-        out_dims = tuple(self.order[axis] for axis in kernel.out_dims)
-        if len(kernel.view) != len(self.order) or list(out_dims) != sorted(out_dims):
-            return None
-        in_dims = tuple(self.order[axis] for axis in kernel.in_dims)
-        return Kernel(kernel.name, self.view, in_dims, out_dims)
 
 
 class Constants:
@@ -98,6 +41,27 @@ class Constants:
         self._writes = writes
         self._values: dict[str, Array | None] = {}
         self._weights: dict[str, Weight | None] = {}
+        self._computed: dict[str, Weight] = {}  # by the tensor, past what forwards it
+
+    @cached_property
+    def _evaluation(self) -> Evaluation:
+        return Evaluation(self.function, self._writes)
+
+    @cached_property
+    def _if_nothing_wrote(self) -> Evaluation:
+        return Evaluation(self.function, Writes())
+
+    def is_fixed(self, tensor: Any) -> bool:
+        """Whether a tensor is the same in every run."""
+        return self._evaluation.is_fixed(tensor)
+
+    def switch_before(self, tensor: Any) -> Any:
+        """The output of a switch of TensorFlow 1 that a weight comes through, or None."""
+        return switch_before(self.function, self._evaluation, tensor)
+
+    def evaluation_given(self, operations: Iterable[str]) -> Evaluation:
+        """Evaluation of what is computed of the results of operations, too, which are given."""
+        return Evaluation(self.function, self._writes, operations)
 
     # -- stored arrays -------------------------------------------------------------------
 
@@ -145,31 +109,75 @@ class Constants:
                 ("constant", id(self.function), op.name), op.name, tuple(tensor.shape),
                 tensor.dtype.name, lambda: _array(op), (self.function, op.name),
             )  # fmt: skip
+        stored = self._stored_variable(op)
+        dtype = op.outputs[0].dtype
+        return stored if stored is not None and stored.dtype == dtype.name else None
+
+    def _stored_variable(self, op: Any) -> Stored | None:
+        """The variable that an operation reads."""
         variable = self.function.variable(op.inputs[0])
         if variable is None or id(variable) in self._writes.by:
             return None
-        if not variable.shape.is_fully_defined() or variable.dtype != op.outputs[0].dtype:
+        if not variable.shape.is_fully_defined():
             return None
         return Stored(
             ("variable", id(variable)), variable.name.partition(":")[0],
             tuple(variable.shape), variable.dtype.name, variable.numpy, variable,
         )  # fmt: skip
 
+    def kernel(self, tensor: Any) -> Weight | None:
+        """The stored array that a tensor holds, or the one that is computed of stored ones."""
+        weight = self.weight(tensor)
+        if weight is not None:
+            return weight
+        tensor = source_of(tensor)
+        if tensor.name not in self._computed:
+            shape = tensor.shape
+            if not tensor.dtype.is_floating or not shape.is_fully_defined():
+                return None
+            if shape.num_elements() > MOST_ELEMENTS or not self.is_fixed(tensor):
+                return None
+            if self.depends_on(tensor, _QUANTISING):
+                return None  # it is to stay on its grid
+            stored = self._stored_computed(tensor)
+            order = tuple(range(shape.rank))
+            self._computed[tensor.name] = Weight(stored, stored.shape, order, stored.dtype)
+        return self._computed[tensor.name]
+
+    def computed(self, tensor: Any) -> Weight | None:
+        """The computed array that a tensor was found to be by `kernel`, if it was."""
+        return self._computed.get(source_of(tensor).name)
+
+    def _stored_computed(self, tensor: Any) -> Stored:
+        variables = sorted({s.key for s in self.stored_in(tensor) if s.is_variable})
+        place = Computed(self.function, tensor.name, bool(variables))
+
+        def read() -> Array:
+            return self._evaluation.run([tensor])[0]
+
+        name = tensor.op.name
+        # Functions that compute the same of the same variables share it.
+        own = () if variables else (id(self.function), name)
+        digest = hashlib.sha256(np.ascontiguousarray(read()).tobytes()).hexdigest()
+        key = ("computed", tuple(variables), digest, own)
+        return Stored(key, name, tuple(tensor.shape), tensor.dtype.name, read, place)
+
     def written(self, tensor: Any) -> tuple[Any, str] | None:
         """A variable in the expression of a parameter that functions write to, and who does."""
+        if not self._if_nothing_wrote.is_fixed(tensor):
+            return None
         pending, seen = [tensor.op], set()
         while pending:
             op = pending.pop()
             if op.name in seen:
                 continue
             seen.add(op.name)
-            if op.type == "ReadVariableOp":
+            if op.type in ("ReadVariableOp", "ResourceGather"):
                 variable = self.function.variable(op.inputs[0])
                 who = self._writes.by.get(id(variable))
                 if who is not None:
                     return variable, who
-            elif op.type in _COMPUTE or op.type in ("BroadcastTo", "Transpose") or _reshapes(op):
-                pending += [source.op for source in reversed(op.inputs)]
+            pending += [source.op for source in reversed(op.inputs)]
         return None
 
     # -- computed values -----------------------------------------------------------------
@@ -177,7 +185,7 @@ class Constants:
     def value(self, tensor: Any) -> Array | None:
         """A tensor's value, floats in float64; None where it depends on the run's inputs.
 
-        None also for large tensors and for operations that are not in the table.
+        None also for large tensors.
         """
         if tensor.name not in self._values:
             self._values[tensor.name] = None  # graphs of TensorFlow 1 may have cycles
@@ -186,9 +194,11 @@ class Constants:
 
     def _value(self, tensor: Any) -> Array | None:
         size = tensor.shape.num_elements()
-        if size is None or size > _MOST_ELEMENTS or tensor.dtype.base_dtype == tf.string:
+        dtype, op = tensor.dtype.base_dtype, tensor.op
+        if size is None or size > _MOST_ELEMENTS or not self.is_fixed(tensor):
             return None
-        op = tensor.op
+        if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
+            return None
         if op.type in ("Const", "ReadVariableOp"):
             weight = self.weight(tensor)
             return None if weight is None else _wide(weight.stored.read())
@@ -199,14 +209,14 @@ class Constants:
             if op.type == "BroadcastTo":
                 return np.broadcast_to(inner, tuple(tensor.shape))
             return inner.reshape(tuple(tensor.shape))
-        compute = _COMPUTE.get(op.type)
-        if compute is None:
-            return None
-        arguments = [self.value(argument) for argument in op.inputs]
-        if any(argument is None for argument in arguments):
-            return None
+        compute = _COMPUTE.get(op.type) if dtype.is_floating else None
+        arguments = [self.value(argument) for argument in op.inputs] if compute else [None]
+        if compute is None or any(argument is None for argument in arguments):
+            return _wide(self._evaluation.run([tensor])[0])
+        if op.type == "Cast":  # to fewer digits, perhaps
+            return _wide(np.asarray(arguments[0]).astype(dtype.as_numpy_dtype))
         with np.errstate(all="ignore"):  # what is not finite is said by who asked
-            return np.asarray(compute(*arguments))
+            return np.asarray(compute(*arguments), np.float64)
 
     def depends_on(self, tensor: Any, kinds: set[str]) -> frozenset[str]:
         """The names of all operations of some kinds in the expression of a constant."""
@@ -230,16 +240,23 @@ class Constants:
                 continue
             seen.add(current.name)
             weight = self.weight(current)
-            if weight is not None:
-                found.setdefault(weight.stored.key, weight.stored)
+            stored = weight.stored if weight is not None else None
+            if current.op.type == "ResourceGather":
+                stored = self._stored_variable(current.op)
+            if stored is not None:
+                found.setdefault(stored.key, stored)
             else:
                 pending += reversed(current.op.inputs)
         return list(found.values())
 
 
+_QUANTISING = {
+    *("FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVars", "FakeQuantWithMinMaxVarsPerChannel"),
+    *("QuantizeAndDequantize", *(f"QuantizeAndDequantizeV{n}" for n in (2, 3, 4))),
+}
 _COMPUTE: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(ALIASES, lambda x: x),
-    "Cast": lambda x: x,
+    "Cast": lambda x: x,  # see `Constants._value`
     "Add": np.add,
     "AddV2": np.add,
     "Sub": np.subtract,

@@ -23,7 +23,7 @@ from mbn_rewrite.frontends.saved_model.reading import (
     PlainCall,
     Reading,
 )
-from mbn_rewrite.frontends.saved_model.weights import Stored
+from mbn_rewrite.frontends.saved_model.stored_arrays import Computed, Stored
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import Linear
@@ -237,7 +237,7 @@ class _Writer:
             after=action.after,
             border=action.border,
         )
-        self._store(owner, kernel, new_kernel, action)
+        self._store(owner, "kernel", kernel, new_kernel, action)
         if action.border is not None:
             for call in calls:
                 self._add_border(owner, call, new_bias, kernel.is_variable)
@@ -245,18 +245,24 @@ class _Writer:
         channels = calls[0].op.outputs[0].shape[calls[0].described.axis]
         full = np.broadcast_to(new_bias, (channels,))
         if bias is not None:
-            self._store(owner, bias, full.reshape(bias.shape), action)
+            self._store(owner, "bias", bias, full.reshape(bias.shape), action)
         elif np.any(full != 0):
             for call in calls:
                 self._add_bias(owner, call, full, kernel.is_variable)
 
-    def _store(self, owner: str, stored: Stored, value: Array, action: Fold) -> None:
+    def _store(self, owner: str, name: str, stored: Stored, value: Array, action: Fold) -> None:
         dtype = tf.as_dtype(stored.dtype)
         with np.errstate(all="ignore"):
             array = value.astype(dtype.as_numpy_dtype)
         if not np.all(np.isfinite(array.astype(np.float64))):
             raise RewriteError(_out_of_range(owner, stored.dtype))
-        if isinstance(stored.place, tf.Variable):
+        if isinstance(stored.place, Computed):
+            variable = self._new(owner, name, array, dtype)
+            for call in self.reading.linears[owner]:
+                place = call.described.weights[name].stored.place
+                editor = self._editor(place.function)
+                editor.redirect(place.tensor, editor.read(variable, place.of_variables))
+        elif isinstance(stored.place, tf.Variable):
             if self.copies is None:
                 stored.place.assign(array)
                 return
@@ -265,8 +271,8 @@ class _Writer:
                 self.copies[key] = tf.Variable(array, trainable=False)
             self.in_place_of[id(stored.place)] = self.copies[key]
         else:
-            function, name = stored.place
-            self._editor(function).set_constant(name, array)
+            function, node = stored.place
+            self._editor(function).set_constant(node, array)
 
     def _add_border(self, owner: str, call: LinearCall, border: Array, as_variable: bool) -> None:
         """Adds a border map right after a convolution, in place of its bias."""
