@@ -164,8 +164,8 @@ class Keras3(KerasAdapter):
     def all_calls_of(self, layer: Any) -> list[Record]:
         return [_record(node) for node in layer._inbound_nodes]
 
-    def traced(self, record: Record) -> Trace:
-        return tracing.traced(record, _record)
+    def traced(self, record: Record, probe: Any) -> Trace:
+        return tracing.traced(record, probe, _record)
 
     def call_of(self, model: Any) -> Record | None:
         return tracing.call_of(model)

@@ -10,7 +10,7 @@ import keras
 from keras.src.backend.common import global_state
 
 from mbn_rewrite.frontends.keras_common.calls import Record
-from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, in_order, probe_of
+from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, in_order, set_method
 
 
 class _Reads(keras.StatelessScope):
@@ -39,20 +39,20 @@ class _Caller(keras.layers.Layer):
         self.function()
 
 
-def traced(record: Record, record_of: Callable[[Any], Record]) -> Trace:
+def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Trace:
     """Trace of one call of a layer.
 
     Args:
         record: the call.
+        probe: what to call in the layer's place.
         record_of: reads a node that Keras has made for a call.
     """
-    layer = record.layer
     inputs = [keras.KerasTensor(t.shape, dtype=t.dtype, name="traced") for t in record.inputs]
     places = dict(zip(map(id, record.inputs), inputs, strict=True))
     args, kwargs = keras.tree.map_structure(
         lambda value: places.get(id(value), value), (record.args, record.kwargs)
     )
-    if layer._call_has_training_arg:
+    if probe._call_has_training_arg:
         kwargs["training"] = False
     found: list[tuple[list[Record], list[Any]]] = []
 
@@ -65,16 +65,15 @@ def traced(record: Record, record_of: Callable[[Any], Record]) -> Trace:
         found.append((in_order(outputs, inputs, lambda t: record_of(_node_of(t))), outputs))
         return result
 
-    probe = probe_of(layer, {"symbolic_call": symbolic_call})
+    set_method(probe, "symbolic_call", symbolic_call)
     with _names_as_they_were(), _Reads() as scope:
         _Caller(lambda: probe(*args, **kwargs))(training=False)
     ((records, outputs),) = found
     given = {
         id(value)
         for each in records
-        if not isinstance(each.layer, keras.layers.Layer)
         for value in keras.tree.flatten((each.args, each.kwargs))
-        if isinstance(value, keras.Variable)  # functions do not read it here
+        if isinstance(value, keras.Variable)  # it is not read here
     }
     return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(scope.read | given))
 

@@ -136,8 +136,8 @@ class KerasAdapter(ABC):
         """All recorded calls of a layer, in whatever model."""
 
     @abstractmethod
-    def traced(self, record: Record) -> Trace:
-        """Traces one call of a layer by running its code, at inference; see `tracing.trace`.
+    def traced(self, record: Record, probe: Any) -> Trace:
+        """Traces one call of a layer by running its code on a probe; see `tracing.trace`.
 
         Raises:
             Exception: whatever the code raises.

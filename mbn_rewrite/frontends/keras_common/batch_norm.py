@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Collection
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.tracing import probe_of
 from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.graph import BatchNorm, Shape, fused_operation_takes
 from mbn_rewrite.ir.reasons import Obstacle, Reason
@@ -99,7 +99,7 @@ def _passes_on(layer: Any, keras: KerasAdapter) -> bool:
     Keras's: that notes what it is called with, and what the `call` makes of what it returns.
     """
     base, kind = known_class(layer, keras), type(layer)
-    if base is None or kind.__call__ is not base.__call__:
+    if base is None or not _overrides_no_more(kind, base):
         return False
     given, returned = object(), object()
     calls: list[tuple[Any, Any]] = []
@@ -111,11 +111,24 @@ def _passes_on(layer: Any, keras: KerasAdapter) -> bool:
     between = type(base.__name__, (base,), {"call": noted})
     arguments = {"training": False} if "training" in _arguments(kind.call) else {}
     try:
-        result = kind.call(probe_of(layer, {}, between), given, **arguments)
+        made = types.new_class(kind.__name__, (kind, between))
+        probe: Any = object.__new__(made)
+        vars(probe).update(vars(layer))
+        result = kind.call(probe, given, **arguments)
         ((inputs, training),) = calls
         return result is returned and inputs is given and (training is None or not bool(training))
     except Exception:  # the user's code may raise anything on an object that is no tensor
         return False
+
+
+# What a class may have of its own beside a `call` that passes on.
+_HARMLESS = {"__init__", "call", "build", "get_config", "from_config", "__doc__", "__module__"}
+
+
+def _overrides_no_more(kind: type, base: type) -> bool:
+    """Whether a class overrides nothing of another that its inference may use, but `call`."""
+    own = {name for cls in kind.__mro__[: kind.__mro__.index(base)] for name in vars(cls)}
+    return not any(name in dir(base) and name not in dir(object) for name in own - _HARMLESS)
 
 
 def _arguments(function: Any) -> Collection[str]:

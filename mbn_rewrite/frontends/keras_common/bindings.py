@@ -19,13 +19,15 @@ class Bindings:
         held: ids of layers in attributes of others.
         reads: id of a variable -> label of the layer whose code reads it.
         strangers: id of a layer -> label of the one whose code calls it, though it is kept where it
-            cannot be exchanged.
+            cannot be exchanged, or where that cannot be seen.
+        reasons: id of a BatchNormalization -> why a call of it that is not a node has it stay.
     """
 
     parents: dict[int, str] = field(default_factory=dict)
     held: set[int] = field(default_factory=set)
     reads: dict[int, str] = field(default_factory=dict)
     strangers: dict[int, str] = field(default_factory=dict)
+    reasons: dict[int, Reason] = field(default_factory=dict)
 
     def applied(self, node: Node, layer: Any, keras: KerasAdapter) -> Node:
         """A node as it is by what binds its layer."""
@@ -40,10 +42,16 @@ class Bindings:
                 op = Opaque(f"has weights that code of {who} reads")
             elif id(layer) in self.strangers:
                 op = Opaque(f"is kept where {self.strangers[id(layer)]} cannot have another layer")
+            elif id(layer) in self.parents:
+                op = Opaque(
+                    f"is held by {self.parents[id(layer)]}, whose calls cannot be seen, too"
+                )
         return replace(node, op=op, held=id(layer) in self.held)
 
     def _reason(self, layer: Any, reader: str) -> Reason | None:
         """Why a BatchNormalization has to stay as it is, or None."""
+        if id(layer) in self.reasons:
+            return self.reasons[id(layer)]
         if reader:
             return Reason(Obstacle.READ_BY_CODE, reader)
         if id(layer) in self.strangers:

@@ -91,6 +91,9 @@ class PassThrough(_Layer):
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         return inputs
 
+    def get_config(self) -> dict[str, Any]:
+        return dict(super().get_config())  # type: ignore[misc]
+
 
 class ChannelClip(_PerChannel):
     """y = min(max(x, lower), upper), per channel: a ReLU, or another clip, with bounds of its own.

@@ -189,8 +189,8 @@ class _Reader:
             check_copy(layer, self.keras)
         elif caller and isinstance(layer, self.keras.layers.Layer):
             check_call(layer, self.keras)
-        if self._is_holder(layer) and training is False and not self.with_mask & set(sources):
-            trace = self._trace(record, record.outputs)
+        if self._is_holder(layer):
+            trace = self._trace_of(record, training, sources)
             if trace is not None:
                 return self._read_trace(layer, trace, self._owner(layer, prefix), sources)
         results = [self._add_value(t) for t in record.outputs]
@@ -238,6 +238,16 @@ class _Reader:
             and len(parts(layer)) > 1
         )
 
+    def _trace_of(self, record: Record, training: bool | None, sources: list[int]) -> Trace | None:
+        """Trace of a call, if it is one at inference, without a mask."""
+        if training is not False:
+            self.untraced[id(record.layer)] = "it is called in training"
+        elif self.with_mask & set(sources):
+            self.untraced[id(record.layer)] = "it is called with a mask"
+        else:
+            return self._trace(record, record.outputs)
+        return None
+
     def _trace(self, record: Record, outputs: tuple[Any, ...] | None) -> Trace | None:
         try:
             return trace(record, self.keras, outputs)
@@ -253,9 +263,11 @@ class _Reader:
         within = {id(inner) for inner in all_sublayers(layer, self.keras)}
         seen = dict(zip(map(id, trace.inputs), sources, strict=True))
         prefix = f"{owner}/" if owner else ""
+        self.bindings.strangers |= dict.fromkeys(trace.unseen, who)
         for record in trace.records:
-            if id(record.layer) not in within:
-                self.bindings.strangers[id(record.layer)] = who
+            if id(record.layer) not in within and isinstance(record.layer, self.keras.layers.Layer):
+                strangers = {id(part) for part in parts(record.layer)}
+                self.bindings.strangers |= dict.fromkeys(strangers, who)
             given = [seen[id(t)] for t in record.inputs]
             results = self._read_call(record, prefix, False, given, True, caller=who)
             seen.update(zip(map(id, record.outputs), results, strict=True))
@@ -335,7 +347,8 @@ class _Reader:
 
     def _worst_training(self, layer: Any, training: bool | None) -> bool | None:
         """Whether any call of a layer is in training; None if that is not known."""
-        calls = [training_of(call, training, self.keras) for call in self.keras.all_calls_of(layer)]
+        recorded = self.keras.all_calls_of(layer)  # but those of traces
+        calls = [training, *(training_of(call, training, self.keras) for call in recorded)]
         return False if all(value is False for value in calls) else (True in calls or None)
 
     def read_sublayers(
@@ -363,6 +376,9 @@ class _Reader:
             if not is_visible:  # in a visible parent's copy, the sublayer's copy takes its place
                 self.bindings.parents.setdefault(id(layer), who)
             if id(layer) in self.owners:
+                if is_batch_norm(layer, self.keras) and training is not False:
+                    reason = batch_norm(layer, training, self.keras).reason
+                    self.bindings.reasons |= {id(layer): reason} if reason else {}
                 continue
             if is_batch_norm(layer, self.keras):
                 op = batch_norm(layer, training, self.keras)
@@ -392,6 +408,9 @@ class _Reader:
     def apply_bindings(self) -> None:
         """Notes which layers are called visibly and cannot be changed for all that."""
         seen = {node.owner for node in self.nodes}
+        for hidden in self.hidden:
+            if hidden.owner in seen and hidden.op.reason:
+                self.bindings.reasons[id(self.layers[hidden.owner])] = hidden.op.reason
         self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
         self.nodes = [
             self.bindings.applied(node, self.layers[node.owner], self.keras) for node in self.nodes

@@ -90,18 +90,19 @@ def replace_sublayer(parent: Any, place: Place, layer: Any, keras: KerasAdapter)
     old = sublayer_at(parent, place)
     value = getattr(parent, place.attribute)
     with keras.replacing(parent, old, layer):
-        setattr(parent, place.attribute, _with_item(value, place.keys, layer))
+        setattr(parent, place.attribute, put(value, place.keys, layer))
 
 
-def _with_item(value: Any, keys: tuple[Any, ...], layer: Any) -> Any:
-    """A copy of nested containers with a layer at the place that the keys lead to."""
+def put(value: Any, keys: tuple[Any, ...], layer: Any) -> Any:
+    """A copy of nested containers with a layer at the place that the keys lead to; or the layer."""
     if not keys:
         return layer
     key, *rest = keys
-    new = _with_item(value[key], tuple(rest), layer)
+    new = put(value[key], tuple(rest), layer)
     if isinstance(value, dict):
         return {k: new if k == key else inner for k, inner in value.items()}
     items = [new if i == key else inner for i, inner in enumerate(value)]
     if isinstance(value, tuple):
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        kind = type(getattr(value, "__wrapped__", value))  # tf_keras wraps containers
+        return kind(*items) if hasattr(kind, "_fields") else tuple(items)
     return items

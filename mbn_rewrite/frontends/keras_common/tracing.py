@@ -1,28 +1,36 @@
 """Traces of layers that call other layers in Python code: what they call, at inference.
 
-The `call` of such a layer is run once on Keras tensors, and Keras records what it calls. It runs on
-a probe: an object of a class derived from the layer's, with the layer's attributes. Neither the
-layer nor anything in it is changed: what Keras notes at the layers that are called is taken back.
+The `call` of such a layer is run on Keras tensors, and Keras records what it calls. It runs on a
+probe: an object of the layer's class with its attributes. It runs once more on a probe that has
+other layers in the places of those that the layer holds, as a rewritten copy would: code that then
+calls something else is code in which they cannot be exchanged.
+
+Neither the layer nor anything in it is changed: what Keras notes at the layers that are called is
+taken back.
 """
 
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from mbn_rewrite.errors import cause_of
+from mbn_rewrite.frontends.keras_common.batch_norm import is_batch_norm
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import parts
+from mbn_rewrite.frontends.keras_common.sublayers import put, sublayers
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 
 
 class NotTraceable(Exception):  # noqa: N818 - what a layer is, not what went wrong
-    """A layer's calls cannot be traced; the message says why, as a phrase."""
+    """A layer's calls cannot be traced; the message says why, as a clause."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,34 +43,27 @@ class Trace:
             left out.
         outputs: what it returns, flattened.
         reads: ids of variables that its code reads itself, so that they cannot be changed.
+        unseen: ids of layers that its code calls where no record tells of it.
     """
 
     inputs: tuple[Any, ...]
     records: tuple[Record, ...]
     outputs: tuple[Any, ...]
     reads: frozenset[int]
+    unseen: frozenset[int] = frozenset()
 
 
-def probe_of(layer: Any, methods: dict[str, Callable[..., Any]], *bases: type) -> Any:
-    """An object that is like a layer but for some methods.
+def probe_of(layer: Any) -> Any:
+    """An object of a layer's class that has its attributes.
 
-    Its attributes are those of the layer. Lists, dictionaries and sets of attributes are its own.
-    It takes no losses and metrics, which would be kept in the layer.
-
-    Args:
-        layer: the layer.
-        methods: by name.
-        bases: classes that come after the layer's own, and before those that these have in common.
+    Lists, dictionaries and sets of attributes are its own. It takes no losses and metrics.
     """
-    kind = type(layer)
-    methods = {"add_loss": _does_nothing, "add_metric": _does_nothing, **methods}
-    made = types.new_class(
-        kind.__name__, (kind, *bases), exec_body=lambda body: body.update(methods)
-    )
-    probe: Any = object.__new__(made)
+    probe: Any = object.__new__(type(layer))
     for name, value in vars(layer).items():
         own = next((each for each in (list, dict, set) if isinstance(value, each)), None)
         vars(probe)[name] = own(value) if own else value
+    for method in ("add_loss", "add_metric"):
+        vars(probe)[method] = _does_nothing
     return probe
 
 
@@ -70,26 +71,9 @@ def _does_nothing(*_: Any, **__: Any) -> None:
     """Takes the place of a method that changes the layer."""
 
 
-@contextmanager
-def left_as_it_is(layer: Any) -> Iterator[None]:
-    """Context manager that takes back what calls do to the attributes of a layer's sublayers."""
-    before = [(vars(part), dict(vars(part))) for part in parts(layer)]
-    lists = [
-        (value, list(value))
-        for _, kept in before
-        for value in kept.values()
-        if isinstance(value, list) and not hasattr(value, "_storage")  # tf_keras copies these
-    ]
-    try:
-        yield
-    finally:
-        for attributes, kept in before:
-            attributes.clear()
-            attributes.update(kept)
-        for value, items in lists:
-            list.__setitem__(
-                value, slice(None), items
-            )  # those of Keras 3 track what they are given
+def set_method(probe: Any, name: str, method: Callable[..., Any]) -> None:
+    """Gives one object a method."""
+    vars(probe)[name] = types.MethodType(method, probe)
 
 
 def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) -> Trace:
@@ -101,12 +85,18 @@ def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) 
         outputs: what it gave, flattened, if that is known.
 
     Raises:
-        NotTraceable: its code cannot be run on Keras tensors, or gives something else on them.
+        NotTraceable: its code cannot be run on Keras tensors, or gives something else on them, or
+            calls something else where other layers are in the places of those that it holds.
     """
     layer = record.layer
+    if type(layer).__call__ is not _own_call(layer, keras):
+        raise NotTraceable("its class has a __call__ of its own")
+    exchanged: dict[int, Any] = {}
     try:
         with left_as_it_is(layer):
-            found = keras.traced(record)
+            found = _seen(record, probe_of(layer), keras)
+            probe = _exchanged_in(probe_of(layer), layer, keras, exchanged, found.reads)
+            again = keras.traced(record, probe)
     except NotTraceable:
         raise
     except Exception as error:  # the user's code may raise anything
@@ -118,7 +108,130 @@ def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) 
     )
     if outputs is not None and given != gives:
         raise NotTraceable("it gives something else when its code is run on Keras tensors")
+    if not _calls_the_same(found, again, exchanged):
+        raise NotTraceable("its code calls something else where it has other layers")
     return found
+
+
+def _own_call(layer: Any, keras: KerasAdapter) -> Any:
+    kind = keras.model if isinstance(layer, keras.model) else keras.layers.Layer
+    return kind.__call__
+
+
+# -------------------------------------------------------------------------- other layers
+
+
+def _exchanged_in(
+    probe: Any, layer: Any, keras: KerasAdapter, exchanged: dict[int, Any], reads: frozenset[int]
+) -> Any:
+    """A probe that has other layers in the places of a layer's own: a pass-through for each norm.
+
+    Args:
+        probe: the probe.
+        layer: the layer.
+        keras: the adapter of its Keras.
+        exchanged: id of each layer -> the other one, which is added to.
+        reads: ids of variables that code reads. Layers that have them stay what they are.
+    """
+    for place, inner in sublayers(layer, keras):
+        if id(inner) not in exchanged:
+            stays = any(id(variable) in reads for variable in inner.variables)
+            if is_batch_norm(inner, keras) and not stays:
+                make: Any = keras.pass_through
+                exchanged[id(inner)] = make(name=inner.name, dtype=inner.dtype_policy)
+            else:
+                exchanged[id(inner)] = probe_of(inner)
+                _exchanged_in(exchanged[id(inner)], inner, keras, exchanged, reads)
+        value = vars(probe)[place.attribute]
+        vars(probe)[place.attribute] = put(value, place.keys, exchanged[id(inner)])
+    return probe
+
+
+def _calls_the_same(first: Trace, second: Trace, exchanged: dict[int, Any]) -> bool:
+    """Whether the second trace has the same calls, of the other layers."""
+    if len(first.records) != len(second.records):
+        return False
+    for one, other in zip(first.records, second.records, strict=True):
+        if id(one.layer) in exchanged:
+            if other.layer is not exchanged[id(one.layer)]:
+                return False
+        elif type(one.layer) is not type(other.layer):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------- one trace
+
+
+def _seen(record: Record, probe: Any, keras: KerasAdapter) -> Trace:
+    """A trace, with what its code calls where no record tells of it."""
+    with _noting_calls(record.layer, keras) as calls:
+        found = keras.traced(record, probe)
+    told = Counter(id(each.layer) for each in found.records)
+    made = Counter(id(layer) for callers, layer in calls if callers and callers[-1] is probe)
+    unseen = {number for number, count in made.items() if count > told[number]}
+    for callers, layer in calls:
+        if probe in callers[:-1]:  # by a layer that the code calls
+            direct = callers[callers.index(probe) + 1]
+            if not any(layer is part for part in parts(direct)):
+                unseen.add(id(layer))
+    return replace(found, unseen=frozenset(unseen))
+
+
+@contextmanager
+def _noting_calls(layer: Any, keras: KerasAdapter) -> Iterator[list[tuple[list[Any], Any]]]:
+    """Context manager that lists the layers that are called, with those that call them.
+
+    None that the layer holds is built by it.
+    """
+    calls: list[tuple[list[Any], Any]] = []
+    callers: list[Any] = []
+    base = keras.layers.Layer
+    original = base.__call__
+    unbuilt = {
+        id(part) for part in parts(layer) if not part.built and type(part).build is not base.build
+    }
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self) in unbuilt:
+            raise NotTraceable(f"its layer '{self.name}' was never called")
+        calls.append((list(callers), self))
+        callers.append(self)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            callers.pop()
+
+    with mock.patch.object(base, "__call__", noted):
+        yield calls
+
+
+@contextmanager
+def left_as_it_is(layer: Any) -> Iterator[None]:
+    """Context manager that takes back what calls do to the attributes of a layer's sublayers."""
+    before = [(vars(part), dict(vars(part))) for part in parts(layer)]
+    lists = [
+        (each, list(each))
+        for _, kept in before
+        for value in kept.values()
+        if isinstance(value, list)
+        for each in {id(value): value, id(_within(value)): _within(value)}.values()
+    ]
+    try:
+        yield
+    finally:
+        for attributes, kept in before:
+            attributes.clear()
+            attributes.update(kept)
+        for value, items in lists:
+            list.__setitem__(
+                value, slice(None), items
+            )  # Keras's own lists track what they are given
+
+
+def _within(value: Any) -> Any:
+    """The list within one of TensorFlow's lists; else the list itself."""
+    return getattr(value, "_storage", value)
 
 
 def in_order(

@@ -8,29 +8,33 @@ from typing import Any
 
 import tensorflow as tf
 import tf_keras
+from tensorflow.python.framework.func_graph import FuncGraph
 from tf_keras.src import backend
 from tf_keras.src.engine.keras_tensor import KerasTensor
 
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import parts
-from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, in_order, probe_of
+from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, in_order, set_method
 
 
-def traced(record: Record, record_of: Callable[[Any], Record]) -> Trace:
+def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Trace:
     """Trace of one call of a layer.
 
     Args:
         record: the call.
+        probe: what to call in the layer's place.
         record_of: reads a node that Keras has made for a call.
     """
-    layer = record.layer
-    with _names_as_they_were():
+    # What code reads of variables is captured by the graph, and nothing is assigned to them. Layers
+    # that are called run in graphs of their own.
+    graph = FuncGraph("trace")
+    with _names_as_they_were(), graph.as_default():
         inputs = [tf_keras.Input(type_spec=t.type_spec) for t in record.inputs]
         places = dict(zip(map(id, record.inputs), inputs, strict=True))
         args, kwargs = tf.nest.map_structure(
             lambda value: places.get(id(value), value), (record.args, record.kwargs)
         )
-        if not layer._call_spec.arg_was_passed("training", args, kwargs, inputs_in_args=True):
+        if not probe._call_spec.arg_was_passed("training", args, kwargs, inputs_in_args=True):
             kwargs = {**kwargs, "training": False}  # layers that do not take it hand it on
         found: list[tuple[list[Record], list[Any]]] = []
 
@@ -43,12 +47,16 @@ def traced(record: Record, record_of: Callable[[Any], Record]) -> Trace:
             found.append((in_order(outputs, inputs, lambda t: record_of(_node_of(t))), outputs))
             return result
 
-        probe = probe_of(layer, {"_keras_tensor_symbolic_call": call})
+        set_method(probe, "_keras_tensor_symbolic_call", call)
         probe(*args, **kwargs)
     ((records, outputs),) = found
-    return Trace(
-        tuple(inputs), tuple(records), tuple(outputs), _read_by_code(records, parts(layer))
-    )
+    captured = {id(external) for external, _ in graph.captures}
+    layers = [record.layer, *(each.layer for each in records)]
+    own = [variable for layer in layers for part in parts(layer) for variable in part.variables]
+    reads = {id(v) for v in own if isinstance(v, tf.Variable) and id(v.handle) in captured}
+    given = (value for each in records for value in tf.nest.flatten((each.args, each.kwargs)))
+    reads |= {id(value) for value in given if isinstance(value, tf.Variable)}
+    return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(reads))
 
 
 def call_of(model: Any) -> Record | None:
@@ -79,22 +87,6 @@ def _cast(layer: Any, inputs: Any) -> Any:
         ),
         inputs,
     )
-
-
-def _read_by_code(records: list[Record], layers: list[Any]) -> frozenset[int]:
-    """Variables that are given to functions, and those that their constants may come from."""
-    read: set[int] = set()
-    sizes: set[int] = set()
-    for record in records:
-        if not hasattr(record.layer, "function"):  # what layers read is theirs
-            continue
-        for value in tf.nest.flatten((record.args, record.kwargs)):
-            if isinstance(value, tf.Variable):
-                read.add(id(value))
-            elif isinstance(value, tf.Tensor) and value.shape.num_elements() != 1:
-                sizes.add(value.shape.num_elements())
-    variables = [variable for part in layers for variable in part.variables]
-    return frozenset(read | {id(v) for v in variables if v.shape.num_elements() in sizes})
 
 
 def _node_of(tensor: Any) -> Any:
