@@ -225,18 +225,51 @@ class ChannelPreserving(Op):
         in_axis: the channel axis of the input, or None where any axis can be one and
             stays where it is (elementwise operations).
         out_axis: the channel axis of the output, likewise.
+        axes: where any of some axes can be one, each with the axis of the output that it is there.
     """
 
     in_axis: int | None = None
     out_axis: int | None = None
+    axes: tuple[tuple[int, int], ...] = ()
 
 
 class Affine(ChannelPreserving):
     """Weighted means, selections and copies of positions: f(s x + t) = s f(x) + t."""
 
 
+@dataclass(frozen=True)
 class Monotone(ChannelPreserving):
-    """Maxima over positions: f(s x + t) = s f(x) + t where s >= 0."""
+    """Maxima or minima over positions: f(s x + t) = s f(x) + t where s >= 0.
+
+    Attributes:
+        doing: what it does, as a phrase.
+    """
+
+    doing: str = "takes a maximum"
+
+
+@dataclass(frozen=True)
+class Total(ChannelPreserving):
+    """Sums over positions: f(s x + t) = s f(x) + count * t.
+
+    Attributes:
+        count: how many are added up, or None where that is not known.
+    """
+
+    count: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ConstantMap(ChannelPreserving):
+    """Constants in code that multiply and are added: f(x) = scale * x + shift.
+
+    Attributes:
+        scale: a number, or one for each channel on `in_axis`; none is 0.
+        shift: likewise.
+    """
+
+    scale: Array = field(default_factory=lambda: np.ones(()))
+    shift: Array = field(default_factory=lambda: np.zeros(()))
 
 
 class ZeroPadding(ChannelPreserving):
@@ -260,6 +293,7 @@ class Clip(ChannelPreserving):
 
     in_axis: int | None = field(default=None, init=False)  # it works on each element
     out_axis: int | None = field(default=None, init=False)
+    axes: tuple[tuple[int, int], ...] = field(default=(), init=False)
     lower: float = 0.0
     upper: float = math.inf
     why: str = field(default=Opaque.why, compare=False)
@@ -287,6 +321,21 @@ def clip(lower: float, upper: float, why: str = Opaque.why) -> Op:
 @dataclass(frozen=True)
 class Reshape(Op):
     """The same elements in the same order in another shape; the batch axis stays."""
+
+
+@dataclass(frozen=True)
+class Selection(Op):
+    """Some of the elements along each axis, perhaps in another order or repeatedly.
+
+    Attributes:
+        axes: axes of the input, each with that of the output that it is there, and the places that
+            are taken along it; None for all, as they are.
+        inverse: whether it is the other way round: the input would be such a selection of the
+            output, as where channels become positions.
+    """
+
+    axes: tuple[tuple[int, int, tuple[int, ...] | None], ...]
+    inverse: bool = False
 
 
 @dataclass(frozen=True)

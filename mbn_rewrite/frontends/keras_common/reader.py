@@ -19,7 +19,7 @@ import numpy as np
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.batch_norm import batch_norm, is_batch_norm
-from mbn_rewrite.frontends.keras_common.calls import Call, Record
+from mbn_rewrite.frontends.keras_common.calls import Call, Record, Several
 from mbn_rewrite.frontends.keras_common.cloning import (
     check_call,
     check_copy,
@@ -199,14 +199,19 @@ class _Reader:
         op = self._operation(record, training, sources, results, sizes_hold)
         if caller:
             self.held.add(id(layer))
-            op = self._as_code_has_it(layer, op)
+            op = self._as_code_has_it(record, op)
         self._follow_masks(record, owner, sources, results)
         # Functions, which may clip, have no dtype of their own.
         dtype = self.values[results[0]].dtype if isinstance(op, Clip) else _dtype(layer)
-        node = Node(
-            owner, type(layer).__name__, op, tuple(sources), tuple(results), dtype, caller=caller
-        )
-        self.nodes.append(node)
+        described: list[tuple[Op, tuple[int, ...]]]
+        if isinstance(op, Several):
+            described = [(each, (value,)) for each, value in zip(op.ops, results, strict=True)]
+        else:
+            described = [(op, tuple(results))]
+        for each, outputs in described:
+            kind = type(layer).__name__
+            node = Node(owner, kind, each, tuple(sources), outputs, dtype, caller=caller)
+            self.nodes.append(node)
         if not isinstance(op, (Input, BatchNorm)):
             worst = self._worst_training(layer, training)
             self.read_sublayers(layer, f"{owner}/", node.label, worst)
@@ -262,10 +267,14 @@ class _Reader:
             seen.update(zip(map(id, record.outputs), results, strict=True))
         return [seen[id(t)] for t in trace.outputs]
 
-    def _as_code_has_it(self, layer: Any, op: Op) -> Op:
+    def _as_code_has_it(self, record: Record, op: Op | Several) -> Op | Several:
         """An operation as code calls it, in which functions cannot be exchanged."""
+        layer = record.layer
         is_layer = isinstance(layer, self.keras.layers.Layer)
-        if not isinstance(op, Clip) or (is_layer and not self.keras.assigns_its_own_call(layer)):
+        is_function = not is_layer or self.keras.assigns_its_own_call(layer)
+        if is_function and any(map(_is_tensor, self._other_arguments(record))):
+            return Opaque("computes with what its code makes anew in every call")
+        if not isinstance(op, Clip) or not is_function:
             return op
         return PositivelyHomogeneous() if op.is_homogeneous else Opaque(op.why)
 
@@ -301,7 +310,7 @@ class _Reader:
         sources: list[int],
         results: list[int],
         sizes_hold: bool,
-    ) -> Op:
+    ) -> Op | Several:
         """Operation of a call; a BatchNormalization that does more than its map stays."""
         call = Call(
             self.keras,
@@ -311,6 +320,7 @@ class _Reader:
             training,
             self._other_arguments(record),
             sizes_hold,
+            record,
         )
         op = describe(call)
         if not isinstance(op, BatchNorm) or op.reason:
@@ -489,6 +499,11 @@ class _Reader:
                 for value, tensor in zip(sources, inputs, strict=True)
             )
         )
+
+
+def _is_tensor(argument: Any) -> bool:
+    """Whether an argument is a tensor or variable, and no array that is part of the code."""
+    return hasattr(argument, "shape") and not isinstance(argument, (np.ndarray, np.generic))
 
 
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}  # of dtypes narrower than the widest
