@@ -149,10 +149,12 @@ class Recurrent(Op):
     Attributes:
         branches: for each direction its input kernel and bias.
         in_axis: the axis of the input that holds the features.
+        uneven: why a constant input does not give constant products, as a phrase, or "".
     """
 
     branches: tuple[Chain, ...]
     in_axis: int
+    uneven: str = ""
 
     @property
     def chains(self) -> tuple[Chain, ...]:

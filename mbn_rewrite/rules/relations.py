@@ -190,7 +190,7 @@ def _recurrent(op: Recurrent, shapes: Shapes, slot: int, axis: int) -> Relation:
         return "reads it as a state"
     if axis != op.in_axis:
         return f"has its features on axis {op.in_axis}, not on axis {axis}"
-    return Ends()
+    return Ends(op.uneven)
 
 
 def _batch_norm(op: BatchNorm, shapes: Shapes, slot: int, axis: int) -> Relation:

@@ -74,7 +74,7 @@ def drop_regularizers(layer: Any) -> None:
 def _configs_within(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Configuration of a layer, and those of the layers that it wraps."""
     inner = [config[key]["config"] for key in ("layer", "backward_layer") if key in config]
-    return [config, *inner]
+    return [config, *(part for within in inner for part in _configs_within(within))]
 
 
 def _set_folded(keras: KerasAdapter, old: Any, new: Any, action: Fold, read: Read) -> None:
@@ -88,8 +88,9 @@ def _set_folded(keras: KerasAdapter, old: Any, new: Any, action: Fold, read: Rea
         path = f"{prefix}." if prefix else ""
         new_bias = _fold_kernels(old, new, action, read, kernels, bias)
         if bias or action.has_shift:
-            weights.write(new, path + "bias", new_bias)
-            _check_range(old, new_bias, weights.read(new, path + "bias"))
+            name = bias or path + "bias"
+            weights.write(new, name, new_bias)
+            _check_range(old, new_bias, weights.read(new, name))
 
 
 # ------------------------------------------------------------------- wrapped convolutions

@@ -19,6 +19,7 @@ from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Several
 from mbn_rewrite.frontends.keras_common.constants import as_array, constant_map
 from mbn_rewrite.frontends.keras_common.linear_layers import activation_kind, channel_axis
 from mbn_rewrite.frontends.keras_common.position_ops import resized
+from mbn_rewrite.frontends.keras_common.time_distributed import time_distributed
 from mbn_rewrite.ir.graph import (
     Activation,
     Affine,
@@ -195,8 +196,11 @@ _TABLE: dict[str, Describer] = {
     "Dense": linear_layers.dense,
     "EinsumDense": linear_layers.einsum_dense,
     "Embedding": linear_layers.embedding,
-    "TimeDistributed": linear_layers.time_distributed,
+    "LayerNormalization GroupNormalization": linear_layers.normalization,
+    "TimeDistributed": time_distributed,
     " ".join(linear_layers.RECURRENT): linear_layers.recurrent,
+    "RNN": linear_layers.rnn,
+    "ConvLSTM1D ConvLSTM2D ConvLSTM3D": linear_layers.conv_lstm,
     "Bidirectional": linear_layers.bidirectional,
     "AveragePooling1D AveragePooling2D AveragePooling3D": _spatial(Affine),
     "Cropping1D Cropping2D Cropping3D": _spatial(Affine),

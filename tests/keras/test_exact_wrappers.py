@@ -1,0 +1,174 @@
+"""Normalisations, recurrent cells and wrappers, proved as test_exact_motion.py does."""
+
+import numpy as np
+import pytest
+
+import mbn_rewrite as mbn
+from tests.keras.test_exact_motion import SIGNS, chain, model_of, sign
+from tests.support.kerases import K, set_policy
+from tests.support.whole_numbers import (
+    assert_exact,
+    inputs_for,
+    norm,
+    outputs,
+    randomise,
+)
+
+pytestmark = pytest.mark.slow
+
+SEQUENCE, FRAMES, IMAGE = (8, 4), (3, 8, 8, 2), (8, 8, 4)
+
+
+@pytest.fixture(autouse=True)
+def _float64(_fresh_keras, each_keras):
+    set_policy("float64")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+# -------------------------------------------------------------- normalisations of examples
+
+NORMALIZED = {
+    "layer": lambda: K.LayerNormalization(),
+    "layer_other_axis": lambda: K.LayerNormalization(axis=1),
+    "group": lambda: K.GroupNormalization(2),
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_gamma_and_beta_absorb_what_follows(name, rng):
+    axis = 1 if name == "layer_other_axis" else -1
+    model = model_of(IMAGE, chain(NORMALIZED[name](), norm(axis=axis), K.ReLU()))
+    randomise(model, rng)
+    new, plan = mbn.convert_with_plan(model, "fold", check=False)
+    assert plan.left == 0
+    data = inputs_for(model, rng)
+    for a, b in zip(outputs(model, data), outputs(new, data), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)  # they divide by what they find
+
+
+KEPT = {
+    "before": (lambda: chain(K.ReLU(), norm(), K.LayerNormalization()), "input channels on axis 3"),
+    "no_scale": (
+        lambda: chain(K.LayerNormalization(scale=False), norm(), K.ReLU()),
+        "without a gamma and a beta",
+    ),
+    "axes": (
+        lambda: chain(K.LayerNormalization(axis=(2, 3)), norm(), K.ReLU()),
+        "over several axes",
+    ),
+    "unit": (lambda: chain(K.UnitNormalization(), norm(), K.ReLU()), "no operation"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_before_a_normalisation_is_kept(name, rng):
+    wire, why = KEPT[name]
+    model = model_of(IMAGE, wire())
+    randomise(model, rng)
+    (decision,) = mbn.plan(model, "fold").decisions
+    assert decision.action == "kept"
+    assert why in decision.reason
+
+
+# --------------------------------------------------------------------------- recurrent
+
+
+def whole(kind, units, **kwargs):
+    """A cell whose activations give whole numbers."""
+    gates = {} if kind == "SimpleRNNCell" else {"recurrent_activation": sign}
+    return getattr(K, kind)(units, activation=sign, **gates, **kwargs)
+
+
+CELLS = {
+    "one": lambda: whole("LSTMCell", 3),
+    "gru": lambda: whole("GRUCell", 3),
+    "several": lambda: [whole("LSTMCell", 3), whole("GRUCell", 2)],
+    "several_gru_first": lambda: [whole("GRUCell", 3), whole("SimpleRNNCell", 2)],
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_first_cell_absorbs_what_precedes(name, rng):
+    model = model_of(SEQUENCE, chain(norm(), K.RNN(CELLS[name]())))
+    assert assert_exact(model, rng).left == 0
+
+
+def test_a_cell_without_bias_keeps_it(rng):
+    model = model_of(SEQUENCE, chain(norm(), K.RNN(whole("LSTMCell", 3, use_bias=False))))
+    plan = assert_exact(model, rng)
+    assert "without a bias" in plan.decisions[0].reason
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_recurrent_convolution_absorbs_what_precedes(use_bias, rng):
+    layer = K.ConvLSTM2D(3, 3, use_bias=use_bias, **SIGNS)
+    assert assert_exact(model_of(FRAMES, chain(norm(), layer)), rng).left == 0
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_a_padded_recurrent_convolution_takes_a_scale(shift, rng):
+    layer = K.ConvLSTM2D(3, 3, padding="same", **SIGNS)
+    plan = assert_exact(model_of(FRAMES, chain(norm(), layer)), rng, shift=shift)
+    assert plan.left == int(shift)
+    if shift:
+        assert "pads its input with zeros, which a shift cannot pass" in plan.decisions[0].reason
+
+
+# --------------------------------------------------------------------- at every time step
+
+
+def each(layer):
+    return K.TimeDistributed(layer)
+
+
+AFTER = {
+    "conv": lambda: chain(each(K.Conv2D(4, 3)), norm()),
+    "conv_no_bias": lambda: chain(each(K.Conv2D(4, 3, use_bias=False)), norm()),
+    "depthwise": lambda: chain(each(K.DepthwiseConv2D(3, padding="same")), norm()),
+    "transpose": lambda: chain(each(K.Conv2DTranspose(4, 3, 2)), norm()),
+    "pooled": lambda: chain(each(K.Conv2D(4, 3)), each(K.GlobalAveragePooling2D()), norm()),
+    "cropped": lambda: chain(each(K.Conv2D(4, 3)), each(K.Cropping2D(1)), norm()),
+    "dense": lambda: chain(each(K.Flatten()), each(K.Dense(4)), norm()),
+    "permuted": lambda: chain(each(K.Conv2D(4, 3)), each(K.Permute((2, 1, 3))), norm()),
+    "nested": lambda: chain(K.Reshape((3, 2, 32, 2)), each(each(K.Conv1D(4, 3))), norm()),
+}
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_what_is_done_at_every_step_absorbs_what_follows(name, rng):
+    model = model_of((3, 8, 8, 2), chain(AFTER[name](), K.ReLU()))
+    assert assert_exact(model, rng).left == 0
+
+
+BEFORE = {
+    "conv": lambda: each(K.Conv2D(4, 3)),
+    "conv_no_bias": lambda: each(K.Conv2D(4, 3, use_bias=False)),
+    "flatten": lambda: chain(each(K.Flatten()), each(K.Dense(4))),
+    "pooled": lambda: chain(each(K.AveragePooling2D(2)), each(K.Conv2D(4, 3))),
+    "recurrent": lambda: chain(each(K.Reshape((64, 2))), each(K.LSTM(3, **SIGNS))),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_what_is_done_at_every_step_absorbs_what_precedes(name, rng):
+    model = model_of(FRAMES, chain(K.ReLU(), norm(), BEFORE[name]()))
+    assert assert_exact(model, rng).left == 0
+
+
+def test_padding_at_every_step_takes_no_shift(rng):
+    def model():
+        return model_of(FRAMES, chain(K.ReLU(), norm(), each(K.Conv2D(4, 3, padding="same"))))
+
+    assert assert_exact(model(), rng, shift=False).left == 0
+    assert "pads its input with zeros" in assert_exact(model(), rng).decisions[0].reason
+
+
+@pytest.mark.parametrize("gamma", ["positive", "mixed"])
+def test_a_relu_at_every_step_takes_positive_scales(gamma, rng):
+    wire = chain(norm(), each(K.ReLU()), each(K.Conv2D(4, 3)), K.Activation("tanh"))
+    model = model_of(FRAMES, chain(K.Activation("relu"), wire))
+    assert assert_exact(model, rng, gamma=gamma, shift=False).left == int(gamma == "mixed")
