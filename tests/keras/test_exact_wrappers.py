@@ -5,8 +5,9 @@ import pytest
 
 import mbn_rewrite as mbn
 from tests.keras.test_exact_motion import SIGNS, chain, model_of, sign
-from tests.support.kerases import K, set_policy
+from tests.support.kerases import K, Model, package, set_policy
 from tests.support.whole_numbers import (
+    assert_equal_bits,
     assert_exact,
     inputs_for,
     norm,
@@ -172,3 +173,46 @@ def test_a_relu_at_every_step_takes_positive_scales(gamma, rng):
     wire = chain(norm(), each(K.ReLU()), each(K.Conv2D(4, 3)), K.Activation("tanh"))
     model = model_of(FRAMES, chain(K.Activation("relu"), wire))
     assert assert_exact(model, rng, gamma=gamma, shift=False).left == int(gamma == "mixed")
+
+
+def network():
+    """A model with a BatchNormalization of its own, and one that follows."""
+    x = K.Input((8, 8, 2), dtype="float64")
+    return Model(x, norm()(K.ReLU()(norm()(K.Conv2D(4, 3)(x)))))
+
+
+def shared(x):
+    again = each(norm())
+    return K.Add()([K.ReLU()(again(each(K.Conv2D(4, 3))(x))) for _ in range(2)])
+
+
+DISTRIBUTED = {
+    "after": lambda: chain(each(K.Conv2D(4, 3)), each(norm()), K.ReLU()),
+    "before": lambda: chain(K.ReLU(), each(norm()), each(K.Conv2D(3, 3))),
+    "between": lambda: chain(each(K.Conv2D(4, 3)), each(norm()), norm(), K.ReLU()),
+    "output": lambda: chain(each(K.Conv2D(4, 3)), each(norm())),
+    "shared": lambda: shared,
+    "model": lambda: chain(each(network()), K.LeakyReLU(0.5), norm(), each(K.Conv2D(3, 3))),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_a_batch_norm_at_every_step_goes(name, rng):
+    model = model_of(FRAMES, DISTRIBUTED[name]())
+    assert assert_exact(model, rng, gamma="powers", shift=name != "model").left == 0
+
+
+def test_a_batch_norm_at_every_step_that_stays_says_why(rng):
+    model = model_of(FRAMES, chain(K.ReLU(), each(norm()), K.Activation("relu")))
+    (decision,) = assert_exact(model, rng).decisions
+    assert decision.action == "kept"
+    assert "is an activation" in decision.reason or "is an input" in decision.reason
+
+
+def test_what_stays_of_a_batch_norm_at_every_step_can_be_saved(rng, tmp_path):
+    model = model_of(FRAMES, DISTRIBUTED["after"]())
+    randomise(model, rng)
+    new = mbn.convert(model, "fold", check=False)
+    new.save(tmp_path / "new.keras")
+    loaded = package().models.load_model(tmp_path / "new.keras")
+    assert_equal_bits(model, loaded, inputs_for(model, rng))

@@ -38,6 +38,7 @@ from mbn_rewrite.frontends.keras_common.op_table import describe
 from mbn_rewrite.frontends.keras_common.sublayers import all_sublayers, sublayers
 from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, trace
 from mbn_rewrite.ir.graph import (
+    Affine,
     BatchNorm,
     Clip,
     Graph,
@@ -190,6 +191,8 @@ class _Reader:
             check_copy(layer, self.keras)
         elif caller and isinstance(layer, self.keras.layers.Layer):
             check_call(layer, self.keras)
+        if not caller and self._is_distributed(record, sources):
+            return self._read_distributed(record, prefix, training, sources[0])
         if self._is_holder(layer) and training is False and not self.with_mask & set(sources):
             trace = self._trace(record, record.outputs)
             if trace is not None:
@@ -233,6 +236,65 @@ class _Reader:
             self.nodes.append(Node(name, "Input", Input(), (), (value,)))
             self.layers[name] = model
         self.outputs.update(self._read_trace(model, trace, "", sources))
+
+    def _is_distributed(self, record: Record, sources: list[int]) -> bool:
+        """Whether a call applies a BatchNormalization, or a visible model, at every time step."""
+        layer = record.layer
+        if type(layer) is not self.keras.layers.TimeDistributed or self._other_arguments(record):
+            return False
+        inner = layer.layer
+        if len(sources) != 1 or len(record.outputs) != 1 or self.with_mask & set(sources):
+            return False
+        if not self.keras.is_visible(inner):
+            return is_batch_norm(inner, self.keras)
+        shape, dtype = self.values[sources[0]].shape, self.values[sources[0]].dtype
+        if len(inner.inputs) != 1 or len(inner.outputs) != 1:
+            return False
+        (tensor,) = inner.inputs
+        rank = len(self.keras.shape_of(tensor))
+        return (rank, self.keras.dtype_of(tensor)) == (len(shape) - 1, dtype)
+
+    def _read_distributed(
+        self, record: Record, prefix: str, training: bool | None, source: int
+    ) -> list[int]:
+        """Reads what is applied at every time step, with the steps as further examples."""
+        layer, inner, (tensor,) = record.layer, record.layer.layer, record.outputs
+        owner, who = self._owner(layer, prefix), label(layer)
+        self.traced[id(layer)] = layer, owner
+        self.held.add(id(inner))
+        shape, dtype = self.values[source].shape, self.values[source].dtype
+        step = self._merged_steps(layer, owner, source, Value((None, *shape[2:]), dtype), -1)
+        if self.keras.is_visible(inner):
+            path = self.owners.setdefault(id(inner), self._path(inner, f"{owner}/"))
+            (given,) = self.read_calls(inner, path, training, [step])
+        else:
+            shape, dtype = self.keras.shape_of(tensor), self.keras.dtype_of(tensor)
+            given = len(self.values)
+            self.values.append(Value((None, *shape[2:]), dtype))
+            call = Record(inner, (), {}, (), ())
+            op = self._operation(call, training, [step], [given], True)
+            assert isinstance(op, BatchNorm)
+            name = self._owner(inner, f"{owner}/")
+            kind = type(inner).__name__
+            self.nodes.append(Node(name, kind, op, (step,), (given,), _dtype(inner), caller=who))
+        result = self._add_value(tensor)
+        self._merged_steps(layer, owner, given, self.values[result], 1, result)
+        return [result]
+
+    def _merged_steps(
+        self, layer: Any, owner: str, source: int, value: Value, by: int, result: int | None = None
+    ) -> int:
+        """Adds a node that has time steps be examples (`by` -1), or the other way round."""
+        if result is None:
+            result = len(self.values)
+            self.values.append(value)
+        pairs = [
+            (axis + (by < 0), axis + (by > 0)) for axis in range(1, len(value.shape) - (by > 0))
+        ]
+        op = Affine(axes=tuple(pairs))
+        kind = type(layer).__name__
+        self.nodes.append(Node(owner, kind, op, (source,), (result,), _dtype(layer)))
+        return result
 
     def _is_holder(self, layer: Any) -> bool:
         """Whether a layer may call others in code that can be traced."""
