@@ -54,6 +54,14 @@ class Op:
         """The weights that can absorb a map; none for most operations."""
         return ()
 
+    def reads(self, place: int) -> bool:
+        """Whether a chain, by its place among `chains`, reads the input."""
+        return True
+
+    def gives(self, place: int) -> bool:
+        """Whether a chain gives the output."""
+        return True
+
     def weight(self, owner: str, name: str, read: Read) -> Array:
         """A weight as maps are folded into it.
 
@@ -159,6 +167,32 @@ class Recurrent(Op):
     @property
     def chains(self) -> tuple[Chain, ...]:
         return self.branches
+
+
+@dataclass(frozen=True)
+class Attention(Op):
+    """An attention layer: products of what it reads with weights, and one that gives the output.
+
+    Attributes:
+        projections: of the query, the key and the value; none unless all are of one tensor, so
+            that they take on the same maps.
+        output: the product that gives the output.
+        axis: the axis of the channels, before and after it.
+    """
+
+    projections: tuple[Chain, ...]
+    output: Chain
+    axis: int
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        return (*self.projections, self.output)
+
+    def reads(self, place: int) -> bool:
+        return place < len(self.projections)
+
+    def gives(self, place: int) -> bool:
+        return place == len(self.projections)
 
 
 @dataclass(frozen=True, eq=False)

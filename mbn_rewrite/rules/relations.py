@@ -29,6 +29,7 @@ from mbn_rewrite.ir.channel_map import Array, ChannelMap, reshaped
 from mbn_rewrite.ir.graph import (
     Activation,
     Affine,
+    Attention,
     BatchNorm,
     ChannelPreserving,
     Clip,
@@ -191,6 +192,15 @@ def _recurrent(op: Recurrent, shapes: Shapes, slot: int, axis: int) -> Relation:
     if axis != op.in_axis:
         return f"has its features on axis {op.in_axis}, not on axis {axis}"
     return Ends(op.uneven)
+
+
+def _attention(op: Attention, shapes: Shapes, slot: int, axis: int) -> Relation:
+    """As linear layers, with what lies between the two left alone."""
+    if axis != op.axis:
+        return f"has its channels on axis {op.axis}, not on axis {axis}"
+    if slot != OUT and not op.projections:
+        return "attends to several values, or is called several times"
+    return Ends()
 
 
 def _batch_norm(op: BatchNorm, shapes: Shapes, slot: int, axis: int) -> Relation:
@@ -416,6 +426,7 @@ def _input(op: Input, shapes: Shapes, slot: int, axis: int) -> Relation:
 RELATIONS: dict[type[Op], Row] = {
     Linear: _linear,
     Recurrent: _recurrent,
+    Attention: _attention,
     BatchNorm: _batch_norm,
     Affine: _affine,
     Monotone: _monotone,

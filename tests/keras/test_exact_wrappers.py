@@ -216,3 +216,48 @@ def test_what_stays_of_a_batch_norm_at_every_step_can_be_saved(rng, tmp_path):
     new.save(tmp_path / "new.keras")
     loaded = package().models.load_model(tmp_path / "new.keras")
     assert_equal_bits(model, loaded, inputs_for(model, rng))
+
+
+# ------------------------------------------------------------------------------ attention
+
+
+def attended(before, after, **kwargs):
+    """A model of an attention layer, with BatchNormalizations on its sides."""
+    x = K.Input((6, 4), dtype="float64")
+    y = norm()(x) if before else K.ReLU()(x)
+    z = K.MultiHeadAttention(2, 3, **kwargs)(y, y)
+    return Model(x, K.ReLU()(norm()(z)) if after else z)
+
+
+def assert_close(model, rng):
+    """Converts and compares, up to the rounding of a softmax; returns the plan."""
+    randomise(model, rng)
+    new, plan = mbn.convert_with_plan(model, "fold", check=False)
+    data = inputs_for(model, rng)
+    for a, b in zip(outputs(model, data), outputs(new, data), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+    return plan
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True), (True, True)])
+def test_attention_absorbs_what_is_on_its_sides(before, after, rng):
+    assert assert_close(attended(before, after), rng).left == 0
+
+
+def test_attention_without_biases_keeps_it(rng):
+    plan = assert_close(attended(False, True, use_bias=False), rng)
+    assert "products without a bias" in plan.decisions[0].reason
+
+
+def test_attention_to_another_value_takes_the_identity_alone(rng):
+    x = K.Input((6, 4), dtype="float64")
+    model = Model(x, K.MultiHeadAttention(2, 3)(norm()(x), K.ReLU()(x)))
+    (decision,) = assert_close(model, rng).decisions
+    assert "attends to several values" in decision.reason
+
+
+def test_attention_that_is_called_twice_absorbs_what_follows_both(rng):
+    x = K.Input((6, 4), dtype="float64")
+    attention, after = K.MultiHeadAttention(2, 3), norm()
+    model = Model(x, [K.ReLU()(after(attention(y, y))) for y in (x, K.ReLU()(x))])
+    assert assert_close(model, rng).left == 0

@@ -8,7 +8,16 @@ from typing import Any
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Call
 from mbn_rewrite.ir import layouts
-from mbn_rewrite.ir.graph import SPREADS, Activation, Chain, Linear, Op, Opaque, Recurrent
+from mbn_rewrite.ir.graph import (
+    SPREADS,
+    Activation,
+    Attention,
+    Chain,
+    Linear,
+    Op,
+    Opaque,
+    Recurrent,
+)
 from mbn_rewrite.ir.kernels import Kernel, Window
 
 RECURRENT = ("GRU", "LSTM", "SimpleRNN")
@@ -161,6 +170,31 @@ def normalization(call: Call) -> Op:
         return Opaque("normalises each example, over several axes")
     kernel = Kernel("gamma", tuple(gamma.shape), (0,), (0,))
     return Linear((kernel,), "beta", None, int(axes[0]) % rank)
+
+
+# ------------------------------------------------------------------------------ attention
+
+
+def attention(call: Call) -> Op:
+    """MultiHeadAttention, of one value to itself or of several."""
+    layer, rank = call.layer, len(call.output)
+    names = ("query", "key", "value", "output")
+    parts: list[Any] = [getattr(layer, f"_{name}_dense", None) for name in names]
+    if getattr(layer, "_use_gate", False) or call.record is None:
+        return Opaque()
+    if any(part is None or part.bias is None for part in parts):
+        return Opaque("has products without a bias")
+    if any(len(part.kernel.shape) != 3 for part in parts):
+        return Opaque("gives several axes of channels")
+    chains: list[Chain] = []
+    for name, part in zip(names, parts, strict=True):
+        dims = ((0, 1), (2,)) if name == "output" else ((0,), (1, 2))
+        kernel = Kernel(f"_{name}_dense.kernel", tuple(part.kernel.shape), *dims)
+        chains.append(((kernel,), f"_{name}_dense.bias"))
+    given = call.record.inputs
+    alone = len(call.keras.all_calls_of(layer)) <= 1
+    alike = alone and all(tensor is given[0] for tensor in given)
+    return Attention(tuple(chains[:3]) if alike else (), chains[3], rank - 1)
 
 
 # ---------------------------------------------------------------------- recurrent layers

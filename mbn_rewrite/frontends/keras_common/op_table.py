@@ -199,6 +199,7 @@ _TABLE: dict[str, Describer] = {
     "LayerNormalization GroupNormalization": linear_layers.normalization,
     "TimeDistributed": time_distributed,
     " ".join(linear_layers.RECURRENT): linear_layers.recurrent,
+    "MultiHeadAttention": linear_layers.attention,
     "RNN": linear_layers.rnn,
     "ConvLSTM1D ConvLSTM2D ConvLSTM3D": linear_layers.conv_lstm,
     "Bidirectional": linear_layers.bidirectional,

@@ -39,6 +39,7 @@ from mbn_rewrite.frontends.keras_common.sublayers import all_sublayers, sublayer
 from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, trace
 from mbn_rewrite.ir.graph import (
     Affine,
+    Attention,
     BatchNorm,
     Clip,
     Graph,
@@ -478,7 +479,7 @@ class _Reader:
             if reason:
                 has_map = not reason.rules_out(Change.REPLACE)
                 op = replace(op, reason=reason, map=op.map if has_map else None)
-        elif isinstance(op, (Linear, Recurrent, Clip)):
+        elif isinstance(op, (Linear, Recurrent, Attention, Clip)):
             who = self._reader_of(layer)
             if who:
                 op = Opaque(f"has weights that code of {who} reads")

@@ -14,6 +14,8 @@ import numpy as np
 def read(layer: Any, name: str) -> np.ndarray:
     """A weight as a numpy array; of a bias in two rows (GRU), the row added to the input."""
     array = _found(layer, name).numpy()
+    if name.endswith("_dense.bias"):  # of an attention layer, by head
+        return array.reshape(-1)
     return array[0] if _in_two_rows(name, array) else array
 
 
@@ -26,7 +28,10 @@ def write(layer: Any, name: str, array: np.ndarray) -> None:
         rows[0] = array
         variable.assign(rows)
         return
-    variable.assign(np.broadcast_to(array.astype(dtype, copy=False), tuple(variable.shape)))
+    shape = tuple(variable.shape)
+    if name.endswith("_dense.bias") and array.size == np.prod(shape):
+        array = array.reshape(shape)
+    variable.assign(np.broadcast_to(array.astype(dtype, copy=False), shape))
 
 
 def _found(layer: Any, name: str) -> Any:
