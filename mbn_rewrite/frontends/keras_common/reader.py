@@ -36,9 +36,12 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
 )
 from mbn_rewrite.frontends.keras_common.op_table import describe
 from mbn_rewrite.frontends.keras_common.sublayers import all_sublayers, sublayers
+from mbn_rewrite.frontends.keras_common.time_distributed import (
+    examples_as_steps,
+    steps_as_examples,
+)
 from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, trace
 from mbn_rewrite.ir.graph import (
-    Affine,
     Attention,
     BatchNorm,
     Clip,
@@ -260,42 +263,47 @@ class _Reader:
     ) -> list[int]:
         """Reads what is applied at every time step, with the steps as further examples."""
         layer, inner, (tensor,) = record.layer, record.layer.layer, record.outputs
-        owner, who = self._owner(layer, prefix), label(layer)
+        owner = self._owner(layer, prefix)
         self.traced[id(layer)] = layer, owner
         self.held.add(id(inner))
         shape, dtype = self.values[source].shape, self.values[source].dtype
-        step = self._merged_steps(layer, owner, source, Value((None, *shape[2:]), dtype), -1)
-        if self.keras.is_visible(inner):
-            path = self.owners.setdefault(id(inner), self._path(inner, f"{owner}/"))
-            (given,) = self.read_calls(inner, path, training, [step])
-        else:
-            shape, dtype = self.keras.shape_of(tensor), self.keras.dtype_of(tensor)
-            given = len(self.values)
-            self.values.append(Value((None, *shape[2:]), dtype))
-            call = Record(inner, (), {}, (), ())
-            op = self._operation(call, training, [step], [given], True)
-            assert isinstance(op, BatchNorm)
-            name = self._owner(inner, f"{owner}/")
-            kind = type(inner).__name__
-            self.nodes.append(Node(name, kind, op, (step,), (given,), _dtype(inner), caller=who))
+        step = len(self.values)
+        self.values.append(Value((None, *shape[2:]), dtype))
+        kind, merged = type(layer).__name__, steps_as_examples(len(shape))
+        self.nodes.append(Node(owner, kind, merged, (source,), (step,), _dtype(layer)))
+        given = self._read_step(inner, owner, training, step, tensor)
         result = self._add_value(tensor)
-        self._merged_steps(layer, owner, given, self.values[result], 1, result)
+        parted = examples_as_steps(len(self.values[result].shape))
+        self.nodes.append(Node(owner, kind, parted, (given,), (result,), _dtype(layer)))
         return [result]
 
-    def _merged_steps(
-        self, layer: Any, owner: str, source: int, value: Value, by: int, result: int | None = None
+    def _read_step(
+        self, inner: Any, holder: str, training: bool | None, step: int, tensor: Any
     ) -> int:
-        """Adds a node that has time steps be examples (`by` -1), or the other way round."""
-        if result is None:
-            result = len(self.values)
-            self.values.append(value)
-        pairs = [
-            (axis + (by < 0), axis + (by > 0)) for axis in range(1, len(value.shape) - (by > 0))
-        ]
-        op = Affine(axes=tuple(pairs))
-        kind = type(layer).__name__
-        self.nodes.append(Node(owner, kind, op, (source,), (result,), _dtype(layer)))
-        return result
+        """Reads what a layer applies to each step; returns the value of what that gives.
+
+        Args:
+            inner: what is applied.
+            holder: owner of the layer.
+            training: how it is called; see `calls.Call`.
+            step: the value that it reads.
+            tensor: what the layer gives.
+        """
+        if self.keras.is_visible(inner):
+            path = self.owners.setdefault(id(inner), self._path(inner, f"{holder}/"))
+            (given,) = self.read_calls(inner, path, training, [step])
+            return given
+        given = len(self.values)
+        shape = self.keras.shape_of(tensor)
+        self.values.append(Value((None, *shape[2:]), self.keras.dtype_of(tensor)))
+        call = Record(inner, (), {}, (), ())
+        op = self._operation(call, training, [step], [given], True)
+        assert isinstance(op, BatchNorm)
+        name, kind = self._owner(inner, f"{holder}/"), type(inner).__name__
+        who = label(self.layers[holder])
+        node = Node(name, kind, op, (step,), (given,), _dtype(inner), caller=who)
+        self.nodes.append(node)
+        return given
 
     def _is_holder(self, layer: Any) -> bool:
         """Whether a layer may call others in code that can be traced."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from mbn_rewrite.frontends.keras_common.calls import Call, Several
 from mbn_rewrite.ir.graph import (
+    Affine,
     Chain,
     ChannelPreserving,
     Clip,
@@ -30,6 +31,16 @@ def time_distributed(call: Call) -> Op:
     special = call.keras.describe(within)
     op = describer(within) if special is None else special
     return Opaque() if isinstance(op, Several) else _an_axis_later(op)
+
+
+def steps_as_examples(rank: int) -> Affine:
+    """Values of so many axes, with time steps as further examples."""
+    return Affine(axes=tuple((axis, axis - 1) for axis in range(2, rank)))
+
+
+def examples_as_steps(rank: int) -> Affine:
+    """The inverse, for values that have so many axes then."""
+    return Affine(axes=tuple((axis - 1, axis) for axis in range(2, rank)))
 
 
 def _an_axis_later(op: Op) -> Op:
