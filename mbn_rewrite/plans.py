@@ -102,6 +102,13 @@ class Fold:
     border: Border | None = None
     outer_bias: bool = False
 
+    def maps(self, place: int) -> tuple[ChannelMap | None, ChannelMap | None]:
+        """The maps before and after a chain of the operation's, by its place among them."""
+        return (
+            self.before if self.op.reads(place) else None,
+            self.after if self.op.gives(place) else None,
+        )
+
     @property
     def has_shift(self) -> bool:
         """Whether what is absorbed takes a bias."""

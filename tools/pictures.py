@@ -29,13 +29,15 @@ import numpy as np
 import mbn_rewrite as mbn
 from mbn_rewrite.cli.quiet import import_tensorflow
 from mbn_rewrite.drawing import mermaid
-from mbn_rewrite.ir.channel_map import ChannelMap
+from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import (
     Activation,
     Affine,
+    Attention,
     BatchNorm,
     Clip,
     Concat,
+    ConstantMap,
     Linear,
     Merge,
     MergeKind,
@@ -46,6 +48,8 @@ from mbn_rewrite.ir.graph import (
     PositivelyHomogeneous,
     Recurrent,
     Reshape,
+    Selection,
+    Total,
     ZeroPadding,
 )
 from mbn_rewrite.ir.kernels import Window
@@ -145,11 +149,30 @@ PROBES: dict[str, tuple[Op, Shapes]] = {
     "… with a fused ReLU": (_linear(activation=Activation.HOMOGENEOUS), _UNARY),
     "… with another fused activation": (_linear(activation=Activation.OTHER), _UNARY),
     "GRU, LSTM, SimpleRNN": (Recurrent((), 2), Shapes(((None, 6, _CHANNELS),), (None, 5))),
+    "ConvLSTM that pads with zeros": (
+        Recurrent((), 3, uneven="pads its input with zeros"),
+        Shapes((_IMAGE,), (None, 5)),
+    ),
+    "MultiHeadAttention": (
+        Attention((((), None),), ((), None), 2),
+        Shapes(((None, 6, _CHANNELS),) * 2, (None, 6, _CHANNELS)),
+    ),
     "BatchNormalization that stays": (
         BatchNorm(ChannelMap(np.ones(_CHANNELS), np.zeros(_CHANNELS), 3)),
         _UNARY,
     ),
     "average pooling, cropping, upsampling": (Affine(3, 3), _UNARY),
+    "sum over 6 positions": (Total(3, 2, count=6), Shapes((_IMAGE,), (None, 6, _CHANNELS))),
+    "sum over an unknown number": (Total(3, 2), Shapes((_IMAGE,), (None, 6, _CHANNELS))),
+    "multiplication by 2, in code": (ConstantMap(scale=np.array(2.0)), _UNARY),
+    "multiplication by 2 and addition of 3, in code": (
+        ConstantMap(scale=np.array(2.0), shift=np.array(3.0)),
+        _UNARY,
+    ),
+    "some of the channels": (
+        Selection(((3, 3, (0, 1)),)),
+        Shapes((_IMAGE,), (None, 6, 6, 2)),
+    ),
     "max pooling": (Monotone(3, 3), _UNARY),
     "zero padding": (ZeroPadding(3, 3), _UNARY),
     "ReLU": (Clip(), _UNARY),
@@ -195,12 +218,13 @@ def _tied(tied: Tied) -> tuple[str, str]:
         case Origins.ZERO:
             return scales, "0"
         case Origins.SUM:
-            return scales, f"o = {_sum(tied.weights)}"
+            added = "" if tied.added is None else f" + {tied.added.flat[0]:g} (1 - 1 / p)"
+            return scales, f"o = {_sum(tied.weights)}{added}"
 
 
-def _sum(weights: Iterable[float]) -> str:
+def _sum(weights: Iterable[float | Array]) -> str:
     """A weighted sum of the origins of inputs a, b, ..."""
-    terms = (f"{w:+g} o_{name}" for w, name in zip(weights, ascii_lowercase, strict=False))
+    terms = (f"{float(w):+g} o_{name}" for w, name in zip(weights, ascii_lowercase, strict=False))
     return " ".join(terms).replace("+", "+ ").replace("-", "- ").replace(" 1 ", " ").lstrip("+ ")
 
 

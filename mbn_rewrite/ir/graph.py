@@ -54,6 +54,14 @@ class Op:
         """The weights that can absorb a map; none for most operations."""
         return ()
 
+    def reads(self, place: int) -> bool:
+        """Whether a chain, by its place among `chains`, reads the input."""
+        return True
+
+    def gives(self, place: int) -> bool:
+        """Whether a chain gives the output."""
+        return True
+
     def weight(self, owner: str, name: str, read: Read) -> Array:
         """A weight as maps are folded into it.
 
@@ -149,14 +157,42 @@ class Recurrent(Op):
     Attributes:
         branches: for each direction its input kernel and bias.
         in_axis: the axis of the input that holds the features.
+        uneven: why a constant input does not give constant products, as a phrase, or "".
     """
 
     branches: tuple[Chain, ...]
     in_axis: int
+    uneven: str = ""
 
     @property
     def chains(self) -> tuple[Chain, ...]:
         return self.branches
+
+
+@dataclass(frozen=True)
+class Attention(Op):
+    """An attention layer: products of what it reads with weights, and one that gives the output.
+
+    Attributes:
+        projections: of the query, the key and the value; none unless all are of one tensor, so
+            that they take on the same maps.
+        output: the product that gives the output.
+        axis: the axis of the channels, before and after it.
+    """
+
+    projections: tuple[Chain, ...]
+    output: Chain
+    axis: int
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        return (*self.projections, self.output)
+
+    def reads(self, place: int) -> bool:
+        return place < len(self.projections)
+
+    def gives(self, place: int) -> bool:
+        return place == len(self.projections)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,18 +261,51 @@ class ChannelPreserving(Op):
         in_axis: the channel axis of the input, or None where any axis can be one and
             stays where it is (elementwise operations).
         out_axis: the channel axis of the output, likewise.
+        axes: where any of some axes can be one, each with the axis of the output that it is there.
     """
 
     in_axis: int | None = None
     out_axis: int | None = None
+    axes: tuple[tuple[int, int], ...] = ()
 
 
 class Affine(ChannelPreserving):
     """Weighted means, selections and copies of positions: f(s x + t) = s f(x) + t."""
 
 
+@dataclass(frozen=True)
 class Monotone(ChannelPreserving):
-    """Maxima over positions: f(s x + t) = s f(x) + t where s >= 0."""
+    """Maxima or minima over positions: f(s x + t) = s f(x) + t where s >= 0.
+
+    Attributes:
+        doing: what it does, as a phrase.
+    """
+
+    doing: str = "takes a maximum"
+
+
+@dataclass(frozen=True)
+class Total(ChannelPreserving):
+    """Sums over positions: f(s x + t) = s f(x) + count * t.
+
+    Attributes:
+        count: how many are added up, or None where that is not known.
+    """
+
+    count: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ConstantMap(ChannelPreserving):
+    """Constants in code that multiply and are added: f(x) = scale * x + shift.
+
+    Attributes:
+        scale: a number, or one for each channel on `in_axis`; none is 0.
+        shift: likewise.
+    """
+
+    scale: Array = field(default_factory=lambda: np.ones(()))
+    shift: Array = field(default_factory=lambda: np.zeros(()))
 
 
 class ZeroPadding(ChannelPreserving):
@@ -260,6 +329,7 @@ class Clip(ChannelPreserving):
 
     in_axis: int | None = field(default=None, init=False)  # it works on each element
     out_axis: int | None = field(default=None, init=False)
+    axes: tuple[tuple[int, int], ...] = field(default=(), init=False)
     lower: float = 0.0
     upper: float = math.inf
     why: str = field(default=Opaque.why, compare=False)
@@ -287,6 +357,21 @@ def clip(lower: float, upper: float, why: str = Opaque.why) -> Op:
 @dataclass(frozen=True)
 class Reshape(Op):
     """The same elements in the same order in another shape; the batch axis stays."""
+
+
+@dataclass(frozen=True)
+class Selection(Op):
+    """Some of the elements along each axis, perhaps in another order or repeatedly.
+
+    Attributes:
+        axes: axes of the input, each with that of the output that it is there, and the places that
+            are taken along it; None for all, as they are.
+        inverse: whether it is the other way round: the input would be such a selection of the
+            output, as where channels become positions.
+    """
+
+    axes: tuple[tuple[int, int, tuple[int, ...] | None], ...]
+    inverse: bool = False
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ class PathFinder:
                 is_known = bool(op.windows) or op.position_alone
                 return len(op.kernels) == 1 and op.activation is Activation.LINEAR and is_known
             case Affine():
-                return op.in_axis is None and op.out_axis is None  # it does nothing at inference
+                # It does nothing at inference.
+                return op.in_axis is None and op.out_axis is None and not op.axes
             case Reshape():
                 # With two sizes open, two reshapes may differ and give equal shapes.
                 shapes = (self._shape(node.inputs[0]), self._shape(node.outputs[0]))

@@ -158,6 +158,7 @@ class _Folding:
             self._absorb(owner, ends)
         for node in self.strands.clips:
             self._reclip(node)
+        self._check_constants()
         self.actions.update(dict.fromkeys(self.assumptions.gone, Remove()))
 
     def _ends(self) -> dict[str, list[End]]:
@@ -220,6 +221,17 @@ class _Folding:
                         f"more than {dtype} has digits for"
                     )
         return ""
+
+    def _check_constants(self) -> None:
+        """Refuses what has constants added to values that are kept so far off as to lose digits."""
+        for total in self.strands.sums:
+            if total.added is None:
+                continue
+            dtype = self.work.dtype(total.node.inputs[0])
+            lost = max(map(self.settled.lost, total.terms))
+            if lost > _FARTHEST[dtype]:
+                why = f"would add constants to a value that is kept {lost:.3g} off what it is"
+                self._refuse(total.terms, f"{total.node.label} {why}")
 
     def _disagreement(self, owner: str) -> str:
         """Phrase on a BatchNormalization that stays whose calls ask for different maps, or ""."""

@@ -95,13 +95,14 @@ def _magnitude(array: Array) -> float:
 
 def _lose_range(action: Fold, dtype: str, read: Callable[[str], Array]) -> str:
     """Why the folded weights would not be finite, or not precise, in a dtype, or ""."""
-    for kernels, bias in action.op.chains:
+    for place, (kernels, bias) in enumerate(action.op.chains):
+        before, after = action.maps(place)
         arrays = [(kernel, read(kernel.name).astype(np.float64)) for kernel in kernels]
         folded, new_bias = fold(
             arrays,
             read(bias).astype(np.float64) if bias else None,
-            before=action.before,
-            after=action.after,
+            before=before,
+            after=after,
             border=action.border,
         )
         largest = np.abs(new_bias).max(initial=0)

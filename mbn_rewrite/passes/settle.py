@@ -64,13 +64,13 @@ class Settled:
 
     def _without_repeats(self, total: Sum) -> Sum:
         """A sum in which no origin comes twice, as in x + x."""
-        weights: list[float] = []
+        weights: list[float | Array] = []
         terms: list[Units] = []
         for weight, term in zip(total.weights, total.terms, strict=True):
             numbers = self._origin[term.origins]
             for i, other in enumerate(terms):
                 if np.array_equal(numbers, self._origin[other.origins]):
-                    weights[i] += weight
+                    weights[i] = weights[i] + weight
                     break
             else:
                 weights.append(weight)
@@ -93,6 +93,9 @@ class Settled:
         else:
             terms = zip(step.weights, step.terms, strict=True)
             parts = np.stack([w * self._o[self._origin[u.origins]] for w, u in terms])
+            if step.added is not None:
+                r = self._r[self._strand[step.terms[0].scales]]
+                parts = np.concatenate([parts, [step.added, -step.added * r]])
         size = np.abs(parts).sum(axis=0)
         return bool(np.all(np.abs(parts.sum(axis=0)) <= 1e-9 * size))
 
@@ -143,6 +146,7 @@ class Settled:
         self._identity = np.zeros(len(numbers), bool)
         self._identity[chosen] = True
         self._multiply_out()
+        self._assumptions.choose_scales(chosen, self._p[chosen])
 
     def _chosen(self, strands: Array, root: Array) -> Array:
         """The strand of each free set that keeps the identity: the one that saves most edits.
@@ -282,15 +286,20 @@ class Settled:
         numbers = [self._origin[term.origins] for term in total.terms]
         known = np.stack([self._o_known[number] for number in numbers])
         lone = np.count_nonzero(~known, axis=0) == 1
+        weights = [np.broadcast_to(weight, lone.shape) for weight in total.weights]
         told = []
         for i, number in enumerate(numbers):
-            here = np.flatnonzero(lone & ~known[i])
-            if not len(here) or not total.weights[i]:
+            here = np.flatnonzero(lone & ~known[i] & (weights[i] != 0))
+            if not len(here):
                 continue
             others = [other for other in range(len(numbers)) if other != i]
-            for array in (self._q, self._o):
-                parts = [total.weights[j] * array[numbers[j][here]] for j in others]
-                array[number[here]] = -_added(*parts) / total.weights[i]
+            scales = self._strand[total.terms[0].scales][here]
+            for array, factor in ((self._q, self._p), (self._o, self._r)):
+                parts = [weights[j][here] * array[numbers[j][here]] for j in others]
+                if total.added is not None:  # -p (b - b / p) = b - p b
+                    added = total.added[here]
+                    parts += [added, -added * factor[scales]]
+                array[number[here]] = -_added(*parts) / weights[i][here]
             self._o_known[number[here]] = True
             told.append(number[here])
         return np.concatenate(told or [_NOTHING])

@@ -68,19 +68,22 @@ class End:
 
 @dataclass(frozen=True)
 class Sum:
-    """Origins that add up: sum of weight * origin over the terms = 0.
+    """Origins that add up: sum of weight * origin over the terms + added * (1 - 1 / scale) = 0.
 
     Attributes:
         node: the merge.
-        weights: of the terms; the output is the first, with weight -1.
+        weights: of the terms, numbers or one for each channel; the output is the first, with
+            weight -1.
         terms: units of the terms.
         cause: number of the cause that it is of what follows from it.
+        added: for each channel; the scale is that of all terms. None for nothing.
     """
 
     node: Node
-    weights: tuple[float, ...]
+    weights: tuple[float | Array, ...]
     terms: tuple[Units, ...]
     cause: int
+    added: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,8 @@ class Strands:
         for node in graph.graph.nodes:
             self._calls.setdefault(node.owner, []).append(node)
         self._spread()
-        self.scales, self.origins = Ties(self._numbers[0]), Ties(self._numbers[1])
+        self.scales = Ties(self._numbers[0])
+        self.origins = Ties(self._numbers[1], may_be_zero=True)
         self._tie()
 
     def fits(self, call: Node) -> bool:
@@ -308,8 +312,9 @@ class Strands:
         same = tied.origins is not Origins.SUM
         for other, spread in tied.spread.items():
             self._tie_slot(node, other, spread, units, same)
-        sides = [self.units[self._value(node, i)] for i in (slot, *tied.spread)]
-        if tied.origins is Origins.SUM and len({(u.axis, len(u.scales)) for u in sides}) > 1:
+        sides = [(self.units[self._value(node, i)], spread) for i, spread in tied.spread.items()]
+        fits = all((u.axis, len(u.scales)) == (s.axis, s.channels) for u, s in sides)
+        if tied.origins is Origins.SUM and not fits:
             self._tied[id(node)] = {slot, *tied.spread}
             return  # what joins channels on different axes is the identity by now
         if tied.part:
@@ -321,8 +326,9 @@ class Strands:
             self.zero.append((units, self.causes.add(node, tied.doing, True)))
         elif tied.origins is Origins.SUM:
             terms = tuple(self.units[self._value(node, i)] for i in range(OUT, len(node.inputs)))
-            cause = self.causes.add(node, "joins it with values that do not have its shift")
-            self.sums.append(Sum(node, (-1.0, *tied.weights), terms, cause))
+            phrase = tied.doing or "joins it with values that do not have its shift"
+            cause = self.causes.add(node, phrase)
+            self.sums.append(Sum(node, (-1.0, *tied.weights), terms, cause, tied.added))
         if tied.positive:
             self._positive.append((units, self.causes.add(node, tied.doing, True)))
 

@@ -46,10 +46,13 @@ class Ties:
 
     Args:
         count: how many numbers there are. Each is alone at first, and unknown.
+        may_be_zero: whether numbers are solved for that are tied to themselves, x = 2 x - 1, even
+            where that makes them 0; else such a tie is a conflict.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, may_be_zero: bool = False) -> None:
         self.count = count
+        self._may_be_zero = may_be_zero
         self._root = np.arange(count)
         self._a = np.ones(count)
         self._b = np.zeros(count)
@@ -174,6 +177,12 @@ class Ties:
                 (s * a_r / a_l)[apart],
                 ((s * b_r + t - b_l) / a_l)[apart],
             )
+            if conflict is not None:
+                return conflict
+        loop = ~self._known[root_l] & ~_close(a_l, s * a_r, np.abs(a_l))
+        if self._may_be_zero and loop.any():
+            value = ((s * b_r + t - b_l) / (a_l - s * a_r))[loop]
+            conflict = self.set(root_l[loop], value, NO_CAUSE)
             if conflict is not None:
                 return conflict
         # Of two numbers in one set all is said, but where the set is known.

@@ -69,6 +69,8 @@ class Assumptions:
                 self._merges[int(number)].append(node)
         self._blocks = _Blocks(strands)
         self._solved: list[int] = []  # sums that have nothing more to tell
+        # Sums that tell something once scales are known.
+        self._scaled = {i for i, total in enumerate(strands.sums) if total.added is not None}
         assert not self._sums(set(range(len(strands.sums))))  # the identity satisfies them
         self._zeros = _ZeroScales(strands, self.strand)
 
@@ -108,6 +110,19 @@ class Assumptions:
         self._blocks.drop(self._solved)
         self.strands.origins.keep()
 
+    def choose_scales(self, numbers: Array, values: Array) -> None:
+        """Sets scales that nothing has told so far, each of another set.
+
+        What then contradicts is found as `choose` says.
+        """
+        conflict = self.strands.scales.set(numbers, values, NO_CAUSE)
+        assert conflict is None
+        self._solved.clear()
+        self._sums(self._scaled)
+        self._blocks.drop(self._solved)
+        self.strands.scales.keep()
+        self.strands.origins.keep()
+
     def _contradiction(self, edges: Iterable[Edge]) -> str:
         """What contradicts the ties of the calls of one BatchNormalization, or ""."""
         scales, origins = self.strands.scales, self.strands.origins
@@ -126,7 +141,7 @@ class Assumptions:
             if conflict is not None:
                 return self._reason(edge, NO_CAUSE, conflict.right, "a shift cannot pass")
             woken |= self._blocks.joined(before.origins, after.origins)
-        return self._sums(woken)
+        return self._sums(woken | self._scaled)
 
     def _sums(self, woken: Collection[int]) -> str:
         """Follows up on the sums of origins; returns what contradicts, or ""."""
@@ -165,6 +180,13 @@ class Assumptions:
             roots.append(root)
             slopes.append(np.where(known, 0.0, weight * a))
             constant, size = constant + part, size + np.abs(part)
+        open_scale = np.zeros(1, bool)
+        if total.added is not None:
+            known, scale = self.strands.scales.known(total.terms[0].scales)
+            part = np.divide(total.added, scale, where=known, out=np.zeros(len(scale)))
+            constant, size = constant + total.added - part, size + np.abs(total.added) + abs(part)
+            open_scale = ~known & (total.added != 0)
+            all_known = all_known and not open_scale.any()
         slope = np.stack(slopes)
         for i in range(len(roots)):
             for j in range(i):
@@ -174,6 +196,7 @@ class Assumptions:
                 slope[j] = np.where(same, both, slope[j])
                 slope[i] = np.where(same, 0.0, slope[i])
         unknown = np.count_nonzero(slope, axis=0)
+        unknown = np.where(open_scale, len(roots) + 1, unknown)
         wrong = (unknown == 0) & ~(np.abs(constant) <= TOLERANCE * size)
         if wrong.any():
             return Conflict(int(wrong.sum()))
@@ -318,6 +341,9 @@ class _ZeroScales:
     def _look(self, strands: Strands) -> None:
         size = strands.scales.count
         fixed = strands.scales.known(np.arange(size))[0]
+        for total in strands.sums:  # a constant that is added is none of an unread channel
+            if total.added is not None:
+                fixed[self._strand[total.terms[0].scales[total.added != 0]]] = True
         layers, norms, sources = (np.zeros(size, np.int64) for _ in range(3))
         sides: dict[tuple[str, Side, bool], list[Array]] = defaultdict(list)
         for end in strands.ends:

@@ -19,7 +19,7 @@ op_table.py which layers it is, and add its cases to tests/keras/test_exact_moti
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -29,10 +29,12 @@ from mbn_rewrite.ir.channel_map import Array, ChannelMap, reshaped
 from mbn_rewrite.ir.graph import (
     Activation,
     Affine,
+    Attention,
     BatchNorm,
     ChannelPreserving,
     Clip,
     Concat,
+    ConstantMap,
     Input,
     Linear,
     Merge,
@@ -44,7 +46,9 @@ from mbn_rewrite.ir.graph import (
     PositivelyHomogeneous,
     Recurrent,
     Reshape,
+    Selection,
     Shape,
+    Total,
     ZeroPadding,
 )
 
@@ -103,16 +107,18 @@ class Tied:
     Attributes:
         spread: for every slot but the one asked of, its channels.
         origins: how their origins are related.
-        weights: for `Origins.SUM`, that of each input.
+        weights: for `Origins.SUM`, that of each input: a number, or one for each channel.
         positive: whether the scale must be positive.
+        added: for `Origins.SUM`, what is added to what is kept, for each channel.
         doing: phrase on what the operation does, where it demands something.
         part: whether there are other slots, which the slots of `spread` are asked for.
     """
 
     spread: Mapping[int, Spread]
     origins: Origins = Origins.SAME
-    weights: tuple[float, ...] = ()
+    weights: tuple[float | Array, ...] = ()
     positive: bool = False
+    added: Array | None = None
     doing: str = ""
     part: bool = False
 
@@ -185,6 +191,15 @@ def _recurrent(op: Recurrent, shapes: Shapes, slot: int, axis: int) -> Relation:
         return "reads it as a state"
     if axis != op.in_axis:
         return f"has its features on axis {op.in_axis}, not on axis {axis}"
+    return Ends(op.uneven)
+
+
+def _attention(op: Attention, shapes: Shapes, slot: int, axis: int) -> Relation:
+    """As linear layers, with what lies between the two left alone."""
+    if axis != op.axis:
+        return f"has its channels on axis {op.axis}, not on axis {axis}"
+    if slot != OUT and not op.projections:
+        return "attends to several values, or is called several times"
     return Ends()
 
 
@@ -216,6 +231,11 @@ def _unary(
     own, moved = (op.out_axis, op.in_axis) if slot == OUT else (op.in_axis, op.out_axis)
     if own is not None and axis != own:
         return f"has its channels on axis {own}, not on axis {axis}"
+    if op.axes:
+        across = {(b if slot == OUT else a): (a if slot == OUT else b) for a, b in op.axes}
+        if axis not in across:
+            return f"works along axis {axis}"
+        moved = across[axis]
     moved = axis if moved is None else moved
     channels = _channels(shapes, slot, axis)
     if channels is None or _channels(shapes, other, moved) not in (None, channels):
@@ -235,7 +255,25 @@ def _affine(op: Affine, shapes: Shapes, slot: int, axis: int) -> Relation:
 
 def _monotone(op: Monotone, shapes: Shapes, slot: int, axis: int) -> Relation:
     """max (p (x - o)) = p (max x - o), where p > 0"""
-    return _unary(op, shapes, slot, axis, positive=True, doing="takes a maximum")
+    return _unary(op, shapes, slot, axis, positive=True, doing=op.doing)
+
+
+def _total(op: Total, shapes: Shapes, slot: int, axis: int) -> Relation:
+    """sum of p (x - o) = p (sum of x - n o), for n terms"""
+    if op.count is None:
+        doing = "adds up an unknown number of positions"
+        return _unary(op, shapes, slot, axis, Origins.ZERO, doing=doing)
+    relation = _unary(op, shapes, slot, axis, Origins.SUM, doing="adds up positions")
+    return replace(relation, weights=(float(op.count),)) if isinstance(relation, Tied) else relation
+
+
+def _constant_map(op: ConstantMap, shapes: Shapes, slot: int, axis: int) -> Relation:
+    """a p (x - o) + b = p (a x + b - (a o + b - b / p))"""
+    relation = _unary(op, shapes, slot, axis, Origins.SUM, doing="adds constants to it")
+    if not isinstance(relation, Tied):
+        return relation
+    added = np.broadcast_to(op.shift, relation.spread[0 if slot == OUT else OUT].channels)
+    return replace(relation, weights=(op.scale,), added=added if added.any() else None)
 
 
 def _zero_padding(op: ZeroPadding, shapes: Shapes, slot: int, axis: int) -> Relation:
@@ -281,6 +319,26 @@ def _reshape(op: Reshape, shapes: Shapes, slot: int, axis: int) -> Relation:
         return "mixes channels with positions"
     spread = Spread(moved.axis, moved.channels, moved.scale.astype(np.intp))
     return Tied({0 if slot == OUT else OUT: spread})
+
+
+def _selection(op: Selection, shapes: Shapes, slot: int, axis: int) -> Relation:
+    """The same elements; channels that are not taken have no part in it."""
+    if slot > 0:
+        return "reads it beside its data"
+    whole = OUT if op.inverse else 0
+    for before, after, chosen in op.axes:
+        own, moved = (after, before) if slot == OUT else (before, after)
+        if axis != own:
+            continue
+        other, channels = 0 if slot == OUT else OUT, _channels(shapes, slot, axis)
+        places = np.arange(channels or 0) if chosen is None else np.asarray(chosen)
+        if channels is None or (chosen is not None and shapes.of(whole)[moved] is None):
+            return "has an unknown number of channels"
+        if slot == whole or chosen is None:
+            return Tied({other: Spread(moved, len(places), places)})
+        count = shapes.of(whole)[moved] or 0
+        return Tied({other: Spread(moved, count, np.arange(channels), places)})
+    return f"takes or moves parts along axis {axis}"
 
 
 def _permute(op: Permute, shapes: Shapes, slot: int, axis: int) -> Relation:
@@ -368,13 +426,17 @@ def _input(op: Input, shapes: Shapes, slot: int, axis: int) -> Relation:
 RELATIONS: dict[type[Op], Row] = {
     Linear: _linear,
     Recurrent: _recurrent,
+    Attention: _attention,
     BatchNorm: _batch_norm,
     Affine: _affine,
     Monotone: _monotone,
+    Total: _total,
+    ConstantMap: _constant_map,
     ZeroPadding: _zero_padding,
     PositivelyHomogeneous: _homogeneous,
     Clip: _clip,
     Reshape: _reshape,
+    Selection: _selection,
     Permute: _permute,
     Merge: _merge,
     Concat: _concat,

@@ -121,6 +121,16 @@ class Builder:
         """A mean over positions, rolled by one: something affine."""
         return self.add(ir.Affine(AXIS, AXIS), x, channels=self.channels(x), kind="Roll")
 
+    def computed(self, x: int) -> int:
+        """Constants that multiply and are added, by channel or one for all."""
+        count = self.channels(x) if self.rng.random() < 0.5 else 1
+        axis = AXIS if count > 1 else None
+        size = count if count > 1 else ()
+        scale = 2.0 ** self.rng.integers(-1, 2, size) * self.rng.choice([1.0, -1.0], size)
+        shift = self.rng.integers(-2, 3, size) * float(self.rng.random() < 0.7)
+        op = ir.ConstantMap(axis, axis, scale=np.asarray(scale), shift=np.asarray(shift))
+        return self.add(op, x, channels=self.channels(x), kind="Constants")
+
     def pooled(self, x: int) -> int:
         """A maximum over all positions, at every position."""
         return self.add(ir.Monotone(AXIS, AXIS), x, channels=self.channels(x), kind="MaxPool")
@@ -193,6 +203,8 @@ def _computed(
             )
         case ir.Affine():
             return np.roll(inputs[0], 1, axis=1)
+        case ir.ConstantMap():
+            return inputs[0] * op.scale + op.shift
         case ir.Concat():
             return np.concatenate(inputs, axis=AXIS)
         case ir.Reshape():
@@ -243,8 +255,14 @@ def _merged(kind: ir.MergeKind, inputs: list[np.ndarray]) -> np.ndarray:
             return reduce(np.multiply, inputs)
 
 
-def random_graph(seed: int, steps: int = 14) -> ir.Graph:
-    """A random network with shared trunks, several readers, branches and concatenations."""
+def random_graph(seed: int, steps: int = 14, constants: int = 0) -> ir.Graph:
+    """A random network with shared trunks, several readers, branches and concatenations.
+
+    Args:
+        seed: of the network and its weights.
+        steps: how many operations are drawn.
+        constants: how often constants in code are drawn, beside 18 others.
+    """
     rng = np.random.default_rng(seed)
     b = Builder(rng)
     signs, zeros = rng.random() < 0.3, rng.random() < 0.15
@@ -275,6 +293,7 @@ def random_graph(seed: int, steps: int = 14) -> ir.Graph:
                 "fused",
                 "gate",
                 "leaky",
+                *["constants"] * constants,
             ]
         ):
             case "norm":
@@ -293,6 +312,8 @@ def random_graph(seed: int, steps: int = 14) -> ir.Graph:
                 new = b.relu(x, rng.choice([np.inf, np.inf, 6.0]))
             case "leaky":
                 new = b.leaky_relu(x)
+            case "constants":
+                new = b.computed(x)
             case "pool":
                 new = b.pooled(x)
             case "roll":

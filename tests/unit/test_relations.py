@@ -119,6 +119,12 @@ PHRASES = {
     "affine_crops_channels": (graph.Affine(), OUT, 3, SHORT, "gives another number of channels"),
     "affine_adds_channels": (graph.Affine(), 0, 3, SHORT, "gives another number of channels"),
     "affine_of_open_size": (graph.Affine(), 0, 3, OPEN, "gives another number of channels"),
+    "affine_along_the_axis": (graph.Affine(axes=((1, 1),)), 0, 3, UNARY, "works along axis 3"),
+    "total_along_the_axis": (graph.Total(axes=((1, 1),)), OUT, 3, UNARY, "works along axis 3"),
+    "constants_by_position": (graph.ConstantMap(1, 1), 0, 3, UNARY, "channels on axis 1"),
+    "selection_along_the_axis": (graph.Selection(((1, 1, None),)), 0, 3, UNARY, "parts along"),
+    "selection_reads_beside": (graph.Selection(((1, 1, None),)), 1, 1, BESIDE, "beside its data"),
+    "selection_of_open_size": (graph.Selection(((3, 3, (0,)),)), 0, 3, OPEN, "unknown number"),
     "affine_of_lost_axis": (graph.Affine(3, 1), OUT, 1, Shapes((IMAGE,), (None, 3)), "another"),
     "reshape_mixes": (graph.Reshape(), 0, 3, Shapes((IMAGE,), (None, 128, 2)), "mixes channels"),
     "reshape_gives_mixed": (graph.Reshape(), OUT, 1, Shapes((IMAGE,), (None, 256)), "mixes"),
@@ -287,6 +293,20 @@ def test_flattening_repeats_channels():
     assert spread_of(flat, OUT) == (1, 6, [0, 1, 0, 1, 0, 1], None)
 
 
+def test_a_selection_has_some_of_the_channels():
+    shapes = Shapes(((None, 8, 4),), (None, 2))
+    op = graph.Selection(((2, 1, (3, 1)),))
+    assert spread_of(asked(op, 0, 2, shapes), OUT) == (1, 2, [3, 1], None)
+    assert spread_of(asked(op, OUT, 1, shapes), 0) == (2, 4, [0, 1], [3, 1])
+
+
+def test_channels_may_be_such_a_selection_of_what_is_given():
+    shapes = Shapes(((None, 8, 4),), (None, 16, 2))
+    op = graph.Selection(((2, 2, (0, 1, 0, 1)),), inverse=True)
+    assert spread_of(asked(op, OUT, 2, shapes), 0) == (2, 4, [0, 1, 0, 1], None)
+    assert spread_of(asked(op, 0, 2, shapes), OUT) == (2, 2, [0, 1, 2, 3], [0, 1, 0, 1])
+
+
 def test_flattening_channels_first_repeats_each():
     shapes = Shapes(((None, 2, 3),), (None, 6))
     flat = asked(graph.Reshape(), 0, 1, shapes)
@@ -366,7 +386,19 @@ def test_bounds_make_a_clip_where_their_order_does_not_matter(bounds, expected):
 OPERATIONS = {
     "affine": (graph.Affine(2, 2), lambda x: x[:, [2, 0, 0]]),
     "affine_mean": (graph.Affine(2, 2), lambda x: (x[:, [0]] + x[:, [1]]) / 2),
+    "affine_on_some_axes": (graph.Affine(axes=((2, 1),)), lambda x: x[:, 1]),
     "monotone": (graph.Monotone(2, 2), lambda x: x.max(axis=1, keepdims=True)),
+    "total": (graph.Total(axes=((2, 1),), count=3), lambda x: x.sum(axis=1)),
+    "total_of_unknown_count": (graph.Total(axes=((2, 1),)), lambda x: x.sum(axis=1)),
+    "factors": (
+        graph.ConstantMap(2, 2, scale=np.array([2.0, -1, 4, 0.5])),
+        lambda x: x * np.array([2.0, -1, 4, 0.5]),
+    ),
+    "constants": (
+        graph.ConstantMap(scale=np.array(-2.0), shift=np.array(3.0)),
+        lambda x: 3 - 2 * x,
+    ),
+    "selection": (graph.Selection(((2, 1, (3, 1)),)), lambda x: x[:, 0, [3, 1]]),
     "zero_padding": (graph.ZeroPadding(2, 2), lambda x: np.pad(x, ((0, 0), (1, 1), (0, 0)))),
     "homogeneous": (graph.PositivelyHomogeneous(), lambda x: np.where(x < 0, x / 4, x)),
     "relu": (graph.Clip(), lambda x: np.maximum(x, 0)),
@@ -413,6 +445,8 @@ class Tried:
         if self.relation.origins is Origins.SUM:
             self.due = sum(w * o for w, o in zip(self.relation.weights, self.o, strict=True))
             self.due = self.due + (spoilt == "origins")
+            if self.relation.added is not None:
+                self.due = self.due + self.relation.added * (1 - 1 / self.p)
 
     def origins(self):
         return self.rng.integers(1, 5, 4).astype(np.float64)
@@ -442,7 +476,11 @@ def test_a_scale_that_is_not_positive_would_not_do(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["zero_padding", "homogeneous", "relu", "clip_from_above", "add", "subtract", "average"]
+    "name",
+    [
+        *("zero_padding", "homogeneous", "relu", "clip_from_above", "add", "subtract", "average"),
+        *("total", "total_of_unknown_count", "factors", "constants"),
+    ],
 )
 def test_another_origin_would_not_do(name):
     assert not Tried(name, spoilt="origins").holds()

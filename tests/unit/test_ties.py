@@ -23,6 +23,19 @@ def same(ties, left, right):
 # --------------------------------------------------------------------------- what follows
 
 
+def test_a_number_that_is_tied_to_itself_is_solved_for_where_it_may_be_0():
+    ties = Ties(2, may_be_zero=True)  # x0 = 2 x1, x0 = x1 + 3
+    assert ties.tie(at(0), at(1), values(2), ZERO) is None
+    assert ties.tie(at(0), at(1), ONE, values(3)) is None
+    np.testing.assert_array_equal(ties.known(at(0, 1))[1], [6, 3])
+
+
+def test_a_number_that_only_0_satisfies_contradicts_elsewhere():
+    ties = Ties(2)
+    assert ties.tie(at(0), at(1), values(2), ZERO) is None
+    assert isinstance(same(ties, at(0), at(1)), Conflict)
+
+
 def test_numbers_are_alone_and_unknown_at_first():
     known, value = Ties(3).known(np.arange(3))
     assert not known.any()

@@ -459,6 +459,13 @@ def test_random_graphs_give_what_they_gave(seed):
     assert max(left[("borders",)], left[("clips",)]) <= left[()]
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("seed", range(1000, 1020))
+def test_random_graphs_with_constants_in_code_give_what_they_gave(seed, options):
+    graph = random_graph(seed, constants=4)
+    check(graph, plan_fold(graph, **options).left, exact=False, **options)
+
+
 @pytest.mark.parametrize("seed", range(500, 560))
 def test_no_set_that_can_go_is_larger(seed):
     """Of all sets of sites, as few stay as can."""

@@ -13,10 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras.dtype_policies import DTypePolicyMap
-from keras.src.activations.activations import ReLU
 from keras.src.models.functional import Functional, functional_like_constructor
-from keras.src.ops import nn, numpy
-from keras.src.ops.core import StopGradient
 from keras.src.saving.serialization_lib import SafeModeScope
 
 from mbn_rewrite.errors import RewriteError
@@ -28,35 +25,18 @@ from mbn_rewrite.frontends.keras3.inference_layers import (
     PassThrough,
     ScaleAndShift,
 )
+from mbn_rewrite.frontends.keras3.operations import CLIPS, OPERATIONS, describe
 from mbn_rewrite.frontends.keras3.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
 )
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Record
+from mbn_rewrite.frontends.keras_common.calls import Call, Record, Several
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, parts
-from mbn_rewrite.frontends.keras_common.op_table import (
-    clip_between,
-    clip_by_a_number,
-    is_number,
-    layer_table,
-    relu,
-)
+from mbn_rewrite.frontends.keras_common.op_table import layer_table
 from mbn_rewrite.frontends.keras_common.tracing import Trace
-from mbn_rewrite.ir.graph import (
-    Affine,
-    Concat,
-    Merge,
-    MergeKind,
-    Op,
-    Opaque,
-    PositivelyHomogeneous,
-    Shape,
-)
+from mbn_rewrite.ir.graph import Affine, Op, Opaque, Shape
 from mbn_rewrite.ir.reasons import Obstacle, Reason
-
-# Activations that clip, with their bounds.
-_CLIPS = {"relu": (0.0, None), "relu6": (0.0, 6.0), "hard_tanh": (-1.0, 1.0)}
 
 
 class Keras3(KerasAdapter):
@@ -78,7 +58,7 @@ class Keras3(KerasAdapter):
     )
     clips = tuple(
         (getattr(functions, name), bounds)
-        for name, bounds in _CLIPS.items()
+        for name, bounds in CLIPS.items()
         for functions in (keras.activations, keras.ops)
     )
     depthwise_kernel = "kernel"
@@ -105,7 +85,7 @@ class Keras3(KerasAdapter):
     def __init__(self) -> None:
         self.describers = {
             **layer_table(keras.layers),
-            **_OPERATIONS,
+            **OPERATIONS,
             PassThrough: lambda call: Affine(),
         }
 
@@ -185,16 +165,13 @@ class Keras3(KerasAdapter):
 
     # -- descriptions ----------------------------------------------------------------------
 
-    def describe(self, call: Call) -> Op | None:
+    def describe(self, call: Call) -> Op | Several | None:
         layers = parts(call.layer) if isinstance(call.layer, keras.layers.Layer) else []
         if any(getattr(part, "lora_enabled", False) for part in layers):
             return Opaque("computes its kernel from LoRA weights")
         if any(part.quantization_mode is not None for part in layers):
             return Opaque("is quantized")
-        if isinstance(call.layer, numpy.Add) and _is_zero(call.arguments):
-            return Affine()
-        bounds = _BOUNDS.get(type(call.layer))
-        return clip_by_a_number(bounds, call.arguments) if bounds else None
+        return describe(call)
 
     def reason_to_stay(self, layer: Any) -> Reason | None:
         # Releases before 3.14 lack this attribute.
@@ -345,42 +322,6 @@ def _without_unknown_arguments(kind: type, config: dict[str, Any]) -> dict[str, 
         return config
     common = {"name", "trainable", "dtype"} - set(parameters)
     return {key: value for key, value in config.items() if key not in common}
-
-
-# -------------------------------------------------- operations called like layers
-
-
-def _is_zero(arguments: tuple[Any, ...]) -> bool:
-    """Whether this is the number 0 alone, with which Python's `sum` begins."""
-    return len(arguments) == 1 and is_number(arguments[0]) and bool(arguments[0] == 0)
-
-
-def _merge(kind: MergeKind) -> Describer:
-    return lambda call: Merge(kind) if len(call.inputs) == 2 else Opaque()
-
-
-def _concatenate(call: Call) -> Op:
-    axis = call.layer.axis
-    return Opaque() if axis is None else Concat(axis % len(call.output))
-
-
-_BOUNDS = {numpy.Maximum: MergeKind.MAXIMUM, numpy.Minimum: MergeKind.MINIMUM}
-
-_OPERATIONS: dict[type, Describer] = {
-    numpy.Add: _merge(MergeKind.ADD),
-    numpy.Subtract: _merge(MergeKind.SUBTRACT),
-    numpy.Maximum: _merge(MergeKind.MAXIMUM),
-    numpy.Minimum: _merge(MergeKind.MINIMUM),
-    numpy.Multiply: _merge(MergeKind.MULTIPLY),
-    numpy.Concatenate: _concatenate,
-    numpy.Clip: lambda call: clip_between(call.layer.x_min, call.layer.x_max),
-    nn.Relu: lambda call: clip_between(*_CLIPS["relu"]),
-    nn.Relu6: lambda call: clip_between(*_CLIPS["relu6"]),
-    nn.HardTanh: lambda call: clip_between(*_CLIPS["hard_tanh"]),
-    nn.LeakyRelu: lambda call: PositivelyHomogeneous(),
-    ReLU: relu,
-    StopGradient: lambda call: Affine(),
-}
 
 
 KERAS_3 = Keras3()

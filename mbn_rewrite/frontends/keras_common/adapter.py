@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Record
+from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Record, Several
 from mbn_rewrite.ir.graph import Op, Shape
 from mbn_rewrite.ir.reasons import Reason
 
@@ -169,7 +169,7 @@ class KerasAdapter(ABC):
 
     # -- descriptions ----------------------------------------------------------------------
 
-    def describe(self, call: Call) -> Op | None:
+    def describe(self, call: Call) -> Op | Several | None:
         """Operation that a call performs, if this Keras has a special case for it; else None."""
         return None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.ir.graph import BatchNorm, Clip, Linear, Node, Opaque, Recurrent
+from mbn_rewrite.ir.graph import BatchNorm, Clip, Node, Opaque
 from mbn_rewrite.ir.reasons import Change, Obstacle, Reason
 
 
@@ -37,7 +37,7 @@ class Bindings:
             if reason:
                 has_map = not reason.rules_out(Change.REPLACE)
                 op = replace(op, reason=reason, map=op.map if has_map else None)
-        elif isinstance(op, (Linear, Recurrent, Clip)):
+        elif op.chains or isinstance(op, Clip):
             if who:
                 op = Opaque(f"has weights that code of {who} reads")
             elif id(layer) in self.strangers:

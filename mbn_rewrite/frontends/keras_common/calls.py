@@ -47,6 +47,7 @@ class Call:
             decided at run time.
         arguments: the arguments other than tensors.
         sizes_hold: whether inputs of other sizes are refused.
+        record: the call as recorded, where it is.
     """
 
     keras: KerasAdapter
@@ -56,6 +57,7 @@ class Call:
     training: bool | None = False
     arguments: tuple[Any, ...] = ()
     sizes_hold: bool = True
+    record: Record | None = None
 
     @property
     def sure_output(self) -> Shape:
@@ -63,7 +65,14 @@ class Call:
         return self.output if self.sizes_hold else (*self.output[:-1], None)
 
 
-Describer = Callable[[Call], Op]  # maps a call to the operation that it performs
+@dataclass(frozen=True)
+class Several:
+    """One operation for each output of a call."""
+
+    ops: tuple[Op, ...]
+
+
+Describer = Callable[[Call], Op | Several]  # maps a call to the operation that it performs
 
 
 def training_of(record: Record, inherited: bool | None, keras: KerasAdapter) -> bool | None:

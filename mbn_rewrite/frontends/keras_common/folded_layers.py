@@ -6,7 +6,7 @@ called once the layer is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from mbn_rewrite.frontends.keras_common.cloning import (
 )
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.ir.graph import Linear
-from mbn_rewrite.ir.kernels import Kernel
 from mbn_rewrite.ir.layouts import einsum_channels
 from mbn_rewrite.plans import Fold
 
@@ -74,7 +73,7 @@ def drop_regularizers(layer: Any) -> None:
 def _configs_within(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Configuration of a layer, and those of the layers that it wraps."""
     inner = [config[key]["config"] for key in ("layer", "backward_layer") if key in config]
-    return [config, *inner]
+    return [config, *(part for within in inner for part in _configs_within(within))]
 
 
 def _set_folded(keras: KerasAdapter, old: Any, new: Any, action: Fold, read: Read) -> None:
@@ -83,13 +82,14 @@ def _set_folded(keras: KerasAdapter, old: Any, new: Any, action: Fold, read: Rea
     drop_regularizers(new)
     for part in parts(new):
         keras.sync_config(part)
-    for kernels, bias in action.op.chains:
+    for place, (kernels, bias) in enumerate(action.op.chains):
         prefix = kernels[0].name.rpartition(".")[0]
         path = f"{prefix}." if prefix else ""
-        new_bias = _fold_kernels(old, new, action, read, kernels, bias)
+        new_bias = _fold_kernels(old, new, action, read, place)
         if bias or action.has_shift:
-            weights.write(new, path + "bias", new_bias)
-            _check_range(old, new_bias, weights.read(new, path + "bias"))
+            name = bias or path + "bias"
+            weights.write(new, name, new_bias)
+            _check_range(old, new_bias, weights.read(new, name))
 
 
 # ------------------------------------------------------------------- wrapped convolutions
@@ -116,7 +116,7 @@ def _wrapped_convolution(
 def _set_wrapped(keras: KerasAdapter, old: Any, new: Any, action: Fold, read: Read) -> None:
     """Sets the kernels of a wrapped convolution, and the bias or border map of its wrapper."""
     assert isinstance(action.op, Linear)
-    added = _fold_kernels(old, new.layer, action, read, action.op.kernels, action.op.bias)
+    added = _fold_kernels(old, new.layer, action, read)
     if action.border is not None and action.op.out_axis == 1:  # channels first
         added = np.moveaxis(added, -1, 0)
     name = "bias" if action.border is None else "border"
@@ -129,19 +129,23 @@ def _set_wrapped(keras: KerasAdapter, old: Any, new: Any, action: Fold, read: Re
 # -------------------------------------------------------------------------------- helpers
 
 
-def _fold_kernels(
-    old: Any, new: Any, action: Fold, read: Read, kernels: Sequence[Kernel], bias: str | None
-) -> np.ndarray:
-    """Sets the kernels of `new`, with maps folded into what `read` gives; returns the bias."""
-    before = [read(kernel.name) for kernel in kernels]
+def _fold_kernels(old: Any, new: Any, action: Fold, read: Read, place: int = 0) -> np.ndarray:
+    """Sets the kernels of a chain of `new`, with maps folded into what `read` gives.
+
+    Returns:
+        The bias.
+    """
+    kernels, bias = action.op.chains[place]
+    before, after = action.maps(place)
+    stored = [read(kernel.name) for kernel in kernels]
     arrays, new_bias = fold(
-        list(zip(kernels, before, strict=True)),
+        list(zip(kernels, stored, strict=True)),
         read(bias) if bias else None,
-        before=action.before,
-        after=action.after,
+        before=before,
+        after=after,
         border=action.border,
     )
-    for kernel, old_array, array in zip(kernels, before, arrays, strict=True):
+    for kernel, old_array, array in zip(kernels, stored, arrays, strict=True):
         weights.write(new, kernel.name, array)
         _check_range(old, old_array, weights.read(new, kernel.name))
     return new_bias

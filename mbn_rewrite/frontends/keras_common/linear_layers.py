@@ -8,10 +8,21 @@ from typing import Any
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Call
 from mbn_rewrite.ir import layouts
-from mbn_rewrite.ir.graph import SPREADS, Activation, Chain, Linear, Op, Opaque, Recurrent
+from mbn_rewrite.ir.graph import (
+    SPREADS,
+    Activation,
+    Attention,
+    Chain,
+    Linear,
+    Op,
+    Opaque,
+    Recurrent,
+)
 from mbn_rewrite.ir.kernels import Kernel, Window
 
 RECURRENT = ("GRU", "LSTM", "SimpleRNN")
+
+_DROPS = "drops out inputs, since it is called with training=True"
 
 _MAY_MISPLACE = (
     "may add a bias along its last axis, as Keras does on TensorFlow where that is as long as its "
@@ -140,26 +151,50 @@ def einsum_dense(call: Call) -> Op:
     return _linear(call, (kernel,), read.in_axis, read.out_axis)
 
 
-def time_distributed(call: Call) -> Op:
-    """Dense layer applied at every time step; other wrapped layers are opaque."""
-    layer = call.layer
-    if type(layer.layer) is not call.keras.layers.Dense or len(call.inputs) != 1:
-        return Opaque()
-    inner = dense(Call(call.keras, layer.layer, call.inputs, call.output))
-    return _prefixed(inner, "layer.") if isinstance(inner, Linear) else inner
-
-
-def _prefixed(op: Linear, prefix: str) -> Linear:
-    kernels = tuple(replace(kernel, name=prefix + kernel.name) for kernel in op.kernels)
-    return replace(op, kernels=kernels, bias=op.bias and prefix + op.bias)
-
-
 def embedding(call: Call) -> Op:
     """Look-up of the rows of a table."""
     if getattr(call.layer, "sparse", False):
         return Opaque("may give sparse tensors")
     table = layouts.table("embeddings", call.layer.embeddings.shape)
     return Linear((table,), None, None, len(call.output) - 1)
+
+
+def normalization(call: Call) -> Op:
+    """LayerNormalization or GroupNormalization, whose gamma and beta come last, by channel."""
+    layer, rank = call.layer, len(call.inputs[0])
+    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+    gamma, beta = getattr(layer, "gamma", None), getattr(layer, "beta", None)
+    if gamma is None or beta is None or getattr(layer, "rms_scaling", False):
+        return Opaque("normalises each example, without a gamma and a beta")
+    if len(axes) != 1 or len(call.inputs) != 1 or len(gamma.shape) != 1:
+        return Opaque("normalises each example, over several axes")
+    kernel = Kernel("gamma", tuple(gamma.shape), (0,), (0,))
+    return Linear((kernel,), "beta", None, int(axes[0]) % rank)
+
+
+# ------------------------------------------------------------------------------ attention
+
+
+def attention(call: Call) -> Op:
+    """MultiHeadAttention, of one value to itself or of several."""
+    layer, rank = call.layer, len(call.output)
+    names = ("query", "key", "value", "output")
+    parts: list[Any] = [getattr(layer, f"_{name}_dense", None) for name in names]
+    if getattr(layer, "_use_gate", False) or call.record is None:
+        return Opaque()
+    if any(part is None or part.bias is None for part in parts):
+        return Opaque("has products without a bias")
+    if any(len(part.kernel.shape) != 3 for part in parts):
+        return Opaque("gives several axes of channels")
+    chains: list[Chain] = []
+    for name, part in zip(names, parts, strict=True):
+        dims = ((0, 1), (2,)) if name == "output" else ((0,), (1, 2))
+        kernel = Kernel(f"_{name}_dense.kernel", tuple(part.kernel.shape), *dims)
+        chains.append(((kernel,), f"_{name}_dense.bias"))
+    given = call.record.inputs
+    alone = len(call.keras.all_calls_of(layer)) <= 1
+    alike = alone and all(tensor is given[0] for tensor in given)
+    return Attention(tuple(chains[:3]) if alike else (), chains[3], rank - 1)
 
 
 # ---------------------------------------------------------------------- recurrent layers
@@ -182,11 +217,41 @@ def bidirectional(call: Call) -> Op:
     return _sequence(call, pair)
 
 
+def rnn(call: Call) -> Op:
+    """Layer of recurrent cells, of which the first reads the sequence."""
+    cell, prefix = call.layer.cell, "cell"
+    if type(cell) is call.keras.layers.StackedRNNCells:
+        cell, prefix = cell.cells[0], "cell.cells.0"
+    known = [getattr(call.keras.layers, f"{name}Cell") for name in RECURRENT]
+    if type(cell) not in known:
+        return Opaque()
+    if not cell.use_bias:
+        return Opaque("has a cell without a bias")
+    if call.training is not False and cell.dropout:
+        return Opaque(_DROPS)
+    kernel = layouts.matrix(f"{prefix}.kernel", cell.kernel.shape)
+    return Recurrent((((kernel,), f"{prefix}.bias"),), in_axis=2)
+
+
+def conv_lstm(call: Call) -> Op:
+    """Recurrent layer of convolutions, which reads each step by one of them."""
+    layer, cell, rank = call.layer, call.layer.cell, len(call.inputs[0])
+    if call.training is not False and cell.dropout:
+        return Opaque(_DROPS)
+    kernel = layouts.conv("cell.kernel", cell.kernel.shape)
+    pads = cell.padding != "valid" and any(size != 1 for size in cell.kernel_size)
+    return Recurrent(
+        (((kernel,), "cell.bias" if cell.use_bias else None),),
+        in_axis=2 if layer.data_format == "channels_first" else rank - 1,
+        uneven="pads its input with zeros" if pads else "",
+    )
+
+
 def _sequence(call: Call, layers: tuple[tuple[str, Any], ...]) -> Op:
     branches: list[Chain] = []
     for prefix, layer in layers:
         if call.training is not False and layer.dropout:
-            return Opaque("drops out inputs, since it is called with training=True")
+            return Opaque(_DROPS)
         kernel = layouts.matrix(prefix + "cell.kernel", layer.cell.kernel.shape)
         branches.append(((kernel,), prefix + "cell.bias" if layer.use_bias else None))
     return Recurrent(tuple(branches), in_axis=2)

@@ -8,14 +8,18 @@ linear layers are in `linear_layers`, that of BatchNormalization is in `batch_no
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from mbn_rewrite.frontends.keras_common import linear_layers
 from mbn_rewrite.frontends.keras_common.batch_norm import batch_norm, is_batch_norm
-from mbn_rewrite.frontends.keras_common.calls import Call, Describer
+from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Several
+from mbn_rewrite.frontends.keras_common.constants import as_array, constant_map
 from mbn_rewrite.frontends.keras_common.linear_layers import activation_kind, channel_axis
+from mbn_rewrite.frontends.keras_common.position_ops import resized
+from mbn_rewrite.frontends.keras_common.time_distributed import time_distributed
 from mbn_rewrite.ir.graph import (
     Activation,
     Affine,
@@ -34,7 +38,7 @@ from mbn_rewrite.ir.graph import (
 )
 
 
-def describe(call: Call) -> Op:
+def describe(call: Call) -> Op | Several:
     """Operation that a call performs; `Opaque` if it is not known."""
     if is_batch_norm(call.layer, call.keras):
         return batch_norm(call.layer, call.training, call.keras, call.sure_output)
@@ -56,7 +60,9 @@ def _always(op: Op) -> Describer:
     return lambda call: op
 
 
-def _spatial(kind: type[Affine] | type[Monotone] | type[ZeroPadding]) -> Describer:
+def _spatial(
+    kind: type[Affine] | type[Monotone] | type[ZeroPadding],
+) -> Callable[[Call], Op]:
     def describer(call: Call) -> Op:
         axis = channel_axis(call.layer, len(call.inputs[0]))
         return kind(axis, axis)
@@ -142,6 +148,38 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number, np.ndarray)) and np.ndim(value) == 0
 
 
+def _resizing(call: Call) -> Op:
+    layer = call.layer
+    if getattr(layer, "pad_to_aspect_ratio", False):
+        return Opaque("pads with a constant")
+    layout = getattr(layer, "data_format", None)
+    return resized(len(call.inputs[0]), layer.interpolation, layout)
+
+
+def _rescaling(call: Call) -> Op:
+    scale, offset = as_array(call.layer.scale), as_array(call.layer.offset)
+    if scale is None or offset is None or scale.ndim + offset.ndim:
+        return Opaque("has constants that are no numbers")  # whose axis Keras's settings decide
+    return constant_map(scale, offset, call.output)
+
+
+_LEAST_SPREAD = 1e-3  # well above Keras's epsilon, which takes its place below
+
+
+def _normalization(call: Call) -> Op:
+    """Statistics of data, which are constants once it is built."""
+    layer = call.layer
+    mean, variance = (getattr(layer, name, None) for name in ("mean", "variance"))
+    if mean is None or variance is None or call.inputs[0] != call.output:
+        return Opaque("has statistics that are not known")
+    mean, spread = np.asarray(mean, np.float64), np.sqrt(np.asarray(variance, np.float64))
+    if np.any(spread < _LEAST_SPREAD):
+        return Opaque("divides by a variance near 0")
+    if getattr(layer, "invert", False):
+        return constant_map(spread, mean, call.output)
+    return constant_map(1 / spread, -mean / spread, call.output)
+
+
 def _concatenate(call: Call) -> Op:
     return Concat(call.layer.axis % len(call.output))
 
@@ -158,8 +196,12 @@ _TABLE: dict[str, Describer] = {
     "Dense": linear_layers.dense,
     "EinsumDense": linear_layers.einsum_dense,
     "Embedding": linear_layers.embedding,
-    "TimeDistributed": linear_layers.time_distributed,
+    "LayerNormalization GroupNormalization": linear_layers.normalization,
+    "TimeDistributed": time_distributed,
     " ".join(linear_layers.RECURRENT): linear_layers.recurrent,
+    "MultiHeadAttention": linear_layers.attention,
+    "RNN": linear_layers.rnn,
+    "ConvLSTM1D ConvLSTM2D ConvLSTM3D": linear_layers.conv_lstm,
     "Bidirectional": linear_layers.bidirectional,
     "AveragePooling1D AveragePooling2D AveragePooling3D": _spatial(Affine),
     "Cropping1D Cropping2D Cropping3D": _spatial(Affine),
@@ -168,6 +210,9 @@ _TABLE: dict[str, Describer] = {
     "GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D": _global_pool(Affine),
     "GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D": _global_pool(Monotone),
     "UpSampling1D UpSampling2D UpSampling3D": _upsampling,
+    "Resizing": _resizing,
+    "Rescaling": _rescaling,
+    "Normalization": _normalization,
     "RepeatVector": _always(Affine(1, 2)),
     "Dropout SpatialDropout1D SpatialDropout2D SpatialDropout3D": _dropout,
     "GaussianDropout GaussianNoise AlphaDropout": _dropout,

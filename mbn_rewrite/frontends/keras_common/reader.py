@@ -13,11 +13,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.batch_norm import batch_norm, is_batch_norm
 from mbn_rewrite.frontends.keras_common.bindings import Bindings
-from mbn_rewrite.frontends.keras_common.calls import Call, Record, other_arguments, training_of
+from mbn_rewrite.frontends.keras_common.calls import (
+    Call,
+    Record,
+    Several,
+    other_arguments,
+    training_of,
+)
 from mbn_rewrite.frontends.keras_common.cloning import (
     check_call,
     check_copy,
@@ -34,6 +42,10 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
 )
 from mbn_rewrite.frontends.keras_common.op_table import describe
 from mbn_rewrite.frontends.keras_common.sublayers import all_sublayers, sublayers
+from mbn_rewrite.frontends.keras_common.time_distributed import (
+    examples_as_steps,
+    steps_as_examples,
+)
 from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, trace
 from mbn_rewrite.ir.graph import (
     BatchNorm,
@@ -189,6 +201,8 @@ class _Reader:
             check_copy(layer, self.keras)
         elif caller and isinstance(layer, self.keras.layers.Layer):
             check_call(layer, self.keras)
+        if not caller and self._is_distributed(record, sources):
+            return self._read_distributed(record, prefix, training, sources[0])
         if self._is_holder(layer):
             trace = self._trace_of(record, training, sources)
             if trace is not None:
@@ -198,14 +212,19 @@ class _Reader:
         op = self._operation(record, training, sources, results, sizes_hold)
         if caller:
             self.bindings.held.add(id(layer))
-            op = self._as_code_has_it(layer, op)
+            op = self._as_code_has_it(record, op)
         self._follow_masks(record, owner, sources, results)
         # Functions, which may clip, have no dtype of their own.
         dtype = self.values[results[0]].dtype if isinstance(op, Clip) else _dtype(layer)
-        node = Node(
-            owner, type(layer).__name__, op, tuple(sources), tuple(results), dtype, caller=caller
-        )
-        self.nodes.append(node)
+        described: list[tuple[Op, tuple[int, ...]]]
+        if isinstance(op, Several):
+            described = [(each, (value,)) for each, value in zip(op.ops, results, strict=True)]
+        else:
+            described = [(op, tuple(results))]
+        for each, outputs in described:
+            kind = type(layer).__name__
+            node = Node(owner, kind, each, tuple(sources), outputs, dtype, caller=caller)
+            self.nodes.append(node)
         if not isinstance(op, (Input, BatchNorm)):
             worst = self._worst_training(layer, training)
             self.read_sublayers(layer, f"{owner}/", node.label, worst)
@@ -227,6 +246,72 @@ class _Reader:
             self.nodes.append(Node(name, "Input", Input(), (), (value,)))
             self.layers[name] = model
         self.outputs.update(self._read_trace(model, trace, "", sources))
+
+    def _is_distributed(self, record: Record, sources: list[int]) -> bool:
+        """Whether a call applies a BatchNormalization, or a visible model, at every time step."""
+        layer = record.layer
+        if type(layer) is not self.keras.layers.TimeDistributed or other_arguments(
+            record, self.keras
+        ):
+            return False
+        inner = layer.layer
+        if len(sources) != 1 or len(record.outputs) != 1 or self.with_mask & set(sources):
+            return False
+        if not self.keras.is_visible(inner):
+            return is_batch_norm(inner, self.keras)
+        shape, dtype = self.values[sources[0]].shape, self.values[sources[0]].dtype
+        if len(inner.inputs) != 1 or len(inner.outputs) != 1:
+            return False
+        (tensor,) = inner.inputs
+        rank = len(self.keras.shape_of(tensor))
+        return (rank, self.keras.dtype_of(tensor)) == (len(shape) - 1, dtype)
+
+    def _read_distributed(
+        self, record: Record, prefix: str, training: bool | None, source: int
+    ) -> list[int]:
+        """Reads what is applied at every time step, with the steps as further examples."""
+        layer, inner, (tensor,) = record.layer, record.layer.layer, record.outputs
+        owner = self._owner(layer, prefix)
+        self.traced[id(layer)] = layer, owner
+        self.bindings.held.add(id(inner))
+        shape, dtype = self.values[source].shape, self.values[source].dtype
+        step = len(self.values)
+        self.values.append(Value((None, *shape[2:]), dtype))
+        kind, merged = type(layer).__name__, steps_as_examples(len(shape))
+        self.nodes.append(Node(owner, kind, merged, (source,), (step,), _dtype(layer)))
+        given = self._read_step(inner, owner, training, step, tensor)
+        result = self._add_value(tensor)
+        parted = examples_as_steps(len(self.values[result].shape))
+        self.nodes.append(Node(owner, kind, parted, (given,), (result,), _dtype(layer)))
+        return [result]
+
+    def _read_step(
+        self, inner: Any, holder: str, training: bool | None, step: int, tensor: Any
+    ) -> int:
+        """Reads what a layer applies to each step; returns the value of what that gives.
+
+        Args:
+            inner: what is applied.
+            holder: owner of the layer.
+            training: how it is called; see `calls.Call`.
+            step: the value that it reads.
+            tensor: what the layer gives.
+        """
+        if self.keras.is_visible(inner):
+            path = self.owners.setdefault(id(inner), self._path(inner, f"{holder}/"))
+            (given,) = self.read_calls(inner, path, training, [step])
+            return given
+        given = len(self.values)
+        shape = self.keras.shape_of(tensor)
+        self.values.append(Value((None, *shape[2:]), self.keras.dtype_of(tensor)))
+        call = Record(inner, (), {}, (), ())
+        op = self._operation(call, training, [step], [given], True)
+        assert isinstance(op, BatchNorm)
+        name, kind = self._owner(inner, f"{holder}/"), type(inner).__name__
+        who = label(self.layers[holder])
+        node = Node(name, kind, op, (step,), (given,), _dtype(inner), caller=who)
+        self.nodes.append(node)
+        return given
 
     def _is_holder(self, layer: Any) -> bool:
         """Whether a layer may call others in code that can be traced."""
@@ -273,10 +358,14 @@ class _Reader:
             seen.update(zip(map(id, record.outputs), results, strict=True))
         return [seen[id(t)] for t in trace.outputs]
 
-    def _as_code_has_it(self, layer: Any, op: Op) -> Op:
+    def _as_code_has_it(self, record: Record, op: Op | Several) -> Op | Several:
         """An operation as code calls it, in which functions cannot be exchanged."""
+        layer = record.layer
         is_layer = isinstance(layer, self.keras.layers.Layer)
-        if not isinstance(op, Clip) or (is_layer and not self.keras.assigns_its_own_call(layer)):
+        is_function = not is_layer or self.keras.assigns_its_own_call(layer)
+        if is_function and any(map(_is_tensor, other_arguments(record, self.keras))):
+            return Opaque("computes with what its code makes anew in every call")
+        if not isinstance(op, Clip) or not is_function:
             return op
         return PositivelyHomogeneous() if op.is_homogeneous else Opaque(op.why)
 
@@ -312,7 +401,7 @@ class _Reader:
         sources: list[int],
         results: list[int],
         sizes_hold: bool,
-    ) -> Op:
+    ) -> Op | Several:
         """Operation of a call; a BatchNormalization that does more than its map stays."""
         call = Call(
             self.keras,
@@ -322,6 +411,7 @@ class _Reader:
             training,
             other_arguments(record, self.keras),
             sizes_hold,
+            record,
         )
         op = describe(call)
         if not isinstance(op, BatchNorm) or op.reason:
@@ -454,6 +544,11 @@ class _Reader:
                 for value, tensor in zip(sources, inputs, strict=True)
             )
         )
+
+
+def _is_tensor(argument: Any) -> bool:
+    """Whether an argument is a tensor or variable, and no array that is part of the code."""
+    return hasattr(argument, "shape") and not isinstance(argument, (np.ndarray, np.generic))
 
 
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}  # of dtypes narrower than the widest

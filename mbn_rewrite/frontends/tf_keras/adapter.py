@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
@@ -24,16 +23,12 @@ from tf_keras.src.saving.legacy.saved_model.utils import in_tf_saved_model_scope
 from tf_keras.src.saving.serialization_lib import SafeModeScope
 
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.calls import Call, Record
+from mbn_rewrite.frontends.keras_common.calls import Call, Record, Several
 from mbn_rewrite.frontends.keras_common.cloning import share_config_objects
-from mbn_rewrite.frontends.keras_common.op_table import (
-    clip_between,
-    clip_by_a_number,
-    is_number,
-    layer_table,
-)
+from mbn_rewrite.frontends.keras_common.op_table import layer_table
 from mbn_rewrite.frontends.keras_common.tracing import Trace
 from mbn_rewrite.frontends.tf_keras import tracing
+from mbn_rewrite.frontends.tf_keras.functions import describe
 from mbn_rewrite.frontends.tf_keras.inference_layers import (
     BorderedConvolution,
     ChannelClip,
@@ -44,15 +39,7 @@ from mbn_rewrite.frontends.tf_keras.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
 )
-from mbn_rewrite.ir.graph import (
-    Affine,
-    Concat,
-    Merge,
-    MergeKind,
-    Op,
-    Opaque,
-    Shape,
-)
+from mbn_rewrite.ir.graph import Affine, Op, Shape
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 # Layers that Keras makes of TensorFlow functions have their `call` set by their constructor.
@@ -168,8 +155,8 @@ class TfKeras(KerasAdapter):
 
     # -- descriptions ----------------------------------------------------------------------
 
-    def describe(self, call: Call) -> Op | None:
-        return _function(call) if type(call.layer) is TFOpLambda else None
+    def describe(self, call: Call) -> Op | Several | None:
+        return describe(call)
 
     def reason_to_stay(self, layer: Any) -> Reason | None:
         if layer.renorm:
@@ -308,64 +295,6 @@ def _least_fused_epsilon() -> float:
         np.ones((1, 1, 1, 1), np.float32), one, zero, zero, variance, 1e-12, is_training=False
     )
     return 1.001e-5 if float(y[0, 0, 0, 0]) < 300.0 else 0.0  # 1/sqrt(1e-5) is 316
-
-
-# ------------------------------------------------- TensorFlow functions on Keras tensors
-
-_TF_MERGES = {
-    "__operators__.add": MergeKind.ADD,
-    "math.add": MergeKind.ADD,
-    "add": MergeKind.ADD,
-    "math.subtract": MergeKind.SUBTRACT,
-    "math.maximum": MergeKind.MAXIMUM,
-    "math.minimum": MergeKind.MINIMUM,
-    "__operators__.mul": MergeKind.MULTIPLY,
-    "math.multiply": MergeKind.MULTIPLY,
-    "multiply": MergeKind.MULTIPLY,
-}
-_TF_CLIPS = {"nn.relu": (0.0, None), "nn.relu6": (0.0, 6.0)}
-
-
-def _function(call: Call) -> Op:
-    """Function of tensors only; a constant among its arguments makes it opaque."""
-    symbol = call.layer.symbol
-    if symbol == "concat" and len(call.arguments) == 1 and isinstance(call.arguments[0], int):
-        return Concat(call.arguments[0] % len(call.output))
-    if symbol == "clip_by_value":
-        return _clip_by_value(call)
-    kind = _TF_MERGES.get(symbol)
-    constants = tuple(map(_known, call.arguments))
-    if kind is MergeKind.ADD and _is_zero(constants):
-        return Affine()  # Python's `sum` begins with 0
-    if constants:
-        return (clip_by_a_number(kind, constants) if kind else None) or Opaque()
-    if kind and len(call.inputs) == 2:
-        return Merge(kind)
-    if symbol in _TF_CLIPS:
-        return clip_between(*_TF_CLIPS[symbol])
-    if symbol in ("identity", "stop_gradient"):
-        return Affine()
-    return Opaque()
-
-
-def _known(argument: Any) -> Any:
-    """An argument of a function; a constant tensor as array."""
-    return tf.get_static_value(argument) if isinstance(argument, tf.Tensor) else argument
-
-
-def _is_zero(constants: tuple[Any, ...]) -> bool:
-    """Whether this is the number 0 alone."""
-    return len(constants) == 1 and is_number(constants[0]) and bool(constants[0] == 0)
-
-
-def _clip_by_value(call: Call) -> Op:
-    """Clip between the constants that it was called with, which are in the order of its caller."""
-    signature = inspect.signature(tf.clip_by_value)
-    ops = set()
-    for record in call.keras.all_calls_of(call.layer):  # most often one
-        given = signature.bind(*record.args, **record.kwargs).arguments
-        ops.add(clip_between(given["clip_value_min"], given["clip_value_max"]))
-    return ops.pop() if len(ops) == 1 else Opaque()
 
 
 TF_KERAS = TfKeras()
