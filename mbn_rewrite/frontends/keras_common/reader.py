@@ -319,6 +319,7 @@ class _Reader:
             isinstance(layer, self.keras.layers.Layer)
             and not is_batch_norm(layer, self.keras)
             and not is_stock(type(layer))
+            and type(layer).__module__.partition(".")[0] != _OURS  # they are as they are to be
             and not self.keras.is_traced(layer)
             and len(parts(layer)) > 1
         )
@@ -551,6 +552,7 @@ def _is_tensor(argument: Any) -> bool:
     return hasattr(argument, "shape") and not isinstance(argument, (np.ndarray, np.generic))
 
 
+_OURS = __name__.partition(".")[0]
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}  # of dtypes narrower than the widest
 
 
