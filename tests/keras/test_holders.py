@@ -12,7 +12,7 @@ import tf_keras
 import mbn_rewrite as mbn
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.keras_common.cloning import parts
-from tests.support.kerases import K, Model, norms
+from tests.support.kerases import K, Model, adapter_of, norms
 from tests.support.random_models import randomise
 
 pytestmark = pytest.mark.slow
@@ -470,6 +470,98 @@ def test_new_layers_are_named_as_they_would_have_been(own, each_keras, rng):
             mbn.plan(model, "fold")
         found.append(next(each))
     assert found[0] == found[1]
+
+
+OTHER_PATHS = {
+    "partial": lambda self: functools.partial(self.norm),
+    "closure": lambda self: (lambda norm: lambda x: norm(x))(self.norm),
+    "method": lambda self: self.norm.__call__,
+    "frozen_set": lambda self: next(iter(frozenset([self.norm]))).__call__,
+}
+
+
+@pytest.mark.parametrize("path", OTHER_PATHS)
+def test_a_layer_that_is_called_by_another_way_than_its_attribute(path, own, rng):
+    """In a copy, what is in the attribute is another layer than what is called."""
+
+    class Other(own.Holder):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.way = OTHER_PATHS[path](self)
+
+        def call(self, x, training=None):
+            return self.way(self.conv(x))
+
+    blocked(model_with(Other(), rng=rng), "calls something else where it has other layers")
+
+
+def test_code_that_asks_what_its_layers_are(own, rng):
+    class Asks(own.Holder):
+        def call(self, x, training=None):
+            y = self.conv(x)
+            return self.norm(y) if isinstance(self.norm, K.BatchNormalization) else y * 2
+
+    blocked(model_with(Asks(), rng=rng), "calls something else where it has other layers")
+
+
+def test_a_convolution_that_code_calls_unseen_too(own, each_keras, rng):
+    class Unseen(each_keras.layers.Layer):
+        def __init__(self, conv=None, **kwargs):
+            super().__init__(**kwargs)
+            self.conv = conv
+
+        def call(self, x):
+            if type(x).__name__ == "KerasTensor":
+                raise ValueError("it cannot be seen into")
+            return self.conv(x)
+
+    conv, x = K.Conv2D(4, 3, padding="same"), K.Input((8, 8, 3))
+    y = conv(K.Conv2D(4, 1, activation="tanh")(x))
+    model = Model(x, Unseen(conv)(K.ReLU()(K.BatchNormalization()(y))))
+    randomise(model, rng)
+    blocked(model, "is held by Unseen 'unseen', whose calls cannot be seen, too")
+
+
+@pytest.mark.parametrize("mode", ["fold", "depthwise", "strided"])
+def test_a_holder_that_is_called_in_training(mode, own, each_keras, rng):
+    class Outer(each_keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.inner = own.Holder()
+
+        def call(self, x):
+            return self.inner(x, training=True)
+
+    model = model_with(Outer(), rng=rng)
+    (decision,) = mbn.plan(model, mode).decisions
+    assert decision.action == "kept"
+    assert "training=True" in decision.reason
+
+
+def test_a_model_that_was_never_called_works_after_it_was_planned(own, each_keras, rng):
+    class Late(each_keras.layers.Dense):
+        """Its layers are built by their first call, and it says its shape without one."""
+
+        def __init__(self, units, **kwargs):
+            super().__init__(units, **kwargs)
+            self.norm = K.BatchNormalization()
+
+        def call(self, x):
+            return self.norm(super().call(x))
+
+        def compute_output_shape(self, shape):
+            return (*shape[:-1], self.units)
+
+    x = K.Input((4,))
+    model = Model(x, Late(3)(x))
+    mbn.plan(model, "fold")
+    assert np.asarray(model(np.ones((2, 4), np.float32))).shape == (2, 3)
+
+
+def test_a_pass_through_can_be_made_again(own, each_keras, rng):
+    layer = adapter_of(model_with(K.Dense(1), rng=rng, shape=(3,))).pass_through(name="gone")
+    again = type(layer).from_config(layer.get_config())
+    assert (again.name, type(again)) == ("gone", type(layer))
 
 
 # -------------------------------------------------------------------------------------- files

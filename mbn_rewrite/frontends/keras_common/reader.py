@@ -479,6 +479,7 @@ class _Reader:
                 self.owners[id(layer)] = path
                 self.outputs.update(self.read_calls(layer, path, training, seen=seen))
             else:
+                self.untraced.setdefault(id(layer), self.untraced.get(id(parent), ""))
                 owner = self._owner(layer, prefix)
                 self.read_sublayers(layer, f"{owner}/", label(layer), training)
         if not is_visible:

@@ -97,8 +97,8 @@ def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) 
             found = _seen(record, probe_of(layer), keras)
             probe = _exchanged_in(probe_of(layer), layer, keras, exchanged, found.reads)
             again = keras.traced(record, probe)
-    except NotTraceable:
-        raise
+    except NotTraceable as why:
+        raise NotTraceable(cause_of(why).removesuffix(".")) from why  # without what Keras adds
     except Exception as error:  # the user's code may raise anything
         told = cause_of(error).removesuffix(".")
         raise NotTraceable(f"its code fails on Keras tensors ({told})") from error
@@ -182,19 +182,15 @@ def _seen(record: Record, probe: Any, keras: KerasAdapter) -> Trace:
 def _noting_calls(layer: Any, keras: KerasAdapter) -> Iterator[list[tuple[list[Any], Any]]]:
     """Context manager that lists the layers that are called, with those that call them.
 
-    None that the layer holds is built by it.
+    None that the layer holds gets weights by it.
     """
     calls: list[tuple[list[Any], Any]] = []
     callers: list[Any] = []
     base = keras.layers.Layer
     original = base.__call__
-    unbuilt = {
-        id(part) for part in parts(layer) if not part.built and type(part).build is not base.build
-    }
+    add_weight, own = base.add_weight, {id(part) for part in parts(layer)}
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) in unbuilt:
-            raise NotTraceable(f"its layer '{self.name}' was never called")
         calls.append((list(callers), self))
         callers.append(self)
         try:
@@ -202,7 +198,15 @@ def _noting_calls(layer: Any, keras: KerasAdapter) -> Iterator[list[tuple[list[A
         finally:
             callers.pop()
 
-    with mock.patch.object(base, "__call__", noted):
+    def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self) in own:
+            raise NotTraceable(f"its layer '{self.name}' was never called")
+        return add_weight(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(base, "__call__", noted),
+        mock.patch.object(base, "add_weight", refused),
+    ):
         yield calls
 
 
@@ -217,9 +221,13 @@ def left_as_it_is(layer: Any) -> Iterator[None]:
         if isinstance(value, list)
         for each in {id(value): value, id(_within(value)): _within(value)}.values()
     ]
+    trackers = [kept["_tracker"] for _, kept in before if hasattr(kept.get("_tracker"), "locked")]
+    locked = [tracker.locked for tracker in trackers]
     try:
         yield
     finally:
+        for tracker, was_locked in zip(trackers, locked, strict=True):
+            tracker.locked = was_locked
         for attributes, kept in before:
             attributes.clear()
             attributes.update(kept)
