@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -32,7 +33,10 @@ NOTHING_LEFT = "It leaves nothing that a layer would have to absorb."
 
 
 def plan_fold(
-    graph: Graph, borders: bool = False, clips: bool = False, stay: Collection[str] = ()
+    graph: Graph,
+    borders: bool = False,
+    clips: bool = False,
+    stay: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Folds what can be folded.
 
@@ -45,14 +49,14 @@ def plan_fold(
             border map. That is exact too, but costs an addition that may not be fused.
         clips: whether all clips may take on bounds by channel, on both sides where scales are
             negative. That is exact too, but a ReLU may be fused that two bounds are not.
-        stay: sites that do not go at these costs.
+        stay: sites that do not go at these costs, each with the reason that it has without them.
     """
     merged = merge_branches(graph)
     work = IndexedGraph(merged.graph)
     kept = {owner: why for owner in work.sites if (why := _why_fixed(work, owner))}
-    if stay:
-        without = {d.name: d.reason.removesuffix(".") for d in plan_fold(graph).decisions}
-        kept = {owner: without[owner] for owner in work.sites if owner in stay} | kept
+    for owner in work.sites:
+        if owner in stay:
+            kept.setdefault(owner, stay[owner].removesuffix("."))
     while True:
         folding = _Folding(work, kept, borders)
         able = _clips_after(work, folding.kept.keys() - kept.keys(), clips)

@@ -85,23 +85,26 @@ def candidates(graph: Graph) -> dict[str, Plan]:
     return plans
 
 
-def mixed(graph: Graph, forms: Mapping[str, str]) -> Plan:
+def mixed(graph: Graph, folded: Plan, forms: Mapping[str, str]) -> Plan:
     """A plan in which every site that does not fold has a form of its own.
 
     Args:
         graph: the model.
+        folded: its plan of the form `FOLDED`.
         forms: names as `candidates` has them, by site. What has none is left.
     """
-    plan = plan_fold(graph)
+    plan = folded
     at_a_cost = {
         site: EXACT_AT_A_COST[form] for site, form in forms.items() if form in EXACT_AT_A_COST
     }
     if at_a_cost:
         costs = Costs(*map(any, zip(*at_a_cost.values(), strict=True)))
-        plan = plan_fold(graph, costs.borders, costs.clips, _left(plan) - at_a_cost.keys())
-    left = replaceable(graph, plan)
+        left = _left(folded) - at_a_cost.keys()
+        stay = {d.name: d.reason for d in folded.decisions if d.name in left}
+        plan = plan_fold(graph, costs.borders, costs.clips, stay)
+    open_to_forms = replaceable(graph, plan)
     for form in TAKES:
-        some = {site: what for site, what in left.items() if forms.get(site) == form}
+        some = {site: what for site, what in open_to_forms.items() if forms.get(site) == form}
         plan = in_form(plan, some, form) or plan
     return replace(plan, mode="auto")
 

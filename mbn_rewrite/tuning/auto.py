@@ -86,7 +86,8 @@ def _mix(graph: Graph, sites: Mapping[str, frozenset[str]], trial: Trial) -> Non
 
     def mix(names: Sequence[str]) -> dict[str, Plan]:
         forms = {name: second if name in names else best for name in sites}
-        plan = mixed(graph, {site: forms[name] for name, group in sites.items() for site in group})
+        by_site = {site: forms[name] for name, group in sites.items() for site in group}
+        plan = mixed(graph, trial.plans[FOLDED], by_site)
         is_new = plan.to_json() not in built
         return {f"{best} ({', '.join(names)}: {second})": plan} if is_new else {}
 

@@ -252,7 +252,9 @@ def test_sites_are_grouped_by_the_size_of_what_they_read():
 
 def test_every_site_has_the_form_that_it_is_given():
     graph = of_sizes(16, 8, 4)
-    plan = mixed(graph, {"bn0": "fused", "bn1": "scale_and_shift", "bn2": FOLDED})
+    plan = mixed(
+        graph, candidates(graph)[FOLDED], {"bn0": "fused", "bn1": "scale_and_shift", "bn2": FOLDED}
+    )
     assert [d.action for d in plan.decisions] == ["fused", "scale_and_shift", "kept"]
     assert plan.mode == "auto"
 
@@ -271,11 +273,11 @@ def two_clips():
 def test_only_the_sites_that_are_given_a_form_at_a_cost_go():
     graph = two_clips()
     assert [plan.left for plan in map(candidates(graph).get, (FOLDED, "clip"))] == [2, 0]
-    plan = mixed(graph, {"bn_a": "clip", "bn_b": FOLDED})
+    plan = mixed(graph, candidates(graph)[FOLDED], {"bn_a": "clip", "bn_b": FOLDED})
     assert [d.action for d in plan.decisions] == ["folded", "kept"]
     assert plan.decisions[1] == candidates(graph)[FOLDED].decisions[1]
     assert set(plan.of(Reclip)) == {"relu_a"}
-    plan = mixed(graph, {"bn_a": "clip", "bn_b": "scale_and_shift"})
+    plan = mixed(graph, candidates(graph)[FOLDED], {"bn_a": "clip", "bn_b": "scale_and_shift"})
     assert [d.action for d in plan.decisions] == ["folded", "scale_and_shift"]
 
 

@@ -134,9 +134,13 @@ class LayerWriter(ABC):
 
     def _copied_by_attributes(self, old: Any) -> Any:
         new = self.copies[id(old)] = copied_by_attributes(old, self.keras, self.copier)
+        self._check_config(old, new)
+        return new
+
+    def _check_config(self, old: Any, new: Any) -> None:
+        """Has a copy's configuration be checked if its class makes what the plan has changed."""
         if self.is_planned(old, but=Sample):
             vars(new)["get_config"] = CheckedConfig(new, self.keras)
-        return new
 
     def _folded(self, old: Any, action: Fold, rank: int, masked: bool) -> Any:
         owner, stored = self.owner(old), self.reading.graph.read_weight
@@ -177,8 +181,7 @@ class LayerWriter(ABC):
                 replace_sublayer(new, place, self._sublayer_replacement(inner), self.keras)
             else:
                 self.rewrite_sublayers(inner, sublayer_at(new, place))
-        if self.is_planned(old, but=Sample):
-            vars(new)["get_config"] = CheckedConfig(new, self.keras)
+        self._check_config(old, new)
 
     def _restore_training_layers(self, parent: Any, place: Place, old: Any) -> None:
         """Copies training layers where the constructor of their parent creates others."""

@@ -112,8 +112,9 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         lambda owner, name: weights.read(layers[owner], name),
     )
     notes = tuple(note_on_files(each, keras) for each in reader.unsure.values())
-    if reader.holders_of_norms:
-        notes += (note_on_holders(reader.holders_of_norms, keras),)
+    makers = reader.holders_of_norms()
+    if makers:
+        notes += (note_on_holders(makers, keras),)
     holders = sorted({each.holder for each in reader.hidden if each.op.reason is None})
     if holders:
         notes += (f"Calls inside {listed(holders)} cannot be seen here. {keras.way_around}.",)
@@ -197,10 +198,11 @@ class _Reader:
         training = training_of(record, training, self.keras)
         if self.keras.is_visible(layer) and self._fits(record, sources):
             return self.read_calls(layer, self._path(layer, prefix), training, sources)
-        if id(layer) not in self.owners and not caller:  # else whoever holds it is copied
+        # A function that code calls is part of the code, and not copied.
+        if id(layer) not in self.owners and (
+            not caller or isinstance(layer, self.keras.layers.Layer)
+        ):
             check_copy(layer, self.keras)
-        elif caller and isinstance(layer, self.keras.layers.Layer):
-            check_call(layer, self.keras)
         if not caller and self._is_distributed(record, sources):
             return self._read_distributed(record, prefix, training, sources[0])
         if self._is_holder(layer):
@@ -370,7 +372,6 @@ class _Reader:
             return op
         return PositivelyHomogeneous() if op.is_homogeneous else Opaque(op.why)
 
-    @property
     def holders_of_norms(self) -> list[str]:
         """Labels of the outermost layers whose code calls BatchNormalizations, as it was traced."""
         norms = [node.owner for node in self.nodes if isinstance(node.op, BatchNorm)]

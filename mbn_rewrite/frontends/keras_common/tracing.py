@@ -170,10 +170,13 @@ def _seen(record: Record, probe: Any, keras: KerasAdapter) -> Trace:
     told = Counter(id(each.layer) for each in found.records)
     made = Counter(id(layer) for callers, layer in calls if callers and callers[-1] is probe)
     unseen = {number for number, count in made.items() if count > told[number]}
+    within: dict[int, set[int]] = {}  # of a layer that the code calls
     for callers, layer in calls:
-        if probe in callers[:-1]:  # by a layer that the code calls
+        if probe in callers[:-1]:
             direct = callers[callers.index(probe) + 1]
-            if not any(layer is part for part in parts(direct)):
+            if id(direct) not in within:
+                within[id(direct)] = set(map(id, parts(direct)))
+            if id(layer) not in within[id(direct)]:
                 unseen.add(id(layer))
     return replace(found, unseen=frozenset(unseen))
 

@@ -16,7 +16,6 @@ from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import label
 from mbn_rewrite.frontends.keras_common.custom_models import (
-    AttributeCopier,
     CheckedConfig,
     attributes,
     made_without_constructor,
@@ -47,10 +46,9 @@ class Writer(LayerWriter):
             RewriteError: a layer cannot be copied.
         """
         new = self.model(model) if self.keras.is_visible(model) else self.subclassed(model)
-        copier = self.copier
         while self._models or self.parents:  # each may add more of either
             if self._models:
-                self._copy_attributes(*self._models.pop(0), copier)
+                self._copy_attributes(*self._models.pop(0))
             else:
                 self.rewrite_sublayers(*self.parents.pop(0))
         missed = set(self.plan.actions) ^ self.done
@@ -90,12 +88,12 @@ class Writer(LayerWriter):
                 self.set_own_trainable(new, old.trainable)
         return self.copies[id(old)]
 
-    def _copy_attributes(self, old: Any, new: Any, copier: AttributeCopier) -> None:
+    def _copy_attributes(self, old: Any, new: Any) -> None:
         """Copies the attributes that a model has in addition to its network."""
         made = set(vars(new))
         for name, value in attributes(old, self.keras).items():
             if name not in made:
-                setattr(new, name, copier.copied(value))
+                setattr(new, name, self.copier.copied(value))
         self.finish()
         if needs_check(old, self.keras) and self.is_planned(old):
             vars(new)["get_config"] = CheckedConfig(new, self.keras)
