@@ -58,13 +58,14 @@ def plan_fold(
         if owner in stay:
             kept.setdefault(owner, stay[owner].removesuffix("."))
     while True:
-        folding = _Folding(work, kept, borders)
-        able = _clips_after(work, folding.kept.keys() - kept.keys(), clips)
+        solved = _Solved(work, kept, borders)
+        able = _clips_after(work, solved.kept.keys() - kept.keys(), clips)
         if able:
-            first = folding.assumptions.gone
-            clipping = _Folding(work, kept, borders, able, signs=clips, first=first)
+            first = solved.assumptions.gone
+            clipping = _Solved(work, kept, borders, able, signs=clips, first=first)
             if len(clipping.assumptions.gone) > len(first):
-                folding = clipping
+                solved = clipping
+        folding = _Folding(work, solved)
         if not folding.refused:
             break
         kept.update(folding.refused)
@@ -108,8 +109,8 @@ def _clips_after(work: IndexedGraph, sites: Collection[str], every: bool) -> fro
     return frozenset(able)
 
 
-class _Folding:
-    """One solution: what goes, and what layers absorb then.
+class _Solved:
+    """What goes, at some costs.
 
     Args:
         work: the model.
@@ -120,8 +121,9 @@ class _Folding:
         first: sites that are to go if any can.
 
     Attributes:
-        actions: by owner.
-        refused: sites whose layers cannot hold what they would absorb, and why.
+        kept: sites that stay, and why.
+        strands: the units of the model.
+        assumptions: what goes.
     """
 
     def __init__(
@@ -133,10 +135,7 @@ class _Folding:
         signs: bool = False,
         first: Collection[str] = (),
     ) -> None:
-        self.work = work
         self.kept = dict(kept)
-        self.actions: dict[str, Action] = {}
-        self.refused: dict[str, str] = {}
         self.strands = Strands(work, borders, clips, signs)
         self.assumptions = Assumptions(self.strands)
         for owner in (*first, *(owner for owner in work.sites if owner not in first)):
@@ -146,6 +145,25 @@ class _Folding:
                 why = self.assumptions.assume(owner)
                 if why:
                     self.kept[owner] = why
+
+
+class _Folding:
+    """What layers absorb in one solution.
+
+    Args:
+        work: the model.
+        solved: what goes.
+
+    Attributes:
+        actions: by owner.
+        refused: sites whose layers cannot hold what they would absorb, and why.
+    """
+
+    def __init__(self, work: IndexedGraph, solved: _Solved) -> None:
+        self.work = work
+        self.kept, self.strands, self.assumptions = solved.kept, solved.strands, solved.assumptions
+        self.actions: dict[str, Action] = {}
+        self.refused: dict[str, str] = {}
         self.settled = Settled(self.assumptions)
         broken = self.settled.broken()
         if broken:

@@ -266,7 +266,7 @@ class Bundles:
         # The values that a number is part of, as a sum of random numbers, one for each.
         rng, sums = np.random.default_rng(0), np.zeros(count, np.uint64)
         for vector in vectors:
-            np.add.at(sums, np.unique(vector), rng.integers(1, 2**64 - 1, dtype=np.uint64))
+            np.add.at(sums, vector, rng.integers(1, 2**64 - 1, dtype=np.uint64))
         self._bundle = np.unique(sums, return_inverse=True)[1]
 
     def of(self, *vectors: Array) -> list[int]:
