@@ -5,6 +5,7 @@
     print(mbn.plan(model, mode="fold"))   # what folds, what does not, and why
     new = mbn.convert(model)              # same outputs, without or with faster BatchNormalization
     print(mbn.verify(model, new))         # the two compared
+    print(mbn.measure(model, new))        # how long a call of each takes, here
 
 Importing this package loads neither TensorFlow nor Keras; they come with the first call.
 """
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from mbn_rewrite.api import convert, convert_with_plan, plan
     from mbn_rewrite.comparison import Comparison
     from mbn_rewrite.errors import RewriteError, VerificationError
-    from mbn_rewrite.measurement import Measurement
+    from mbn_rewrite.latency import measure
+    from mbn_rewrite.measurement import Latencies, Measurement
     from mbn_rewrite.options import Mode
     from mbn_rewrite.plans import Decision, Plan
     from mbn_rewrite.report import Report
-    from mbn_rewrite.rewrite import rewrite_saved_model
+    from mbn_rewrite.rewrite import rewrite_saved_model, verify_saved_model
     from mbn_rewrite.training.layers import (
         ModifiedBatchNormalization,
         StridedBatchNormalization,
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Comparison": "comparison",
     "Decision": "plans",
+    "Latencies": "measurement",
     "Measurement": "measurement",
     "Mode": "options",
     "ModifiedBatchNormalization": "training.layers",
@@ -47,14 +50,17 @@ _PUBLIC = {
     "VerificationError": "errors",
     "convert": "api",
     "convert_with_plan": "api",
+    "measure": "latency",
     "plan": "api",
     "rewrite_saved_model": "rewrite",
+    "verify_saved_model": "rewrite",
     "verify": "verification",
 }
 
 __all__ = [
     "Comparison",
     "Decision",
+    "Latencies",
     "Measurement",
     "Mode",
     "ModifiedBatchNormalization",
@@ -65,9 +71,11 @@ __all__ = [
     "VerificationError",
     "convert",
     "convert_with_plan",
+    "measure",
     "plan",
     "rewrite_saved_model",
     "verify",
+    "verify_saved_model",
 ]
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mbn_rewrite.errors import UnverifiedWarning
 from mbn_rewrite.frontends.in_memory import ModelInMemory
 from mbn_rewrite.frontends.registry import front_end_of
+from mbn_rewrite.latency import FIGURE_SECONDS, figure, in_memory
+from mbn_rewrite.measurement import Latencies
 from mbn_rewrite.options import Mode, Options, checked_options
 from mbn_rewrite.plans import Plan
 from mbn_rewrite.tuning.auto import plan_for
@@ -27,6 +30,7 @@ def convert(
     budget: float | None = None,
     progress: Callable[[str], None] | None = None,
     check: bool = True,
+    measure: bool = False,
 ) -> Any:
     """Rewrites the BatchNormalization layers of a model, for inference or for training.
 
@@ -59,6 +63,9 @@ def convert(
         budget: the most seconds to take for measuring, about. 60 by default.
         progress: called with a line when a step begins.
         check: whether to compare. `convert_with_plan` gives the comparison, too.
+        measure: whether to measure how much faster than the original the new model is, for some
+            seconds, called as `batch_size`, `jit_compile`, `dtype` and `inputs` say, in any mode
+            for inference. `convert_with_plan` gives the latencies, as `plan.speed`.
 
     Returns:
         A new model of the same kind with the same inputs, outputs, names and, but for
@@ -80,6 +87,7 @@ def convert(
         stride,
         inputs=inputs,
         check=check,
+        measure=measure,
         progress=progress,
         batch_size=batch_size,
         jit_compile=jit_compile,
@@ -156,7 +164,16 @@ def _converted(model: Any, options: Options) -> tuple[Any, Plan]:
     if options.check:
         options.progress("comparing with the original")
         made = checked(opened.front_end, model, new, made, options.inputs)
+    if options.measure:
+        made = replace(made, speed=_speed(model, new, made, options))
     if made.unverified:
         said = f"the rewritten model was not verified: {made.unverified}"
         warnings.warn(said, UnverifiedWarning, stacklevel=3)  # at the caller of `convert`
     return new, made
+
+
+def _speed(model: Any, new: Any, plan: Plan, options: Options) -> Latencies:
+    names = ("original", "rewritten")
+    return figure(
+        lambda: in_memory((model, new), options, FIGURE_SECONDS, names), bool(plan.actions), options
+    )

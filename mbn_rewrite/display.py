@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from mbn_rewrite.tables import encodable, html_table, table
@@ -20,7 +21,8 @@ if TYPE_CHECKING:  # which import this module
     from mbn_rewrite.plans import Decision, Plan
     from mbn_rewrite.report import Report
 
-MOST_ROWS = 30  # of a plan that is shown row by row
+MOST_ROWS = 12  # of a plan that is shown row by row
+_BATCH_NORM = "BatchNormalization"
 _NAMED = 3  # of the names in a group
 _HOW_TO_SEE_ALL = "Every row: --full on the command line, table(full=True) in Python"
 
@@ -36,23 +38,48 @@ def one_line(thing: object, said: str) -> str:
 def _all_rows(decisions: Sequence[Decision]) -> tuple[list[str], list[list[str]]]:
     """The columns and rows of a table with a row for each decision."""
     reasons = any(decision.reason for decision in decisions)
-    columns = ["BatchNormalization", "action", "into"] + ["reason"] * reasons
-    rows = [[d.name, str(d.action), ", ".join(d.into)] + [d.reason] * reasons for d in decisions]
+    prefix = _shared_prefix(decisions)
+    columns = [_BATCH_NORM + prefix, "action", "into"] + ["reason"] * reasons
+    rows = [
+        [_short(d.name, prefix), str(d.action), ", ".join(_short(name, prefix) for name in d.into)]
+        + [d.reason] * reasons
+        for d in decisions
+    ]
     return columns, rows
 
 
 def _group_rows(decisions: Sequence[Decision]) -> tuple[list[str], list[list[str]]]:
-    """The columns and rows of a table with a row for decisions that say the same, most first."""
+    """The columns and rows of a table with a row for decisions that say the same.
+
+    What stays comes first, then what is most.
+    """
     groups: dict[tuple[str, str], list[Decision]] = defaultdict(list)
     for decision in decisions:
         groups[str(decision.action), _without_names(decision.reason)].append(decision)
     reasons = any(reason for _, reason in groups)
-    columns = ["count", "action", "BatchNormalization"] + ["reason"] * reasons
+    prefix = _shared_prefix(decisions)
+    columns = ["count", "action", _BATCH_NORM + prefix] + ["reason"] * reasons
     rows = []
-    for (action, reason), alike in sorted(groups.items(), key=lambda group: -len(group[1])):
+    for (action, reason), alike in sorted(
+        groups.items(), key=lambda group: (group[0][0] != "kept", -len(group[1]))
+    ):
         said = alike[0].reason if len(alike) == 1 else reason
-        rows.append([str(len(alike)), action, _first_names(alike)] + [said] * reasons)
+        names = _first_names([_short(decision.name, prefix) for decision in alike])
+        rows.append([str(len(alike)), action, names] + [said] * reasons)
     return columns, rows
+
+
+def _shared_prefix(decisions: Sequence[Decision]) -> str:
+    """The models and layers that all of these are in, as " in backbone/stage_1/", or ""."""
+    paths = [decision.name.split("/")[:-1] for decision in decisions]
+    levels = takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    shared = [level[0] for level in levels] if len(paths) > 1 else []
+    return f" in {'/'.join(shared)}/" if shared else ""
+
+
+def _short(name: str, prefix: str) -> str:
+    """A name without a prefix that stands elsewhere."""
+    return name.removeprefix(prefix.removeprefix(" in "))
 
 
 def _without_names(reason: str) -> str:
@@ -60,10 +87,10 @@ def _without_names(reason: str) -> str:
     return re.sub(r" ?(?<!\w)'[^']*'| \(\d[^)]*\)", "", reason)
 
 
-def _first_names(decisions: Sequence[Decision]) -> str:
-    names = ", ".join(decision.name for decision in decisions[:_NAMED])
-    more = len(decisions) - _NAMED
-    return f"{names} and {more} more" if more > 0 else names
+def _first_names(names: Sequence[str]) -> str:
+    said = ", ".join(names[:_NAMED])
+    more = len(names) - _NAMED
+    return f"{said} and {more} more" if more > 0 else said
 
 
 def _merge_rows(merged: Mapping[str, Sequence[str]]) -> list[list[str]]:
@@ -126,6 +153,8 @@ def _plan_notes(plan: Plan) -> Iterator[str]:
         yield f"verification: {plan.verification}"
     if plan.unverified:
         yield f"not verified: {plan.unverified}"
+    if plan.speed:
+        yield f"speed: {plan.speed.figure}"
 
 
 def report_text(report: Report, full: bool = False) -> str:
@@ -136,6 +165,7 @@ def report_text(report: Report, full: bool = False) -> str:
     lines += _carried_over(report)
     lines += [f"verification of {name}: {c}" for name, c in report.comparisons.items()]
     lines += _caveats(report)
+    lines += [f"speed: {report.speed.figure}"] if report.speed else []
     return encodable("\n".join(lines))
 
 
@@ -204,6 +234,7 @@ def report_html(report: Report) -> str:
         rows = [[name, *_compared(c)] for name, c in report.comparisons.items()]
         parts.append(html_table(columns, rows))
     parts += map(_paragraph, _caveats(report))
+    parts += [_paragraph(f"speed: {report.speed.figure}")] if report.speed else []
     return _block(parts)
 
 

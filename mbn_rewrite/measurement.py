@@ -1,4 +1,4 @@
-"""Measured times of the forms of a model, as data, and the statistics that compare them.
+"""Measured times of models and of their forms, as data, and the statistics that compare them.
 
 Variants are compared by the ratios of times that were taken one after the other. The median of
 such ratios and its confidence interval need no assumption on how times are distributed: the
@@ -22,6 +22,8 @@ from mbn_rewrite.tables import table
 # chance of 2 / 2^6.
 LEAST_ROUNDS = 6
 
+UNCHANGED = "nothing was changed, so that it is as fast as it was"  # why not to measure it
+
 CONFIDENCE = 0.95  # of intervals
 
 
@@ -33,15 +35,18 @@ class Ratio:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.low:.2f}-{self.high:.2f}"
+
 
 @dataclass(frozen=True)
 class Timing:
-    """One form of a model.
+    """Times of one form of a model, or of one of several models.
 
     Attributes:
         form: its name.
         seconds: of each call, in the order in which they were taken; () if it was not run.
-        speed_up: times as fast as the input, or None.
+        speed_up: times as fast as the input, or as the first model; None for that itself.
         note: why it was not run, or "".
     """
 
@@ -102,6 +107,99 @@ class Measurement:
         if len(timing.seconds) < LEAST_ROUNDS:
             times[1] = "-"
         return [timing.form, f"{median:.2f}", f"{low:.2f}-{high:.2f}", *times, said]
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Latencies of models that were called in turn.
+
+    Attributes:
+        device: what they ran on.
+        run_config: how they were run.
+        timings: one for each model; the others are compared with the first. () if they could not be
+            measured.
+        threads: how many threads of the CPU an operation could use; None for one a core.
+        why: why they were not measured, or why the second is no faster than the first beyond noise;
+            as a phrase, or "".
+    """
+
+    device: str
+    run_config: RunConfig
+    timings: tuple[Timing, ...]
+    threads: int | None = None
+    why: str = ""
+
+    @property
+    def speed_up(self) -> Ratio | None:
+        """Times as fast as the first model that the second is; None if that was not measured."""
+        return self.timings[1].speed_up if len(self.timings) > 1 else None
+
+    @property
+    def where(self) -> str:
+        """What was run how, and on what."""
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)}, " if self.threads else ""
+        return f"{self.run_config}, {threads}{self.device}"
+
+    @property
+    def figure(self) -> str:
+        """The speed of the second model beside the first, in one line."""
+        ratio = self.speed_up
+        if ratio is None:
+            return f"not measured: {self.why}"
+        calls = len(self.timings[1].seconds)
+        if calls < LEAST_ROUNDS:
+            return f"{ratio.median:.2f} times as fast here, by {calls} calls only ({self.where})"
+        measured = f"(95% {ratio}; {self.where})"
+        if ratio.low <= 1 <= ratio.high:
+            return f"no difference beyond noise here {measured}{self.why and f': {self.why}'}"
+        return f"{ratio.median:.2f} times as fast here {measured}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The latencies in types that JSON knows; times in milliseconds."""
+        return {
+            "device": self.device,
+            "threads": self.threads,
+            **asdict(self.run_config),
+            "figure": self.figure,
+            "models": [
+                {
+                    "model": timing.form,
+                    "percentiles": percentiles([1e3 * second for second in timing.seconds]),
+                    "milliseconds": [1e3 * second for second in timing.seconds],
+                    "times_as_fast": timing.speed_up and asdict(timing.speed_up),
+                    "note": timing.note,
+                }
+                for timing in self.timings
+            ],
+        }
+
+    def __str__(self) -> str:
+        columns = ["model", "p50 ms", "p90 ms", "p99 ms", "calls", "times as fast", "95%", ""]
+        rows = table(columns, map(self._cells, self.timings))
+        last = f"speed: {self.figure}" if len(self.timings) == 2 else self.where
+        return f"{rows}\n{last}"
+
+    def _cells(self, timing: Timing) -> list[str]:
+        found = percentiles([1e3 * second for second in timing.seconds])
+        times = [_digits(found[p]) if p in found else "-" for p in ("p50", "p90", "p99")]
+        ratio = timing.speed_up
+        enough = len(timing.seconds) >= LEAST_ROUNDS
+        compared = [f"{ratio.median:.2f}", str(ratio) if enough else "-"] if ratio else ["-"] * 2
+        return [timing.form, *times, str(len(timing.seconds)), *compared, timing.note]
+
+
+def _digits(milliseconds: float) -> str:
+    return f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:.0f}"
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """The median, and the percentiles that there are values enough for: as "p50", "p90", "p99"."""
+    if not values:
+        return {}
+    cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else []
+    least = {90: 10, 99: 100}  # of so many values one lies beyond
+    ends = {f"p{p}": cuts[p - 1] for p, count in least.items() if len(values) >= count}
+    return {"p50": statistics.median(values), **ends}
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

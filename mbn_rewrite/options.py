@@ -22,7 +22,8 @@ assert set(MODES) == set(get_args(Mode))
 TRAINING_MODES = ("strided", "mbn")
 
 DTYPES = ("float16", "bfloat16")
-DEFAULT_BUDGET = 60.0  # seconds
+DEFAULT_BUDGET = 60.0  # seconds, for mode "auto"
+DEFAULT_SECONDS = 10.0  # for `measure`
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Options:
         budget: the most seconds to take for measuring, about.
         progress: called with a line when a step begins.
         check: whether to compare the result with the original.
+        measure: whether to measure how much faster than the original the result is.
     """
 
     mode: str = "auto"
@@ -88,6 +90,7 @@ class Options:
     budget: float = DEFAULT_BUDGET
     progress: Callable[[str], None] = _silent
     check: bool = True
+    measure: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, (int, float)) or not self.budget > 0:
@@ -108,6 +111,7 @@ def checked_options(
     jit_compile: bool | None = None,
     dtype: str | None = None,
     budget: float | None = None,
+    measure: bool = False,
 ) -> Options:
     """The options that keyword arguments of the public functions stand for.
 
@@ -119,19 +123,23 @@ def checked_options(
             something for that; or what was given makes no sense.
     """
     stride = _checked_stride(mode, stride)
-    measuring = {
-        "batch_size": batch_size,
-        "jit_compile": jit_compile,
-        "dtype": dtype,
+    if measure and mode in TRAINING_MODES:
+        raise RewriteError(
+            f'mode "{mode}" is for training, and what is measured is inference. Leave measure out'
+        )
+    running = {"batch_size": batch_size, "jit_compile": jit_compile, "dtype": dtype}
+    unused = {
+        **({} if measure else running),
         # With a check, modes that measure nothing have a use for inputs all the same.
-        "inputs": None if check else inputs,
+        "inputs": None if check or measure else inputs,
         "budget": budget,
     }
-    unused = [name for name, value in measuring.items() if value is not None]
-    if mode != "auto" and unused:
+    given = [name for name, value in unused.items() if value is not None]
+    if mode != "auto" and given:
+        instead = "" if measure else ", or measure=True"
         raise RewriteError(
-            f'mode "{mode}" measures nothing, so it takes no {" and no ".join(unused)}. Leave that '
-            'out, or use mode="auto"'
+            f'mode "{mode}" measures nothing, so it takes no {" and no ".join(given)}. Leave that '
+            f'out, or use mode="auto"{instead if set(given) & set(running) else ""}'
         )
     return Options(
         mode,
@@ -141,6 +149,7 @@ def checked_options(
         DEFAULT_BUDGET if budget is None else budget,
         progress or _silent,
         check,
+        measure,
     )
 
 

@@ -21,7 +21,7 @@ from mbn_rewrite.ir.algebra import Border
 from mbn_rewrite.ir.branches import Branches
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import Linear, Op
-from mbn_rewrite.measurement import Measurement
+from mbn_rewrite.measurement import Latencies, Measurement
 from mbn_rewrite.training.strides import Stride
 
 if TYPE_CHECKING:  # which imports this module
@@ -208,6 +208,7 @@ class Plan:
         notes: what else the user should know of the result, in sentences.
         verification: what `convert` gave beside the original; None where they were not compared.
         unverified: why they could not be compared, in a sentence, or "".
+        speed: the latencies of the original and of the result, where `convert` measured them.
     """
 
     mode: str
@@ -217,6 +218,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     verification: Comparison | None = None
     unverified: str = ""
+    speed: Latencies | None = None
 
     def of(self, kind: type[Kind]) -> dict[str, Kind]:
         """The actions of one kind, by owner."""
@@ -274,6 +276,7 @@ class Plan:
             "notes": list(self.notes),
             "verification": self.verification and self.verification.to_dict(),
             "unverified": self.unverified,
+            "speed": self.speed and self.speed.to_dict(),
         }
 
     def to_json(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from mbn_rewrite import display
 from mbn_rewrite.comparison import Comparison
 from mbn_rewrite.frontends.footprint import Footprint
+from mbn_rewrite.measurement import Latencies
 from mbn_rewrite.plans import Plan
 
 
@@ -29,6 +30,7 @@ class Report:
             assertions out, and takes the nearest index for one that is out of bounds.
         as_it_was: functions that were carried over as they were, and why.
         left_out: functions that were not carried over, and why.
+        speed: the latencies of the original and of what was written, where they were measured.
     """
 
     source: str
@@ -41,6 +43,7 @@ class Report:
     as_it_was: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     by_xla: tuple[str, ...] = ()
+    speed: Latencies | None = None
 
     @property
     def comparison(self) -> Comparison | None:
@@ -53,6 +56,11 @@ class Report:
     def ok(self) -> bool:
         """Whether all signatures agree within their tolerance."""
         return all(comparison.ok for comparison in self.comparisons.values())
+
+    @property
+    def after_operations(self) -> int:
+        """How many operations the rewritten model has, in the signature that is counted."""
+        return sum(self.after.ops.values()) if self.after else 0
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON knows."""
@@ -70,6 +78,7 @@ class Report:
             "carried_over_as_it_was": dict(self.as_it_was),
             "left_out": dict(self.left_out),
             "plan": self.plan.to_dict(),
+            "speed": self.speed and self.speed.to_dict(),
         }
 
     def to_json(self) -> str:

@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite import output_dir
-from mbn_rewrite.errors import RewriteError, VerificationError, cause_of
+from mbn_rewrite.errors import RewriteError, VerificationError
 from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import ModelSource
 from mbn_rewrite.frontends.registry import check_source, open_source
+from mbn_rewrite.latency import OnDisk, figure_on_disk
+from mbn_rewrite.named_arrays import as_arrays
 from mbn_rewrite.options import TRAINING_MODES, Mode, Options, checked_options
 from mbn_rewrite.plans import Plan
 from mbn_rewrite.report import Report
 from mbn_rewrite.tuning.auto import plan_for
-from mbn_rewrite.verification_on_disk import Reference, verified
+from mbn_rewrite.verification_on_disk import Reference, Verification, verified
 
 Progress = Callable[[str], None]
 
@@ -61,6 +63,7 @@ def rewrite_saved_model(
     jit_compile: bool | None = None,
     dtype: str | None = None,
     budget: float | None = None,
+    measure: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Rewrites a model on disk and writes it as SavedModel, verified.
@@ -99,6 +102,9 @@ def rewrite_saved_model(
         jit_compile: as for `convert`.
         dtype: as for `convert`.
         budget: as for `convert`.
+        measure: whether to measure at the end how much faster than the original the written model
+            is, for some seconds, run as `batch_size`, `jit_compile` and `dtype` say, in any mode.
+            Both are loaded for that.
         progress: called with a line when a step begins.
 
     Returns:
@@ -117,6 +123,7 @@ def rewrite_saved_model(
         jit_compile=jit_compile,
         dtype=dtype,
         budget=budget,
+        measure=measure,
     )
     options = replace(options, inputs=None if inputs is None else as_arrays(inputs))
     _check_served(mode, tolerance)
@@ -141,7 +148,59 @@ def rewrite_saved_model(
         del model  # so that the two are not in memory side by side
         report = _verified(report, weights, folder.new, reference, tolerance, options)
         output_dir.put_in_place(folder, destination, overwrite)
+    if measure:
+        original = OnDisk(source, trusted, tags, set_input, report.before.signature or None)
+        changed = bool(report.plan.actions)
+        speed = figure_on_disk(original, destination, options, changed, report.after_operations)
+        report = replace(report, speed=speed)
     return report
+
+
+def verify_saved_model(
+    source: str | os.PathLike[str],
+    rewritten: str | os.PathLike[str],
+    *,
+    tags: Sequence[str] | None = None,
+    signatures: Sequence[str] | None = None,
+    set_input: Mapping[str, Any] | None = None,
+    trusted: bool = False,
+    inputs: Mapping[str, Any] | None = None,
+    unverified: Sequence[str] = (),
+    tolerance: float | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compares a SavedModel with the model on disk that it was made from, by whatever tool.
+
+    Args:
+        source: the original, as for `rewrite_saved_model`.
+        rewritten: the SavedModel.
+        tags, signatures, set_input, ...: as for `rewrite_saved_model`.
+
+    Returns:
+        A Verification; `ok` says whether they agree.
+
+    Raises:
+        RewriteError: one of them cannot be read or run.
+    """
+    options = Options(inputs=None if inputs is None else as_arrays(inputs))
+    options = replace(options, progress=progress or options.progress)
+    source, rewritten = Path(source), Path(rewritten)
+    for path in (source, rewritten):
+        check_paths(path, None, trusted=trusted)
+    if not rewritten.is_dir():
+        raise RewriteError(f"{rewritten} is no SavedModel, whose signatures could be compared")
+    options.progress(f"loading {source}")
+    model = open_source(source, trusted, tags, signatures, set_input)
+    _leave_unverified(model, unverified, source)
+    reference = _run(model, options)
+    without = {**model.unverifiable, **reference.not_compared}
+    del model  # so that the two are not in memory side by side
+    options.progress(f"running {rewritten}")
+    with output_dir.temporary_folder() as folder:  # a closer look writes beside the model
+        link = folder.path / "rewritten"
+        link.symlink_to(rewritten.absolute(), target_is_directory=True)
+        comparisons, _ = verified(link, reference, tolerance, "")
+    return Verification(comparisons, without)
 
 
 def _check_served(mode: str, tolerance: float | None) -> None:
@@ -249,29 +308,3 @@ def check_paths(
     if destination is not None:
         output_dir.check_destination(source, destination, overwrite)
     check_source(source, trusted)
-
-
-def as_arrays(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Inputs as arrays, by input name or "signature/input".
-
-    Texts and bytes stay what they are: numpy's own arrays of bytes lose zeros at the end.
-
-    Raises:
-        RewriteError: something is no array.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    for name, value in inputs.items():
-        if isinstance(value, Mapping):
-            arrays |= {f"{name}/{key}": array for key, array in as_arrays(value).items()}
-            continue
-        try:
-            arrays[name] = np.asarray(value, object if _holds_text(value) else None)
-        except ValueError as error:
-            raise RewriteError(f"input '{name}' is no array: {cause_of(error)}") from error
-    return arrays
-
-
-def _holds_text(value: Any) -> bool:
-    while isinstance(value, (list, tuple)) and value:
-        value = value[0]
-    return isinstance(value, (str, bytes))

@@ -84,12 +84,12 @@ def table(
     """A table as text, as wide as the terminal, or 100 characters where there is none.
 
     Columns whose cells are all numbers are set to the right. Colours are left out, so that
-    the text is the same on a terminal and in a file. On narrow terminals, where words would be
-    broken, rows stand below each other, each with its cells one a line.
+    the text is the same on a terminal and in a file. Where words would be broken, rows stand below
+    each other, each with its cells one a line.
     """
     width = width or _page().width
     cells = [[encodable(str(cell)) for cell in row] for row in rows]
-    if width < WITHOUT_TERMINAL and _least_width(columns, cells) > width:
+    if _least_width(columns, cells) > width:
         return "\n".join([*([title] if title else []), *_stacked(columns, cells, width)])
     return _side_by_side(columns, cells, title, width)
 

@@ -51,6 +51,37 @@ class Reference:
         return empty and (self.made_up or not call.outputs)
 
 
+@dataclass(frozen=True)
+class Verification:
+    """A SavedModel beside its original.
+
+    Attributes:
+        comparisons: for each signature and method that was compared.
+        unverified: those that were not, and why.
+    """
+
+    comparisons: Mapping[str, Comparison]
+    unverified: Mapping[str, str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that was compared agrees, and anything was."""
+        return bool(self.comparisons) and all(c.ok for c in self.comparisons.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verification in types that JSON knows."""
+        return {
+            "ok": self.ok,
+            "signatures": {name: c.to_dict() for name, c in self.comparisons.items()},
+            "unverified": dict(self.unverified),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"verification of {name}: {c}" for name, c in self.comparisons.items()]
+        lines += [f"not verified: {name} ({why})" for name, why in self.unverified.items()]
+        return "\n".join(lines)
+
+
 def verified(
     directory: Path, reference: Reference, tolerance: float | None, counted: str
 ) -> tuple[dict[str, Comparison], dict[str, int]]:

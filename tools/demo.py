@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,9 +23,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import mbn_rewrite as mbn
 from mbn_rewrite.cli.quiet import import_tensorflow
-from mbn_rewrite.measurement import ratio
-from mbn_rewrite.tables import table
-from mbn_rewrite.tuning.timing import time_interleaved
 from tools.real_models import MODELS, fetch
 
 OUT = ROOT / "build" / "demo"
@@ -77,40 +72,17 @@ def show(source: Path, out: Path, low: float, high: float) -> None:
         print(mbn.rewrite_saved_model(source, out / mode, mode, progress=step))
 
     shape = [1, *(size or OPEN_SIZE for size in model.input_shape[1:])]
-    inputs = tf.random.uniform(shape, low, high, seed=0)
+    inputs = {model.input_names[0]: tf.random.uniform(shape, low, high, seed=0)}
     print(f"\n--- latency of the served signature, input {tuple(shape)}, variants in turn")
     step(f"measuring, for up to {TIMING} seconds")
-    print(latency({kind: out / kind for kind in ("original", "fold", "depthwise")}, inputs))
+    paths = [out / kind for kind in ("original", "fold", "depthwise")]
+    print(mbn.measure(*paths, inputs=inputs, seconds=TIMING))
 
 
 def step(line: str) -> None:
     """Says that a step begins, and when."""
     elapsed = time.perf_counter() - _START
     print(f"[{elapsed:3.0f} s] {line} ...", file=sys.stderr, flush=True)
-
-
-def latency(paths: dict[str, Path], inputs: Any) -> str:
-    """A table of how fast SavedModels are, beside the one called "original"."""
-    import tensorflow as tf
-
-    calls = {}
-    for kind, path in paths.items():
-        loaded = tf.saved_model.load(str(path))
-        serve = loaded.signatures["serving_default"]
-        (argument,) = serve.structured_input_signature[1]
-        # The loaded model owns the signature's variables, so it is kept with it.
-        calls[kind] = lambda loaded=loaded, serve=serve, argument=argument: [
-            output.numpy() for output in serve(**{argument: inputs}).values()
-        ]
-    seconds = time_interleaved(calls, time.perf_counter() + TIMING, stays=calls)
-    rows = []
-    for kind, times in seconds.items():
-        faster = ratio(seconds["original"], times)
-        interval = "" if kind == "original" else f"{faster.low:.2f}-{faster.high:.2f}"
-        rows.append(
-            [kind, f"{1e3 * statistics.median(times):.2f}", f"{faster.median:.2f}", interval]
-        )
-    return table(["", "median ms", "times as fast", "95% interval"], rows)
 
 
 if __name__ == "__main__":

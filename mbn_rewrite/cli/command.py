@@ -9,13 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mbn_rewrite import output_dir
+from mbn_rewrite import charts, output_dir
 from mbn_rewrite.cli import report_file
 from mbn_rewrite.cli.console import pass_on, print_result, say
 from mbn_rewrite.cli.flags import EXIT_ERROR, FLAGS
 from mbn_rewrite.cli.given_values import set_inputs_in
 from mbn_rewrite.cli.interrupts import Interrupted, Interrupts
-from mbn_rewrite.cli.job import DIFFERENT, DONE, Ending, Job, Step
+from mbn_rewrite.cli.job import DIFFERENT, DONE, MEASURE, VERIFY, Ending, Job, Step
+from mbn_rewrite.cli.speed import measuring_options, next_steps, running_flags, with_speed
+from mbn_rewrite.cli.subcommands import PLAN, check_flags, command_of
 from mbn_rewrite.cli.supervisor import Limits, supervised
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.output_dir import OwnFolder
@@ -27,11 +29,11 @@ EXIT_DIFFERENT = 3
 CarryOut = Callable[[Job, Callable[[Step], None]], Ending]
 
 
-def run(paths: list[str], interrupts: Interrupts, carry_out: CarryOut | None = None) -> int:
-    """Rewrites a model as the flags say.
+def run(arguments: list[str], interrupts: Interrupts, carry_out: CarryOut | None = None) -> int:
+    """Does what the arguments and flags say.
 
     Args:
-        paths: what was given beside flags: IN and OUT, if all is well.
+        arguments: what was given beside flags: a command, or none, and paths.
         interrupts: noted signals.
         carry_out: does the job in this process, for tests; by default a process of its own does.
 
@@ -39,7 +41,7 @@ def run(paths: list[str], interrupts: Interrupts, carry_out: CarryOut | None = N
         The exit code.
     """
     try:
-        return _run(paths, interrupts, carry_out)
+        return _run(arguments, interrupts, carry_out)
     except Interrupted as interrupted:
         say(interrupted.said("nothing was written"))
         return interrupted.exit_code
@@ -50,11 +52,24 @@ def run(paths: list[str], interrupts: Interrupts, carry_out: CarryOut | None = N
     return EXIT_ERROR
 
 
-def _run(paths: list[str], interrupts: Interrupts, carry_out: CarryOut | None) -> int:
-    wanted = "IN" if FLAGS.dry_run else "IN and OUT"
-    if len(paths) not in ((1, 2) if FLAGS.dry_run else (2,)):
+def _run(arguments: list[str], interrupts: Interrupts, carry_out: CarryOut | None) -> int:
+    command, paths = command_of(arguments)
+    check_flags(command)
+    if command in (VERIFY, MEASURE):
+        return _report_on(command, paths, interrupts, carry_out)
+    return _rewrite(paths, FLAGS.dry_run or command == PLAN, interrupts, carry_out)
+
+
+# ------------------------------------------------------------------------------- rewriting
+
+
+def _rewrite(
+    paths: list[str], plan_only: bool, interrupts: Interrupts, carry_out: CarryOut | None
+) -> int:
+    wanted = "IN" if plan_only else "IN and OUT"
+    if len(paths) not in ((1, 2) if plan_only else (2,)):
         raise RewriteError(f"give {wanted} (got {len(paths)} paths); --help has examples")
-    source, destination = Path(paths[0]), None if FLAGS.dry_run else Path(paths[1])
+    source, destination = Path(paths[0]), None if plan_only else Path(paths[1])
     report_file.check(FLAGS.report, source, destination)
     places = [Path(path).absolute().parent for path in (destination, FLAGS.report) if path]
     for restored in output_dir.clean_up(*places):
@@ -68,18 +83,19 @@ def _run(paths: list[str], interrupts: Interrupts, carry_out: CarryOut | None) -
         folder = None
         if destination:
             folder = stack.enter_context(output_dir.working_folder(destination))
-        job = _job(source, destination, folder)
-        if carry_out is None:
-            ending = _supervised(job, interrupts, temporary, folder)
-        else:
-            ending = carry_out(job, lambda step: _begin(step.line) if step.shown else None)
+        job = _rewriting(source, destination, folder)
+        ending = _done(job, interrupts, temporary, folder, carry_out)
         interrupts.check()
         if folder and destination and ending.how == DONE:
             output_dir.put_in_place(folder, destination, FLAGS.overwrite)
-    return _ended(ending, destination, interrupts)
+            if _is_to_be_measured(ending):
+                ending = with_speed(
+                    ending, job, lambda job: _done(job, interrupts, temporary, None, carry_out)
+                )
+    return _ended(ending, source, destination, interrupts)
 
 
-def _job(source: Path, destination: Path | None, folder: OwnFolder | None) -> Job:
+def _rewriting(source: Path, destination: Path | None, folder: OwnFolder | None) -> Job:
     options = {
         "mode": FLAGS.mode,
         "tags": FLAGS.tags,
@@ -88,24 +104,49 @@ def _job(source: Path, destination: Path | None, folder: OwnFolder | None) -> Jo
         "trusted": FLAGS.trusted,
         "unverified": FLAGS.unverified,
         "tolerance": FLAGS.tolerance,
-        "batch_size": FLAGS.batch_size,
-        "jit_compile": FLAGS.jit_compile,
-        "dtype": FLAGS.dtype,
         "budget": FLAGS.budget,
     }
+    if FLAGS.mode == "auto":
+        options |= running_flags()
+    elif any(value is not None for value in running_flags().values()) and not FLAGS.measure:
+        raise RewriteError(
+            f"mode {FLAGS.mode} measures nothing, and --nomeasure leaves out the figure at the "
+            "end: so there is nothing that --batch_size, --jit_compile or --dtype could tell"
+        )
+    written = {"destination": str(destination or ""), "folder": str(folder.new) if folder else ""}
+    return _job(source, options, **written, full=FLAGS.full)
+
+
+def _is_to_be_measured(ending: Ending) -> bool:
+    is_seen = not FLAGS.quiet or FLAGS.report
+    return bool(FLAGS.measure and is_seen and ending.report)
+
+
+def _job(source: Path, options: Mapping[str, Any], **given: Any) -> Job:
     page = standard_output()
     return Job(
         str(source),
-        str(destination or ""),
-        str(folder.new) if folder else "",
-        options,
-        FLAGS.verify_inputs,
-        tuple(FLAGS.import_modules),
-        page.width,
-        page.encoding,
-        FLAGS.full,
+        options=options,
+        verify_inputs=FLAGS.verify_inputs,
+        import_modules=tuple(FLAGS.import_modules),
+        width=page.width,
+        encoding=page.encoding,
         quiet_log=not FLAGS["verbosity"].present,
+        **given,
     )
+
+
+def _done(
+    job: Job,
+    interrupts: Interrupts,
+    temporary: OwnFolder,
+    folder: OwnFolder | None,
+    carry_out: CarryOut | None,
+) -> Ending:
+    """How a job has ended, which a process of its own does, or in tests this one."""
+    if carry_out is None:
+        return _supervised(job, interrupts, temporary, folder)
+    return carry_out(job, lambda step: _begin(step.line) if step.shown else None)
 
 
 def _supervised(
@@ -122,7 +163,7 @@ def _supervised(
     return supervised(job, _begin, pass_on, interrupts, limits)
 
 
-def _ended(ending: Ending, destination: Path | None, interrupts: Interrupts) -> int:
+def _ended(ending: Ending, source: Path, destination: Path | None, interrupts: Interrupts) -> int:
     """Reports how a job ended; returns the exit code."""
     written = destination is not None and ending.how == DONE
     what = f"{destination} was written" if written else "nothing was written"
@@ -141,7 +182,7 @@ def _ended(ending: Ending, destination: Path | None, interrupts: Interrupts) -> 
     if written:
         _warn_of_what_was_not_verified(ending.report)
     if not FLAGS.quiet:
-        last = f"wrote {destination}" if written else "dry run: wrote nothing"
+        last = next_steps(destination) if destination else "dry run: wrote nothing"
         reported = print_result(f"{ending.text}\n{last}\n", what) and reported
     return 0 if reported else EXIT_ERROR
 
@@ -149,6 +190,52 @@ def _ended(ending: Ending, destination: Path | None, interrupts: Interrupts) -> 
 def _warn_of_what_was_not_verified(report: Mapping[str, Any]) -> None:
     for name, why in report["verification"]["unverified"].items():
         say(f"warning: '{name}' was not verified: {why}")
+
+
+# ------------------------------------------------------------------ comparing and measuring
+
+
+def _report_on(
+    command: str, paths: list[str], interrupts: Interrupts, carry_out: CarryOut | None
+) -> int:
+    """Compares or measures models; writes no model."""
+    if command == VERIFY and len(paths) != 2:
+        raise RewriteError(f"verify takes IN and OUT (got {len(paths)} paths); see --help")
+    if not paths:
+        raise RewriteError("measure takes the paths of models; see --help")
+    for path in paths:
+        report_file.check(FLAGS.report, Path(path), None)
+    charts.check(FLAGS.chart)
+    options = measuring_options() if command == MEASURE else _verifying_options()
+    job = _job(
+        Path(paths[0]), options, task=command, others=tuple(paths[1:]), threads=FLAGS.threads or 0
+    )
+    with output_dir.temporary_folder() as temporary:
+        ending = _done(job, interrupts, temporary, None, carry_out)
+        interrupts.check()
+    if ending.how not in (DONE, DIFFERENT):
+        raise RewriteError(ending.message)
+    what = "that was done"
+    done = report_file.write(FLAGS.report, ending.report, what)
+    if FLAGS.chart:
+        charts.draw_latencies(ending.report, FLAGS.chart)
+    if not FLAGS.quiet:
+        done = print_result(f"{ending.text}\n", what) and done
+    if ending.how == DIFFERENT:
+        say(f"error: {ending.message}")
+        return EXIT_DIFFERENT
+    return 0 if done else EXIT_ERROR
+
+
+def _verifying_options() -> dict[str, Any]:
+    return {
+        "tags": FLAGS.tags,
+        "signatures": FLAGS.signatures,
+        "set_input": set_inputs_in(FLAGS.set_input),
+        "trusted": FLAGS.trusted,
+        "unverified": FLAGS.unverified,
+        "tolerance": FLAGS.tolerance,
+    }
 
 
 def _begin(line: str) -> None:

@@ -9,31 +9,39 @@ from absl import app, flags
 
 import mbn_rewrite
 from mbn_rewrite.cli.console import say
-from mbn_rewrite.options import DEFAULT_BUDGET, DTYPES, MODES, TRAINING_MODES
+from mbn_rewrite.options import DEFAULT_BUDGET, DEFAULT_SECONDS, DTYPES, MODES, TRAINING_MODES
 
 _USAGE = """\
-Rewrites the BatchNormalization of a model on disk.
+Rewrites the BatchNormalization of a model on disk, and compares and measures models.
 
-    mbn-rewrite [FLAGS] IN OUT
+    mbn-rewrite [FLAGS] IN OUT                 rewrites IN, verifies and measures what it wrote
+    mbn-rewrite plan [FLAGS] IN                what would be done, and why a layer would stay
+    mbn-rewrite verify [FLAGS] IN OUT          compares a SavedModel with what it was made from
+    mbn-rewrite measure [FLAGS] MODEL [...]    latency of models, called in turn
 
 IN is any SavedModel (of TensorFlow 1 or 2, Keras 2 or 3, frozen or not), or a .h5, .hdf5 or
 .keras file of tf_keras or Keras 3. OUT is the directory of the SavedModel to write, with the
 signatures, methods, assets and tables of IN. IN is never changed; OUT appears only when the
-written model was loaded again and every signature gave the outputs of the original.
+written model was loaded again and every signature gave the outputs of the original. A folder
+that is called like one of the commands is given as ./plan.
+
+Results are printed to standard output, what is being done and errors to standard error.
 
 Examples:
     mbn-rewrite saved_model served
-    mbn-rewrite --dry-run saved_model
+    mbn-rewrite plan saved_model
+    mbn-rewrite measure saved_model served --batch-size=8 --threads=1 --chart=latency.png
+    mbn-rewrite verify saved_model served --inputs=real_inputs.npz
     mbn-rewrite --batch-size=8 --jit-compile saved_model served
     mbn-rewrite --mode=depthwise model.keras served
     mbn-rewrite --report=report.json --overwrite model.h5 served
-    mbn-rewrite --verify-inputs=real_inputs.npz saved_model served
+    mbn-rewrite --inputs=real_inputs.npz saved_model served
     mbn-rewrite --unverified=from_text,sample saved_model served
     mbn-rewrite --signatures=serving_default --tags=serve in out
     mbn-rewrite --set-input=phase_train=False saved_model served
 
-A SavedModel is a program, and so may be what a file of Keras holds; to verify it is to run it,
-and so is to measure it (mode auto). It is loaded and run in a process of its own: a model that
+A SavedModel is a program, and so may be what a file of Keras holds; to verify or to measure it is
+to run it. It is loaded and run in a process of its own: a model that
 crashes, uses up the memory or does not end (--timeout) is one line here, and leaves nothing
 behind.
 
@@ -42,7 +50,7 @@ Exit codes:
     1    the input cannot be read or rewritten, crashes or takes too long, the output cannot be
          written, or a flag is wrong: one line says why
     3    the rewritten model did not give the original's outputs: the numbers are printed,
-         nothing is written
+         nothing is written; or verify found a difference
     129  SIGHUP, 130 SIGINT (Ctrl-C), 143 SIGTERM: interrupted; one line says whether anything
          was written
 """
@@ -55,14 +63,14 @@ flags.DEFINE_enum(
     "mode", "auto", list(_SERVING), "; ".join(f"{mode}: {what}" for mode, what in _SERVING.items())
 )
 flags.DEFINE_integer(
-    "batch_size", None, "Mode auto: measure calls of so many examples. 1 by default.", lower_bound=1
+    "batch_size", None, "Measure calls of so many examples. 1 by default.", lower_bound=1
 )
-flags.DEFINE_bool("jit_compile", None, "Mode auto: measure the model compiled by XLA.")
+flags.DEFINE_bool("jit_compile", None, "Measure models compiled by XLA.")
 flags.DEFINE_enum(
     "dtype",
     None,
     list(DTYPES),
-    "Mode auto: measure with TensorFlow's automatic mixed precision (float16 on GPUs, bfloat16 on "
+    "Measure with TensorFlow's automatic mixed precision (float16 on GPUs, bfloat16 on "
     "CPUs). By default the model computes in the dtypes that it says.",
 )
 flags.DEFINE_float(
@@ -71,14 +79,35 @@ flags.DEFINE_float(
     f"Mode auto: the most seconds to take for measuring, about. {DEFAULT_BUDGET:g} by default.",
     lower_bound=0.0,
 )
-flags.DEFINE_bool("dry_run", False, "Print what would be done; OUT is not needed.")
+flags.DEFINE_bool(
+    "measure",
+    True,
+    "Measure at the end, for some seconds, how much faster than IN OUT is here. --nomeasure leaves "
+    "it out.",
+)
+flags.DEFINE_float(
+    "seconds",
+    None,
+    f"Command measure: how long to measure, about. {DEFAULT_SECONDS:g} by default.",
+    lower_bound=0.1,
+)
+flags.DEFINE_integer(
+    "threads",
+    None,
+    "Command measure: how many threads of the CPU an operation may use. One a core by default.",
+    lower_bound=1,
+)
+flags.DEFINE_string(
+    "chart", None, "Command measure: draw the latencies to this PNG file. Needs matplotlib."
+)
+flags.DEFINE_bool("dry_run", False, "As the command plan: OUT is not needed.")
 flags.DEFINE_bool("overwrite", False, "Replace OUT if it is a SavedModel.")
-flags.DEFINE_string("report", None, "Write decisions and verification to this file, as JSON.")
+flags.DEFINE_string("report", None, "Write all results to this file, as JSON.")
 flags.DEFINE_string(
     "verify_inputs",
     None,
-    "Verify with these inputs: an .npz file with an array for each input, by its name, or by "
-    "SIGNATURE/NAME where signatures differ. By default inputs are made up.",
+    "Verify and measure with these inputs: an .npz file with an array for each input, by its name, "
+    "or by SIGNATURE/NAME where signatures differ. By default inputs are made up.",
 )
 flags.DEFINE_list(
     "unverified",
@@ -96,8 +125,8 @@ flags.DEFINE_float(
 flags.DEFINE_list(
     "signatures",
     None,
-    "Carry over these signatures of a SavedModel only. By default all, and the methods that the "
-    "loaded object has.",
+    "Carry over, or compare, these signatures of a SavedModel only; measure takes the one to run. "
+    "By default all, and the methods that the loaded object has; measure runs the served one.",
 )
 flags.DEFINE_multi_string(
     "set_input",
@@ -158,6 +187,8 @@ flags.DEFINE_flag(
     _Shown("version", lambda: f"mbn-rewrite {mbn_rewrite.__version__}", "Print the version.")
 )
 flags.DEFINE_alias("h", "help", module_name="absl.app")
+flags.DEFINE_alias("inputs", "verify_inputs", module_name="absl.app")
+flags.DEFINE_alias("json", "report", module_name="absl.app")
 for _flag in FLAGS.get_flags_for_module(__name__):
     if "_" in _flag.name:
         flags.DEFINE_alias(_flag.name.replace("_", "-"), _flag.name, module_name="absl.app")

@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# What a job can be.
+REWRITE, VERIFY, MEASURE = "rewrite", "verify", "measure"
+FIGURE = "figure"  # how much faster a rewritten model is
+
 # How a job can end: as it should; refused for a reason, as RewriteError; verified and found wrong;
 # for want of memory; or by an error that nobody has thought of.
 DONE, REFUSED, DIFFERENT = "done", "refused", "different"
@@ -19,24 +23,27 @@ NO_MEMORY, UNEXPECTED = "no memory", "unexpected"
 
 @dataclass(frozen=True)
 class Job:
-    """A model to rewrite.
+    """A model to rewrite, or models to compare or to measure.
 
     Attributes:
         source: the path of the original.
-        destination: what the user calls the output, or "" for a dry run.
+        destination: what the user calls the output, or "" where nothing is written.
         folder: the folder to write it to, which does not exist yet.
-        options: what `rewrite_saved_model` takes beside, by name.
-        verify_inputs: the path of an .npz file, or None to make inputs up.
+        options: what the function takes beside that does the job, by name.
+        verify_inputs: the path of an .npz file with inputs, or None to make them up.
         import_modules: what to import before loading.
         width: how wide tables are, in characters.
         encoding: what the tool's output is encoded in.
         full: whether long tables have all their rows.
         quiet_log: whether TensorFlow logs errors only.
+        task: REWRITE, VERIFY, MEASURE or FIGURE.
+        others: the paths of the models beside the original, to compare with it.
+        threads: how many threads of the CPU an operation may use; 0 for one a core.
     """
 
     source: str
-    destination: str
-    folder: str
+    destination: str = ""
+    folder: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     verify_inputs: str | None = None
     import_modules: tuple[str, ...] = ()
@@ -44,6 +51,14 @@ class Job:
     encoding: str = "utf-8"
     full: bool = False
     quiet_log: bool = True
+    task: str = REWRITE
+    others: tuple[str, ...] = ()
+    threads: int = 0
+
+    @property
+    def outcome(self) -> str:
+        """What to say of the output where the job fails."""
+        return "; nothing was written" if self.task == REWRITE else ""
 
     def to_json(self) -> str:
         """The job as JSON."""
@@ -53,7 +68,8 @@ class Job:
     def from_json(cls, text: str) -> Job:
         """The inverse of `to_json`."""
         read = json.loads(text)
-        return cls(**read | {"import_modules": tuple(read["import_modules"])})
+        tuples = {name: tuple(read[name]) for name in ("import_modules", "others")}
+        return cls(**read | tuples)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 import sys
 
 
-def import_tensorflow(quiet_log: bool = True) -> None:
+def import_tensorflow(quiet_log: bool = True, threads: int = 0) -> None:
     """Imports TensorFlow and tf_keras.
 
     TensorFlow's native code writes to the file descriptor of standard error before any
@@ -14,6 +14,7 @@ def import_tensorflow(quiet_log: bool = True) -> None:
 
     Args:
         quiet_log: whether to log errors only from then on.
+        threads: how many threads of the CPU an operation may use; 0 for one a core.
     """
     sys.stderr.flush()
     saved = os.dup(2)
@@ -27,6 +28,9 @@ def import_tensorflow(quiet_log: bool = True) -> None:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+    if threads:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
     if quiet_log:
         from absl import logging
 

@@ -191,7 +191,7 @@ def _watched(
         try:
             for message in child.messages():
                 if isinstance(message, Ending):
-                    return _explained(message, doing)
+                    return _explained(message, doing, job)
                 if message.shown:
                     step(message.line)
                 doing, limit = message.line, seconds + message.planned
@@ -200,10 +200,10 @@ def _watched(
             code = 0  # it is no worker any more
         if code is not None:
             advice = _NEEDS_MEMORY if code == -signal.SIGKILL else _MAY_BE_REPORTED
-            raise RewriteError(f"{_how(code, last)} while {doing}; nothing was written{advice}")
+            raise RewriteError(f"{_how(code, last)} while {doing}{job.outcome}{advice}")
         if time.monotonic() > deadline:
             raise RewriteError(
-                f"{doing} took more than {limit:g} seconds; nothing was written. If it needs "
+                f"{doing} took more than {limit:g} seconds{job.outcome}. If it needs "
                 "more, pass --timeout=SECONDS; it may also go on for ever"
             )
 
@@ -216,13 +216,13 @@ def _wait(files: Sequence[Interrupts | int], seconds: float) -> None:
         selector.select(seconds)
 
 
-def _explained(ending: Ending, doing: str) -> Ending:
+def _explained(ending: Ending, doing: str, job: Job) -> Ending:
     """An ending, with the step in which it came where that says more than the rest."""
     if ending.how == NO_MEMORY:
-        message = f"there was not enough memory while {doing}; nothing was written{_NEEDS_MEMORY}"
+        message = f"there was not enough memory while {doing}{job.outcome}{_NEEDS_MEMORY}"
     elif ending.how == UNEXPECTED:
         message = (
-            f"an unexpected error while {doing}: {ending.message}; nothing was written. Please "
+            f"an unexpected error while {doing}: {ending.message}{job.outcome}. Please "
             "report this line, with the model if you can"
         )
     else:

@@ -23,9 +23,13 @@ from typing import TYPE_CHECKING, Any, cast
 from mbn_rewrite.cli.job import (
     DIFFERENT,
     DONE,
+    FIGURE,
+    MEASURE,
     NO_MEMORY,
     REFUSED,
+    REWRITE,
     UNEXPECTED,
+    VERIFY,
     Ending,
     Job,
     Step,
@@ -40,8 +44,11 @@ from mbn_rewrite.tuning.trial import MEASURING
 if TYPE_CHECKING:
     from mbn_rewrite.report import Report
 
+_Inputs = Mapping[str, Any] | None
+_Progress = Callable[[str], None]
+
 # It takes seconds, and on busy machines a minute, which says nothing of the model.
-_STARTING = Step("starting TensorFlow", planned=300.0, shown=False)
+_STARTING = Step("starting TensorFlow", planned=300.0)
 
 
 def main() -> None:
@@ -93,19 +100,26 @@ def carry_out(job: Job, begin: Callable[[Step], None]) -> Ending:
 
 def _carried_out(job: Job, begin: Callable[[Step], None]) -> Ending:
     from mbn_rewrite.cli.quiet import import_tensorflow
-    from mbn_rewrite.rewrite import check_paths, rewrite_saved_model
+    from mbn_rewrite.rewrite import check_paths
 
     # What is wrong with files is said at once: TensorFlow takes seconds to load.
-    check_paths(Path(job.source), None, trusted=job.options.get("trusted", False))
+    for path in (job.source, *job.others):
+        check_paths(Path(path), None, trusted=job.options.get("trusted", False))
     inputs = _load_inputs(job.verify_inputs)
     begin(_STARTING)
-    import_tensorflow(job.quiet_log)
+    import_tensorflow(job.quiet_log, job.threads)
     _import(job.import_modules)
+    return _TASKS[job.task](job, inputs, lambda line: begin(Step(line, _planned(job, line))))
+
+
+def _rewritten(job: Job, inputs: _Inputs, progress: _Progress) -> Ending:
+    from mbn_rewrite.rewrite import rewrite_saved_model
+
     how, message = DONE, ""
     try:
         report = rewrite_saved_model(
             job.source, job.folder, **job.options, inputs=inputs, dry_run=not job.folder,
-            progress=lambda line: begin(Step(line, _planned(job, line))),
+            progress=progress,
         )  # fmt: skip
     except VerificationError as error:
         how, message, report = DIFFERENT, _for_the_user(job, error), cast("Report", error.report)
@@ -113,11 +127,49 @@ def _carried_out(job: Job, begin: Callable[[Step], None]) -> Ending:
     return Ending(how, message, report.table(job.full), report.to_dict())
 
 
+def _compared(job: Job, inputs: _Inputs, progress: _Progress) -> Ending:
+    from mbn_rewrite.rewrite import verify_saved_model
+
+    (new,) = job.others
+    found = verify_saved_model(job.source, new, **job.options, inputs=inputs, progress=progress)
+    message = "" if found.ok else f"{new} does not give the outputs of {job.source}"
+    return Ending(DONE if found.ok else DIFFERENT, message, str(found), found.to_dict())
+
+
+def _measured(job: Job, inputs: _Inputs, progress: _Progress) -> Ending:
+    from mbn_rewrite.latency import measure
+
+    paths = (job.source, *job.others)
+    found = measure(*paths, **job.options, inputs=inputs, progress=progress)
+    found = replace(found, threads=job.threads or None)
+    return Ending(DONE, text=str(found), report=found.to_dict())
+
+
+def _speed(job: Job, inputs: _Inputs, progress: _Progress) -> Ending:
+    from mbn_rewrite.latency import OnDisk, figure_on_disk
+    from mbn_rewrite.options import Options, RunConfig
+
+    (written,) = map(Path, job.others)
+    original = OnDisk(Path(job.source), **job.options["opened"])
+    run_config = RunConfig(**job.options["run_config"])
+    options = Options(run_config=run_config, inputs=inputs, progress=progress)
+    found = figure_on_disk(original, written, options, True, job.options["operations"])
+    return Ending(DONE, text=found.figure, report=found.to_dict())
+
+
+_TASKS: Mapping[str, Callable[[Job, _Inputs, _Progress], Ending]] = {
+    REWRITE: _rewritten,
+    VERIFY: _compared,
+    MEASURE: _measured,
+    FIGURE: _speed,
+}
+
+
 def _planned(job: Job, line: str) -> float:
     """Seconds that a step takes whatever the model is: a step that measures takes the budget."""
     if not line.startswith(MEASURING):
         return 0.0
-    budget = job.options.get("budget")
+    budget = job.options.get("seconds", job.options.get("budget"))
     return DEFAULT_BUDGET if budget is None else float(budget)
 
 
@@ -145,7 +197,7 @@ def _load_inputs(path: str | None) -> Mapping[str, Any] | None:
             return dict(arrays)
     except Exception as error:  # zip files, pickles and headers fail in many ways
         raise RewriteError(
-            f"--verify_inputs: {path} is no .npz file of plain arrays: {cause_of(error)}"
+            f"--inputs: {path} is no .npz file of plain arrays: {cause_of(error)}"
         ) from error
 
 

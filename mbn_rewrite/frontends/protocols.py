@@ -136,6 +136,13 @@ class ModelSource(OpenModel, Protocol):
     def check_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Raises RewriteError where no signature takes inputs of these names."""
 
+    def inputs_to_measure(self, options: Options) -> dict[str, np.ndarray]:
+        """The inputs, by name, that `running` calls the model with for these options.
+
+        Raises:
+            RewriteError: none can be made up, or it cannot be called again and again.
+        """
+
     def reference_io(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
         """The outputs of its signatures, for these inputs or for made-up ones."""
 

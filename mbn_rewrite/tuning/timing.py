@@ -13,6 +13,7 @@ _WARMUP = 3  # calls: the first of a function compiles, the next settle allocato
 _CERTAIN_ROUNDS, _MOST_ROUNDS = 7, 40
 _SHORTEST_SAMPLE = 5e-3  # seconds: calls that are shorter are timed several at a time
 _HOPELESS = 1.03  # times the time of the fastest
+_MOST_CALLS = 1000
 
 
 def time_interleaved(
@@ -58,6 +59,37 @@ def time_interleaved(
                 if name in stays or ratio(seconds[name], seconds[best]).low < _HOPELESS
             ]
     return seconds
+
+
+def time_calls(
+    variants: Mapping[str, Callable[[], object]],
+    seconds: float,
+    least: int = 1,
+    most: int = _MOST_CALLS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of single calls of each variant; they take turns, and all are called as often.
+
+    Args:
+        variants: functions by name. What they return is thrown away.
+        seconds: how long to go on, about; calls before, which are not timed, come beside.
+        least: how often each is called however long that takes.
+        most: how often at most.
+        clock: gives the time in seconds.
+    """
+    start = clock()
+    for number in range(_WARMUP):
+        for function in variants.values():
+            if number == 0 or clock() < start + seconds:
+                function()
+    timed: dict[str, list[float]] = {name: [] for name in variants}
+    end = clock() + seconds
+    for number in range(most):
+        if number >= least and clock() > end:
+            break
+        for name in in_turn(list(variants), number):
+            timed[name].append(seconds_of(variants[name], 1, clock))
+    return timed
 
 
 def in_turn(names: Sequence[str], number: int) -> list[str]:

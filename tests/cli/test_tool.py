@@ -52,7 +52,9 @@ def run(*arguments):
     for flag in flags.FLAGS.get_flags_for_module(flags.__name__):
         flag.unparse()
     with Interrupts() as interrupts:
-        paths = flags.parse(["mbn-rewrite", *map(str, arguments)])[1:]
+        given = ["mbn-rewrite", *map(str, arguments)]
+        measured = {"--measure", "measure", "verify", "plan"} & set(given)
+        paths = flags.parse(given if measured else [*given, "--nomeasure"])[1:]
         return command.run(paths, interrupts, carry_out)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import mbn_rewrite
+from mbn_rewrite.cli.speed import next_steps
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +46,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 WORKS = "write(); end()\n"
+WROTE = f"{next_steps(Path('out'))}\n"
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def heeding():
 
 
 def started(place, work, *arguments, preexec_fn=heeding):
-    arguments = arguments or ("in", "out")
+    arguments = (*(arguments or ("in", "out")), "--nomeasure")
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, TOOL, WORKER + work, *arguments],
         cwd=place,
@@ -101,7 +103,7 @@ def left(place):
 
 
 def test_all_is_well(place):
-    assert run(place, WORKS) == (0, "a table\nwrote out\n", "writing ...\n")
+    assert run(place, WORKS) == (0, f"a table\n{WROTE}", "writing ...\n")
     assert content_of(place / "out") == "new"
     assert left(place) == ["out"]
 
@@ -305,7 +307,7 @@ def test_a_signal_that_is_to_be_ignored(place):
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
     code, out, _ = sent(process, signal.SIGHUP)
-    assert (code, out) == (0, "a table\nwrote out\n")
+    assert (code, out) == (0, f"a table\n{WROTE}")
 
 
 def children_of(process):
@@ -442,5 +444,5 @@ def test_a_report_that_cannot_be_written_at_last(place):
     code, out, err = run(place, work, "--report=reports/r.json", "in", "out")
     assert code == 1
     assert "out was written, but the report cannot be" in err
-    assert out == "a table\nwrote out\n"
+    assert out == f"a table\n{WROTE}"
     assert "Traceback" not in err

@@ -196,3 +196,50 @@ def test_measuring_and_checking_share_what_is_given(each_keras, monkeypatch):
     inputs = np.zeros((2, 8, 8, 3), np.float32)
     mbn.convert(conv_model(), "auto", inputs=inputs)
     assert seen[0] is inputs
+
+
+# ------------------------------------------------------------------------------ measuring
+
+
+def test_how_much_faster_it_is_on_request(each_keras, monkeypatch):
+    monkeypatch.setattr(api, "FIGURE_SECONDS", 0.1)
+    model = conv_model()
+    _, plan = mbn.convert_with_plan(model, "fold", measure=True, batch_size=3)
+    assert [timing.form for timing in plan.speed.timings] == ["original", "rewritten"]
+    assert plan.speed.run_config.batch_size == 3
+    assert f"speed: {plan.speed.figure}" in str(plan)
+    assert plan.to_dict()["speed"]["figure"] == plan.speed.figure
+    assert mbn.convert_with_plan(model, "fold")[1].speed is None
+
+
+def test_what_cannot_be_measured_says_why(each_keras):
+    x = K.Input((4,))
+    nothing_to_do = Model(x, K.Dense(2)(x))
+    _, plan = mbn.convert_with_plan(nothing_to_do, "fold", measure=True)
+    assert plan.speed.figure.startswith("not measured: nothing was changed")
+
+
+def test_training_is_not_measured():
+    with pytest.raises(mbn.RewriteError, match="what is measured is inference"):
+        mbn.convert(conv_model(), "strided", measure=True)
+    with pytest.raises(mbn.RewriteError, match="or measure=True"):
+        mbn.convert(conv_model(), "fold", batch_size=3)
+
+
+def test_models_are_measured_beside_the_first(each_keras):
+    model = conv_model()
+    found = mbn.measure(model, mbn.convert(model, "fold"), model, seconds=0.1)
+    assert len({timing.form for timing in found.timings}) == 3
+    assert found.timings[0].speed_up is None
+    assert len(found.timings[2].seconds) == len(found.timings[0].seconds) > 0
+    for wrong, said in (
+        ((), "at least one"),
+        ((model, "a/path"), "not both"),
+        ((object(),), "model of tf_keras or Keras 3"),
+    ):
+        with pytest.raises(mbn.RewriteError, match=said):
+            mbn.measure(*wrong)
+    with pytest.raises(mbn.RewriteError, match="seconds"):
+        mbn.measure(model, seconds=0)
+    with pytest.raises(mbn.RewriteError, match="no signatures"):
+        mbn.measure(model, signature="serve")

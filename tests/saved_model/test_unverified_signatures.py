@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
-from mbn_rewrite.rewrite import as_arrays
+from mbn_rewrite.named_arrays import as_arrays
 from tests.support.saved_models import IMAGE, Network, image_spec
 
 pytestmark = pytest.mark.slow

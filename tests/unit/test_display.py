@@ -252,3 +252,22 @@ def test_where_it_was_written_for_a_while_is_not_logged(tmp_path):
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
+
+
+def test_the_prefix_that_names_share_is_said_once():
+    decisions = tuple(
+        Decision(f"backbone/stage_{i}/bn", "folded", (f"backbone/stage_{i}/conv",))
+        for i in range(3)
+    )
+    text = str(Plan("fold", decisions))
+    assert "BatchNormalization in backbone/" in text
+    assert "backbone/stage" not in text
+    assert re.search(r"stage_1/bn +folded +stage_1/conv", text)
+    alone = str(Plan("fold", decisions[:1]))
+    assert "backbone/stage_0/bn" in alone
+
+
+def test_what_stays_comes_first():
+    lines = str(plan_of(1, 50)).splitlines()
+    rows = [line.split()[:2] for line in lines if re.match(r" +\d+ +\w", line)]
+    assert rows == [["1", "kept"], ["50", "folded"]]

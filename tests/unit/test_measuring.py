@@ -6,9 +6,17 @@ import pytest
 
 from benchmarks.common.timing import time_rounds
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.measurement import Measurement, Timing, _outside, quartiles, ratio
+from mbn_rewrite.measurement import (
+    Latencies,
+    Measurement,
+    Timing,
+    _outside,
+    percentiles,
+    quartiles,
+    ratio,
+)
 from mbn_rewrite.options import RunConfig
-from mbn_rewrite.tuning.timing import time_interleaved
+from mbn_rewrite.tuning.timing import time_calls, time_interleaved
 
 
 class Clock:
@@ -144,3 +152,55 @@ def test_each_variant_begins_a_round_in_its_turn():
 
 def test_nothing_to_time_takes_no_time():
     assert time_rounds({}, 3) == {}
+
+
+# ------------------------------------------------------------------------- single calls
+
+
+def test_single_calls_are_timed_for_as_long_as_is_asked():
+    clock = Clock()
+    seconds = time_calls({"a": clock.taking(0.1), "b": clock.taking(0.3)}, 4.0, clock=clock)
+    assert len(seconds["a"]) == len(seconds["b"]) == 11
+    assert seconds["a"] == pytest.approx([0.1] * 11)
+    seconds = time_calls({"a": clock.taking(0.1)}, 4.0, most=5, clock=clock)
+    assert len(seconds["a"]) == 5
+
+
+def test_slow_calls_are_timed_as_often_as_must_be():
+    clock = Clock()
+    seconds = time_calls({"a": clock.taking(60.0), "b": clock.taking(50.0)}, 5.0, clock=clock)
+    assert seconds == {"a": [60.0], "b": [50.0]}
+    assert clock.now == 220  # once beforehand
+    assert len(time_calls({"a": clock.taking(60.0)}, 5.0, least=4, clock=clock)["a"]) == 4
+
+
+def test_percentiles_are_of_as_many_values_as_they_need():
+    assert percentiles([]) == {}
+    assert percentiles([3.0]) == {"p50": 3.0}
+    assert set(percentiles([1.0] * 99)) == {"p50", "p90"}
+    assert percentiles(list(range(101))) == {"p50": 50, "p90": 90, "p99": 99}
+
+
+def latencies(first, second, **fields):
+    timings = (Timing("a", first), Timing("b", second, ratio(first, second)))
+    return Latencies("a CPU", RunConfig(), timings, **fields)
+
+
+def test_the_figure_is_one_line():
+    faster = latencies((0.2,) * 10, (0.1,) * 10)
+    assert faster.figure == "2.00 times as fast here (95% 2.00-2.00; batch 1, a CPU)"
+    assert str(faster).endswith(f"speed: {faster.figure}")
+    same = latencies((0.1, 0.2) * 5, (0.2, 0.1) * 5, threads=1, why="it is small")
+    assert same.figure == (
+        "no difference beyond noise here (95% 0.50-2.00; batch 1, 1 thread, a CPU): it is small"
+    )
+    few = latencies((30.0,), (20.0,))
+    assert few.figure == "1.50 times as fast here, by 1 calls only (batch 1, a CPU)"
+    assert Latencies("", RunConfig(), (), why="no reason").figure == "not measured: no reason"
+
+
+def test_latencies_as_data():
+    read = latencies((0.2,) * 10, (0.1,) * 10).to_dict()
+    assert read["device"] == "a CPU"
+    assert read["models"][1]["percentiles"] == {"p50": 100, "p90": 100}
+    assert read["models"][1]["times_as_fast"]["low"] == 2

@@ -15,6 +15,7 @@ from mbn_rewrite.options import MODES
 PUBLIC = [
     "Comparison",
     "Decision",
+    "Latencies",
     "Measurement",
     "Mode",
     "ModifiedBatchNormalization",
@@ -25,9 +26,11 @@ PUBLIC = [
     "VerificationError",
     "convert",
     "convert_with_plan",
+    "measure",
     "plan",
     "rewrite_saved_model",
     "verify",
+    "verify_saved_model",
 ]
 
 

@@ -92,6 +92,12 @@ class KerasFile(ABC):
             options = replace(options, inputs=self.structured(options.inputs))
         return self._opened.running(plan, options)
 
+    def inputs_to_measure(self, options: Options) -> dict[str, np.ndarray]:
+        given = None if options.inputs is None else self.structured(options.inputs)
+        size = options.run_config.batch_size
+        inputs = self._front_end.inputs_of_batch(self.model, given, size)
+        return {name: np.asarray(tensor) for name, tensor in self.by_name(inputs).items()}
+
     def keep_only(self, plan: Plan | None) -> None:
         self._opened.keep_only(plan)
 

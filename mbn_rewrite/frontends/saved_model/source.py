@@ -220,23 +220,37 @@ class SavedModelDirectory:
 
     def running(self, plan: Plan | None, options: Options) -> AbstractContextManager[Run]:
         """See `protocols.OpenModel`: one signature is run."""
-        name = self.footprint.signature
-        entry = next((e for e in self._loaded.entries if e.name == name), None)
-        graphs = list(self._graphs.values())
-        if entry is None or name not in self._graphs:
-            raise RewriteError("there is no signature to measure")
-        if name in self._acting:
-            raise RewriteError(f"it was not run, since it {self._acting[name]}")
-        if any(graph.changes_state for graph in graphs):
-            raise RewriteError("running it changes its state, which is to be written as it is")
+        entry = self._entry_to_measure()
         function = entry.function
         if plan is not None:
+            graphs = list(self._graphs.values())
             new = writer.rewritten(graphs, self._reading, plan, self._writes, self._copies)
-            function = saving.signature_of(entry, dict(zip(self._graphs, new, strict=True))[name])
+            rewritten = dict(zip(self._graphs, new, strict=True))[entry.name]
+            function = saving.signature_of(entry, rewritten)
         if self._measured_with is None:
             self._measured_with = self._inputs_to_measure(entry, options)
         inputs = self._measured_with
         return nullcontext(run_of(lambda data: function(**data), inputs, options.run_config))
+
+    def inputs_to_measure(self, options: Options) -> dict[str, np.ndarray]:
+        inputs = self._inputs_to_measure(self._entry_to_measure(), options)
+        return {name: tensor.numpy() for name, tensor in inputs.items()}
+
+    def _entry_to_measure(self) -> Entry:
+        """The signature that is measured.
+
+        Raises:
+            RewriteError: there is none, or it cannot be called again and again.
+        """
+        name = self.footprint.signature
+        entry = next((e for e in self._loaded.entries if e.name == name), None)
+        if entry is None or name not in self._graphs:
+            raise RewriteError("there is no signature to measure")
+        if name in self._acting:
+            raise RewriteError(f"it was not run, since it {self._acting[name]}")
+        if any(graph.changes_state for graph in self._graphs.values()):
+            raise RewriteError("running it changes its state, so that no two calls are alike")
+        return entry
 
     def keep_only(self, plan: Plan | None) -> None:
         # Forms share variables, so none is kept: what is chosen is written to the original's.
