@@ -21,11 +21,10 @@ more. All variants of a row take turns in one process.
 Columns:
     left        BatchNormalizations that are left, as such or as fused operations
     error       the largest difference to the original, relative to the largest output
-    ms          median of the repeats, and quartiles; only to compare within a row
-    x original  times as fast as the original: the ratio of the medians
-    x floor     the floor's median by this one's: 1 is as fast as without BatchNormalization
-    paired      behind each of them: the median of the ratios of calls that were made in the same
-                turn, with its 95% interval. It scatters less where the machine is not quiet
+    ms          median of the calls, and quartiles; only to compare within a row
+    x original  times as fast as the original: the median of the ratios of calls that were made in
+                the same turn, with its 95% interval, as `mbn-rewrite measure` has it
+    x floor     likewise as the floor: 1 is as fast as without BatchNormalization
     form        for auto, what was chosen for what does not fold
 
 Examples:
@@ -42,11 +41,9 @@ Exit codes:
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -71,7 +68,6 @@ from benchmarks.common import charts, devices, results
 from benchmarks.common.console import progress
 from benchmarks.common.failures import noted
 from benchmarks.common.flags import check_outputs
-from benchmarks.common.timing import median_ratio, time_rounds
 from benchmarks.models.own_networks import OWN_NETWORKS
 from benchmarks.models.variants import (
     KERAS,
@@ -84,9 +80,10 @@ from benchmarks.models.variants import (
     wide_network,
 )
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.measurement import quartiles, ratio
+from mbn_rewrite.measurement import Ratio, quartiles, ratio
 from mbn_rewrite.options import DEFAULT_BUDGET
 from mbn_rewrite.tables import table
+from mbn_rewrite.tuning.timing import time_calls
 
 MODELS = (
     *("ResNet50", "MobileNetV2", "EfficientNetB0", "InceptionV3", "DenseNet121", "ResNet50V2"),
@@ -130,7 +127,9 @@ def measured(calls: Calls, known: dict[str, Variant]) -> None:
         return run
 
     watched_calls = {variant: watched(variant, call) for variant, call in calls.items()}
-    seconds = time_rounds(watched_calls, _repeats(watched_calls), warmup=5)
+    seconds = time_calls(
+        watched_calls, FLAGS.seconds * len(watched_calls), FLAGS.repeats, _MOST_REPEATS
+    )
     seconds = {v: times for v, times in seconds.items() if "note" not in known[v]}
     for variant, times in seconds.items():
         low, median, high = quartiles([1e3 * second for second in times])
@@ -138,17 +137,7 @@ def measured(calls: Calls, known: dict[str, Variant]) -> None:
         facts |= {"ms": median, "quartiles": [low, high], "milliseconds": [1e3 * t for t in times]}
         for base in ("original", "floor"):
             if base in seconds:
-                facts[f"x {base}"] = 1 / median_ratio(seconds, variant, base)
-                facts[f"paired {base}"] = asdict(ratio(seconds[base], times))
-
-
-def _repeats(calls: Calls) -> int:
-    """Number of timed calls of a row: short ones scatter more."""
-    start = time.perf_counter()
-    for call in calls.values():
-        call()
-    each = (time.perf_counter() - start) / max(1, len(calls))
-    return max(FLAGS.repeats, min(_MOST_REPEATS, math.ceil(FLAGS.seconds / max(each, 1e-6))))
+                facts[f"x {base}"] = asdict(ratio(seconds[base], times))
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -204,38 +193,27 @@ def cells(row: dict[str, Any]) -> Iterator[list[str]]:
             "-" if error is None else f"{error:.0e}",
             f"{facts['ms']:.2f}" if timed else "-",
             f"{low:.2f}-{high:.2f}" if timed else "-",
-            *_compared(facts, "original"),
-            *_compared(facts, "floor"),
+            _compared(facts, "original"),
+            _compared(facts, "floor"),
             facts.get("note", facts.get("form", "")),
         ]
 
 
-def _compared(facts: Variant, base: str) -> tuple[str, str]:
-    """By the medians, and paired."""
+def _compared(facts: Variant, base: str) -> str:
     if f"x {base}" not in facts:
-        return "-", "-"
-    pairs = facts[f"paired {base}"]
-    return (
-        f"{facts[f'x {base}']:.2f}",
-        f"{pairs['median']:.2f} ({pairs['low']:.2f}-{pairs['high']:.2f})",
-    )
+        return "-"
+    ratio = Ratio(**facts[f"x {base}"])
+    return f"{ratio.median:.2f} ({ratio})"
 
 
 def draw(done: list[dict[str, Any]], title: str) -> None:
     """A chart of how many times as fast as the original each variant is."""
     panels = {}
     for row in done:
-        original = row["variants"].get("original", {}).get("ms")
-        timed = {v: f for v, f in row["variants"].items() if "ms" in f and v != "original"}
         bars = [
-            charts.Bar(
-                variant,
-                original / facts["ms"],
-                original / facts["quartiles"][1],
-                original / facts["quartiles"][0],
-            )
-            for variant, facts in timed.items()
-            if original
+            charts.Bar(variant, *(facts["x original"][end] for end in ("median", "low", "high")))
+            for variant, facts in row["variants"].items()
+            if "x original" in facts and variant != "original"
         ]
         if bars:
             name = f"{Path(row['model']).name} {row['keras']}, batch {row['batch']}"
@@ -269,7 +247,7 @@ def main(argv: list[str]) -> int:
     title = f"Latency on {name}, {how}, TensorFlow {tf.__version__}"
     columns = [
         *("model", "of", "batch", "variant", "left", "error", "ms", "quartiles"),
-        *("x original", "paired", "x floor", "paired", "form"),
+        *("x original", "x floor", "form"),
     ]
     print(table(columns, [line for row in done for line in cells(row)], title, width=200))
     if FLAGS.chart:

@@ -13,7 +13,7 @@ _DOWN, _ACROSS = 6, 4  # panels: one column of so many, then another, up to so m
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: a value with its lower and upper quartile."""
+    """One bar: a value, and the ends of its interval."""
 
     label: str
     value: float
@@ -32,7 +32,7 @@ def check_available(what: str) -> None:
 
 
 def speeds(panels: Mapping[str, Sequence[Bar]], axis: str, title: str, path: str | Path) -> None:
-    """Horizontal bars with their quartiles, one panel for each group; a line at 1.
+    """Horizontal bars with their intervals, one panel for each group; a line at 1.
 
     Many panels stand beside each other.
     """

@@ -127,7 +127,7 @@ def _job(source: Path, options: Mapping[str, Any], **given: Any) -> Job:
     return Job(
         str(source),
         options=options,
-        verify_inputs=FLAGS.verify_inputs,
+        inputs=FLAGS.inputs,
         import_modules=tuple(FLAGS.import_modules),
         width=page.width,
         encoding=page.encoding,
@@ -146,7 +146,7 @@ def _done(
     """How a job has ended, which a process of its own does, or in tests this one."""
     if carry_out is None:
         return _supervised(job, interrupts, temporary, folder)
-    return carry_out(job, lambda step: _begin(step.line) if step.shown else None)
+    return carry_out(job, lambda step: _begin(step.line))
 
 
 def _supervised(

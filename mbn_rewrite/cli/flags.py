@@ -104,7 +104,7 @@ flags.DEFINE_bool("dry_run", False, "As the command plan: OUT is not needed.")
 flags.DEFINE_bool("overwrite", False, "Replace OUT if it is a SavedModel.")
 flags.DEFINE_string("report", None, "Write all results to this file, as JSON.")
 flags.DEFINE_string(
-    "verify_inputs",
+    "inputs",
     None,
     "Verify and measure with these inputs: an .npz file with an array for each input, by its name, "
     "or by SIGNATURE/NAME where signatures differ. By default inputs are made up.",
@@ -187,7 +187,7 @@ flags.DEFINE_flag(
     _Shown("version", lambda: f"mbn-rewrite {mbn_rewrite.__version__}", "Print the version.")
 )
 flags.DEFINE_alias("h", "help", module_name="absl.app")
-flags.DEFINE_alias("inputs", "verify_inputs", module_name="absl.app")
+flags.DEFINE_alias("verify_inputs", "inputs", module_name="absl.app")
 flags.DEFINE_alias("json", "report", module_name="absl.app")
 for _flag in FLAGS.get_flags_for_module(__name__):
     if "_" in _flag.name:

@@ -30,7 +30,7 @@ class Job:
         destination: what the user calls the output, or "" where nothing is written.
         folder: the folder to write it to, which does not exist yet.
         options: what the function takes beside that does the job, by name.
-        verify_inputs: the path of an .npz file with inputs, or None to make them up.
+        inputs: the path of an .npz file with inputs, or None to make them up.
         import_modules: what to import before loading.
         width: how wide tables are, in characters.
         encoding: what the tool's output is encoded in.
@@ -45,7 +45,7 @@ class Job:
     destination: str = ""
     folder: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    verify_inputs: str | None = None
+    inputs: str | None = None
     import_modules: tuple[str, ...] = ()
     width: int = 100
     encoding: str = "utf-8"
@@ -96,12 +96,10 @@ class Step:
     Attributes:
         line: what is done.
         planned: how many seconds it may take whatever the model is.
-        shown: whether people are told.
     """
 
     line: str
     planned: float = 0.0
-    shown: bool = True
 
 
 def step_to_json(step: Step) -> str:

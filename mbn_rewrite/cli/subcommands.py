@@ -12,9 +12,9 @@ from mbn_rewrite.errors import RewriteError
 PLAN = "plan"
 
 _ALWAYS = {"report", "tags", "signatures", "trusted", "import_modules", "timeout", "quiet"}
-_RUNNING = {"verify_inputs", "batch_size", "jit_compile", "dtype"}
+_RUNNING = {"inputs", "batch_size", "jit_compile", "dtype"}
 _TAKES = {
-    VERIFY: {*_ALWAYS, "verify_inputs", "set_input", "unverified", "tolerance"},
+    VERIFY: {*_ALWAYS, "inputs", "set_input", "unverified", "tolerance"},
     MEASURE: {*_ALWAYS, *_RUNNING, "seconds", "threads", "chart"},
     PLAN: {*_ALWAYS, *_RUNNING, "mode", "budget", "set_input", "full", "dry_run"},
 }

@@ -69,7 +69,7 @@ def supervised(
 
     Args:
         job: what to do.
-        step: called with a line when a step begins that is shown.
+        step: called with a line when a step begins.
         printed: called with whatever the process prints.
         interrupts: noted signals.
         limits: how long it may take, and what the process is given.
@@ -192,8 +192,7 @@ def _watched(
             for message in child.messages():
                 if isinstance(message, Ending):
                     return _explained(message, doing, job)
-                if message.shown:
-                    step(message.line)
+                step(message.line)
                 doing, limit = message.line, seconds + message.planned
                 deadline = time.monotonic() + limit
         except ValueError:
@@ -235,7 +234,7 @@ _MAY_BE_REPORTED = (
     "line, with the model if you can"
 )
 _NEEDS_MEMORY = (
-    ". Try again on a machine with more, or give smaller examples (--verify_inputs) if the model "
+    ". Try again on a machine with more, or give smaller examples (--inputs) if the model "
     "takes them"
 )
 

@@ -105,7 +105,7 @@ def _carried_out(job: Job, begin: Callable[[Step], None]) -> Ending:
     # What is wrong with files is said at once: TensorFlow takes seconds to load.
     for path in (job.source, *job.others):
         check_paths(Path(path), None, trusted=job.options.get("trusted", False))
-    inputs = _load_inputs(job.verify_inputs)
+    inputs = _load_inputs(job.inputs)
     begin(_STARTING)
     import_tensorflow(job.quiet_log, job.threads)
     _import(job.import_modules)

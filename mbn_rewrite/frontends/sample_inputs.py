@@ -22,7 +22,7 @@ from mbn_rewrite.ir.graph import Shape
 
 _BATCH = 4  # examples, where one is smaller than a picture
 _PICTURE = 50_000  # numbers
-GIVE_REAL_ONES = "Give real ones (inputs=... in Python, --verify_inputs on the command line)"
+GIVE_REAL_ONES = "Give real ones (inputs=... in Python, --inputs on the command line)"
 
 # Manners of making inputs up, the one that reveals most first.
 WITH_EMPTY = "with edges and an empty sequence"  # the last example is padding and nothing else
@@ -313,5 +313,5 @@ def uncallable(who: str, error: Exception) -> RewriteError:
         return RewriteError(f"{who} cannot be called: out of memory. Give fewer examples")
     return RewriteError(
         f"{who} cannot be called with these inputs: {cause_of(error)} Give inputs that it "
-        "takes (inputs=... in Python, --verify_inputs on the command line)"
+        "takes (inputs=... in Python, --inputs on the command line)"
     )

@@ -71,7 +71,7 @@ ENDED = saying(ending_to_json(Ending(DONE, text="all is well", report={"ok": Tru
 
 def test_steps_and_the_ending_arrive_and_what_is_printed_is_passed_on():
     watched = Watched(
-        saying(begins("loading"), step_to_json(Step("quietly", shown=False)), begins("writing"))
+        saying(begins("loading"), begins("writing"))
         + "print('printed', flush=True); print('told', file=sys.stderr)\n"
         + ENDED
     )

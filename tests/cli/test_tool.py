@@ -194,7 +194,7 @@ def test_model_without_norm_is_copied_and_said_so(tmp_path, capsys):
 def test_real_inputs_are_used(tmp_path):
     source, inputs = saved(small_model(), tmp_path, "h5"), tmp_path / "inputs.npz"
     np.savez(inputs, picture=np.zeros((3, 8, 8, 3), np.float32))
-    assert run(f"--verify_inputs={inputs}", source, tmp_path / "out") == 0
+    assert run(f"--inputs={inputs}", source, tmp_path / "out") == 0
 
 
 def test_quiet_says_nothing(tmp_path, capfd):
@@ -487,7 +487,7 @@ def test_overwrite_spares_what_is_not_part_of_a_saved_model(tmp_path, capsys):
 def test_inputs_that_do_not_fit(picture, message, tmp_path, capsys):
     source, inputs = saved(small_model(), tmp_path, "h5"), tmp_path / "inputs.npz"
     np.savez(inputs, picture=picture)
-    assert run("--quiet", f"--verify_inputs={inputs}", source, tmp_path / "out") in (1, 3)
+    assert run("--quiet", f"--inputs={inputs}", source, tmp_path / "out") in (1, 3)
     assert message in capsys.readouterr().err
     assert nothing_left(tmp_path, source, inputs)
 
@@ -496,7 +496,7 @@ def test_inputs_that_do_not_fit(picture, message, tmp_path, capsys):
 def test_broken_inputs(content, tmp_path, capsys):
     source, inputs = saved(small_model(), tmp_path, "h5"), tmp_path / "inputs.npz"
     inputs.write_bytes(content)
-    assert run("--quiet", f"--verify_inputs={inputs}", source, tmp_path / "out") == 1
+    assert run("--quiet", f"--inputs={inputs}", source, tmp_path / "out") == 1
     assert "is no .npz file" in capsys.readouterr().err
 
 
@@ -545,7 +545,7 @@ def test_wrong_number_of_paths(count, capsys):
 
 @pytest.mark.parametrize(
     ("flag", "message"),
-    [("--verify_inputs=nowhere.npz", "no .npz"), ("--report=no/where.json", "no directory")],
+    [("--inputs=nowhere.npz", "no .npz"), ("--report=no/where.json", "no directory")],
 )
 def test_bad_side_files(flag, message, tmp_path, capsys):
     source = saved(small_model(), tmp_path, "h5")
@@ -557,7 +557,7 @@ def test_bad_side_files(flag, message, tmp_path, capsys):
 def test_wrong_names_of_inputs(tmp_path, capsys):
     source, inputs = saved(small_model(), tmp_path, "h5"), tmp_path / "inputs.npz"
     np.savez(inputs, photo=np.zeros((3, 8, 8, 3), np.float32))
-    assert run(f"--verify_inputs={inputs}", source, tmp_path / "out") == 1
+    assert run(f"--inputs={inputs}", source, tmp_path / "out") == 1
     assert "['picture']" in capsys.readouterr().err
     assert nothing_left(tmp_path, source, inputs)
 
@@ -576,8 +576,10 @@ def test_from_a_shell(tmp_path):
     done = process(source, "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "verification of serving_default: equal within tolerance" in done.stdout
-    assert done.stderr.split("\n")[0].startswith("loading ")
-    assert len(done.stderr.strip().split("\n")) == 5  # its own progress, and no other noise
+    assert "\nspeed: " in done.stdout
+    begun = [line.split()[0].strip(",") for line in done.stderr.splitlines()]  # and no other noise
+    rewriting = ["starting", "loading", "planning", "running", "writing", "verifying"]
+    assert begun == [*rewriting, "starting", "loading", "loading", "measuring"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -125,9 +125,9 @@ def test_a_dry_run(place):
 
 
 def test_dashes_for_underscores(place):
-    arguments = ("--dry-run", "--batch-size=3", "--verify-inputs", "some-inputs.npz", "in")
+    arguments = ("--dry-run", "--batch-size=3", "--inputs", "some-inputs.npz", "in")
     works = "assert job['options']['batch_size'] == 3, job\n" + WORKS
-    code, out, _ = run(place, "assert job['verify_inputs'] == 'some-inputs.npz', job\n" + works,
+    code, out, _ = run(place, "assert job['inputs'] == 'some-inputs.npz', job\n" + works,
                        *arguments)  # fmt: skip
     assert (code, out) == (0, "a table\ndry run: wrote nothing\n")
 
@@ -370,7 +370,7 @@ def test_two_runs_into_the_same_place(place):
 
 def shell(place, redirections, work=WORKS, flags=""):
     """Runs the tool with the redirections of a shell."""
-    command = f'"$0" -c "$1" "$2" "$3" --report=r.json {flags} in out {redirections}'
+    command = f'"$0" -c "$1" "$2" "$3" --report=r.json --nomeasure {flags} in out {redirections}'
     done = subprocess.run(
         ["bash", "-c", command, sys.executable, DRIVER, TOOL, WORKER + work],
         cwd=place,

@@ -111,9 +111,9 @@ def test_what_cannot_be_made_up_is_asked_for(with_a_grammar, tmp_path):
     said = str(caught.value)
     assert "'sizes/x' (string, shape (None,))" in said
     assert "numpy.savez('inputs.npz', **{'sizes/x': ...})" in said
-    assert "--verify_inputs=inputs.npz" in said
+    assert "--inputs=inputs.npz" in said
     assert "--unverified=sizes" in said
-    assert said.count("--verify_inputs") == 1
+    assert said.count("--inputs") == 1
     assert "\n" not in said
     assert not (tmp_path / "out").exists()
 

@@ -151,7 +151,7 @@ def test_what_fails_with_edges_is_tried_without():
 def test_inputs_that_would_fill_the_memory_are_not_made(monkeypatch):
     monkeypatch.setattr(sample_inputs, "memory", lambda: 2**30)
     assert recipe((1, 4000, 4000), "float32").nbytes < 2**27
-    with pytest.raises(mbn.RewriteError, match=r"1\.5 GiB.*0\.1 GiB.*inputs=.*--verify_inputs"):
+    with pytest.raises(mbn.RewriteError, match=r"1\.5 GiB.*0\.1 GiB.*inputs=.*--inputs"):
         recipe((1, 20_000, 20_000), "float32")
     with pytest.raises(mbn.RewriteError, match="what the model computes"):
         recipe((None, 3), "float32", largest=2**26)

@@ -104,7 +104,7 @@ def _how_to_give(name: str, specs: Mapping[str, Any]) -> str:
     key = f"{name}/{next(iter(specs), 'x')}"
     return (
         f"Signature '{name}' takes {takes}: save real ones with "
-        f"numpy.savez('inputs.npz', **{{'{key}': ...}}) and pass --verify_inputs=inputs.npz "
+        f"numpy.savez('inputs.npz', **{{'{key}': ...}}) and pass --inputs=inputs.npz "
         f"(inputs={{'{key}': ...}} in Python), or carry it over unverified with "
         f"--unverified={name} (unverified=['{name}'])"
     )
