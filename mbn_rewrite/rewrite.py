@@ -64,6 +64,7 @@ def rewrite_saved_model(
     dtype: str | None = None,
     budget: float | None = None,
     measure: bool = False,
+    equalize: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Rewrites a model on disk and writes it as SavedModel, verified.
@@ -102,6 +103,7 @@ def rewrite_saved_model(
         jit_compile: as for `convert`.
         dtype: as for `convert`.
         budget: as for `convert`.
+        equalize: as for `convert`.
         measure: whether to measure at the end how much faster than the original the written model
             is, for some seconds, run as `batch_size`, `jit_compile` and `dtype` say, in any mode.
             Both are loaded for that.
@@ -124,6 +126,7 @@ def rewrite_saved_model(
         dtype=dtype,
         budget=budget,
         measure=measure,
+        equalize=equalize,
     )
     options = replace(options, inputs=None if inputs is None else as_arrays(inputs))
     _check_served(mode, tolerance)

@@ -105,6 +105,7 @@ def _rewriting(source: Path, destination: Path | None, folder: OwnFolder | None)
         "unverified": FLAGS.unverified,
         "tolerance": FLAGS.tolerance,
         "budget": FLAGS.budget,
+        "equalize": FLAGS.equalize,
     }
     if FLAGS.mode == "auto":
         options |= running_flags()
