@@ -106,6 +106,7 @@ def _rewriting(source: Path, destination: Path | None, folder: OwnFolder | None)
         "tolerance": FLAGS.tolerance,
         "budget": FLAGS.budget,
         "equalize": FLAGS.equalize,
+        "freeze": FLAGS.freeze,
     }
     if FLAGS.mode == "auto":
         options |= running_flags()

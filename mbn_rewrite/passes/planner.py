@@ -7,7 +7,7 @@ measuring tells the best: folded, and something else for what does not fold.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -38,6 +38,12 @@ EXACT_AT_A_COST: dict[str, Costs] = {
 _SIZES = ("large", "medium", "small")  # groups of sites, by what they read
 
 
+_PLANNERS: dict[str, Callable[[Graph], Plan]] = {
+    "fold": plan_fold,
+    "depthwise": plan_depthwise,
+}
+
+
 def make_plan(graph: Graph, mode: str, stride: Any = None, equalize: bool = False) -> Plan:
     """Decides what becomes of every BatchNormalization.
 
@@ -45,16 +51,14 @@ def make_plan(graph: Graph, mode: str, stride: Any = None, equalize: bool = Fals
         graph: the model.
         mode: "fold", "depthwise", "strided" or "mbn"; for "auto" see `candidates`.
         stride: for the latter two, see `strides.for_layer`.
-        equalize: for "fold", see `plan_fold`.
+        equalize: for "fold" alone, see `plan_fold`.
 
     Raises:
         RewriteError: what was given is no stride.
     """
     if mode in TRAINING_MODES:
         return plan_training(graph, mode, stride)
-    if mode == "fold":
-        return plan_fold(graph, equalize=equalize)
-    return plan_depthwise(graph)
+    return plan_fold(graph, equalize=True) if equalize else _PLANNERS[mode](graph)
 
 
 def candidates(graph: Graph) -> dict[str, Plan]:
