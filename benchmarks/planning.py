@@ -10,6 +10,7 @@ Neutral graphs of several kinds are planned in mode fold, with --sizes BatchNorm
     concatenations   as in a DenseNet: what a block gives is joined with all before it; of an
                      eighth of the size, since its channels grow with its layers
     sums             residual blocks of BatchNormalizations alone, whose origins add up
+    norms            BatchNormalizations alone, between two convolutions
     contradictions   BatchNormalizations between activations that nothing passes: none goes
 
 The columns are median milliseconds over --repeats, BatchNormalizations left, and the exponent of
@@ -153,6 +154,13 @@ def sums(net: Network, size: int) -> int:
     return net.conv(x)
 
 
+def norms(net: Network, size: int) -> int:
+    x = net.conv(net.source())
+    for _ in range(size):
+        x = net.norm(x)
+    return net.conv(x)
+
+
 def contradictions(net: Network, size: int) -> int:
     x = net.source()
     for _ in range(size):
@@ -161,7 +169,7 @@ def contradictions(net: Network, size: int) -> int:
 
 
 KINDS: dict[str, Callable[[Network, int], int]] = {
-    each.__name__: each for each in (chain, trunk, concatenations, sums, contradictions)
+    each.__name__: each for each in (chain, trunk, concatenations, sums, norms, contradictions)
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -333,23 +334,45 @@ class _Folding:
         """Decision on a site."""
         if owner in self.kept:
             return Decision(owner, Fate.KEPT, reason=sentence(self.kept[owner]))
-        around = self._edited_around(owner)
-        into = tuple(node.owner for node in self.work.graph.nodes if node.owner in around)
-        into = tuple(dict.fromkeys(into))
+        into = tuple(sorted(self._edited_around[owner], key=self._places.__getitem__))
         return Decision(owner, Fate.FOLDED, into, self._stand_ins(into) if into else NOTHING_LEFT)
 
-    def _edited_around(self, owner: str) -> set[str]:
-        """Layers that are edited for the values on either side of a site.
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """Place of the first call of each layer in the model."""
+        places: dict[str, int] = {}
+        for place, node in enumerate(self.work.graph.nodes):
+            places.setdefault(node.owner, place)
+        return places
 
-        Where a site is next to others that go, and to nothing else, they are those around these.
+    @cached_property
+    def _edited_around(self) -> dict[str, set[str]]:
+        """Layers that are edited for the values on either side of each site.
+
+        Where a site is next to others that go, and to nothing else, they are those around these. So
+        what is edited is passed on from bundle to bundle, each at its distance from an edit.
         """
-        seen, pending = {owner}, [owner]
-        found: set[str] = set()
-        while pending and not found:
-            nearby = {bundle for o in pending for bundle in self._around(o)}
-            found = {o for bundle in nearby for o in self._edited.get(bundle, ())}
-            pending = sorted({o for b in nearby for o in self._sites.get(b, ())} - seen)
-            seen.update(pending)
+        around = {owner: self._around(owner) for owner in self.assumptions.gone}
+        edited = {bundle: set(owners) for bundle, owners in self._edited.items()}
+        distance = dict.fromkeys(edited, 0)
+        farthest, level = set(edited), 0
+        while farthest:
+            level += 1
+            reached: dict[int, set[str]] = {}
+            for bundle in farthest:
+                for owner in self._sites.get(bundle, ()):
+                    for other in around[owner]:
+                        if other not in edited:
+                            reached.setdefault(other, set()).update(edited[bundle])
+            distance |= dict.fromkeys(reached, level)
+            edited |= reached
+            farthest = set(reached)
+        found = {}
+        for owner, bundles in around.items():
+            known = [bundle for bundle in bundles if bundle in edited]
+            nearest = min((distance[bundle] for bundle in known), default=0)
+            at_nearest = (edited[bundle] for bundle in known if distance[bundle] == nearest)
+            found[owner] = set[str]().union(*at_nearest)
         return found
 
     def _stand_ins(self, owners: Collection[str]) -> str:
