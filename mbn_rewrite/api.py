@@ -27,6 +27,7 @@ def convert(
     budget: float | None = None,
     progress: Callable[[str], None] | None = None,
     check: bool = True,
+    keep_shared: bool = False,
 ) -> Any:
     """Rewrites the BatchNormalization layers of a model, for inference or for training.
 
@@ -59,6 +60,9 @@ def convert(
         budget: the most seconds to take for measuring, about. 60 by default.
         progress: called with a line when a step begins.
         check: whether to compare. `convert_with_plan` gives the comparison, too.
+        keep_shared: whether a layer that is called several times keeps one set of weights for all
+            calls. By default "fold" and "auto" give calls that are followed by BatchNormalizations
+            of their own also weights of their own, where these are few; the plan says how many.
 
     Returns:
         A new model of the same kind with the same inputs, outputs, names and, but for
@@ -85,6 +89,7 @@ def convert(
         jit_compile=jit_compile,
         dtype=dtype,
         budget=budget,
+        keep_shared=keep_shared,
     )
     return _converted(model, options)[0]
 
@@ -100,6 +105,7 @@ def plan(
     inputs: Any = None,
     budget: float | None = None,
     progress: Callable[[str], None] | None = None,
+    keep_shared: bool = False,
 ) -> Plan:
     """The plan that `convert` would carry out on a model, without carrying it out.
 
@@ -124,6 +130,7 @@ def plan(
         jit_compile=jit_compile,
         dtype=dtype,
         budget=budget,
+        keep_shared=keep_shared,
     )
     return plan_for(ModelInMemory(front_end_of(model), model), options)
 

@@ -79,6 +79,7 @@ class Options:
         budget: the most seconds to take for measuring, about.
         progress: called with a line when a step begins.
         check: whether to compare the result with the original.
+        keep_shared: whether no call of a shared layer may get weights of its own.
     """
 
     mode: str = "auto"
@@ -88,6 +89,7 @@ class Options:
     budget: float = DEFAULT_BUDGET
     progress: Callable[[str], None] = _silent
     check: bool = True
+    keep_shared: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, (int, float)) or not self.budget > 0:
@@ -108,6 +110,7 @@ def checked_options(
     jit_compile: bool | None = None,
     dtype: str | None = None,
     budget: float | None = None,
+    keep_shared: bool = False,
 ) -> Options:
     """The options that keyword arguments of the public functions stand for.
 
@@ -141,6 +144,7 @@ def checked_options(
         DEFAULT_BUDGET if budget is None else budget,
         progress or _silent,
         check,
+        keep_shared,
     )
 
 

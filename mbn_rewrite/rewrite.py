@@ -62,6 +62,7 @@ def rewrite_saved_model(
     dtype: str | None = None,
     budget: float | None = None,
     progress: Progress | None = None,
+    keep_shared: bool = False,
 ) -> Report:
     """Rewrites a model on disk and writes it as SavedModel, verified.
 
@@ -100,6 +101,7 @@ def rewrite_saved_model(
         dtype: as for `convert`.
         budget: as for `convert`.
         progress: called with a line when a step begins.
+        keep_shared: as for `convert`.
 
     Returns:
         A Report; it prints as tables, and long ones by groups of rows: see `Report.table`.
@@ -117,6 +119,7 @@ def rewrite_saved_model(
         jit_compile=jit_compile,
         dtype=dtype,
         budget=budget,
+        keep_shared=keep_shared,
     )
     options = replace(options, inputs=None if inputs is None else as_arrays(inputs))
     _check_served(mode, tolerance)

@@ -92,6 +92,7 @@ def _job(source: Path, destination: Path | None, folder: OwnFolder | None) -> Jo
         "jit_compile": FLAGS.jit_compile,
         "dtype": FLAGS.dtype,
         "budget": FLAGS.budget,
+        "keep_shared": FLAGS.keep_shared,
     }
     page = standard_output()
     return Job(

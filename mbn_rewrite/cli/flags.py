@@ -71,6 +71,12 @@ flags.DEFINE_float(
     f"Mode auto: the most seconds to take for measuring, about. {DEFAULT_BUDGET:g} by default.",
     lower_bound=0.0,
 )
+flags.DEFINE_bool(
+    "keep_shared",
+    False,
+    "Modes auto and fold: give no call of a shared layer weights of its own. By default calls get "
+    "them where that lets more fold and they are few; the report says how many.",
+)
 flags.DEFINE_bool("dry_run", False, "Print what would be done; OUT is not needed.")
 flags.DEFINE_bool("overwrite", False, "Replace OUT if it is a SavedModel.")
 flags.DEFINE_string("report", None, "Write decisions and verification to this file, as JSON.")

@@ -86,11 +86,13 @@ class _Reader:
     owners: dict[Any, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     seen: set[Any] = field(default_factory=set)  # keys of `hidden` that are listed anyway
+    functions: int = 0  # number of the function at hand
     scope: str = ""  # what all names of the function at hand begin with
 
     # -- one function --------------------------------------------------------------------
 
     def read(self, function: FunctionGraph) -> None:
+        self.functions += 1
         constants = Constants(function, self.writes)
         described, norms = self._recognised(function, constants)
         linear = [name for name, d in described.items() if isinstance(d.op, Linear)]
@@ -178,7 +180,8 @@ class _Reader:
             outputs = list(op.outputs)
         results = tuple(self._value(tensor, known) for tensor in outputs)
         if results:
-            self.nodes.append(Node(owner, op.type, neutral, inputs, results, dtype))
+            node = Node(owner, op.type, neutral, inputs, results, dtype, function=self.functions)
+            self.nodes.append(node)
         if isinstance(neutral, (Affine, Merge)):
             self.plain[results[0]] = PlainCall(function, described)
 
