@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, islice
 from types import MappingProxyType
 
 from mbn_rewrite.ir.graph import Chain, Graph, Node
@@ -165,20 +166,20 @@ def _apart(graph: Graph, owners: Owners) -> Graph:
 
 
 def _named(layers: Iterable[_Layer], graph: Graph) -> Owners:
-    """Names for the layers of groups of calls, which nothing in the graph has."""
-    taken = {node.owner for node in graph.nodes} | {hidden.owner for hidden in graph.hidden}
-    # Models within the model are named by what their layers' names begin with.
-    taken |= {owner[:i] for owner in taken for i, letter in enumerate(owner) if letter == "/"}
+    """Names for the layers of groups of calls.
+
+    They may come to stand in another model within the model than the first call, so that no layer
+    in any may have their last part.
+    """
+    taken = {part for node in (*graph.nodes, *graph.hidden) for part in node.owner.split("/")}
     owners: dict[str, Sequence[str]] = {}
     for layer in layers:
-        names, number = [layer.owner], 0
-        while len(names) < len(layer.actions):
-            number += 1
-            name = f"{layer.owner}_{number}"
-            if name not in taken:
-                names.append(name)
-                taken.add(name)
-        owners[layer.owner] = [names[group] for group in layer.numbers]
+        path, slash, last = layer.owner.rpartition("/")
+        free = (f"{last}_{number}" for number in count(1) if f"{last}_{number}" not in taken)
+        names = list(islice(free, len(layer.actions) - 1))
+        taken.update(names)
+        each = [layer.owner, *(f"{path}{slash}{name}" for name in names)]
+        owners[layer.owner] = [each[group] for group in layer.numbers]
     return owners
 
 

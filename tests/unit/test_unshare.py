@@ -28,7 +28,7 @@ def unshared(graph, left=0, **options):
 
 
 def head(b, norms, depth=1, owner="head"):
-    """Levels on which shared layers are called, each followed by the norm that it names, or none."""
+    """Levels on which shared layers are called, each with the norm that is named, or none."""
     ends, ops = [], {}
     for name in norms:
         x = b.tanh(b.linear(b.source(2), CHANNELS))
