@@ -171,7 +171,8 @@ def _named(layers: Iterable[_Layer], graph: Graph) -> Owners:
     They may come to stand in another model within the model than the first call, so that no layer
     in any may have their last part.
     """
-    taken = {part for node in (*graph.nodes, *graph.hidden) for part in node.owner.split("/")}
+    named = [node.owner for node in graph.nodes] + [hidden.owner for hidden in graph.hidden]
+    taken = {part for owner in named for part in owner.split("/")}
     owners: dict[str, Sequence[str]] = {}
     for layer in layers:
         path, slash, last = layer.owner.rpartition("/")

@@ -127,6 +127,9 @@ class LayerWriter(ABC):
         """A layer with the same configuration and the same weights."""
         if not isinstance(old, self.keras.layers.Layer):
             return self.keras.copy_operation(old)
+        wrapper = self.keras.copy_of_wrapper(old)
+        if wrapper is not None:
+            return self._to_finish(*wrapper)
         try:
             new = from_config(old, config_of(old, self.keras), self.keras)
             check_own_layers(old, new, self.keras)

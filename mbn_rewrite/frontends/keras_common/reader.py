@@ -335,6 +335,7 @@ class _Reader:
             and not is_stock(type(layer))
             and type(layer).__module__.partition(".")[0] != _OURS  # they are as they are to be
             and not self.keras.is_traced(layer)
+            and not self.keras.reason_within(layer)
             and len(parts(layer)) > 1
         )
 
@@ -486,6 +487,8 @@ class _Reader:
                 continue
             if is_batch_norm(layer, self.keras):
                 op = batch_norm(layer, training, self.keras)
+                reason = self.keras.reason_within(parent)
+                op = BatchNorm(None, reason, op.axis) if reason else op
                 self._add_hidden(layer, prefix, who, op, self.untraced.get(id(parent), ""))
             elif self.keras.is_visible(layer):
                 path = self._path(layer, prefix)
