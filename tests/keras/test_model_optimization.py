@@ -135,6 +135,25 @@ def test_pruned_layers_are_named_with_what_takes_the_wrapper_away(mode):
     np.testing.assert_array_equal(new(images()), model(images()))
 
 
+FILES = {
+    "trained for quantisation": quantised,
+    "strip_pruning": lambda: network(
+        lambda layer, weight="": PruneLowMagnitude(layer, name=f"prune_{layer.name}")
+    ),
+}
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("kind", ["keras", "h5"])
+@pytest.mark.parametrize("said", FILES)
+def test_files_of_them_are_refused(said, kind, trusted, tmp_path):
+    FILES[said]().save(tmp_path / f"model.{kind}")
+    with pytest.raises(mbn.RewriteError, match=said):
+        mbn.rewrite_saved_model(
+            tmp_path / f"model.{kind}", tmp_path / "out", "fold", trusted=trusted
+        )
+
+
 def test_what_trains_goes_into_a_pruning_wrapper():
     model = network(lambda layer, weight="": PruneLowMagnitude(layer, name=f"prune_{layer.name}"))
     assert mbn.plan(model, "strided").left == 0

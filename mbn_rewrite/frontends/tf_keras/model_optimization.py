@@ -13,14 +13,9 @@ import tf_keras
 
 from mbn_rewrite.errors import CopyError, cause_of
 from mbn_rewrite.frontends.keras_common.cloning import custom_classes, is_stock, label, parts
+from mbn_rewrite.frontends.keras_common.toolkit_wrappers import QUANTISING, stripped_by
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 
-_QUANTISING = {"QuantizeAnnotate", "QuantizeLayer", "QuantizeWrapper", "QuantizeWrapperV2"}
-# Of others, what takes them away.
-_STRIPPED = {
-    "PruneLowMagnitude": "tfmot.sparsity.keras.strip_pruning",
-    "ClusterWeights": "tfmot.clustering.keras.strip_clustering",
-}
 _BUILT_IN = ("builtins", "collections", "keras", "numpy", "tensorflow", "tf_keras")
 
 
@@ -30,16 +25,16 @@ def _names(layer: Any) -> set[str]:
 
 def is_quantising(layer: Any) -> bool:
     """Whether a layer has what it wraps, or what it is given, be quantised in training."""
-    return not _QUANTISING.isdisjoint(_names(layer))
+    return not QUANTISING.isdisjoint(_names(layer))
 
 
 def reason_within(layer: Any) -> Reason | None:
     """See `KerasAdapter.reason_within`."""
     if is_quantising(layer):
         return Reason(Obstacle.QUANTISED, label(layer))
-    for name in sorted(_names(layer) & _STRIPPED.keys()):
-        wrapped = f"{label(layer)} wraps it for training: {_STRIPPED[name]}"
-        return Reason(Obstacle.STRIPPABLE, wrapped)
+    stripping = stripped_by(_names(layer))
+    if stripping:
+        return Reason(Obstacle.STRIPPABLE, f"{label(layer)} wraps it for training: {stripping}")
     return None
 
 
@@ -47,8 +42,8 @@ def why_opaque(layer: Any) -> str:
     """Phrase on a wrapper, as of `graph.Opaque`, or ""."""
     if is_quantising(layer):
         return "quantises, as for training"
-    found = sorted(_names(layer) & _STRIPPED.keys())
-    return f"is there for training: {_STRIPPED[found[0]]} takes it away" if found else ""
+    stripping = stripped_by(_names(layer))
+    return f"is there for training: {stripping} takes it away" if stripping else ""
 
 
 def copy_of(layer: Any) -> tuple[Any, Callable[[], None]]:
@@ -67,7 +62,7 @@ def copy_of(layer: Any) -> tuple[Any, Callable[[], None]]:
 
     def finish() -> None:
         old, made = _by_name(layer), _by_name(new)
-        if old.keys() != made.keys():
+        if old.keys() != made.keys() or len(old) < len({id(v) for v in layer.weights}):
             raise CopyError(
                 f"{label(layer)} cannot be copied: its weights are {sorted(old)}, those of its "
                 f"copy {sorted(made)}"
