@@ -397,6 +397,7 @@ class Node:
         caller: label of the layer whose code makes this call, or "" for one of the model's own.
         why_shared: why the call cannot have weights of its own, as a clause, or "". It matters
             where a layer is called several times.
+        place: of the call among those of its owner, in the order in which they were made.
         function: number of the function that makes the call, in a model that has several.
     """
 
@@ -409,6 +410,7 @@ class Node:
     held: bool = False
     caller: str = ""
     why_shared: str = ""
+    place: int = 0
     function: int = 0
 
     @property

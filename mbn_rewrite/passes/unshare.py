@@ -221,18 +221,17 @@ def _layer(owner: str, calls: Sequence[Node], names: Sequence[str], plan: Plan) 
 
     Calls that are asked for nothing keep the layer.
     """
-    asked = [plan.actions.get(name) for name in names]
-    groups: list[Fold | None] = [None] if None in asked else []
-    numbers = []
-    for action in asked:
+    groups: list[Fold | None] = [None] if not all(name in plan.actions for name in names) else []
+    numbers = [0] * len(calls)
+    for i in sorted(range(len(calls)), key=lambda i: calls[i].place):
+        action = plan.actions.get(names[i])
         if not (action is None or (isinstance(action, Fold) and not action.sums)):
             # Parallel branches were merged, which is for all calls as one.
             return _Layer(owner, calls, [0] * len(calls), [None])
-        alike = (i for i, other in enumerate(groups) if _is_the_same(action, other))
-        number = next(alike, len(groups))
-        if number == len(groups):
+        alike = (number for number, other in enumerate(groups) if _is_the_same(action, other))
+        numbers[i] = next(alike, len(groups))
+        if numbers[i] == len(groups):
             groups.append(action)
-        numbers.append(number)
     return _Layer(owner, calls, numbers, groups)
 
 

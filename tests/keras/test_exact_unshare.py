@@ -96,6 +96,9 @@ def test_a_head_has_no_batch_norm_left(rng):
     plan = assert_exact(model, rng)
     assert plan.left == 0
     assert sorted(plan.unshared) == [f"conv_{i}" for i in range(4)]
+    # Named in the order of the calls.
+    into = {decision.name: decision.into for decision in plan.decisions}
+    assert [into[f"norm_0_{i}"] for i in range(3)] == [("conv_0",), ("conv_0_1",), ("conv_0_2",)]
     new = mbn.convert(model, "fold", check=False)
     made = {layer.name for layer in new.layers if layer.name.startswith("conv")}
     assert made == {f"conv_{i}{call}" for i in range(4) for call in ("", "_1", "_2")}

@@ -525,9 +525,18 @@ class _Reader:
             replace(
                 self.bindings.applied(node, self.layers[node.owner], self.keras),
                 why_shared=self._why_shared(node, visits),
+                place=self._place(node),
             )
             for node in self.nodes
         ]
+
+    def _place(self, node: Node) -> int:
+        """Place of a call among all of its layer, in the order in which they were made."""
+        record, _ = self.calls.get(node.outputs[0], (None, None))
+        if record is None or not node.op.chains:
+            return 0
+        made = [id(call.outputs[0]) for call in self.keras.all_calls_of(record.layer)]
+        return made.index(id(record.outputs[0]))
 
     def _why_shared(self, node: Node, visits: Mapping[int, int]) -> str:
         """Why a call cannot be made by a layer of its own in a copy, as a clause, or ""."""
