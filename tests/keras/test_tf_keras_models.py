@@ -364,7 +364,7 @@ def test_producer_with_other_readers_blocks(rng):
     model = tf_keras.Model(x, K.Add()([K.ReLU()(K.BatchNormalization()(y)), y]))
     randomise(model, rng)
     check_rewrite(model, data(rng, 8, 8, 3), "fold")
-    assert "it is part of Sequential 'net', which is called several times" in reason(model)
+    assert "Add 'add' joins it with values that do not have its scale" in reason(model)
 
 
 def test_norm_that_is_an_output_keeps_its_name_and_place(rng):
