@@ -32,6 +32,7 @@ def convert(
     check: bool = True,
     measure: bool = False,
     equalize: bool = False,
+    keep_shared: bool = False,
 ) -> Any:
     """Rewrites the BatchNormalization layers of a model, for inference or for training.
 
@@ -70,6 +71,9 @@ def convert(
         equalize: in mode "fold", whether to choose the scales between layers, which are free, so
             that rounding weights to int8 with one step for each tensor loses least. Outputs are the
             same. ReLU6 and the like take on bounds by channel for it, which may be slower.
+        keep_shared: whether a layer that is called several times keeps one set of weights for all
+            calls. By default "fold" and "auto" give calls that are followed by BatchNormalizations
+            of their own also weights of their own, where these are few; the plan says how many.
 
     Returns:
         A new model of the same kind with the same inputs, outputs, names and, but for
@@ -98,6 +102,7 @@ def convert(
         jit_compile=jit_compile,
         dtype=dtype,
         budget=budget,
+        keep_shared=keep_shared,
     )
     return _converted(model, options)[0]
 
@@ -114,6 +119,7 @@ def plan(
     budget: float | None = None,
     equalize: bool = False,
     progress: Callable[[str], None] | None = None,
+    keep_shared: bool = False,
 ) -> Plan:
     """The plan that `convert` would carry out on a model, without carrying it out.
 
@@ -139,6 +145,7 @@ def plan(
         jit_compile=jit_compile,
         dtype=dtype,
         budget=budget,
+        keep_shared=keep_shared,
     )
     return plan_for(ModelInMemory(front_end_of(model), model), options)
 

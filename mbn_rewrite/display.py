@@ -18,7 +18,7 @@ from mbn_rewrite.tables import encodable, html_table, table
 if TYPE_CHECKING:  # which import this module
     from mbn_rewrite.comparison import Comparison
     from mbn_rewrite.frontends.footprint import Footprint
-    from mbn_rewrite.plans import Decision, Plan
+    from mbn_rewrite.plans import Decision, Plan, Unshared
     from mbn_rewrite.report import Report
 
 MOST_ROWS = 12  # of a plan that is shown row by row
@@ -98,9 +98,25 @@ def _merge_rows(merged: Mapping[str, Sequence[str]]) -> list[list[str]]:
     return [[layer, ", ".join(others)] for layer, others in merged.items()]
 
 
+def _unshared_rows(unshared: Mapping[str, Unshared]) -> list[list[str]]:
+    """The rows of a table of layers of which calls get weights of their own."""
+    return [
+        [owner, ", ".join(dict.fromkeys(each.calls)), f"{each.weights:,}"]
+        for owner, each in unshared.items()
+    ]
+
+
+def _tables_of_layers(plan: Plan) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """The columns and rows of the tables on other layers of a plan than BatchNormalizations."""
+    if plan.merged:
+        yield _MERGED, _merge_rows(plan.merged)
+    if plan.unshared:
+        yield _UNSHARED, _unshared_rows(plan.unshared)
+
+
 def _first_rows(rows: list[list[str]]) -> list[list[str]]:
-    more = len(rows) - _NAMED
-    return [*rows[:_NAMED], [f"{more} more", ""]] if len(rows) > MOST_ROWS else rows
+    more, empty = len(rows) - _NAMED, [""] * (len(rows[0]) - 1)
+    return [*rows[:_NAMED], [f"{more} more", *empty]] if len(rows) > MOST_ROWS else rows
 
 
 def _size_rows(report: Report, after: Footprint) -> list[list[str]]:
@@ -122,6 +138,7 @@ def _size_rows(report: Report, after: Footprint) -> list[list[str]]:
 
 _SIZES = ["", "before", "after"]
 _MERGED = ["merged into", "also in place of"]
+_UNSHARED = ["shared by calls", "which are those of", "weights added"]
 
 
 # ---------------------------------------------------------------------------------- text
@@ -139,9 +156,8 @@ def plan_text(plan: Plan, full: bool = False) -> str:
         grouped = len(plan.decisions) > MOST_ROWS and not full
         lines.append(table(*(_group_rows if grouped else _all_rows)(plan.decisions)))
         lines += [_HOW_TO_SEE_ALL] if grouped else []
-    if plan.merged:
-        rows = _merge_rows(plan.merged)
-        lines.append(table(_MERGED, rows if full else _first_rows(rows)))
+    for columns, rows in _tables_of_layers(plan):
+        lines.append(table(columns, rows if full else _first_rows(rows)))
     lines += [plan.summary, *_plan_notes(plan)]
     decided = encodable("\n".join(lines))
     return f"{decided}\n\n{plan.measurement}" if plan.measurement else decided
@@ -213,11 +229,10 @@ def plan_html(plan: Plan) -> str:
         parts.append(_on_demand(f"all {len(rows)}", html_table(columns, rows)))
     elif rows:
         parts.append(html_table(columns, rows))
-    if plan.merged:
-        merge_rows = _merge_rows(plan.merged)
-        parts.append(html_table(_MERGED, _first_rows(merge_rows)))
-        if len(merge_rows) > MOST_ROWS:
-            parts.append(_on_demand(f"all {len(merge_rows)}", html_table(_MERGED, merge_rows)))
+    for columns, rows in _tables_of_layers(plan):
+        parts.append(html_table(columns, _first_rows(rows)))
+        if len(rows) > MOST_ROWS:
+            parts.append(_on_demand(f"all {len(rows)}", html_table(columns, rows)))
     parts += map(_paragraph, _plan_notes(plan))
     if plan.measurement:
         parts.append(f"<pre>{escape(str(plan.measurement))}</pre>")

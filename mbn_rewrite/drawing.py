@@ -5,7 +5,9 @@ Mermaid's text is drawn by many viewers of Markdown and by notebooks. Nothing is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from mbn_rewrite.frontends.registry import front_end_of
@@ -45,7 +47,11 @@ def _lines(graph: Graph, plan: Plan | None) -> Iterator[str]:
     styles = {} if plan is None else _styles(plan)
     actions = {} if plan is None else {d.name: str(d.action) for d in plan.decisions}
     yield "flowchart TD"
+    calls: Counter[str] = Counter()
     for number, node in enumerate(graph.nodes):
+        if plan is not None:
+            calls[node.owner] += 1
+            node = replace(node, owner=plan.maker(node.owner, calls[node.owner] - 1))
         style = f":::{styles[node.owner]}" if node.owner in styles else ""
         yield f'    n{number}["{_label(node, actions.get(node.owner, ""))}"]{style}'
     producer = {value: number for number, node in enumerate(graph.nodes) for value in node.outputs}

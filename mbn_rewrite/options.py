@@ -82,6 +82,7 @@ class Options:
         check: whether to compare the result with the original.
         measure: whether to measure how much faster than the original the result is.
         equalize: in mode "fold", whether scales between layers are chosen for int8.
+        keep_shared: whether no call of a shared layer may get weights of its own.
     """
 
     mode: str = "auto"
@@ -93,6 +94,7 @@ class Options:
     check: bool = True
     measure: bool = False
     equalize: bool = False
+    keep_shared: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, (int, float)) or not self.budget > 0:
@@ -115,6 +117,7 @@ def checked_options(
     budget: float | None = None,
     measure: bool = False,
     equalize: bool = False,
+    keep_shared: bool = False,
 ) -> Options:
     """The options that keyword arguments of the public functions stand for.
 
@@ -156,6 +159,7 @@ def checked_options(
         check,
         measure,
         equalize,
+        keep_shared,
     )
 
 

@@ -196,6 +196,22 @@ Kind = TypeVar("Kind", Remove, Fold, Remap, Replace, Reclip, Sample)
 # ----------------------------------------------------------------------------------- plan
 
 
+@dataclass(frozen=True)
+class Unshared:
+    """A layer that is called several times, of which some calls get weights of their own.
+
+    Attributes:
+        calls: the owner of each call then, in the order of the graph: the layer itself, or one that
+            is made for it.
+        weights: how many weights that adds.
+        part: that number as a part of the weights that the model has.
+    """
+
+    calls: tuple[str, ...]
+    weights: int
+    part: float
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Plan for a model.
@@ -204,6 +220,8 @@ class Plan:
         mode: "auto", "fold", "depthwise", "strided" or "mbn".
         decisions: one for each BatchNormalization, in the order of the model.
         actions: what is done to layers, by owner as in `graph.Node`; all others are copied.
+        unshared: layers of which some calls get weights of their own, by owner. Actions, and `into`
+            of decisions, name the layers that are made for these calls.
         measurement: in mode "auto" what was measured; None where there was nothing to choose.
         notes: what else the user should know of the result, in sentences.
         verification: what `convert` gave beside the original; None where they were not compared.
@@ -214,6 +232,7 @@ class Plan:
     mode: str
     decisions: tuple[Decision, ...]
     actions: Mapping[str, Action] = field(default_factory=dict)
+    unshared: Mapping[str, Unshared] = field(default_factory=dict)
     measurement: Measurement | None = None
     notes: tuple[str, ...] = ()
     verification: Comparison | None = None
@@ -241,10 +260,32 @@ class Plan:
         return {owner: fold.sums.stands_for for owner, fold in folds if fold.sums is not None}
 
     @property
+    def growth(self) -> str:
+        """By how much weights of their own for calls make the model grow, in words, or ""."""
+        if not self.unshared:
+            return ""
+        layers = len(self.unshared)
+        weights = sum(unshared.weights for unshared in self.unshared.values())
+        part = sum(unshared.part for unshared in self.unshared.values())
+        which = "a shared layer" if layers == 1 else f"{layers} shared layers"
+        return f"calls of {which} get weights of their own: {weights:,} more ({part:.1%})"
+
+    def maker(self, owner: str, number: int) -> str:
+        """The layer that makes a call: the owner, or one that is made for that call.
+
+        Args:
+            owner: of the call.
+            number: which of the owner's calls it is, in the order of the graph.
+        """
+        unshared = self.unshared.get(owner)
+        return owner if unshared is None else unshared.calls[number]
+
+    @property
     def summary(self) -> str:
         """One line, such as "mode fold: 53 BatchNormalization: 53 folded"."""
         sums = len(self.merged)
         merged = f"; {sums} sum{'s' * (sums > 1)} of parallel branches merged" if sums else ""
+        grown = f"; {self.growth}" if self.unshared else ""
         if not self.decisions:
             # A note may be on what cannot be seen into.
             none = (
@@ -254,7 +295,9 @@ class Plan:
             )
             return f"mode {self.mode}: {'' if sums else 'nothing to do: '}{none}{merged}"
         counts = ", ".join(f"{count} {action}" for action, count in sorted(self.counts.items()))
-        return f"mode {self.mode}: {len(self.decisions)} BatchNormalization: {counts}{merged}"
+        return (
+            f"mode {self.mode}: {len(self.decisions)} BatchNormalization: {counts}{merged}{grown}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in types that JSON knows."""
@@ -270,6 +313,10 @@ class Plan:
                 edit
                 for owner, action in sorted(self.actions.items())
                 for edit in _described(owner, action)
+            ],
+            "unshared": [
+                {"layer": owner, "calls": list(u.calls), "weights": u.weights, "part": u.part}
+                for owner, u in sorted(self.unshared.items())
             ],
             "measurement": self.measurement and self.measurement.to_dict(),
             "strides": {owner: sample.stride for owner, sample in self.of(Sample).items()},

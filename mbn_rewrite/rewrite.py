@@ -67,6 +67,7 @@ def rewrite_saved_model(
     equalize: bool = False,
     freeze: bool = False,
     progress: Progress | None = None,
+    keep_shared: bool = False,
 ) -> Report:
     """Rewrites a model on disk and writes it as SavedModel, verified.
 
@@ -113,6 +114,7 @@ def rewrite_saved_model(
             is, for some seconds, run as `batch_size`, `jit_compile` and `dtype` say, in any mode.
             Both are loaded for that.
         progress: called with a line when a step begins.
+        keep_shared: as for `convert`.
 
     Returns:
         A Report; it prints as tables, and long ones by groups of rows: see `Report.table`.
@@ -132,6 +134,7 @@ def rewrite_saved_model(
         budget=budget,
         measure=measure,
         equalize=equalize,
+        keep_shared=keep_shared,
     )
     options = replace(options, inputs=None if inputs is None else as_arrays(inputs))
     _check_served(mode, tolerance)

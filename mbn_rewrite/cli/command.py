@@ -107,6 +107,7 @@ def _rewriting(source: Path, destination: Path | None, folder: OwnFolder | None)
         "budget": FLAGS.budget,
         "equalize": FLAGS.equalize,
         "freeze": FLAGS.freeze,
+        "keep_shared": FLAGS.keep_shared,
     }
     if FLAGS.mode == "auto":
         options |= running_flags()

@@ -80,6 +80,12 @@ flags.DEFINE_float(
     lower_bound=0.0,
 )
 flags.DEFINE_bool(
+    "keep_shared",
+    False,
+    "Modes auto and fold: give no call of a shared layer weights of its own. By default calls get "
+    "them where that lets more fold and they are few; the report says how many.",
+)
+flags.DEFINE_bool(
     "measure",
     True,
     "Measure at the end, for some seconds, how much faster than IN OUT is here. --nomeasure leaves "

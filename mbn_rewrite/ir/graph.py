@@ -395,6 +395,10 @@ class Node:
         dtype: the narrowest dtype that its weights are stored or used in.
         held: whether code may call the layer, too, so that it can be exchanged but not left out.
         caller: label of the layer whose code makes this call, or "" for one of the model's own.
+        why_shared: why the call cannot have weights of its own, as a clause, or "". It matters
+            where a layer is called several times.
+        place: of the call among those of its owner, in the order in which they were made.
+        function: number of the function that makes the call, in a model that has several.
     """
 
     owner: str
@@ -405,6 +409,9 @@ class Node:
     dtype: str = "float32"
     held: bool = False
     caller: str = ""
+    why_shared: str = ""
+    place: int = 0
+    function: int = 0
 
     @property
     def label(self) -> str:

@@ -34,6 +34,10 @@ class Kernel:
     is_table: bool = False
 
     @property
+    def size(self) -> int:
+        return math.prod(self.view)
+
+    @property
     def in_channels(self) -> int:
         return math.prod(self.view[dim] for dim in self.in_dims)
 

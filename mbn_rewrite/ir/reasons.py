@@ -40,6 +40,7 @@ class Obstacle(Enum):
     STATISTICS_READ = (Change.REPLACE, "its statistics are read as outputs")
     AXES_DIFFER = (Change.REPLACE, "it scales along one axis and shifts along another")
     AXIS_UNKNOWN = (Change.REPLACE, "its channel axis is not known")
+    STRIPPABLE = (Change.REPLACE, "{} takes that away, and what it gives folds")
     BRANCH = (Change.REPLACE, "it is in a branch that {}")
     IN_BODY = (Change.REPLACE, "it is in the body of {}, which stays as it is")
 
@@ -53,6 +54,12 @@ class Obstacle(Enum):
     VIRTUAL_BATCHES = (Change.SAMPLE, "it uses virtual batches")
     ADJUSTMENT = (Change.SAMPLE, "it adjusts its output by a function of its own")
     SEVERAL_AXES = (Change.SAMPLE, "it normalises over several axes {}")
+    QUANTISED = (
+        Change.SAMPLE,
+        "{} trains it for quantisation, and weights that absorbed it would not be on the grid that "
+        "they were trained for. Fold the model as it was before, then quantise what that gives "
+        "(quantize_model)",
+    )
     OUT_OF_REACH = (
         Change.SAMPLE,
         "{} holds it where it cannot be exchanged; held in an attribute of its own, or in a list, "

@@ -279,7 +279,7 @@ class _Folding:
         for side in Side:
             ends = [e for e in self.strands.ends if e.node.owner == owner and e.side is side]
             first, *others = [self._asked(end) for end in ends]
-            alike = all(_are_equal(first, other) for other in others)
+            alike = all(are_equal(first, other) for other in others)
             if not alike or len(ends) != self.work.calls[owner]:
                 where = "followed" if side is Side.AFTER else "preceded"
                 return (
@@ -395,7 +395,8 @@ class _Folding:
         return " ".join(sentences)
 
 
-def _are_equal(first: ChannelMap | None, second: ChannelMap | None) -> bool:
+def are_equal(first: ChannelMap | None, second: ChannelMap | None) -> bool:
+    """Whether two maps are one, but for rounding."""
     if first is None or second is None:
         return first is second
     scales, shifts = (first.scale, second.scale), (first.shift, second.shift)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from mbn_rewrite.ir.graph import BatchNorm, Graph
 from mbn_rewrite.options import TRAINING_MODES
-from mbn_rewrite.passes.fold import plan_fold
 from mbn_rewrite.passes.sample import plan_training
 from mbn_rewrite.passes.substitute import TAKES, in_form, plan_depthwise, replaceable
+from mbn_rewrite.passes.unshare import plan_unsharing
 from mbn_rewrite.plans import Fate, Plan
 
 
@@ -39,7 +39,7 @@ _SIZES = ("large", "medium", "small")  # groups of sites, by what they read
 
 
 _PLANNERS: dict[str, Callable[[Graph], Plan]] = {
-    "fold": plan_fold,
+    "fold": plan_unsharing,
     "depthwise": plan_depthwise,
 }
 
@@ -58,7 +58,7 @@ def make_plan(graph: Graph, mode: str, stride: Any = None, equalize: bool = Fals
     """
     if mode in TRAINING_MODES:
         return plan_training(graph, mode, stride)
-    return plan_fold(graph, equalize=True) if equalize else _PLANNERS[mode](graph)
+    return plan_unsharing(graph, equalize=True) if equalize else _PLANNERS[mode](graph)
 
 
 def candidates(graph: Graph) -> dict[str, Plan]:
@@ -70,7 +70,7 @@ def candidates(graph: Graph) -> dict[str, Plan]:
     stays in all of them, since it cannot be seen how it is called, and so does what has something
     else to do in its place (`BatchNorm.reason`). Plans that would come to the same are left out.
     """
-    folded = replace(plan_fold(graph), mode="auto")
+    folded = replace(plan_unsharing(graph), mode="auto")
     plans = {FOLDED: folded}
     left = replaceable(graph, folded)
     for form in TAKES:
@@ -80,7 +80,7 @@ def candidates(graph: Graph) -> dict[str, Plan]:
     least = folded.left
     for name, costs in EXACT_AT_A_COST.items():
         if least:
-            further = replace(plan_fold(graph, costs.borders, costs.clips), mode="auto")
+            further = replace(plan_unsharing(graph, costs.borders, costs.clips), mode="auto")
             if further.left < (least if all(costs) else folded.left):
                 plans[name] = further
                 least = min(least, further.left)
@@ -103,7 +103,7 @@ def mixed(graph: Graph, folded: Plan, forms: Mapping[str, str]) -> Plan:
         costs = Costs(*map(any, zip(*at_a_cost.values(), strict=True)))
         left = _left(folded) - at_a_cost.keys()
         stay = {d.name: d.reason for d in folded.decisions if d.name in left}
-        plan = plan_fold(graph, costs.borders, costs.clips, stay)
+        plan = plan_unsharing(graph, costs.borders, costs.clips, stay)
     open_to_forms = replaceable(graph, plan)
     for form in TAKES:
         some = {site: what for site, what in open_to_forms.items() if forms.get(site) == form}

@@ -17,23 +17,25 @@ from mbn_rewrite.ir.graph import Graph
 from mbn_rewrite.measurement import CONFIDENCE, LEAST_ROUNDS, Measurement, Ratio, ratio
 from mbn_rewrite.options import Options
 from mbn_rewrite.passes.planner import FOLDED, candidates, groups, make_plan, mixed
+from mbn_rewrite.passes.unshare import keep_shared
 from mbn_rewrite.plans import Decision, Fate, Plan
 from mbn_rewrite.tuning.trial import INPUT, NEEDED, Runner, Trial
 
 
 def plan_for(model: OpenModel, options: Options) -> Plan:
     """The plan for a model, in any mode."""
+    graph = keep_shared(model.graph) if options.keep_shared else model.graph
     if options.mode == "auto":
         chosen = None
         try:
             with model.set_up(options.run_config):
                 chosen = plan = choose(
-                    model.graph, lambda form: model.running(form, options), model.device(), options
+                    graph, lambda form: model.running(form, options), model.device(), options
                 )
         finally:
             model.keep_only(chosen)
     else:
-        plan = make_plan(model.graph, options.mode, options.stride, options.equalize)
+        plan = make_plan(graph, options.mode, options.stride, options.equalize)
     return replace(plan, notes=(*model.notes, *plan.notes))
 
 

@@ -176,6 +176,19 @@ def test_report_is_written_as_json(tmp_path):
     assert read["after"]["bytes"] > 0
 
 
+@pytest.mark.parametrize(("flags", "left"), [((), 0), (("--keep-shared",), 1)])
+def test_shared_layers_are_kept_on_demand(flags, left, tmp_path):
+    conv, inputs = K.Conv2D(4, 3, name="conv"), [K.Input((8, 8, 3)) for _ in range(2)]
+    ends = [K.Activation("tanh")(K.BatchNormalization()(conv(x))) for x in inputs]
+    model = tf_keras.Model(inputs, ends)
+    randomise(model, np.random.default_rng(0))
+    source, report = saved(model, tmp_path, "keras"), tmp_path / "report.json"
+    assert run("--mode=fold", *flags, f"--report={report}", source, tmp_path / "out") == 0
+    plan = json.loads(report.read_text())["plan"]
+    assert plan["counts"].get("kept", 0) == left
+    assert [row["layer"] for row in plan["unshared"]] == ["conv"] * (1 - left)
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     source = saved(small_model(), tmp_path, "h5")
     assert run("--dry_run", source) == 0

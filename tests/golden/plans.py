@@ -96,6 +96,8 @@ def _kept(plan: mbn.Plan) -> dict[str, Any]:
     """What is kept of a plan: all of its JSON but for what was measured and compared."""
     made = plan.to_dict()
     assert made.pop("measurement") is made.pop("verification") is made.pop("speed") is None
+    if not made["unshared"]:  # as of almost all
+        del made["unshared"]
     for edit in made["edits"]:
         edit["sha256"] = edit["sha256"][:_CHECKSUM_DIGITS]
     return json.loads(json.dumps(made))  # tuples are lists there

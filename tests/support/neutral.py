@@ -6,7 +6,7 @@ plans can be compared bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -16,7 +16,7 @@ from mbn_rewrite.ir import graph as ir
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.ir.channel_map import ChannelMap
 from mbn_rewrite.ir.kernels import Kernel, Window
-from mbn_rewrite.plans import Action, Fold, Remap, Remove
+from mbn_rewrite.plans import Action, Fold, Plan, Remap, Remove
 
 POSITIONS = 4
 AXIS = 2  # of the channels in (batch, position, channel)
@@ -159,15 +159,16 @@ class Builder:
         )
 
 
-def run(
-    graph: ir.Graph, x: np.ndarray, actions: Mapping[str, Action] | None = None
-) -> list[np.ndarray]:
-    """Outputs of a graph, as it is or with the actions of a plan carried out."""
-    actions = actions or {}
+def run(graph: ir.Graph, x: np.ndarray, plan: Plan | None = None) -> list[np.ndarray]:
+    """Outputs of a graph, as it is or with a plan carried out."""
+    plan = plan or Plan("fold", ())
+    calls: Counter[str] = Counter()
     values: dict[int, np.ndarray] = {}
     for node in graph.nodes:
         inputs = [values[i] for i in node.inputs]
-        values[node.outputs[0]] = _computed(graph, node, inputs, x, actions.get(node.owner))
+        action = plan.actions.get(plan.maker(node.owner, calls[node.owner]))
+        calls[node.owner] += 1
+        values[node.outputs[0]] = _computed(graph, node, inputs, x, action)
     return [values[output] for output in sorted(graph.outputs)]
 
 

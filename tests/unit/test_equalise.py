@@ -50,7 +50,7 @@ def test_outputs_stay_what_they_are_bit_for_bit(seed):
     graph, x = random_graph(seed, constants=seed % 3), inputs_of(seed)
     plan = plan_fold(graph, equalize=True)
     assert plan.left <= plan_fold(graph).left
-    for expected, result in zip(run(graph, x), run(graph, x, plan.actions), strict=True):
+    for expected, result in zip(run(graph, x), run(graph, x, plan), strict=True):
         np.testing.assert_array_equal(result, expected)
 
 
@@ -69,7 +69,7 @@ def test_channels_become_as_large_on_either_side_of_a_value(upper):
     assert spread(given) < spread(np.abs(written(graph, plan_fold(graph), names[0])).max((0, 1)))
     assert bool(plan.of(Reclip)) == (upper == 6.0)
     x = inputs_of(1)
-    np.testing.assert_array_equal(run(graph, x, plan.actions)[0], run(graph, x)[0])
+    np.testing.assert_array_equal(run(graph, x, plan)[0], run(graph, x)[0])
 
 
 def test_what_something_fixes_is_left_alone():
@@ -97,7 +97,7 @@ def test_a_residual_network_is_equalised_within_its_blocks():
     owner = graph.nodes[inner[0]].owner
     before, after = graph.read_weight(owner, "kernel"), written(graph, plan, owner)
     assert spread(np.abs(after).max((0, 1))) < spread(np.abs(before).max((0, 1)))
-    np.testing.assert_array_equal(run(graph, x, plan.actions)[0], run(graph, x)[0])
+    np.testing.assert_array_equal(run(graph, x, plan)[0], run(graph, x)[0])
 
 
 def test_channels_that_nothing_gives_or_reads_keep_their_scale():
@@ -109,7 +109,7 @@ def test_channels_that_nothing_gives_or_reads_keep_their_scale():
     b.weights[names[1], "kernel"][:, 2] = 0.0
     plan, x = plan_fold(graph, equalize=True), inputs_of(4)
     assert np.all(np.isfinite(written(graph, plan, names[0])))
-    np.testing.assert_array_equal(run(graph, x, plan.actions)[0], run(graph, x)[0])
+    np.testing.assert_array_equal(run(graph, x, plan)[0], run(graph, x)[0])
 
 
 def test_it_is_off_by_default_and_a_matter_of_mode_fold():

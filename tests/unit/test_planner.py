@@ -24,6 +24,7 @@ from mbn_rewrite.ir.kernels import Kernel
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 from mbn_rewrite.passes.planner import make_plan
 from mbn_rewrite.passes.precision import bounds_out_of_range
+from mbn_rewrite.passes.unshare import keep_shared
 from mbn_rewrite.plans import Fold, Plan, Reclip, Remap, Remove
 
 C = 3
@@ -138,7 +139,7 @@ def test_layer_called_twice_takes_the_norms_that_agree(names, left, w):
         y = w.dense("shared", w.relu(f"in{number}", w.source()))
         scale = 4.0 if name == "bn1" else 2.0
         ends.append(w.relu(f"out{number}", w.norm(name, y, scale)))
-    plan = make_plan(w.graph(*ends), "fold")
+    plan = make_plan(keep_shared(w.graph(*ends)), "fold")
     assert plan.left == left
     # What stays makes up for what its layer does for the other.
     assert set(plan.of(Remap)) == {"bn1"} & set(names)

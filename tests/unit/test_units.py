@@ -38,11 +38,11 @@ def inputs(seed=0):
     return np.random.default_rng(seed).integers(-3, 4, (3, POSITIONS, 2)).astype(np.float64)
 
 
-def check(graph, left, exact=True, **options):
+def check(graph, left, exact=True, planned=plan_fold, **options):
     """Plans, and compares outputs: bit for bit, or within roundings of float64."""
-    plan = plan_fold(graph, **options)
+    plan = planned(graph, **options)
     assert plan.left == left, plan.table(full=True)
-    for before, after in zip(run(graph, inputs()), run(graph, inputs(), plan.actions), strict=True):
+    for before, after in zip(run(graph, inputs()), run(graph, inputs(), plan), strict=True):
         if exact:
             np.testing.assert_array_equal(after, before)
         else:

@@ -177,6 +177,10 @@ class KerasAdapter(ABC):
     def reason_to_stay(self, layer: Any) -> Reason | None:
         """Reason, specific to this Keras, why a known BatchNormalization must stay, or None."""
 
+    def reason_within(self, layer: Any) -> Reason | None:
+        """Reason why BatchNormalizations stay that a layer holds, if it is a toolkit's wrapper."""
+        return None
+
     @abstractmethod
     def axis_of(self, layer: Any) -> int:
         """Channel axis of a built BatchNormalization, from 0 up."""
@@ -227,6 +231,10 @@ class KerasAdapter(ABC):
     def copy_operation(self, operation: Any) -> Any:
         """A copy of something that is called in a model without being a layer."""
         raise NotImplementedError  # where everything that is called is a layer
+
+    def copy_of_wrapper(self, layer: Any) -> tuple[Any, Callable[[], None]] | None:
+        """A copy of a toolkit's wrapper, and what sets its weights once built; else None."""
+        return None
 
     def without_functions(self, config: dict[str, Any]) -> dict[str, Any]:
         """Configuration of a stock layer without the functions that only this Keras puts there."""

@@ -20,7 +20,7 @@ from typing import Any
 from mbn_rewrite import file_formats
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends import limits
-from mbn_rewrite.frontends.keras_common import resolved_names, trust, wiring
+from mbn_rewrite.frontends.keras_common import resolved_names, toolkit_wrappers, trust, wiring
 
 
 def check(source: Path, trusted: bool) -> None:
@@ -37,6 +37,7 @@ def check(source: Path, trusted: bool) -> None:
     if not os.access(source, os.R_OK):
         raise RewriteError(f"{source} cannot be read: no permission")
     config, _ = _config_of(source)
+    toolkit_wrappers.check(source, config)
     if not trusted:
         trust.check(source, [config])
     if lost := wiring.never_called(config):

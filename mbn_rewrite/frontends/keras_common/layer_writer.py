@@ -12,6 +12,7 @@ from typing import Any
 
 from mbn_rewrite.errors import CopyError, RewriteError
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.clips import clip_layer
 from mbn_rewrite.frontends.keras_common.cloning import (
     check_own_layers,
@@ -63,6 +64,7 @@ class LayerWriter(ABC):
         self._unfinished: list[Callable[[], None]] = []  # set the weights of layers, once built
         self.parents: list[tuple[Any, Any]] = []  # layers that may have sublayers, and copies
         self.copies: dict[int, Any] = {}  # id(layer) -> its copy
+        self.made: dict[str, Any] = {}  # layers that are made for calls of others, by owner
         self.tensors: dict[int, Any] = {}  # id(Keras tensor) -> that of the copy
         self.copier = AttributeCopier(keras, self._counterpart, self.tensors)
 
@@ -83,6 +85,13 @@ class LayerWriter(ABC):
     def owner(self, layer: Any) -> str:
         """Name of a layer in the plan."""
         return self.reading.owners.get(id(layer), "")
+
+    def maker(self, record: Record) -> str:
+        """Name in the plan of the layer that makes a call."""
+        owner = self.owner(record.layer)
+        if owner not in self.plan.unshared:
+            return owner
+        return self.plan.maker(owner, self.reading.numbers[id(record.outputs[0])])
 
     def is_removed(self, layer: Any) -> bool:
         """Whether the plan removes a layer, which is then marked as done."""
@@ -105,10 +114,22 @@ class LayerWriter(ABC):
         self.done.add(self.owner(old))
         return _WRITERS[type(action)](self, old, action, rank, masked)
 
+    def made_for_calls(self, old: Any, owner: str) -> Any:
+        """A layer that makes some of the calls of another, with weights of its own."""
+        action = self.plan.actions[owner]
+        assert isinstance(action, Fold)  # calls that absorb nothing stay with the layer
+        self.done.add(owner)
+        new = self._folded(old, action)
+        self.keras.rename(new, owner.rpartition("/")[2])
+        return new
+
     def copied(self, old: Any) -> Any:
         """A layer with the same configuration and the same weights."""
         if not isinstance(old, self.keras.layers.Layer):
             return self.keras.copy_operation(old)
+        wrapper = self.keras.copy_of_wrapper(old)
+        if wrapper is not None:
+            return self._to_finish(*wrapper)
         try:
             new = from_config(old, config_of(old, self.keras), self.keras)
             check_own_layers(old, new, self.keras)
@@ -142,7 +163,7 @@ class LayerWriter(ABC):
         if self.is_planned(old, but=Sample):
             vars(new)["get_config"] = CheckedConfig(new, self.keras)
 
-    def _folded(self, old: Any, action: Fold, rank: int, masked: bool) -> Any:
+    def _folded(self, old: Any, action: Fold, *_: Any) -> Any:
         owner, stored = self.owner(old), self.reading.graph.read_weight
 
         def read(name: str) -> Array:
@@ -232,8 +253,11 @@ class LayerWriter(ABC):
 
     def is_planned(self, layer: Any, but: type | None = None) -> bool:
         """Whether there are actions on a layer or its sublayers, other than those of a kind."""
-        actions = [self.plan.actions.get(self.owner(part)) for part in parts(layer)]
-        return any(action is not None and type(action) is not but for action in actions)
+        owners = [self.owner(part) for part in parts(layer)]
+        actions = [self.plan.actions.get(owner) for owner in owners]
+        return any(action is not None and type(action) is not but for action in actions) or any(
+            owner in self.plan.unshared for owner in owners
+        )
 
     def _counterpart(self, old: Any) -> Any:
         """The layer to put in an attribute in which the original model has this one."""

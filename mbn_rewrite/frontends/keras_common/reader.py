@@ -9,7 +9,8 @@ hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,6 +73,8 @@ class Reading:
         graph: the neutral graph.
         layers: the layer of each owner named in the graph.
         owners: id(layer) -> owner.
+        numbers: id(first Keras tensor that a call gives) -> which of its layer's calls it is, in
+            the order of the graph.
         masked: owners of layers that are called with a mask at least once.
         notes: sentences that the user should know about any copy of the model.
     """
@@ -79,6 +82,7 @@ class Reading:
     graph: Graph
     layers: dict[str, Any]
     owners: dict[int, str]
+    numbers: dict[int, int]
     masked: frozenset[str]
     notes: tuple[str, ...] = ()
 
@@ -120,7 +124,12 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         notes += (f"Calls inside {listed(holders)} cannot be seen here. {keras.way_around}.",)
     any_norm = reader.hidden or any(isinstance(node.op, BatchNorm) for node in reader.nodes)
     return Reading(
-        graph, layers, reader.owners, frozenset(reader.masked), notes if any_norm else ()
+        graph,
+        layers,
+        reader.owners,
+        reader.numbers_of_calls(),
+        frozenset(reader.masked),
+        notes if any_norm else (),
     )
 
 
@@ -135,6 +144,8 @@ class _Reader:
     owners: dict[int, str] = field(default_factory=dict)
     masked: set[str] = field(default_factory=set)
     with_mask: set[int] = field(default_factory=set)  # values that may come with a mask
+    # The first value that a call gives -> the call, as its model has it on record, and the model.
+    calls: dict[int, tuple[Record, Any]] = field(default_factory=dict)
     traced: dict[int, tuple[Any, str]] = field(default_factory=dict)  # id -> layer, its owner
     untraced: dict[int, str] = field(default_factory=dict)  # id(layer) -> why it was not traced
     bindings: Bindings = field(default_factory=Bindings)
@@ -168,6 +179,7 @@ class _Reader:
                 continue
             sources = [seen[id(t)] for t in record.inputs]
             results = self._read_call(record, prefix, training, sources, sizes_hold)
+            self.calls.setdefault(results[0], (record, model))
             seen.update(zip(map(id, record.outputs), results, strict=True))
         self._read_attributes(model, prefix, training, seen)
         return [seen[id(t)] for t in model.outputs]
@@ -323,6 +335,7 @@ class _Reader:
             and not is_stock(type(layer))
             and type(layer).__module__.partition(".")[0] != _OURS  # they are as they are to be
             and not self.keras.is_traced(layer)
+            and not self.keras.reason_within(layer)
             and len(parts(layer)) > 1
         )
 
@@ -474,6 +487,8 @@ class _Reader:
                 continue
             if is_batch_norm(layer, self.keras):
                 op = batch_norm(layer, training, self.keras)
+                reason = self.keras.reason_within(parent)
+                op = BatchNorm(None, reason, op.axis) if reason else op
                 self._add_hidden(layer, prefix, who, op, self.untraced.get(id(parent), ""))
             elif self.keras.is_visible(layer):
                 path = self._path(layer, prefix)
@@ -505,9 +520,46 @@ class _Reader:
             if hidden.owner in seen and hidden.op.reason:
                 self.bindings.reasons[id(self.layers[hidden.owner])] = hidden.op.reason
         self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
+        visits = Counter(id(record.outputs[0]) for record, _ in self.calls.values())
         self.nodes = [
-            self.bindings.applied(node, self.layers[node.owner], self.keras) for node in self.nodes
+            replace(
+                self.bindings.applied(node, self.layers[node.owner], self.keras),
+                why_shared=self._why_shared(node, visits),
+                place=self._place(node),
+            )
+            for node in self.nodes
         ]
+
+    def _place(self, node: Node) -> int:
+        """Place of a call among all of its layer, in the order in which they were made."""
+        record, _ = self.calls.get(node.outputs[0], (None, None))
+        if record is None or not node.op.chains:
+            return 0
+        made = [id(call.outputs[0]) for call in self.keras.all_calls_of(record.layer)]
+        return made.index(id(record.outputs[0]))
+
+    def _why_shared(self, node: Node, visits: Mapping[int, int]) -> str:
+        """Why a call cannot be made by a layer of its own in a copy, as a clause, or ""."""
+        if node.caller:
+            return f"code of {node.caller} calls it"
+        record, model = self.calls.get(node.outputs[0], (None, None))
+        if record is None:
+            return "it is part of another layer"
+        if visits[id(record.outputs[0])] > 1:
+            return f"it is part of {label(model)}, which is called several times"
+        if id(record.layer) in self.bindings.held:
+            return "it is held in an attribute, too"
+        return ""
+
+    def numbers_of_calls(self) -> dict[int, int]:
+        """See `Reading.numbers`."""
+        counts: Counter[str] = Counter()
+        numbers = {}
+        for node in self.nodes:
+            if node.outputs[0] in self.calls:
+                numbers[id(self.calls[node.outputs[0]][0].outputs[0])] = counts[node.owner]
+            counts[node.owner] += 1
+        return numbers
 
     def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm, why: str = "") -> None:
         rank = getattr(layer.input_spec, "ndim", None)

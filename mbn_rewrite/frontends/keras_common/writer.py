@@ -171,10 +171,15 @@ class Writer(LayerWriter):
         )
 
     def layer(self, record: Record) -> Any:
-        """The new layer for a call, the same for all calls of one layer."""
+        """The new layer for a call, the same for all calls that share weights."""
         old = record.layer
         if self.keras.is_visible(old):
             return self.model(old)
+        maker = self.maker(record)
+        if maker != self.owner(old):
+            if maker not in self.made:
+                self.made[maker] = self.made_for_calls(old, maker)
+            return self.made[maker]
         if id(old) not in self.copies:
             owner = self.owner(old)
             rank = len(self.keras.shape_of(record.outputs[0])) if record.outputs else 0

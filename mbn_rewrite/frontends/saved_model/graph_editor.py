@@ -59,6 +59,7 @@ class GraphEditor:
     _inputs: dict[tuple[str, int], str] = field(default_factory=dict)
     _constants: dict[str, Array] = field(default_factory=dict)
     _added: dict[str, Any] = field(default_factory=dict)
+    _handles: dict[int, str] = field(default_factory=dict)
     _reads: dict[int, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
     _forwarded: dict[str, str] = field(default_factory=dict)
@@ -103,13 +104,21 @@ class GraphEditor:
         """A constant tensor that is no weight."""
         return self.add(name, "Const", [], dtype=tf.as_dtype(value.dtype), value=value)
 
+    def handle(self, variable: Any) -> str:
+        """A tensor with the handle of a variable."""
+        if id(variable) not in self._handles:
+            name = variable.name.partition(":")[0]
+            handle = self.add(f"{name}/handle", "Placeholder", [], dtype=tf.resource)
+            self.captures[handle.partition(":")[0]] = variable
+            self._handles[id(variable)] = handle
+        return self._handles[id(variable)]
+
     def read(self, variable: Any, as_variable: bool) -> str:
         """A tensor with a variable's value; a constant in graphs whose weights are constants."""
         if id(variable) not in self._reads:
             name = variable.name.partition(":")[0]
             if as_variable:
-                handle = self.add(f"{name}/handle", "Placeholder", [], dtype=tf.resource)
-                self.captures[handle.partition(":")[0]] = variable
+                handle = self.handle(variable)
                 read = self.add(f"{name}/read", "ReadVariableOp", [handle], dtype=variable.dtype)
             else:
                 read = self.add(name, "Const", [], dtype=variable.dtype, value=variable.numpy())

@@ -25,6 +25,7 @@ from mbn_rewrite.frontends.saved_model.match_arithmetic import arithmetic_norms
 from mbn_rewrite.frontends.saved_model.match_batchnorm import FUSED, Norm, fused_norm
 from mbn_rewrite.frontends.saved_model.op_site import Described, Site, shape_of
 from mbn_rewrite.frontends.saved_model.op_table import describe
+from mbn_rewrite.frontends.saved_model.quantisation import is_quantised, wrapper_of
 from mbn_rewrite.frontends.saved_model.reading import (
     ClipCall,
     LinearCall,
@@ -86,11 +87,15 @@ class _Reader:
     owners: dict[Any, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     seen: set[Any] = field(default_factory=set)  # keys of `hidden` that are listed anyway
+    functions: int = 0  # number of the function at hand
+    quantised: bool = False  # whether it is of a model that was trained for quantisation
     scope: str = ""  # what all names of the function at hand begin with
 
     # -- one function --------------------------------------------------------------------
 
     def read(self, function: FunctionGraph) -> None:
+        self.functions += 1
+        self.quantised = is_quantised(function)
         constants = Constants(function, self.writes)
         described, norms = self._recognised(function, constants)
         linear = [name for name, d in described.items() if isinstance(d.op, Linear)]
@@ -178,7 +183,8 @@ class _Reader:
             outputs = list(op.outputs)
         results = tuple(self._value(tensor, known) for tensor in outputs)
         if results:
-            self.nodes.append(Node(owner, op.type, neutral, inputs, results, dtype))
+            node = Node(owner, op.type, neutral, inputs, results, dtype, function=self.functions)
+            self.nodes.append(node)
         if isinstance(neutral, (Affine, Merge)):
             self.plain[results[0]] = PlainCall(function, described)
 
@@ -188,7 +194,10 @@ class _Reader:
         owner = self._owner(key, common_scope([self._shown(op.name) for op in norm.ops]))
         before, after = norm.source.dtype.name, norm.sink.dtype.name
         op = BatchNorm(norm.map, norm.reason, fusible=_fusible(norm), convolvable=convolvable(norm))
-        if before != after and not norm.reason:
+        wrapper = wrapper_of(norm.sink.op.name) if self.quantised else ""
+        if wrapper:
+            op = BatchNorm(None, Reason(Obstacle.QUANTISED, f"wrapper '{wrapper}'"))
+        elif before != after and not norm.reason:
             op = replace(op, reason=Reason(Obstacle.CASTS, f"{before} into {after}"), fusible=False)
         self.dtypes.add(after)
         self.norms.setdefault(owner, []).append(NormCall(function, norm))

@@ -16,6 +16,7 @@ import tensorflow as tf
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, Writes
 from mbn_rewrite.frontends.saved_model.graph_editor import GraphEditor, Rewritten, as_node_name
+from mbn_rewrite.frontends.saved_model.own_weights import use_in_place
 from mbn_rewrite.frontends.saved_model.reading import (
     ClipCall,
     LinearCall,
@@ -79,6 +80,14 @@ class _Writer:
         self.editors = {id(function): GraphEditor(function, writes) for function in functions}
         self.done: set[str] = set()
         self._variables: dict[Any, Any] = {}  # new ones, by owner, name, dtype and shape
+        # The calls of each layer as the plan has it, and the owner that they have in the reading.
+        self._calls: dict[str, list[LinearCall]] = {}
+        self._source: dict[str, str] = {}
+        for owner, calls in reading.linears.items():
+            for number, call in enumerate(calls):
+                maker = plan.maker(owner, number)
+                self._calls.setdefault(maker, []).append(call)
+                self._source[maker] = owner
 
     def carry_out(self) -> None:
         calls_of: dict[str, Sequence[Any]] = {**self.reading.norms, **self.reading.clips}
@@ -92,7 +101,9 @@ class _Writer:
             for plain in self.reading.plain.get(owner, ()):
                 self._bypass(plain, removal)
             self.done.add(owner)  # with what has weights, since nothing reads its result then
-        for owner, action in self.plan.of(Fold).items():
+        folds = self.plan.of(Fold).items()
+        # What is stored is still as it was for the layers that are made for calls of others.
+        for owner, action in sorted(folds, key=lambda item: self._is_stored(item[0])):
             self._fold(owner, action)
             self.done.add(owner)
 
@@ -222,13 +233,13 @@ class _Writer:
     def _fold(self, owner: str, action: Fold) -> None:
         op = action.op
         assert isinstance(op, Linear)
-        calls = self.reading.linears[owner]
-        kernel = self.reading.weight(owner, "kernel")
+        calls, source = self._calls[owner], self._source[owner]
+        kernel = self.reading.weight(source, "kernel")
         has_bias = "bias" in calls[0].described.weights
-        bias = self.reading.weight(owner, "bias") if has_bias else None
+        bias = self.reading.weight(source, "bias") if has_bias else None
 
         def read(name: str) -> Array:
-            return op.weight(owner, name, self.reading.graph.read_weight)
+            return op.weight(source, name, self.reading.graph.read_weight)
 
         (new_kernel,), new_bias = fold(
             [(op.kernels[0], read("kernel"))],
@@ -250,15 +261,23 @@ class _Writer:
             for call in calls:
                 self._add_bias(owner, call, full, kernel.is_variable)
 
+    def _is_stored(self, owner: str) -> bool:
+        """Whether a layer has the stored arrays of its owner; else it is made for some calls."""
+        return self._source[owner] == owner
+
     def _store(self, owner: str, name: str, stored: Stored, value: Array, action: Fold) -> None:
         dtype = tf.as_dtype(stored.dtype)
         with np.errstate(all="ignore"):
             array = value.astype(dtype.as_numpy_dtype)
         if not np.all(np.isfinite(array.astype(np.float64))):
             raise RewriteError(_out_of_range(owner, stored.dtype))
-        if isinstance(stored.place, Computed):
+        if not self._is_stored(owner):
             variable = self._new(owner, name, array, dtype)
-            for call in self.reading.linears[owner]:
+            for call in self._calls[owner]:
+                use_in_place(self._editor(call.function), call, name, variable)
+        elif isinstance(stored.place, Computed):
+            variable = self._new(owner, name, array, dtype)
+            for call in self._calls[owner]:
                 place = call.described.weights[name].stored.place
                 editor = self._editor(place.function)
                 editor.redirect(place.tensor, editor.read(variable, place.of_variables))

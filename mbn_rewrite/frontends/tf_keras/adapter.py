@@ -27,7 +27,7 @@ from mbn_rewrite.frontends.keras_common.calls import Call, Record, Several
 from mbn_rewrite.frontends.keras_common.cloning import share_config_objects
 from mbn_rewrite.frontends.keras_common.op_table import layer_table
 from mbn_rewrite.frontends.keras_common.tracing import Trace
-from mbn_rewrite.frontends.tf_keras import tracing
+from mbn_rewrite.frontends.tf_keras import model_optimization, tracing
 from mbn_rewrite.frontends.tf_keras.functions import describe
 from mbn_rewrite.frontends.tf_keras.inference_layers import (
     BorderedConvolution,
@@ -39,7 +39,7 @@ from mbn_rewrite.frontends.tf_keras.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
 )
-from mbn_rewrite.ir.graph import Affine, Op, Shape
+from mbn_rewrite.ir.graph import Affine, Op, Opaque, Shape
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 # Layers that Keras makes of TensorFlow functions have their `call` set by their constructor.
@@ -156,7 +156,11 @@ class TfKeras(KerasAdapter):
     # -- descriptions ----------------------------------------------------------------------
 
     def describe(self, call: Call) -> Op | Several | None:
-        return describe(call)
+        why = model_optimization.why_opaque(call.layer)
+        return Opaque(why) if why else describe(call)
+
+    def reason_within(self, layer: Any) -> Reason | None:
+        return model_optimization.reason_within(layer)
 
     def reason_to_stay(self, layer: Any) -> Reason | None:
         if layer.renorm:
@@ -233,6 +237,10 @@ class TfKeras(KerasAdapter):
     def copy_variable(self, variable: Any) -> Any:
         name = variable.name.partition(":")[0]
         return tf.Variable(variable, trainable=variable.trainable, name=name)
+
+    def copy_of_wrapper(self, layer: Any) -> tuple[Any, Callable[[], None]] | None:
+        is_one = model_optimization.is_quantising(layer)
+        return model_optimization.copy_of(layer) if is_one else None
 
     def sync_config(self, layer: Any) -> None:
         if not isinstance(layer, tf_keras.layers.Bidirectional):
