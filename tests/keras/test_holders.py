@@ -492,7 +492,7 @@ def test_a_layer_that_is_called_by_another_way_than_its_attribute(path, own, rng
         def call(self, x, training=None):
             return self.way(self.conv(x))
 
-    blocked(model_with(Other(), rng=rng), "calls something else where it has other layers")
+    blocked(model_with(Other(), rng=rng), "holds it where it cannot be exchanged")
 
 
 def test_code_that_asks_what_its_layers_are(own, rng):
@@ -501,7 +501,7 @@ def test_code_that_asks_what_its_layers_are(own, rng):
             y = self.conv(x)
             return self.norm(y) if isinstance(self.norm, K.BatchNormalization) else y * 2
 
-    blocked(model_with(Asks(), rng=rng), "calls something else where it has other layers")
+    blocked(model_with(Asks(), rng=rng), "does something else where it has another layer")
 
 
 def test_a_convolution_that_code_calls_unseen_too(own, each_keras, rng):

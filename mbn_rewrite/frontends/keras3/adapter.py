@@ -70,6 +70,7 @@ class Keras3(KerasAdapter):
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
     # `_layers` lists the layers in the other attributes.
     private = ("_self_", "_layers", "_functional", "_operations")
+    layer_lists = ("_layers", "_operations")
     model_attributes = frozenset(
         {
             *("_inputs", "_outputs", "_inputs_struct", "_outputs_struct"),
@@ -144,8 +145,17 @@ class Keras3(KerasAdapter):
     def all_calls_of(self, layer: Any) -> list[Record]:
         return [_record(node) for node in layer._inbound_nodes]
 
-    def traced(self, record: Record, probe: Any) -> Trace:
-        return tracing.traced(record, probe, _record)
+    def traced(self, record: Record, probe: Any, size: int | None = None) -> Trace:
+        return tracing.traced(record, probe, _record, size)
+
+    def set_apart(self, note_read: Callable[[Any], None]) -> AbstractContextManager[None]:
+        return tracing.set_apart(note_read)
+
+    def read_as(self, variable: Any) -> int:
+        return id(variable)
+
+    def give_outputs_of(self, layer: Any, probe: Any) -> None:
+        vars(probe)["compute_output_spec"] = layer.compute_output_spec
 
     def call_of(self, model: Any) -> Record | None:
         return tracing.call_of(model)

@@ -39,6 +39,7 @@ class KerasAdapter(ABC):
         biased_convolution: likewise; only where `may_misplace_bias`.
         private: prefixes of attributes that hold nothing of the user's; `sublayers` searches all
             others.
+        layer_lists: attributes in which it lists the layers of a layer.
         model_attributes: attributes that Keras sets on a Functional or Sequential model when it
             is compiled or run, and those in which it keeps its inputs and outputs.
         metric: the base class of metrics.
@@ -65,6 +66,7 @@ class KerasAdapter(ABC):
     bordered_convolution: type
     biased_convolution: type
     private: tuple[str, ...]
+    layer_lists: tuple[str, ...]
     model_attributes: frozenset[str]
     metric: type
     how_to_export: str
@@ -136,12 +138,34 @@ class KerasAdapter(ABC):
         """All recorded calls of a layer, in whatever model."""
 
     @abstractmethod
-    def traced(self, record: Record, probe: Any) -> Trace:
+    def traced(self, record: Record, probe: Any, size: int | None = None) -> Trace:
         """Traces one call of a layer by running its code on a probe; see `tracing.trace`.
+
+        Args:
+            record: the call.
+            probe: what to call in the layer's place.
+            size: what to take for the sizes that are open, but for the number of examples; None
+                to leave them open.
 
         Raises:
             Exception: whatever the code raises.
         """
+
+    @abstractmethod
+    def set_apart(self, note_read: Callable[[Any], None]) -> AbstractContextManager[None]:
+        """Context manager in which code has no effect on variables, seeds and names.
+
+        Args:
+            note_read: called with what `read_as` is the id of where code reads a variable.
+        """
+
+    @abstractmethod
+    def read_as(self, variable: Any) -> int:
+        """Id of what `set_apart` notes where code reads a variable."""
+
+    @abstractmethod
+    def give_outputs_of(self, layer: Any, probe: Any) -> None:
+        """Has a probe give on Keras tensors what a layer gives, by running the layer's code."""
 
     @abstractmethod
     def call_of(self, model: Any) -> Record | None:

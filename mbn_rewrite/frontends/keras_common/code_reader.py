@@ -84,6 +84,7 @@ class CodeReader(LayerReader):
         seen = dict(zip(map(id, trace.inputs), sources, strict=True))
         prefix = f"{owner}/" if owner else ""
         self.bindings.strangers |= dict.fromkeys(trace.unseen, who)
+        self.bindings.asked |= dict.fromkeys(trace.asked, who)
         for record in trace.records:
             if id(record.layer) not in within and isinstance(record.layer, self.keras.layers.Layer):
                 strangers = {id(part) for part in parts(record.layer)}

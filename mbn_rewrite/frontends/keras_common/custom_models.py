@@ -23,8 +23,13 @@ from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.cloning import custom_classes, is_stock, label, parts
 from mbn_rewrite.passes.wording import listed
 
-_FRAMEWORKS = ("keras", "tf_keras", "tensorflow")
-_BUILT_IN = (*_FRAMEWORKS, "builtins", "numpy")  # their objects refer to no layer of a model
+FRAMEWORKS = ("keras", "tf_keras", "tensorflow")
+BUILT_IN = (*FRAMEWORKS, "builtins", "numpy")  # their objects refer to no layer of a model
+
+
+def is_of(value: Any, packages: tuple[str, ...]) -> bool:
+    """Whether something is of a class of one of these packages."""
+    return type(value).__module__.partition(".")[0] in packages
 
 
 def made_without_constructor(old: Any, base: type, *args: Any, **kwargs: Any) -> Any:
@@ -184,8 +189,8 @@ class AttributeCopier:
         return new
 
     def _object(self, value: Any) -> Any:
-        is_users = type(value).__module__.partition(".")[0] not in _BUILT_IN
-        if not (is_users and hasattr(value, "__dict__") and self._refers(vars(value))):
+        is_users = not is_of(value, BUILT_IN) and hasattr(value, "__dict__")
+        if not (is_users and self._refers(vars(value))):
             return value
         new = self._copies[id(value)] = copy.copy(value)
         vars(new).update({name: self.copied(inner) for name, inner in vars(value).items()})
@@ -202,7 +207,7 @@ class AttributeCopier:
 
 def _emptied(container: Any) -> Any:
     """An empty container of the same kind; a plain one in place of a framework's."""
-    if type(container).__module__.partition(".")[0] in _FRAMEWORKS:
+    if is_of(container, FRAMEWORKS):
         plain = (OrderedDict, dict, list, set)
         return next(kind for kind in plain if isinstance(container, kind))()
     new = copy.copy(container)

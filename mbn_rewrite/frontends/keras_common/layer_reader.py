@@ -146,6 +146,9 @@ class LayerReader(ABC):
         is_visible = is_seen or self.keras.is_visible(parent)
         for _, layer in sublayers(parent, self.keras):
             self.bindings.held.add(id(layer))
+            if not self.keras.is_visible(parent):
+                visible = filter(self.keras.is_visible, parts(layer))
+                self.bindings.in_code |= {id(model) for model in visible}
             if not is_visible:  # in a visible parent's copy, the sublayer's copy takes its place
                 self.bindings.parents.setdefault(id(layer), who)
             if id(layer) in self.owners:

@@ -202,12 +202,19 @@ class LayerWriter(ABC):
     def _sublayer_replacement(self, old: Any) -> Any:
         """The layer to have in the place of another that code calls."""
         if self.is_removed(old):
-            return self.keras.pass_through(
-                name=old.name, dtype=old.dtype_policy, trainable=old.trainable
-            )
+            return self.in_place_of_removed(old)
         if id(old) not in self.copies:
             with self.keras.naming_like(old):
                 self.copies[id(old)] = self._built_in_place_of(old)
+        return self.copies[id(old)]
+
+    def in_place_of_removed(self, old: Any) -> Any:
+        """The layer to have in the place of one that is removed, for code that calls it."""
+        if id(old) not in self.copies:
+            make: Any = self.keras.pass_through
+            self.copies[id(old)] = make(
+                name=old.name, dtype=old.dtype_policy, trainable=old.trainable
+            )
         return self.copies[id(old)]
 
     def _built_in_place_of(self, old: Any) -> Any:

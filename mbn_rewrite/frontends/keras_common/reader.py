@@ -38,6 +38,7 @@ class Reading:
         graph: the neutral graph.
         layers: the layer of each owner named in the graph.
         owners: id(layer) -> owner.
+        in_code: ids of Functional and Sequential models whose layers code may have by number.
         masked: owners of layers that are called with a mask at least once.
         notes: sentences that the user should know about any copy of the model.
     """
@@ -45,6 +46,7 @@ class Reading:
     graph: Graph
     layers: dict[str, Any]
     owners: dict[int, str]
+    in_code: frozenset[int]
     masked: frozenset[str]
     notes: tuple[str, ...] = ()
 
@@ -86,7 +88,12 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         notes += (f"Calls inside {listed(holders)} cannot be seen here. {keras.way_around}.",)
     any_norm = reader.hidden or any(isinstance(node.op, BatchNorm) for node in reader.nodes)
     return Reading(
-        graph, layers, reader.owners, frozenset(reader.masked), notes if any_norm else ()
+        graph,
+        layers,
+        reader.owners,
+        frozenset(reader.bindings.in_code),
+        frozenset(reader.masked),
+        notes if any_norm else (),
     )
 
 

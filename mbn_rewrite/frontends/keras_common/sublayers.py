@@ -39,12 +39,21 @@ def sublayers(layer: Any, keras: KerasAdapter) -> Iterator[tuple[Place, Any]]:
                 yield Place(attribute, keys), inner
 
 
+def layers_of(model: Any) -> list[Any]:
+    """The layers of a Functional or Sequential model, by its number of which code may have one."""
+    return list(model._flatten_layers(include_self=False, recursive=False))
+
+
 def all_sublayers(layer: Any, keras: KerasAdapter) -> Iterator[Any]:
     """Layers that can be exchanged within a layer, at any depth, each once."""
     known = {id(layer)}
     pending = [layer]
     while pending:
-        for _, inner in sublayers(pending.pop(), keras):
+        holder = pending.pop()
+        found = [inner for _, inner in sublayers(holder, keras)]
+        if keras.is_visible(holder):
+            found += layers_of(holder)
+        for inner in found:
             if id(inner) not in known:
                 known.add(id(inner))
                 pending.append(inner)

@@ -79,6 +79,7 @@ class TfKeras(KerasAdapter):
         "_outbound_nodes",
         *("_input_layers", "_output_layers", "_input_coordinates", "_output_coordinates"),
     )
+    layer_lists = ("_self_tracked_trackables",)
     model_attributes = frozenset(
         {
             *("inputs", "outputs", "_nested_inputs", "_nested_outputs", "_feed_inputs"),
@@ -144,8 +145,17 @@ class TfKeras(KerasAdapter):
     def all_calls_of(self, layer: Any) -> list[Record]:
         return [_record(node) for node in layer._inbound_nodes]
 
-    def traced(self, record: Record, probe: Any) -> Trace:
-        return tracing.traced(record, probe, _record)
+    def traced(self, record: Record, probe: Any, size: int | None = None) -> Trace:
+        return tracing.traced(record, probe, _record, size)
+
+    def set_apart(self, note_read: Callable[[Any], None]) -> AbstractContextManager[None]:
+        return tracing.set_apart(note_read)
+
+    def read_as(self, variable: Any) -> int:
+        return id(variable.handle) if isinstance(variable, tf.Variable) else id(variable)
+
+    def give_outputs_of(self, layer: Any, probe: Any) -> None:
+        vars(probe)["_infer_output_signature"] = layer._infer_output_signature
 
     def call_of(self, model: Any) -> Record | None:
         return tracing.call_of(model)
