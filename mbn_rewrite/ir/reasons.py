@@ -53,6 +53,7 @@ class Obstacle(Enum):
     VIRTUAL_BATCHES = (Change.SAMPLE, "it uses virtual batches")
     ADJUSTMENT = (Change.SAMPLE, "it adjusts its output by a function of its own")
     SEVERAL_AXES = (Change.SAMPLE, "it normalises over several axes {}")
+    CALLED_UNSEEN = (Change.SAMPLE, "{} calls it in a function that it hands to another")
     ASKED = (Change.SAMPLE, "code of {} does something else where it has another layer")
     OUT_OF_REACH = (
         Change.SAMPLE,

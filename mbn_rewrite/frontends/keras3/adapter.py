@@ -69,7 +69,13 @@ class Keras3(KerasAdapter):
     biased_convolution = BiasedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
     # `_layers` lists the layers in the other attributes.
-    private = ("_self_", "_layers", "_functional", "_operations")
+    private = frozenset(
+        {
+            *("_layers", "_functional", "_inbound_nodes", "_outbound_nodes", "_parent_path"),
+            *("_operations", "_operations_by_depth", "_nodes", "_nodes_by_depth", "_tracker"),
+            *("_inputs", "_outputs", "_inputs_struct", "_outputs_struct"),
+        }
+    )
     layer_lists = ("_layers", "_operations")
     model_attributes = frozenset(
         {
@@ -270,6 +276,14 @@ class Keras3(KerasAdapter):
         return keras.Variable(
             value, dtype=variable.dtype, trainable=variable.trainable, name=variable.name
         )
+
+    def draws_seeds(self, value: Any) -> bool:
+        return isinstance(value, keras.random.SeedGenerator)
+
+    def copy_seeds(self, value: Any) -> Any:
+        new = keras.random.SeedGenerator.from_config(value.get_config())
+        new.state.assign(value.state)
+        return new
 
     def own_variables(self, layer: Any) -> list[Any]:
         return [*layer._trainable_variables, *layer._non_trainable_variables]

@@ -37,8 +37,7 @@ class KerasAdapter(ABC):
         pass_through: likewise.
         bordered_convolution: likewise.
         biased_convolution: likewise; only where `may_misplace_bias`.
-        private: prefixes of attributes that hold nothing of the user's; `sublayers` searches all
-            others.
+        private: attributes of layers that hold nothing of the user's.
         layer_lists: attributes in which it lists the layers of a layer.
         model_attributes: attributes that Keras sets on a Functional or Sequential model when it
             is compiled or run, and those in which it keeps its inputs and outputs.
@@ -65,7 +64,7 @@ class KerasAdapter(ABC):
     pass_through: type
     bordered_convolution: type
     biased_convolution: type
-    private: tuple[str, ...]
+    private: frozenset[str]
     layer_lists: tuple[str, ...]
     model_attributes: frozenset[str]
     metric: type
@@ -106,6 +105,10 @@ class KerasAdapter(ABC):
     def may_pass_mask(self, layer: Any) -> bool:
         """Whether a layer may pass a mask on although no Keras tensor shows it."""
         return False
+
+    def is_private(self, attribute: str) -> bool:
+        """Whether an attribute of a layer holds nothing of the user's, going by its name."""
+        return attribute.startswith("_self_") or attribute in self.private
 
     # -- models ----------------------------------------------------------------------------
 
@@ -283,6 +286,14 @@ class KerasAdapter(ABC):
     @abstractmethod
     def copy_variable(self, variable: Any) -> Any:
         """A variable with the same name, value and flags."""
+
+    def draws_seeds(self, value: Any) -> bool:
+        """Whether something draws seeds, and keeps in a variable how far it has come."""
+        return False
+
+    def copy_seeds(self, value: Any) -> Any:
+        """A copy of what draws seeds, which has come as far."""
+        raise NotImplementedError  # where nothing does
 
     @abstractmethod
     def own_variables(self, layer: Any) -> list[Any]:

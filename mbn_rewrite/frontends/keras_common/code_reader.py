@@ -11,6 +11,7 @@ from mbn_rewrite.frontends.keras_common.batch_norm import is_batch_norm
 from mbn_rewrite.frontends.keras_common.calls import Record, Several, other_arguments
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, parts
 from mbn_rewrite.frontends.keras_common.layer_reader import LayerReader
+from mbn_rewrite.frontends.keras_common.references import referred_to
 from mbn_rewrite.frontends.keras_common.sublayers import all_sublayers, sublayers
 from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, trace
 from mbn_rewrite.ir.graph import BatchNorm, Clip, Input, Node, Op, Opaque, PositivelyHomogeneous
@@ -49,14 +50,17 @@ class CodeReader(LayerReader):
 
     def _is_holder(self, layer: Any) -> bool:
         """Whether a layer may call others in code that can be traced."""
-        return (
-            isinstance(layer, self.keras.layers.Layer)
-            and not is_batch_norm(layer, self.keras)
-            and not is_stock(type(layer))
-            and type(layer).__module__.partition(".")[0] != _OURS  # they are as they are to be
-            and not self.keras.is_traced(layer)
-            and len(parts(layer)) > 1
-        )
+        if (
+            not isinstance(layer, self.keras.layers.Layer)
+            or is_batch_norm(layer, self.keras)
+            or type(layer).__module__.partition(".")[0] == _OURS  # they are as they are to be
+            or self.keras.is_traced(layer)
+        ):
+            return False
+        if is_stock(type(layer)):
+            is_code = type(layer) is self.keras.layers.Lambda
+            return is_code and bool(referred_to(layer, self.keras))
+        return len(parts(layer)) > 1 or bool(referred_to(layer, self.keras))
 
     def _trace_of(self, record: Record, training: bool | None, sources: list[int]) -> Trace | None:
         """Trace of a call, if it is one at inference, without a mask."""
@@ -125,7 +129,9 @@ class CodeReader(LayerReader):
             prefix = f"{owner}/" if owner else ""
             for _, inner in sublayers(layer, self.keras):
                 if is_batch_norm(inner, self.keras) and id(inner) not in self.owners:
-                    op = BatchNorm(None, Reason(Obstacle.NOT_CALLED, label(layer)))
+                    is_unseen = id(inner) in self.bindings.strangers
+                    obstacle = Obstacle.CALLED_UNSEEN if is_unseen else Obstacle.NOT_CALLED
+                    op = BatchNorm(None, Reason(obstacle, label(layer)))
                     self._add_hidden(inner, prefix, label(layer), op)
             self.read_sublayers(layer, prefix, label(layer), training=False, is_seen=True)
 

@@ -13,6 +13,7 @@ import copy
 import warnings
 from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -74,12 +75,12 @@ def attributes(model: Any, keras: KerasAdapter) -> dict[str, Any]:
 
     In models of Keras's own classes, all private attributes are Keras's.
     """
-    private = ("_",) if is_stock(type(model)) else keras.private
+    is_keras_own = is_stock(type(model))
     return {
         name: value
         for name, value in vars(model).items()
         if name not in keras.model_attributes
-        and not name.startswith(private)
+        and not (name.startswith("_") if is_keras_own else keras.is_private(name))
         and not isinstance(value, CheckedConfig)
     }
 
@@ -139,11 +140,15 @@ class AttributeCopier:
             return value.copy()
         if self._keras.is_variable(value):
             return self._keras.copy_variable(value)
+        if self._keras.draws_seeds(value):
+            return self._keras.copy_seeds(value)
         if isinstance(value, MethodType):
             owner = self.copied(value.__self__)
             return value if owner is value.__self__ else MethodType(value.__func__, owner)
         if isinstance(value, FunctionType):
             return self._function(value)
+        if isinstance(value, partial):
+            return self._partial(value)
         if hasattr(value, "python_function"):  # a tf.function, to be traced again
             function = self.copied(value.python_function)
             return value if function is value.python_function else value._clone(function)
@@ -174,8 +179,7 @@ class AttributeCopier:
         return new
 
     def _function(self, value: Any) -> Any:
-        cells = [cell for cell in value.__closure__ or () if _is_filled(cell)]
-        if not self._refers([cell.cell_contents for cell in cells]):
+        if not self._refers([cell.cell_contents for cell in filled_cells(value)]):
             return value
         closure = tuple(CellType() for _ in value.__closure__)
         new = FunctionType(
@@ -187,6 +191,13 @@ class AttributeCopier:
             if _is_filled(old_cell):
                 cell.cell_contents = self.copied(old_cell.cell_contents)
         return new
+
+    def _partial(self, value: partial[Any]) -> partial[Any]:
+        parts_of_it = (value.func, *value.args, *value.keywords.values())
+        if all(self.copied(part) is part for part in parts_of_it):
+            return value
+        keywords = {name: self.copied(inner) for name, inner in value.keywords.items()}
+        return partial(self.copied(value.func), *map(self.copied, value.args), **keywords)
 
     def _object(self, value: Any) -> Any:
         is_users = not is_of(value, BUILT_IN) and hasattr(value, "__dict__")
@@ -213,6 +224,11 @@ def _emptied(container: Any) -> Any:
     new = copy.copy(container)
     new.clear()
     return new
+
+
+def filled_cells(function: FunctionType) -> list[CellType]:
+    """Cells of a function's closure that have a value."""
+    return [cell for cell in function.__closure__ or () if _is_filled(cell)]
 
 
 def _is_filled(cell: CellType) -> bool:

@@ -19,6 +19,7 @@ from mbn_rewrite.frontends.keras_common.calls import (
 )
 from mbn_rewrite.frontends.keras_common.cloning import label, parts
 from mbn_rewrite.frontends.keras_common.op_table import describe
+from mbn_rewrite.frontends.keras_common.references import referred_to
 from mbn_rewrite.frontends.keras_common.sublayers import sublayers
 from mbn_rewrite.ir.graph import BatchNorm, HiddenBatchNorm, Node, Op, Value
 from mbn_rewrite.ir.reasons import Obstacle, Reason
@@ -144,6 +145,8 @@ class LayerReader(ABC):
             is_seen: whether its calls were read.
         """
         is_visible = is_seen or self.keras.is_visible(parent)
+        if not is_visible:
+            self.bind_referred(referred_to(parent, self.keras), who)
         for _, layer in sublayers(parent, self.keras):
             self.bindings.held.add(id(layer))
             if not self.keras.is_visible(parent):
@@ -169,6 +172,11 @@ class LayerReader(ABC):
                 self.read_sublayers(layer, f"{owner}/", label(layer), training)
         if not is_visible:
             self._list_unreachable(self.keras.all_layers_in(parent), who)
+
+    def bind_referred(self, referred: dict[int, Any], who: str) -> None:
+        """Binds layers that code which is not seen refers to, with all that they hold."""
+        for layer in referred.values():
+            self.bindings.strangers |= dict.fromkeys(map(id, parts(layer)), who)
 
     def list_unreachable(self, model: Any) -> None:
         """Lists BatchNormalizations that were not found in any attribute, so that none is lost."""

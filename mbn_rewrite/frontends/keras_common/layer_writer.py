@@ -30,6 +30,7 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
 )
 from mbn_rewrite.frontends.keras_common.folded_layers import folded_layer
 from mbn_rewrite.frontends.keras_common.reader import Reading
+from mbn_rewrite.frontends.keras_common.references import kept_elsewhere
 from mbn_rewrite.frontends.keras_common.replacements import (
     build_like,
     remapped_layer,
@@ -109,6 +110,8 @@ class LayerWriter(ABC):
         """A layer with the same configuration and the same weights."""
         if not isinstance(old, self.keras.layers.Layer):
             return self.keras.copy_operation(old)
+        if self._keeps_others(old):
+            return self._copied_by_attributes(old)
         try:
             new = from_config(old, config_of(old, self.keras), self.keras)
             check_own_layers(old, new, self.keras)
@@ -121,6 +124,17 @@ class LayerWriter(ABC):
         self._unfinished.append(lambda: copy_weights(old, new, self.keras))
         self.parents.append((old, new))
         return new
+
+    def _keeps_others(self, old: Any) -> bool:
+        """Whether a layer has others where Keras does not look, so that none is configured."""
+        if is_stock(type(old)):
+            return False
+        known = {id(part) for part in parts(old)}
+        return any(
+            layer.variables and number not in known
+            for part in parts(old)
+            for number, layer in kept_elsewhere(part, self.keras).items()
+        )
 
     def without_configuration(self, old: Any) -> Any | None:
         """Another copy of a layer, whose configuration made one that cannot be called; or None."""

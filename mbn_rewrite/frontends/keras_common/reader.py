@@ -14,7 +14,7 @@ from typing import Any
 
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.calls import Record, Several, training_of
+from mbn_rewrite.frontends.keras_common.calls import Record, Several, other_arguments, training_of
 from mbn_rewrite.frontends.keras_common.cloning import check_call, check_copy, label
 from mbn_rewrite.frontends.keras_common.code_reader import CodeReader
 from mbn_rewrite.frontends.keras_common.custom_models import (
@@ -25,6 +25,7 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
     note_on_holders,
 )
 from mbn_rewrite.frontends.keras_common.layer_reader import narrowest_dtype
+from mbn_rewrite.frontends.keras_common.references import among
 from mbn_rewrite.frontends.keras_common.time_step_reader import TimeStepReader
 from mbn_rewrite.ir.graph import BatchNorm, Clip, Graph, Input, Node, Op, Shape
 from mbn_rewrite.passes.wording import listed
@@ -162,6 +163,9 @@ class _Reader(CodeReader, TimeStepReader):
             trace = self._trace_of(record, training, sources)
             if trace is not None:
                 return self._read_trace(layer, trace, self._owner(layer, prefix), sources)
+        if not caller:
+            arguments = other_arguments(record, self.keras)
+            self.bind_referred(among(arguments, self.keras), label(layer))
         results = [self._add_value(t) for t in record.outputs]
         owner = self._owner(layer, prefix)
         op = self._operation(record, training, sources, results, sizes_hold)
@@ -180,7 +184,8 @@ class _Reader(CodeReader, TimeStepReader):
             kind = type(layer).__name__
             node = Node(owner, kind, each, tuple(sources), outputs, dtype, caller=caller)
             self.nodes.append(node)
-        if not isinstance(op, (Input, BatchNorm)):
+        is_part_of_code = caller and not isinstance(layer, self.keras.layers.Layer)
+        if not isinstance(op, (Input, BatchNorm)) and not is_part_of_code:
             worst = self._worst_training(layer, training)
             self.read_sublayers(layer, f"{owner}/", node.label, worst)
         return results

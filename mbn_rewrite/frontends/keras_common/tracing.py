@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mbn_rewrite.errors import cause_of
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, parts
+from mbn_rewrite.frontends.keras_common.references import referred_to
 from mbn_rewrite.frontends.keras_common.watching import NeverCalled, Watch, watched
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _with_what_is_noted(found: Trace, probe: Any, watch: Watch, keras: KerasAdap
                 within[id(direct)] = set(map(id, parts(direct)))
             if id(layer) not in within[id(direct)]:
                 unseen.add(id(layer))
-    called = {id(layer): layer for _, layer in watch.calls}
+    called = {id(layer): layer for _, layer in watch.calls} | referred_to(probe, keras)
     owners = {id(part): part for layer in called.values() for part in parts(layer)}
     variables = [(id(v), keras.read_as(v)) for part in owners.values() for v in part.variables]
 

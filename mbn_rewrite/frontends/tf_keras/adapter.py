@@ -72,12 +72,12 @@ class TfKeras(KerasAdapter):
     pass_through = PassThrough
     bordered_convolution = BorderedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
-    private = (
-        "_self_",
-        "_obj_reference_counts",
-        "_inbound_nodes",
-        "_outbound_nodes",
-        *("_input_layers", "_output_layers", "_input_coordinates", "_output_coordinates"),
+    private = frozenset(
+        {
+            *("_obj_reference_counts", "_inbound_nodes", "_outbound_nodes", "_layer_call_argspecs"),
+            *("_input_layers", "_output_layers", "_input_coordinates", "_output_coordinates"),
+            *("_nodes_by_depth", "_network_nodes", "_unconditional_checkpoint_dependencies"),
+        }
     )
     layer_lists = ("_self_tracked_trackables",)
     model_attributes = frozenset(
