@@ -35,7 +35,11 @@ class CodeReader(LayerReader):
 
     def read_subclassed(self, model: Any) -> None:
         """Reads a model that calls its layers in Python code."""
-        record = self.keras.call_of(model) if not self.keras.is_traced(model) else None
+        record = self.keras.call_of(model)
+        if record is None:
+            self.untraced[id(model)] = "it is not known what it is called with"
+        elif self.keras.is_traced(model):
+            self.untraced[id(model)], record = "its call is a tf.function", None
         trace = self._trace(record, None) if record is not None else None
         if trace is None:
             self.read_sublayers(model, "", label(model), training=False)

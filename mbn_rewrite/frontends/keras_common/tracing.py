@@ -18,6 +18,7 @@ from mbn_rewrite.errors import cause_of
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, parts
 from mbn_rewrite.frontends.keras_common.references import referred_to
+from mbn_rewrite.frontends.keras_common.sublayers import sublayers
 from mbn_rewrite.frontends.keras_common.watching import NeverCalled, Watch, watched
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) 
         with watched(record.layer, keras) as watch:
             probe = probe_of(record.layer)
             found = keras.traced(record, probe)
+            _check_layers(record.layer, probe, keras)
             found = _with_what_is_noted(found, probe, watch, keras)
             _check_sizes(record, found, keras)
             found = with_others(record, found, keras)
@@ -107,6 +109,15 @@ def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) 
     if outputs is not None and given != gives:
         raise NotTraceable("it gives something else when its code is run on Keras tensors")
     return found
+
+
+def _check_layers(layer: Any, probe: Any, keras: KerasAdapter) -> None:
+    """Raises NotTraceable if a probe that was called has other layers than what it stands for."""
+    before, after = (
+        {place: id(inner) for place, inner in sublayers(each, keras)} for each in (layer, probe)
+    )
+    if before != after:
+        raise NotTraceable("it changes its layers when it is called")
 
 
 _A_SIZE = 64  # of what a model leaves open

@@ -110,6 +110,23 @@ def watched(layer: Any, keras: KerasAdapter) -> Iterator[Watch]:
         random.setstate(generator)
 
 
+@contextmanager
+def objects_left_alone(layer: Any) -> Iterator[None]:
+    """Context manager after which objects of the user's that a layer has are what they were.
+
+    A copy of a layer shares them with it.
+    """
+    kept = _Kept()
+    for part in parts(layer):
+        for value in vars(part).values():
+            if _is_users(value):
+                kept.keep(value)
+    try:
+        yield
+    finally:
+        kept.restore()
+
+
 class _Kept:
     """What layers have, and containers and objects among that, to be put back."""
 
@@ -149,9 +166,9 @@ class _Kept:
 
         self._restore.append(restore)
         for value in items.values() if isinstance(items, dict) else items:
-            self._keep(value)
+            self.keep(value)
 
-    def _keep(self, value: Any) -> None:
+    def keep(self, value: Any) -> None:
         if is_of(value, FRAMEWORKS):
             value = getattr(value, "__wrapped__", value)  # tf_keras wraps containers
         is_array = isinstance(value, np.ndarray)
@@ -171,7 +188,7 @@ class _Kept:
                 self._keep_contents(storage)
         elif isinstance(value, tuple):
             for item in value:
-                self._keep(item)
+                self.keep(item)
         else:
             self._keep_contents(vars(value))
 

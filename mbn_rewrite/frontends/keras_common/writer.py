@@ -23,6 +23,7 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
 )
 from mbn_rewrite.frontends.keras_common.layer_writer import LayerWriter
 from mbn_rewrite.frontends.keras_common.reader import Reading
+from mbn_rewrite.frontends.keras_common.watching import objects_left_alone
 from mbn_rewrite.plans import Plan, Remove
 
 
@@ -139,7 +140,8 @@ class Writer(LayerWriter):
     def subclassed(self, old: Any) -> Any:
         self.check_not_traced(old)
         new = self.copied(old)
-        self.build_subclassed(old, new)
+        with objects_left_alone(old):
+            self.build_subclassed(old, new)
         self.finish()
         return new
 
@@ -201,7 +203,8 @@ def called(layer: Any, args: Any, kwargs: Any) -> Any:
         RewriteError: it cannot be called with them.
     """
     try:
-        return stock_call(layer)(layer, *args, **kwargs)
+        with objects_left_alone(layer):
+            return stock_call(layer)(layer, *args, **kwargs)
     except Exception as error:
         raise RewriteError(
             f"the copy of {label(layer)} cannot be called as the original was: "

@@ -103,11 +103,13 @@ class TfKeras(KerasAdapter):
         return tf.nest.map_structure(function, structure)
 
     def shape_of(self, tensor: Any) -> Shape:
+        if _is_none(tensor):
+            return ()
         shape = tensor.shape
         return () if shape.rank is None else tuple(shape.as_list())
 
     def dtype_of(self, tensor: Any) -> str:
-        return tensor.dtype.name
+        return "none" if _is_none(tensor) else tensor.dtype.name
 
     # -- models ----------------------------------------------------------------------------
 
@@ -290,6 +292,11 @@ class TfKeras(KerasAdapter):
 def _record(node: Any) -> Record:
     outputs = tuple(tf.nest.flatten(node.outputs))
     return Record(node.layer, node.call_args, node.call_kwargs, tuple(node.keras_inputs), outputs)
+
+
+def _is_none(tensor: Any) -> bool:
+    """Whether a Keras tensor stands for a None that a layer returns."""
+    return isinstance(getattr(tensor, "type_spec", None), tf.NoneTensorSpec)
 
 
 def _variables(things: list[Any]) -> list[Any]:
