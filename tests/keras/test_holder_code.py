@@ -10,7 +10,9 @@ import tf_keras
 
 import mbn_rewrite as mbn
 from tests.support.holders import (
+    assert_same,
     blocked,
+    folded,
     holders,
     images,
     model_with,
@@ -250,3 +252,83 @@ def test_a_pass_through_can_be_made_again(own, each_keras, rng):
     layer = adapter_of(model_with(K.Dense(1), rng=rng, shape=(3,))).pass_through(name="gone")
     again = type(layer).from_config(layer.get_config())
     assert (again.name, type(again)) == ("gone", type(layer))
+
+
+# ------------------------------------------------------------------- what code asks of its layers
+
+ASKS = {
+    "has a bias": (lambda self: 1 if self.conv.use_bias else 2, "is asked by code of"),
+    "its bias": (lambda self: 1 if self.conv.bias is not None else 2, "is asked by code of"),
+    "epsilon": (lambda self: 1 + self.norm.epsilon, "does something else where it has another"),
+    "weights": (lambda self: len(self.weights), "does something else where it has another"),
+}
+
+
+@pytest.mark.parametrize("asked", ASKS)
+def test_code_that_asks_something_of_its_layers(asked, own, rng):
+    ask, words = ASKS[asked]
+
+    class Asks(own.Holder):
+        def call(self, x, training=None):
+            return self.norm(self.conv(x)) * ask(self)
+
+    blocked(model_with(Asks(), rng=rng), words)
+
+
+@pytest.mark.parametrize("mode", ["depthwise", "strided"])
+def test_other_modes_leave_what_code_asks_about(mode, own, rng):
+    class Asks(own.Holder):
+        def call(self, x, training=None):
+            y = self.conv(x)
+            return self.norm(y) if isinstance(self.norm, K.BatchNormalization) else y * 2
+
+    model = model_with(Asks(), rng=rng)
+    assert mbn.plan(model, mode).left == 1
+    assert_same(model, mbn.convert(model, mode))
+
+
+def test_code_that_asks_for_a_size_that_is_open(own, rng):
+    class Asks(own.Holder):
+        def call(self, x, training=None):
+            y = self.conv(x)
+            return self.norm(y) if x.shape[1] is None else y * 2
+
+    model = model_with(Asks(), rng=rng, shape=(None, None, 3))
+    blocked(model, "calls something else where the sizes of its input are known")
+
+
+def test_a_class_with_a_call_of_its_own(own, rng):
+    """What Keras records is what it does besides, and the call of Keras's class."""
+
+    class Adds(own.Holder):
+        def __call__(self, x, *args, **kwargs):
+            return super().__call__(x, *args, **kwargs) + self.conv(x)
+
+    class Outer(own.Holder):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.inner = Adds()
+
+        def call(self, x, training=None):
+            return self.inner(super().call(x, training=training))
+
+    model = model_with(Adds(), Outer(), rng=rng)
+    assert_same(model, mbn.convert(model, "fold"))
+    assert not any("cannot be seen" in d.reason for d in mbn.plan(model, "fold").decisions)
+
+
+@pytest.mark.parametrize("each_keras", ["keras"], indirect=True)
+def test_seeds_of_a_holder_that_is_copied_by_its_attributes(own, rng):
+    class Draws(own.Holder):
+        def __init__(self, width, **kwargs):
+            super().__init__(**kwargs)
+            self.seeds = keras_3.random.SeedGenerator(7)
+
+        def get_config(self):
+            raise NotImplementedError
+
+    model = model_with(Draws(4), rng=rng)
+    model.layers[1].seeds.next()
+    new = folded(model)
+    assert new.layers[1].seeds.state is not model.layers[1].seeds.state
+    assert np.array_equal(new.layers[1].seeds.next(), model.layers[1].seeds.next())

@@ -117,7 +117,7 @@ def objects_left_alone(layer: Any) -> Iterator[None]:
     A copy of a layer shares them with it.
     """
     kept = _Kept()
-    for part in parts(layer):
+    for part in parts(layer) if hasattr(layer, "_flatten_layers") else ():  # functions have none
         for value in vars(part).values():
             if _is_users(value):
                 kept.keep(value)
