@@ -151,7 +151,10 @@ class _Reader(CodeReader, TimeStepReader):
         layer = record.layer
         training = training_of(record, training, self.keras)
         if self.keras.is_visible(layer) and self._fits(record, sources):
-            return self.read_calls(layer, self._path(layer, prefix), training, sources)
+            path = self.owners.get(id(layer), self._path(layer, prefix))
+            if caller:  # there is no other part of it to be read
+                self.owners[id(layer)] = path
+            return self.read_calls(layer, path, training, sources)
         # A function that code calls is part of the code, and not copied.
         if id(layer) not in self.owners and (
             not caller or isinstance(layer, self.keras.layers.Layer)
