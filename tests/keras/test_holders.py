@@ -17,6 +17,7 @@ from tests.support.holders import (
     state_of,
 )
 from tests.support.kerases import K, Model
+from tests.support.random_holders import check_holders, pair
 from tests.support.random_models import randomise
 
 pytestmark = pytest.mark.slow
@@ -143,77 +144,43 @@ def test_converting_what_was_converted(own, rng):
 # ---------------------------------------------------------- decisions equal those in sight
 
 
-def layers_of(rng, depth=0):
-    """A random network, as a list of layers, and of lists for what runs beside the value itself."""
-    steps = []
-    for _ in range(int(rng.integers(2, 5))):
-        kind = rng.choice(["conv", "norm", "relu", "pool", "beside"] if depth < 2 else ["conv"])
-        if kind == "conv":
-            size = int(rng.choice([1, 3]))
-            steps.append(K.Conv2D(4, size, padding="same", use_bias=bool(rng.integers(2))))
-        elif kind == "norm":
-            steps += [K.Conv2D(4, 1), K.BatchNormalization()]
-        elif kind == "relu":
-            steps += [K.BatchNormalization(), K.ReLU()]
-        elif kind == "pool":
-            steps.append(K.AveragePooling2D(2, 1, padding="valid"))
-            steps.append(K.ZeroPadding2D(((1, 0), (0, 1))))
-        else:
-            steps.append([*layers_of(rng, depth + 1), K.BatchNormalization(), K.Add()])
-    return steps
-
-
-def run(steps, x):
-    for step in steps:
-        if isinstance(step, list):
-            *inner, add = step
-            x = add([x, run(inner, x)])
-        else:
-            x = step(x)
-    return x
-
-
-def wrapped(steps, rng, base):
-    """The same with parts of it in holders, which may lie in holders."""
-
-    class Part(base):
-        def __init__(self, steps, **kwargs):
-            super().__init__(**kwargs)
-            self.steps = steps
-
-        def call(self, x):
-            return run(self.steps, x)
-
-    found = [[*wrapped(s[:-1], rng, base), s[-1]] if isinstance(s, list) else s for s in steps]
-    start = int(rng.integers(0, len(found)))
-    stop = int(rng.integers(start + 1, len(found) + 1))
-    return [*found[:start], Part(found[start:stop]), *found[stop:]]
-
-
 @pytest.mark.parametrize("seed", range(12))
 def test_decisions_are_those_of_the_network_without_holders(seed, each_keras):
-    models = []
-    for wrap in (False, True):
-        each_keras.backend.clear_session()  # so that layers have the same names
-        rng = np.random.default_rng(seed)
-        steps = [K.Conv2D(4, 1), *layers_of(rng)]
-        if wrap:
-            steps = wrapped(steps, rng, each_keras.layers.Layer)
-        x = K.Input((8, 8, 3))
-        models.append(Model(x, K.Dense(2)(run(steps, x))))
-    plain, held = models
-    randomise(plain, np.random.default_rng(seed))
-    layers = {layer.name: layer for layer in parts(plain)}
-    for layer in parts(held):
-        if layer.weights and not list(layer._flatten_layers(include_self=False)):
-            layer.set_weights(layers[layer.name].get_weights())
-    assert_same(plain, held)
-    decided = [
-        sorted((d.name.rpartition("/")[2], d.action) for d in mbn.plan(model, "fold").decisions)
-        for model in models
-    ]
-    assert decided[0] == decided[1]
-    assert_same(held, mbn.convert(held, "fold"))
+    check_holders(seed, each_keras)
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+def test_decisions_are_those_of_a_saved_model_of_it(seed, each_keras, tmp_path):
+    _, held = pair(seed, each_keras)
+    held.export(tmp_path / "model")
+    report = mbn.rewrite_saved_model(tmp_path / "model", tmp_path / "out", "fold")
+    actions = [sorted(d.action for d in p.decisions) for p in (report.plan, mbn.plan(held, "fold"))]
+    assert actions[0] == actions[1]
+
+
+@pytest.mark.parametrize("in_code", [False, True], ids=["in sight", "in code"])
+def test_what_is_applied_at_every_time_step(in_code, own, each_keras, rng):
+    class Step(own.Holder):
+        def build(self, shape):
+            self.conv.build(shape)
+            self.norm.build((*shape[:-1], 4))
+            super().build(shape)
+
+        def compute_output_shape(self, shape):
+            return (*shape[:-1], 4)
+
+    class Outer(each_keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.steps = K.TimeDistributed(Step())
+
+        def call(self, x, training=None):
+            return self.steps(x)
+
+    holder = Outer() if in_code else K.TimeDistributed(Step())
+    model = model_with(holder, rng=rng, shape=(3, 8, 8, 3))
+    assert mbn.plan(model, "fold").left == 0
+    assert_same(model, mbn.convert(model, "fold"), np.stack([images()] * 3, axis=1))
 
 
 # -------------------------------------------------------------------------------------- files
@@ -271,6 +238,9 @@ CALLS = {
     "reads_double": lambda self, call, x, training: call(x * 2, training=training),
     "twice": lambda self, call, x, training: call(call(x, training=training), training=training),
     "trains": lambda self, call, x, training: call(x, training=True),
+    "asks": lambda self, call, x, training: (
+        y * 2 if hasattr(y := call(x, training=training), "dtype") else y
+    ),
     "does_nothing": lambda self, call, x, training: x,
 }
 

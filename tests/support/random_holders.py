@@ -9,6 +9,7 @@ import numpy as np
 
 import mbn_rewrite as mbn
 from mbn_rewrite.frontends.keras_common.cloning import parts
+from tests.support.holders import assert_same
 from tests.support.kerases import K, Model
 from tests.support.random_models import randomise
 
@@ -188,15 +189,20 @@ def pair(seed, keras):
     return plain, held
 
 
-def decided(plan):
-    """What a plan decides on each BatchNormalization, by the last part of its name."""
-    return sorted((d.name.rpartition("/")[2], d.action, _told(d.reason)) for d in plan.decisions)
+def check_holders(seed, keras):
+    """Checks that decisions, with their reasons, and outputs do not depend on holders."""
+    plain, held = pair(seed, keras)
+    assert_same(plain, held)
+    assert _decided(plain) == _decided(held)
+    assert_same(held, mbn.convert(held, "fold"))
+
+
+def _decided(model):
+    """What a plan decides on each BatchNormalization, by the last part of its name, and why."""
+    decisions = mbn.plan(model, "fold").decisions
+    return sorted((d.name.rpartition("/")[2], d.action, _told(d.reason)) for d in decisions)
 
 
 def _told(reason):
     """A reason without the paths of names."""
     return re.sub(r"'[^' ]*/([^'/ ]+)'", r"'\1'", reason)
-
-
-def decisions(model):
-    return decided(mbn.plan(model, "fold"))

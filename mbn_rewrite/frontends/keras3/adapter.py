@@ -110,6 +110,9 @@ class Keras3(KerasAdapter):
     def dtype_of(self, tensor: Any) -> str:
         return str(tensor.dtype)
 
+    def tensor_like(self, shape: Shape, dtype: str) -> Any:
+        return keras.KerasTensor(shape, dtype=dtype, name="traced")
+
     def may_pass_mask(self, layer: Any) -> bool:
         # Nested models are recorded without the masks that they are called with.
         return bool(getattr(layer, "supports_masking", False))

@@ -98,6 +98,10 @@ class KerasAdapter(ABC):
     def dtype_of(self, tensor: Any) -> str:
         """Name of a Keras tensor's dtype."""
 
+    @abstractmethod
+    def tensor_like(self, shape: Shape, dtype: str) -> Any:
+        """A Keras tensor, to stand for an input."""
+
     def carries_mask(self, tensor: Any) -> bool:
         """Whether a Keras tensor comes with a mask."""
         return getattr(tensor, "_keras_mask", None) is not None

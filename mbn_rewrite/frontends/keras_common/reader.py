@@ -16,7 +16,6 @@ from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Record, Several, other_arguments, training_of
 from mbn_rewrite.frontends.keras_common.cloning import check_call, check_copy, label
-from mbn_rewrite.frontends.keras_common.code_reader import CodeReader
 from mbn_rewrite.frontends.keras_common.custom_models import (
     attributes,
     leaves,
@@ -99,7 +98,7 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
 
 
 @dataclass
-class _Reader(CodeReader, TimeStepReader):
+class _Reader(TimeStepReader):
     """Reader of one model."""
 
     def read_calls(
@@ -160,8 +159,9 @@ class _Reader(CodeReader, TimeStepReader):
             not caller or isinstance(layer, self.keras.layers.Layer)
         ):
             check_copy(layer, self.keras)
-        if not caller and self._is_distributed(record, sources):
-            return self._read_distributed(record, prefix, training, sources[0])
+        of_steps = self._read_steps(record, prefix, training, sources)
+        if of_steps is not None:
+            return of_steps
         if self._is_holder(layer):
             trace = self._trace_of(record, training, sources)
             if trace is not None:

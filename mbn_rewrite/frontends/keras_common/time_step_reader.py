@@ -7,16 +7,18 @@ from typing import Any
 from mbn_rewrite.frontends.keras_common.batch_norm import is_batch_norm
 from mbn_rewrite.frontends.keras_common.calls import Record, other_arguments
 from mbn_rewrite.frontends.keras_common.cloning import label
-from mbn_rewrite.frontends.keras_common.layer_reader import LayerReader, narrowest_dtype
+from mbn_rewrite.frontends.keras_common.code_reader import CodeReader
+from mbn_rewrite.frontends.keras_common.layer_reader import narrowest_dtype
 from mbn_rewrite.frontends.keras_common.time_distributed import examples_as_steps, steps_as_examples
+from mbn_rewrite.frontends.keras_common.tracing import Trace
 from mbn_rewrite.ir.graph import BatchNorm, Node, Value
 
 
-class TimeStepReader(LayerReader):
+class TimeStepReader(CodeReader):
     """Reader of layers that apply others at every time step."""
 
     def _is_distributed(self, record: Record, sources: list[int]) -> bool:
-        """Whether a call applies a BatchNormalization, or a visible model, at every time step."""
+        """Whether a call applies something that can be read at every time step."""
         layer = record.layer
         if type(layer) is not self.keras.layers.TimeDistributed or other_arguments(
             record, self.keras
@@ -26,7 +28,7 @@ class TimeStepReader(LayerReader):
         if len(sources) != 1 or len(record.outputs) != 1 or self.with_mask & set(sources):
             return False
         if not self.keras.is_visible(inner):
-            return is_batch_norm(inner, self.keras)
+            return is_batch_norm(inner, self.keras) or self._is_holder(inner)
         shape, dtype = self.values[sources[0]].shape, self.values[sources[0]].dtype
         if len(inner.inputs) != 1 or len(inner.outputs) != 1:
             return False
@@ -34,11 +36,27 @@ class TimeStepReader(LayerReader):
         rank = len(self.keras.shape_of(tensor))
         return (rank, self.keras.dtype_of(tensor)) == (len(shape) - 1, dtype)
 
-    def _read_distributed(
-        self, record: Record, prefix: str, training: bool | None, source: int
-    ) -> list[int]:
-        """Reads what is applied at every time step, with the steps as further examples."""
-        layer, inner, (tensor,) = record.layer, record.layer.layer, record.outputs
+    def _read_steps(
+        self, record: Record, prefix: str, training: bool | None, sources: list[int]
+    ) -> list[int] | None:
+        """Reads what is applied at every time step, with the steps as further examples.
+
+        Returns:
+            The values of the results, as `_read_call` does; None where it cannot be read.
+        """
+        if not self._is_distributed(record, sources):
+            return None
+        layer, inner, (tensor,), (source,) = (
+            record.layer,
+            record.layer.layer,
+            record.outputs,
+            sources,
+        )
+        trace = None
+        if self._is_holder(inner):
+            trace = self._trace_of_step(inner, training, source)
+            if trace is None:
+                return None
         owner = self._owner(layer, prefix)
         self.traced[id(layer)] = layer, owner
         self.bindings.held.add(id(inner))
@@ -47,11 +65,25 @@ class TimeStepReader(LayerReader):
         self.values.append(Value((None, *shape[2:]), dtype))
         kind, merged = type(layer).__name__, steps_as_examples(len(shape))
         self.nodes.append(Node(owner, kind, merged, (source,), (step,), narrowest_dtype(layer)))
-        given = self._read_step(inner, owner, training, step, tensor)
+        if trace is None:
+            given = self._read_step(inner, owner, training, step, tensor)
+        else:
+            (given,) = self._read_trace(inner, trace, self._owner(inner, f"{owner}/"), [step])
         result = self._add_value(tensor)
         parted = examples_as_steps(len(self.values[result].shape))
         self.nodes.append(Node(owner, kind, parted, (given,), (result,), narrowest_dtype(layer)))
         return [result]
+
+    def _trace_of_step(self, inner: Any, training: bool | None, source: int) -> Trace | None:
+        """Trace of what a layer that calls others does with one step; None without one result."""
+        shape, dtype = self.values[source].shape, self.values[source].dtype
+        step = self.keras.tensor_like((None, *shape[2:]), dtype)
+        call = Record(inner, (step,), {}, (step,), ())
+        if training is not False:
+            self.untraced[id(inner)] = "it is called in training"
+            return None
+        trace = self._trace(call, None)
+        return trace if trace is not None and len(trace.outputs) == 1 else None
 
     def _read_step(
         self, inner: Any, holder: str, training: bool | None, step: int, tensor: Any

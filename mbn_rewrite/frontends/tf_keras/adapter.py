@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 from tf_keras.src.engine.functional import Functional, has_functional_like_constructor
+from tf_keras.src.engine.keras_tensor import KerasTensor
 from tf_keras.src.engine.sequential import Sequential
 from tf_keras.src.layers.core.tf_op_layer import (
     ClassMethod,
@@ -110,6 +111,9 @@ class TfKeras(KerasAdapter):
 
     def dtype_of(self, tensor: Any) -> str:
         return "none" if _is_none(tensor) else tensor.dtype.name
+
+    def tensor_like(self, shape: Shape, dtype: str) -> Any:
+        return KerasTensor(tf.TensorSpec(shape, dtype))
 
     # -- models ----------------------------------------------------------------------------
 
