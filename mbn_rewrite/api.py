@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from mbn_rewrite.errors import UnverifiedWarning
+from mbn_rewrite.errors import UnverifiedWarning, VerificationError
 from mbn_rewrite.frontends.in_memory import ModelInMemory
 from mbn_rewrite.frontends.registry import front_end_of
 from mbn_rewrite.options import Mode, Options, checked_options
@@ -32,7 +32,9 @@ def convert(
 
     What it gives was compared with the original: both were called once, on a few made-up
     examples, at inference. Where that cannot be done (no inputs can be made up, the original
-    draws random numbers) there is a warning, an `errors.UnverifiedWarning`.
+    draws random numbers) there is a warning, an `errors.UnverifiedWarning`. Where code of the
+    model's layers calls others, and what came of it was not right, layers that code calls are left
+    as they are; their reasons say so.
 
     Args:
         model: a built model of tf_keras or Keras 3. It is not changed.
@@ -152,11 +154,25 @@ def convert_with_plan(
 def _converted(model: Any, options: Options) -> tuple[Any, Plan]:
     opened = ModelInMemory(front_end_of(model), model)
     made = plan_for(opened, options)
-    new = opened.write(made)
-    if options.check:
-        options.progress("comparing with the original")
-        made = checked(opened.front_end, model, new, made, options.inputs)
+    try:
+        new, made = _written(opened, made, options)
+    except VerificationError:
+        # Code of the user's may do something else with other layers than a trace of it shows.
+        opened, failed = ModelInMemory(opened.front_end, model, leaves_code=True), made
+        made = plan_for(opened, options)
+        if set(made.actions) == set(failed.actions):
+            raise
+        new, made = _written(opened, made, options)
     if made.unverified:
         said = f"the rewritten model was not verified: {made.unverified}"
         warnings.warn(said, UnverifiedWarning, stacklevel=3)  # at the caller of `convert`
+    return new, made
+
+
+def _written(opened: ModelInMemory, made: Plan, options: Options) -> tuple[Any, Plan]:
+    """A rewritten model, compared with the original if options say so, and its plan."""
+    new = opened.write(made)
+    if options.check:
+        options.progress("comparing with the original")
+        made = checked(opened.front_end, opened.model, new, made, options.inputs)
     return new, made

@@ -55,6 +55,7 @@ class Obstacle(Enum):
     SEVERAL_AXES = (Change.SAMPLE, "it normalises over several axes {}")
     CALLED_UNSEEN = (Change.SAMPLE, "{} calls it in a function that it hands to another")
     ASKED = (Change.SAMPLE, "code of {} does something else where it has another layer")
+    TRIED = (Change.SAMPLE, "{} gave something else when it had other layers")
     OUT_OF_REACH = (
         Change.SAMPLE,
         "{} holds it where it cannot be exchanged; held in an attribute of its own, or in a list, "

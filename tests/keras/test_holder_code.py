@@ -332,3 +332,22 @@ def test_seeds_of_a_holder_that_is_copied_by_its_attributes(own, rng):
     new = folded(model)
     assert new.layers[1].seeds.state is not model.layers[1].seeds.state
     assert np.array_equal(new.layers[1].seeds.next(), model.layers[1].seeds.next())
+
+
+@pytest.mark.parametrize("mode", ["fold", "depthwise"])
+def test_what_is_found_not_to_be_right_is_left_as_it_is(mode, own, each_keras, rng):
+    """Code that is not traced as it runs."""
+
+    class Lies(own.Holder):
+        def call(self, x, training=None):
+            y = self.norm(self.conv(x), training=training)
+            is_other = not isinstance(self.norm, K.BatchNormalization)
+            return y * 2.0 if is_other and type(x).__name__ != "KerasTensor" else y
+
+    model = model_with(K.Conv2D(3, 1), K.BatchNormalization(), Lies(name="lies"), rng=rng)
+    new, plan = mbn.convert_with_plan(model, mode)
+    assert_same(model, new)
+    last = plan.decisions[-1]
+    assert (last.name, last.action) == ("lies/norm", "kept")
+    assert last.reason == "Lies 'lies' gave something else when it had other layers."
+    assert plan.verification.ok

@@ -77,6 +77,8 @@ class CodeReader(LayerReader):
         return None
 
     def _trace(self, record: Record, outputs: tuple[Any, ...] | None) -> Trace | None:
+        if self.leaves_code:
+            return None
         try:
             return trace(record, self.keras, outputs)
         except NotTraceable as why:
@@ -107,7 +109,10 @@ class CodeReader(LayerReader):
         layer = record.layer
         is_layer = isinstance(layer, self.keras.layers.Layer)
         is_function = not is_layer or self.keras.assigns_its_own_call(layer)
-        if is_function and any(map(_is_tensor, other_arguments(record, self.keras))):
+        arguments = other_arguments(record, self.keras) if is_function else ()
+        if any(map(self.keras.is_variable, arguments)):
+            return Opaque("computes with a weight that code gives it")
+        if any(map(_is_tensor, arguments)):
             return Opaque("computes with what its code makes anew in every call")
         if not isinstance(op, Clip) or not is_function:
             return op

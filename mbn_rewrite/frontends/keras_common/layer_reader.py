@@ -31,6 +31,7 @@ class LayerReader(ABC):
 
     Attributes:
         keras: the adapter of the model's Keras.
+        leaves_code: whether what code calls is to stay as it is.
         values: the values of the graph.
         nodes: its nodes.
         outputs: values that have to stay what they are.
@@ -46,6 +47,7 @@ class LayerReader(ABC):
     """
 
     keras: KerasAdapter
+    leaves_code: bool = False
     values: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     outputs: set[int] = field(default_factory=set)
@@ -161,6 +163,8 @@ class LayerReader(ABC):
                 continue
             if is_batch_norm(layer, self.keras):
                 op = batch_norm(layer, training, self.keras)
+                if self.leaves_code and not is_visible and not op.reason:
+                    op = BatchNorm(None, Reason(Obstacle.TRIED, who))
                 self._add_hidden(layer, prefix, who, op, self.untraced.get(id(parent), ""))
             elif self.keras.is_visible(layer):
                 path = self._path(layer, prefix)

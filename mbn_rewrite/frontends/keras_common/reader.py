@@ -56,9 +56,15 @@ class Reading:
         return self.graph.values[node.inputs[0]].shape
 
 
-def read(model: Any, keras: KerasAdapter) -> Reading:
-    """Reads a built model of a Keras."""
-    reader = _Reader(keras)
+def read(model: Any, keras: KerasAdapter, leaves_code: bool = False) -> Reading:
+    """Reads a built model of a Keras.
+
+    Args:
+        model: the model.
+        keras: the adapter of its Keras.
+        leaves_code: whether what code calls is to stay as it is, and is not traced.
+    """
+    reader = _Reader(keras, leaves_code)
     if keras.is_visible(model):
         reader.owners[id(model)] = ""
         reader.outputs.update(reader.read_calls(model, "", training=False))
