@@ -12,7 +12,7 @@ from keras.src.backend.common import global_state
 
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import stock_call
-from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, in_order, set_method
+from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace, in_order, set_method
 
 
 class _Caller(keras.layers.Layer):

@@ -12,7 +12,7 @@ from mbn_rewrite.ir.graph import Op, Shape
 from mbn_rewrite.ir.reasons import Reason
 
 if TYPE_CHECKING:  # which imports this module
-    from mbn_rewrite.frontends.keras_common.tracing import Trace
+    from mbn_rewrite.frontends.keras_common.probing import Trace
 
 
 class KerasAdapter(ABC):

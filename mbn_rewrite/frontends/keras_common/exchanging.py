@@ -16,8 +16,8 @@ import numpy as np
 from mbn_rewrite.frontends.keras_common.batch_norm import is_batch_norm
 from mbn_rewrite.frontends.keras_common.calls import Record, other_arguments
 from mbn_rewrite.frontends.keras_common.cloning import parts
+from mbn_rewrite.frontends.keras_common.probing import Trace, probe_of
 from mbn_rewrite.frontends.keras_common.sublayers import layers_of, put, sublayers
-from mbn_rewrite.frontends.keras_common.tracing import Trace, probe_of
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter

@@ -9,8 +9,8 @@ from mbn_rewrite.frontends.keras_common.calls import Record, other_arguments
 from mbn_rewrite.frontends.keras_common.cloning import label
 from mbn_rewrite.frontends.keras_common.code_reader import CodeReader
 from mbn_rewrite.frontends.keras_common.layer_reader import narrowest_dtype
+from mbn_rewrite.frontends.keras_common.probing import Trace
 from mbn_rewrite.frontends.keras_common.time_distributed import examples_as_steps, steps_as_examples
-from mbn_rewrite.frontends.keras_common.tracing import Trace
 from mbn_rewrite.ir.graph import BatchNorm, Node, Value
 
 

@@ -8,72 +8,21 @@ Neither the layer nor anything in it is changed; see `watching`.
 
 from __future__ import annotations
 
-import types
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mbn_rewrite.errors import cause_of
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, parts
+from mbn_rewrite.frontends.keras_common.exchanging import with_others
+from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace, probe_of
 from mbn_rewrite.frontends.keras_common.references import referred_to
 from mbn_rewrite.frontends.keras_common.sublayers import sublayers
 from mbn_rewrite.frontends.keras_common.watching import NeverCalled, Watch, watched
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-
-
-class NotTraceable(Exception):  # noqa: N818 - what a layer is, not what went wrong
-    """A layer's calls cannot be traced; the message says why, as a clause."""
-
-
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """What a layer calls.
-
-    Attributes:
-        inputs: Keras tensors that stand for those it was called with, as `Record.inputs` has them.
-        records: its calls, each after those on which it depends; those that nothing depends on are
-            left out.
-        outputs: what it returns, flattened.
-        reads: ids of variables that are read by code of other layers than theirs, so that they
-            cannot be changed.
-        unseen: ids of layers that its code calls where no record tells of it, or has from elsewhere
-            than the attributes in which another layer could be.
-        asked: ids of layers in whose place code would not do the same with others.
-    """
-
-    inputs: tuple[Any, ...]
-    records: tuple[Record, ...]
-    outputs: tuple[Any, ...]
-    reads: frozenset[int]
-    unseen: frozenset[int] = frozenset()
-    asked: frozenset[int] = frozenset()
-
-
-def probe_of(layer: Any) -> Any:
-    """An object of a layer's class that has its attributes.
-
-    Lists, dictionaries and sets of attributes are its own. It takes no losses and metrics.
-    """
-    probe: Any = object.__new__(type(layer))
-    for name, value in vars(layer).items():
-        own = next((each for each in (list, dict, set) if isinstance(value, each)), None)
-        vars(probe)[name] = own(value) if own else value
-    for method in ("add_loss", "add_metric"):
-        vars(probe)[method] = _does_nothing
-    return probe
-
-
-def _does_nothing(*_: Any, **__: Any) -> None:
-    """Takes the place of a method that changes the layer."""
-
-
-def set_method(probe: Any, name: str, method: Callable[..., Any]) -> None:
-    """Gives one object a method."""
-    vars(probe)[name] = types.MethodType(method, probe)
 
 
 def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) -> Trace:
@@ -87,8 +36,6 @@ def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) 
     Raises:
         NotTraceable: its code cannot be run on Keras tensors, or does something else on them.
     """
-    from mbn_rewrite.frontends.keras_common.exchanging import with_others
-
     try:
         with watched(record.layer, keras) as watch:
             probe = probe_of(record.layer)
@@ -170,31 +117,3 @@ def _with_what_is_noted(found: Trace, probe: Any, watch: Watch, keras: KerasAdap
     keys -= {key for layer in by_method for key in keys_of(layer)}
     reads = {variable for variable, key in variables if key in keys}
     return replace(found, reads=found.reads | reads, unseen=frozenset(unseen))
-
-
-def in_order(
-    outputs: list[Any], inputs: list[Any], record_of: Callable[[Any], Record]
-) -> list[Record]:
-    """The calls on which Keras tensors depend, each after those on which it depends itself.
-
-    Args:
-        outputs: the Keras tensors.
-        inputs: Keras tensors at which to stop.
-        record_of: the call that gave a Keras tensor.
-    """
-    known = set(map(id, inputs))
-    records: list[Record] = []
-    pending = [(tensor, False) for tensor in reversed(outputs)]
-    while pending:
-        tensor, visited = pending.pop()
-        if id(tensor) in known:
-            continue
-        record = record_of(tensor)
-        missing = [t for t in record.inputs if id(t) not in known]
-        if missing and not visited:
-            pending.append((tensor, True))
-            pending += [(t, False) for t in reversed(missing)]
-            continue
-        records.append(record)
-        known.update(map(id, record.outputs))
-    return records

@@ -27,7 +27,7 @@ from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Call, Record, Several
 from mbn_rewrite.frontends.keras_common.cloning import share_config_objects
 from mbn_rewrite.frontends.keras_common.op_table import layer_table
-from mbn_rewrite.frontends.keras_common.tracing import Trace
+from mbn_rewrite.frontends.keras_common.probing import Trace
 from mbn_rewrite.frontends.tf_keras import tracing
 from mbn_rewrite.frontends.tf_keras.functions import describe
 from mbn_rewrite.frontends.tf_keras.inference_layers import (

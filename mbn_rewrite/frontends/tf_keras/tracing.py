@@ -15,7 +15,7 @@ from tf_keras.src.engine.keras_tensor import KerasTensor
 
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import stock_call
-from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, in_order, set_method
+from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace, in_order, set_method
 
 
 def traced(
