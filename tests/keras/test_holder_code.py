@@ -297,6 +297,18 @@ def test_code_that_asks_for_a_size_that_is_open(own, rng):
     blocked(model, "calls something else where the sizes of its input are known")
 
 
+@pytest.mark.parametrize("each_keras", ["tf_keras"], indirect=True)
+def test_code_that_computes_with_sizes_that_are_open(own, rng):
+    class Flattens(own.Holder):
+        def call(self, x, training=None):
+            y = self.norm(self.conv(x))
+            rows = tf.shape(x)[1] if x.shape[1] is None else x.shape[1]
+            return tf.reshape(y, (-1, rows * 1, 4))
+
+    model = model_with(Flattens(), K.Dense(2), rng=rng, shape=(None, None, 3))
+    assert mbn.plan(model, "fold").left == 0
+
+
 def test_a_class_with_a_call_of_its_own(own, rng):
     """What Keras records is what it does besides, and the call of Keras's class."""
 

@@ -79,11 +79,17 @@ def _check_sizes(record: Record, found: Trace, keras: KerasAdapter) -> None:
     except Exception:  # code may not take this size
         return
     own = {id(part) for part in parts(record.layer)}
-    layers, others = (
-        [id(each.layer) if id(each.layer) in own else type(each.layer) for each in records]
-        for records in (found.records, again.records)
-    )
-    if layers != others:
+
+    def calls_of(found: Trace) -> list[Any]:
+        return [
+            id(each.layer)
+            if id(each.layer) in own
+            else (type(each.layer), getattr(each.layer, "symbol", ""))
+            for each in found.records
+            if not all(keras.dtype_of(t).startswith("int") for t in each.outputs)  # sizes
+        ]
+
+    if calls_of(found) != calls_of(again):
         raise NotTraceable("its code calls something else where the sizes of its input are known")
 
 
