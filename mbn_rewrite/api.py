@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mbn_rewrite.errors import UnverifiedWarning
+from mbn_rewrite.errors import UnverifiedWarning, VerificationError
 from mbn_rewrite.frontends.in_memory import ModelInMemory
 from mbn_rewrite.frontends.registry import front_end_of
 from mbn_rewrite.latency import FIGURE_SECONDS, figure, in_memory
@@ -38,7 +38,9 @@ def convert(
 
     What it gives was compared with the original: both were called once, on a few made-up
     examples, at inference. Where that cannot be done (no inputs can be made up, the original
-    draws random numbers) there is a warning, an `errors.UnverifiedWarning`.
+    draws random numbers) there is a warning, an `errors.UnverifiedWarning`. Where code of the
+    model's layers calls others, and what came of it was not right, layers that code calls are left
+    as they are; their reasons say so.
 
     Args:
         model: a built model of tf_keras or Keras 3. It is not changed.
@@ -174,15 +176,29 @@ def convert_with_plan(
 def _converted(model: Any, options: Options) -> tuple[Any, Plan]:
     opened = ModelInMemory(front_end_of(model), model)
     made = plan_for(opened, options)
-    new = opened.write(made)
-    if options.check:
-        options.progress("comparing with the original")
-        made = checked(opened.front_end, model, new, made, options.inputs)
+    try:
+        new, made = _written(opened, made, options)
+    except VerificationError:
+        # Code of the user's may do something else with other layers than a trace of it shows.
+        opened, failed = ModelInMemory(opened.front_end, model, leaves_code=True), made
+        made = plan_for(opened, options)
+        if set(made.actions) == set(failed.actions):
+            raise
+        new, made = _written(opened, made, options)
     if options.measure:
         made = replace(made, speed=_speed(model, new, made, options))
     if made.unverified:
         said = f"the rewritten model was not verified: {made.unverified}"
         warnings.warn(said, UnverifiedWarning, stacklevel=3)  # at the caller of `convert`
+    return new, made
+
+
+def _written(opened: ModelInMemory, made: Plan, options: Options) -> tuple[Any, Plan]:
+    """A rewritten model, compared with the original if options say so, and its plan."""
+    new = opened.write(made)
+    if options.check:
+        options.progress("comparing with the original")
+        made = checked(opened.front_end, opened.model, new, made, options.inputs)
     return new, made
 
 

@@ -6,7 +6,8 @@
 Prints the seed that it starts from. A failure prints the seed of its model and how to
 repeat it, and is counted; the fuzzer goes on. Exit code 1 if anything failed.
 
-Targets: "models" rewrites random models; "kills" ends the command-line tool by signals at
+Targets: "models" rewrites random models; "holders" checks that wrapping random models into layers
+that call others changes no decision; "kills" ends the command-line tool by signals at
 random moments, and checks what it says and what it leaves; "files" rewrites damaged model files,
 each of which must be refused or written. Those that make TensorFlow or HDF5 crash or hang are
 said and not counted: the tool has a process for them.
@@ -20,7 +21,7 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # tests/keras is not Keras
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from collections.abc import Callable
@@ -34,7 +35,7 @@ flags.DEFINE_float("seconds", float("inf"), "How long to go on; by default until
 flags.DEFINE_integer("seed", None, "The seed of the first model; by default from the clock.")
 flags.DEFINE_enum("keras", "tf_keras", ["tf_keras", "keras"], "The Keras of the models.")
 flags.DEFINE_integer("models", 0, "Stop after so many models, kills or files; 0 for no limit.")
-flags.DEFINE_enum("target", "models", ["models", "kills", "files"], "What to try.")
+flags.DEFINE_enum("target", "models", ["models", "holders", "kills", "files"], "What to try.")
 
 
 def _of_models() -> Callable[[int], None]:
@@ -47,6 +48,20 @@ def _of_models() -> Callable[[int], None]:
             kerases.use(FLAGS.keras)
             case = random_model(seed)
             check_rewrites(case.model, case.inputs, ("fold", "depthwise"), case.needs_xla)
+        finally:
+            kerases.clear()
+
+    return check
+
+
+def _of_holders() -> Callable[[int], None]:
+    from tests.support import kerases
+    from tests.support.random_holders import check_holders
+
+    def check(seed: int) -> None:
+        try:
+            kerases.use(FLAGS.keras)
+            check_holders(seed, kerases.package())
         finally:
             kerases.clear()
 
@@ -67,7 +82,13 @@ def _of_files() -> Callable[[int], None]:
 
 def main(_: list[str]) -> int:
     import_tensorflow()
-    check = {"models": _of_models, "kills": _of_kills, "files": _of_files}[FLAGS.target]()
+    checks = {
+        "models": _of_models,
+        "holders": _of_holders,
+        "kills": _of_kills,
+        "files": _of_files,
+    }
+    check = checks[FLAGS.target]()
     start = time.monotonic()
     first = FLAGS.seed if FLAGS.seed is not None else int(time.time())
     seed, failed = first, []

@@ -22,12 +22,13 @@ class ModelInMemory:
     Args:
         front_end: the front end for the model.
         model: the model, which is not changed.
+        leaves_code: whether what code of its layers calls stays as it is.
     """
 
-    def __init__(self, front_end: FrontEnd, model: Any) -> None:
+    def __init__(self, front_end: FrontEnd, model: Any, leaves_code: bool = False) -> None:
         self.front_end = front_end
         self.model = model
-        self._reading = front_end.read(model)
+        self._reading = front_end.read(model, leaves_code)
         self._written: list[tuple[Plan, Any]] = []
         self._inputs: Any = None
 

@@ -61,8 +61,8 @@ class OpenModel(Reading, Protocol):
 class FrontEnd(Protocol):
     """Front end for models of one Keras in memory."""
 
-    def read(self, model: Any) -> Any:
-        """A `Reading` of a model."""
+    def read(self, model: Any, leaves_code: bool = False) -> Any:
+        """A `Reading` of a model, in which what code calls may have to stay as it is."""
 
     def write(self, model: Any, reading: Any, plan: Plan) -> Any:
         """A copy of the model with the plan carried out."""

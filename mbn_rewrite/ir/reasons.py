@@ -60,6 +60,9 @@ class Obstacle(Enum):
         "they were trained for. Fold the model as it was before, then quantise what that gives "
         "(quantize_model)",
     )
+    CALLED_UNSEEN = (Change.SAMPLE, "{} calls it in a function that it hands to another")
+    ASKED = (Change.SAMPLE, "code of {} does something else where it has another layer")
+    TRIED = (Change.SAMPLE, "{} gave something else when it had other layers")
     OUT_OF_REACH = (
         Change.SAMPLE,
         "{} holds it where it cannot be exchanged; held in an attribute of its own, or in a list, "

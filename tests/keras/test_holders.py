@@ -1,9 +1,5 @@
 """Layers and models that call others in Python code: what they call is read, and edited there."""
 
-import functools
-from types import SimpleNamespace
-
-import keras as keras_3
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,12 +8,19 @@ import tf_keras
 import mbn_rewrite as mbn
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.keras_common.cloning import parts
-from tests.support.kerases import K, Model, adapter_of, norms
+from tests.support.holders import (
+    assert_same,
+    folded,
+    holders,
+    images,
+    model_with,
+    state_of,
+)
+from tests.support.kerases import K, Model
+from tests.support.random_holders import check_holders, pair
 from tests.support.random_models import randomise
 
 pytestmark = pytest.mark.slow
-
-PACKAGES = {"tf_keras": tf_keras, "keras": keras_3}
 
 
 @pytest.fixture
@@ -25,108 +28,9 @@ def rng():
     return np.random.default_rng(11)
 
 
-def images(rng=None, channels=3):
-    rng = rng or np.random.default_rng(5)
-    return rng.standard_normal((2, 8, 8, channels)).astype(np.float32)
-
-
-def assert_same(model, new, data=None):
-    data = images() if data is None else data
-    expected, given = (np.asarray(each(data, training=False)) for each in (model, new))
-    assert np.abs(expected).max() > 1e-3
-    np.testing.assert_allclose(given, expected, atol=1e-4 * np.abs(expected).max())
-
-
-def folded(model, left=0):
-    """A model converted in mode fold, once that is checked."""
-    plan = mbn.plan(model, "fold")
-    assert plan.left == left, [d for d in plan.decisions if d.action == "kept"]
-    new = mbn.convert(model, "fold")
-    assert_same(model, new)
-    assert len(norms(new)) == left
-    return new
-
-
-@functools.cache
-def holders(name):
-    """Holders of layers, of one Keras."""
-    layers = PACKAGES[name].layers
-    relu = tf.nn.relu if name == "tf_keras" else keras_3.ops.relu
-
-    class Holder(layers.Layer):
-        """What a test is about is in its `call`; it has a convolution, and a BatchNormalization."""
-
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.conv = layers.Conv2D(4, 3, padding="same", use_bias=False, name="conv")
-            self.norm = layers.BatchNormalization(name="norm")
-
-        def call(self, x, training=None):
-            return relu(self.norm(self.conv(x), training=training))
-
-    class Nested(layers.Layer):
-        """Layers in lists, tuples and dictionaries, and holders within."""
-
-        def __init__(self, depth=2, **kwargs):
-            super().__init__(**kwargs)
-            self.depth = depth
-            self.listed = [Holder(name=f"block_{i}") for i in range(depth)]
-            self.named = {"last": (layers.Conv2D(4, 1), layers.BatchNormalization())}
-            self.model = PACKAGES[name].Sequential(
-                [layers.Conv2D(4, 3), layers.BatchNormalization(), layers.ReLU()]
-            )
-
-        def call(self, x):
-            for block in self.listed:
-                x = block(x)
-            conv, norm = self.named["last"]
-            return self.model(norm(conv(x)) + x)
-
-        def get_config(self):
-            return {**super().get_config(), "depth": self.depth}
-
-    class Built(Holder):
-        """Its layers are made when it is built."""
-
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.later = None
-
-        def build(self, shape):
-            self.later = layers.Conv2D(3, 1)
-            super().build(shape)
-
-        def call(self, x, training=None):
-            return self.later(super().call(x, training=training))
-
-    class Subclassed(PACKAGES[name].Model):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.body = Nested()
-            self.pool = layers.GlobalAveragePooling2D()
-            self.head = layers.Dense(3)
-
-        def call(self, x, training=None):
-            return self.head(self.pool(self.body(x)))
-
-    return SimpleNamespace(
-        Holder=Holder, Nested=Nested, Built=Built, Subclassed=Subclassed, relu=relu
-    )
-
-
 @pytest.fixture
 def own(each_keras):
     return holders(each_keras.__name__)
-
-
-def model_with(*layers, rng, shape=(8, 8, 3)):
-    """A model of layers, one after the other, with random weights."""
-    x = y = K.Input(shape)
-    for layer in layers:
-        y = layer(y)
-    model = Model(x, y)
-    randomise(model, rng)
-    return model
 
 
 # -------------------------------------------------------------------------- reading and writing
@@ -240,328 +144,43 @@ def test_converting_what_was_converted(own, rng):
 # ---------------------------------------------------------- decisions equal those in sight
 
 
-def layers_of(rng, depth=0):
-    """A random network, as a list of layers, and of lists for what runs beside the value itself."""
-    steps = []
-    for _ in range(int(rng.integers(2, 5))):
-        kind = rng.choice(["conv", "norm", "relu", "pool", "beside"] if depth < 2 else ["conv"])
-        if kind == "conv":
-            size = int(rng.choice([1, 3]))
-            steps.append(K.Conv2D(4, size, padding="same", use_bias=bool(rng.integers(2))))
-        elif kind == "norm":
-            steps += [K.Conv2D(4, 1), K.BatchNormalization()]
-        elif kind == "relu":
-            steps += [K.BatchNormalization(), K.ReLU()]
-        elif kind == "pool":
-            steps.append(K.AveragePooling2D(2, 1, padding="valid"))
-            steps.append(K.ZeroPadding2D(((1, 0), (0, 1))))
-        else:
-            steps.append([*layers_of(rng, depth + 1), K.BatchNormalization(), K.Add()])
-    return steps
-
-
-def run(steps, x):
-    for step in steps:
-        if isinstance(step, list):
-            *inner, add = step
-            x = add([x, run(inner, x)])
-        else:
-            x = step(x)
-    return x
-
-
-def wrapped(steps, rng, base):
-    """The same with parts of it in holders, which may lie in holders."""
-
-    class Part(base):
-        def __init__(self, steps, **kwargs):
-            super().__init__(**kwargs)
-            self.steps = steps
-
-        def call(self, x):
-            return run(self.steps, x)
-
-    found = [[*wrapped(s[:-1], rng, base), s[-1]] if isinstance(s, list) else s for s in steps]
-    start = int(rng.integers(0, len(found)))
-    stop = int(rng.integers(start + 1, len(found) + 1))
-    return [*found[:start], Part(found[start:stop]), *found[stop:]]
-
-
 @pytest.mark.parametrize("seed", range(12))
 def test_decisions_are_those_of_the_network_without_holders(seed, each_keras):
-    models = []
-    for wrap in (False, True):
-        each_keras.backend.clear_session()  # so that layers have the same names
-        rng = np.random.default_rng(seed)
-        steps = [K.Conv2D(4, 1), *layers_of(rng)]
-        if wrap:
-            steps = wrapped(steps, rng, each_keras.layers.Layer)
-        x = K.Input((8, 8, 3))
-        models.append(Model(x, K.Dense(2)(run(steps, x))))
-    plain, held = models
-    randomise(plain, np.random.default_rng(seed))
-    layers = {layer.name: layer for layer in parts(plain)}
-    for layer in parts(held):
-        if layer.weights and not list(layer._flatten_layers(include_self=False)):
-            layer.set_weights(layers[layer.name].get_weights())
-    assert_same(plain, held)
-    decided = [
-        sorted((d.name.rpartition("/")[2], d.action) for d in mbn.plan(model, "fold").decisions)
-        for model in models
-    ]
-    assert decided[0] == decided[1]
-    assert_same(held, mbn.convert(held, "fold"))
+    check_holders(seed, each_keras)
 
 
-# ---------------------------------------------------------------------- what code may do besides
+@pytest.mark.parametrize("seed", [3, 5])
+def test_decisions_are_those_of_a_saved_model_of_it(seed, each_keras, tmp_path):
+    _, held = pair(seed, each_keras)
+    held.export(tmp_path / "model")
+    report = mbn.rewrite_saved_model(tmp_path / "model", tmp_path / "out", "fold")
+    actions = [sorted(d.action for d in p.decisions) for p in (report.plan, mbn.plan(held, "fold"))]
+    assert actions[0] == actions[1]
 
 
-def blocked(model, words, left=1):
-    """The reason of what stays in a model that is converted all the same."""
-    plan = mbn.plan(model, "fold")
-    reasons = [d.reason for d in plan.decisions if d.action == "kept"]
-    assert len(reasons) == left
-    assert all(words in reason for reason in reasons), reasons
-    assert_same(model, mbn.convert(model, "fold"))
-    return reasons
-
-
-def test_code_that_refuses_keras_tensors(own, rng):
-    class Odd(own.Holder):
-        def call(self, x, training=None):
-            if type(x).__name__ == "KerasTensor":
-                raise ValueError("only values\nare taken")
-            return self.norm(x)
-
-    (reason,) = blocked(
-        model_with(K.Conv2D(4, 1), Odd(name="odd"), rng=rng), "calls cannot be seen"
-    )
-    assert reason == (
-        "Odd 'odd' holds it, and its calls cannot be seen: its code fails on Keras tensors "
-        "(only values are taken)."
-    )
-
-
-@pytest.mark.parametrize("each_keras", ["tf_keras"], indirect=True)
-def test_code_that_decides_by_values(own, rng):
-    class Odd(own.Holder):
-        def call(self, x, training=None):
-            if tf.reduce_sum(x) > 0:
-                return self.norm(x)
-            return self.norm(-x)
-
-    blocked(model_with(K.Conv2D(4, 1), Odd(), rng=rng), "its code fails on Keras tensors (")
-
-
-def test_code_that_gives_something_else_when_it_is_traced(own, rng):
-    class Odd(own.Holder):
-        def call(self, x, training=None):
-            if type(x).__name__ == "KerasTensor":
-                return np.ones((2, 8, 8, 4), np.float32)
-            return self.norm(x)
-
-    model = model_with(K.Conv2D(4, 1), Odd(), rng=rng)
-    blocked(model, "it returns something that is no tensor")
-
-
-def test_code_that_reads_a_parameter(own, each_keras, rng):
-    class Reads(own.Holder):
-        def call(self, x, training=None):
-            return super().call(x, training=training) * self.norm.gamma
-
-    (reason,) = blocked(model_with(Reads(name="reads"), rng=rng), "reads its parameters")
-    assert "Code of Reads 'reads'" in reason
-
-
-def test_code_that_reads_a_kernel(own, each_keras, rng):
-    class Reads(own.Holder):
-        def call(self, x, training=None):
-            y = super().call(x, training=training)
-            conv = tf.nn.conv2d if each_keras is tf_keras else keras_3.ops.conv
-            padding = {"padding": "SAME" if each_keras is tf_keras else "same", "strides": 1}
-            return y + conv(x, self.conv.kernel, **padding)
-
-    blocked(
-        model_with(Reads(name="reads"), rng=rng), "has weights that code of Reads 'reads' reads"
-    )
-
-
-def test_a_batch_normalization_that_is_not_called(own, rng):
-    class Idle(own.Holder):
+@pytest.mark.parametrize("in_code", [False, True], ids=["in sight", "in code"])
+def test_what_is_applied_at_every_time_step(in_code, own, each_keras, rng):
+    class Step(own.Holder):
         def build(self, shape):
-            self.norm.build((None, 8, 8, 4))
+            self.conv.build(shape)
+            self.norm.build((*shape[:-1], 4))
             super().build(shape)
 
-        def call(self, x, training=None):
-            return self.norm(self.conv(x)) if training else self.conv(x)
+        def compute_output_shape(self, shape):
+            return (*shape[:-1], 4)
 
-    blocked(model_with(Idle(name="idle"), rng=rng), "Idle 'idle' does not call it at inference")
-
-
-def test_code_that_acts_when_it_is_called(own, each_keras, rng):
-    """It counts, adds a loss, draws numbers and remembers: none of that happens by being read."""
-
-    class Acts(own.Holder):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.count = self.add_weight(
-                name="count", shape=(), initializer="zeros", trainable=False
-            )
-            self.noise = K.GaussianNoise(0.1)
-            self.seen = []
-
-        def call(self, x, training=None):
-            if type(x).__name__ != "KerasTensor":
-                self.count.assign_add(1.0)
-            self.seen.append(1)
-            self.add_loss(x[0, 0, 0, 0] * 0.0)
-            return super().call(self.noise(x), training=training)
-
-    model = model_with(Acts(), rng=rng)
-    before = state_of(model)
-    mbn.plan(model, "fold")
-    assert state_of(model) == before
-    new = mbn.convert(model, "fold", check=False)
-    assert len(norms(new)) == 0, mbn.plan(model, "fold")
-
-
-def state_of(model):
-    """All that Keras and code keep in a model, as it can be compared."""
-
-    def shown(value):
-        if isinstance(value, (list, tuple)):
-            return [shown(item) for item in value]
-        if isinstance(value, dict):
-            return {key: shown(item) for key, item in value.items()}
-        return value if isinstance(value, (bool, int, float, str)) else id(value)
-
-    kept = {
-        f"{part.name}.{name}": shown(value)
-        for part in parts(model)
-        for name, value in vars(part).items()
-    }
-    return kept | {"weights": [w.tobytes() for w in model.get_weights()]}
-
-
-def test_reading_changes_nothing(own, each_keras, rng):
-    model = model_with(own.Nested(), own.Holder(), rng=rng)
-    subclassed = own.Subclassed()
-    subclassed(images())
-    for each in (model, subclassed):
-        before = state_of(each), len(each.losses), len(each.metrics)
-        mbn.plan(each, "fold")
-        mbn.convert(each, "fold", check=False)
-        assert (state_of(each), len(each.losses), len(each.metrics)) == before
-
-
-def test_new_layers_are_named_as_they_would_have_been(own, each_keras, rng):
-    def names():
-        each_keras.backend.clear_session()
-        model = model_with(own.Nested(), rng=rng)
-        yield model
-        x = K.Input((8, 8, 3))
-        yield [K.Dense(1).name, K.Conv2D(1, 1).name, Model(x, own.relu(x)).layers[-1].name]
-
-    found = []
-    for plans in (False, True):
-        each = names()
-        model = next(each)
-        if plans:
-            mbn.plan(model, "fold")
-        found.append(next(each))
-    assert found[0] == found[1]
-
-
-OTHER_PATHS = {
-    "partial": lambda self: functools.partial(self.norm),
-    "closure": lambda self: (lambda norm: lambda x: norm(x))(self.norm),
-    "method": lambda self: self.norm.__call__,
-    "frozen_set": lambda self: next(iter(frozenset([self.norm]))).__call__,
-}
-
-
-@pytest.mark.parametrize("path", OTHER_PATHS)
-def test_a_layer_that_is_called_by_another_way_than_its_attribute(path, own, rng):
-    """In a copy, what is in the attribute is another layer than what is called."""
-
-    class Other(own.Holder):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.way = OTHER_PATHS[path](self)
-
-        def call(self, x, training=None):
-            return self.way(self.conv(x))
-
-    blocked(model_with(Other(), rng=rng), "calls something else where it has other layers")
-
-
-def test_code_that_asks_what_its_layers_are(own, rng):
-    class Asks(own.Holder):
-        def call(self, x, training=None):
-            y = self.conv(x)
-            return self.norm(y) if isinstance(self.norm, K.BatchNormalization) else y * 2
-
-    blocked(model_with(Asks(), rng=rng), "calls something else where it has other layers")
-
-
-def test_a_convolution_that_code_calls_unseen_too(own, each_keras, rng):
-    class Unseen(each_keras.layers.Layer):
-        def __init__(self, conv=None, **kwargs):
-            super().__init__(**kwargs)
-            self.conv = conv
-
-        def call(self, x):
-            if type(x).__name__ == "KerasTensor":
-                raise ValueError("it cannot be seen into")
-            return self.conv(x)
-
-    conv, x = K.Conv2D(4, 3, padding="same"), K.Input((8, 8, 3))
-    y = conv(K.Conv2D(4, 1, activation="tanh")(x))
-    model = Model(x, Unseen(conv)(K.ReLU()(K.BatchNormalization()(y))))
-    randomise(model, rng)
-    blocked(model, "is held by Unseen 'unseen', whose calls cannot be seen, too")
-
-
-@pytest.mark.parametrize("mode", ["fold", "depthwise", "strided"])
-def test_a_holder_that_is_called_in_training(mode, own, each_keras, rng):
     class Outer(each_keras.layers.Layer):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
-            self.inner = own.Holder()
+            self.steps = K.TimeDistributed(Step())
 
-        def call(self, x):
-            return self.inner(x, training=True)
+        def call(self, x, training=None):
+            return self.steps(x)
 
-    model = model_with(Outer(), rng=rng)
-    (decision,) = mbn.plan(model, mode).decisions
-    assert decision.action == "kept"
-    assert "training=True" in decision.reason
-
-
-def test_a_model_that_was_never_called_works_after_it_was_planned(own, each_keras, rng):
-    class Late(each_keras.layers.Dense):
-        """Its layers are built by their first call, and it says its shape without one."""
-
-        def __init__(self, units, **kwargs):
-            super().__init__(units, **kwargs)
-            self.norm = K.BatchNormalization()
-
-        def call(self, x):
-            return self.norm(super().call(x))
-
-        def compute_output_shape(self, shape):
-            return (*shape[:-1], self.units)
-
-    x = K.Input((4,))
-    model = Model(x, Late(3)(x))
-    mbn.plan(model, "fold")
-    assert np.asarray(model(np.ones((2, 4), np.float32))).shape == (2, 3)
-
-
-def test_a_pass_through_can_be_made_again(own, each_keras, rng):
-    layer = adapter_of(model_with(K.Dense(1), rng=rng, shape=(3,))).pass_through(name="gone")
-    again = type(layer).from_config(layer.get_config())
-    assert (again.name, type(again)) == ("gone", type(layer))
+    holder = Outer() if in_code else K.TimeDistributed(Step())
+    model = model_with(holder, rng=rng, shape=(3, 8, 8, 3))
+    assert mbn.plan(model, "fold").left == 0
+    assert_same(model, mbn.convert(model, "fold"), np.stack([images()] * 3, axis=1))
 
 
 # -------------------------------------------------------------------------------------- files
@@ -619,6 +238,9 @@ CALLS = {
     "reads_double": lambda self, call, x, training: call(x * 2, training=training),
     "twice": lambda self, call, x, training: call(call(x, training=training), training=training),
     "trains": lambda self, call, x, training: call(x, training=True),
+    "asks": lambda self, call, x, training: (
+        y * 2 if hasattr(y := call(x, training=training), "dtype") else y
+    ),
     "does_nothing": lambda self, call, x, training: x,
 }
 

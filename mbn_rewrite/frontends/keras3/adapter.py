@@ -34,7 +34,7 @@ from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Call, Record, Several
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, parts
 from mbn_rewrite.frontends.keras_common.op_table import layer_table
-from mbn_rewrite.frontends.keras_common.tracing import Trace
+from mbn_rewrite.frontends.keras_common.probing import Trace
 from mbn_rewrite.ir.graph import Affine, Op, Opaque, Shape
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 
@@ -69,7 +69,14 @@ class Keras3(KerasAdapter):
     biased_convolution = BiasedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
     # `_layers` lists the layers in the other attributes.
-    private = ("_self_", "_layers", "_functional", "_operations")
+    private = frozenset(
+        {
+            *("_layers", "_functional", "_inbound_nodes", "_outbound_nodes", "_parent_path"),
+            *("_operations", "_operations_by_depth", "_nodes", "_nodes_by_depth", "_tracker"),
+            *("_inputs", "_outputs", "_inputs_struct", "_outputs_struct"),
+        }
+    )
+    layer_lists = ("_layers", "_operations")
     model_attributes = frozenset(
         {
             *("_inputs", "_outputs", "_inputs_struct", "_outputs_struct"),
@@ -102,6 +109,9 @@ class Keras3(KerasAdapter):
 
     def dtype_of(self, tensor: Any) -> str:
         return str(tensor.dtype)
+
+    def tensor_like(self, shape: Shape, dtype: str) -> Any:
+        return keras.KerasTensor(shape, dtype=dtype, name="traced")
 
     def may_pass_mask(self, layer: Any) -> bool:
         # Nested models are recorded without the masks that they are called with.
@@ -144,8 +154,17 @@ class Keras3(KerasAdapter):
     def all_calls_of(self, layer: Any) -> list[Record]:
         return [_record(node) for node in layer._inbound_nodes]
 
-    def traced(self, record: Record, probe: Any) -> Trace:
-        return tracing.traced(record, probe, _record)
+    def traced(self, record: Record, probe: Any, size: int | None = None) -> Trace:
+        return tracing.traced(record, probe, _record, size)
+
+    def set_apart(self, note_read: Callable[[Any], None]) -> AbstractContextManager[None]:
+        return tracing.set_apart(note_read)
+
+    def read_as(self, variable: Any) -> int:
+        return id(variable)
+
+    def give_outputs_of(self, layer: Any, probe: Any) -> None:
+        vars(probe)["compute_output_spec"] = layer.compute_output_spec
 
     def call_of(self, model: Any) -> Record | None:
         return tracing.call_of(model)
@@ -260,6 +279,14 @@ class Keras3(KerasAdapter):
         return keras.Variable(
             value, dtype=variable.dtype, trainable=variable.trainable, name=variable.name
         )
+
+    def draws_seeds(self, value: Any) -> bool:
+        return isinstance(value, keras.random.SeedGenerator)
+
+    def copy_seeds(self, value: Any) -> Any:
+        new = keras.random.SeedGenerator.from_config(value.get_config())
+        new.state.assign(value.state)
+        return new
 
     def own_variables(self, layer: Any) -> list[Any]:
         return [*layer._trainable_variables, *layer._non_trainable_variables]

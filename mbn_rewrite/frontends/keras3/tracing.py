@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import keras
 from keras.src.backend.common import global_state
 
 from mbn_rewrite.frontends.keras_common.calls import Record
-from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, in_order, set_method
-
-
-class _Reads(keras.StatelessScope):
-    """Scope in which no variable changes, and which notes those that are read.
-
-    What layers read that are called is not among them, since Keras runs these in their own scopes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read: set[int] = set()
-
-    def get_current_value(self, variable: Any) -> Any:
-        self.read.add(id(variable))
-        return super().get_current_value(variable)
+from mbn_rewrite.frontends.keras_common.cloning import stock_call
+from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace, in_order, set_method
 
 
 class _Caller(keras.layers.Layer):
@@ -39,15 +26,25 @@ class _Caller(keras.layers.Layer):
         self.function()
 
 
-def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Trace:
+def traced(
+    record: Record, probe: Any, record_of: Callable[[Any], Record], size: int | None = None
+) -> Trace:
     """Trace of one call of a layer.
 
     Args:
         record: the call.
         probe: what to call in the layer's place.
         record_of: reads a node that Keras has made for a call.
+        size: what to take for the sizes that are open, but for the number of examples; or None.
     """
-    inputs = [keras.KerasTensor(t.shape, dtype=t.dtype, name="traced") for t in record.inputs]
+    shapes = [
+        [size if each is None and axis else each for axis, each in enumerate(t.shape)]
+        for t in record.inputs
+    ]
+    inputs = [
+        keras.KerasTensor(shape, dtype=t.dtype, name="traced")
+        for shape, t in zip(shapes, record.inputs, strict=True)
+    ]
     places = dict(zip(map(id, record.inputs), inputs, strict=True))
     args, kwargs = keras.tree.map_structure(
         lambda value: places.get(id(value), value), (record.args, record.kwargs)
@@ -66,8 +63,8 @@ def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Tr
         return result
 
     set_method(probe, "symbolic_call", symbolic_call)
-    with _names_as_they_were(), _Reads() as scope:
-        _Caller(lambda: probe(*args, **kwargs))(training=False)
+    with keras.StatelessScope():
+        _Caller(lambda: stock_call(probe)(probe, *args, **kwargs))(training=False)
     ((records, outputs),) = found
     given = {
         id(value)
@@ -75,7 +72,37 @@ def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Tr
         for value in keras.tree.flatten((each.args, each.kwargs))
         if isinstance(value, keras.Variable)  # it is not read here
     }
-    return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(scope.read | given))
+    return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(given))
+
+
+@contextmanager
+def set_apart(note_read: Callable[[Any], None]) -> Iterator[None]:
+    """See `KerasAdapter.set_apart`."""
+    get_current_value = keras.StatelessScope.get_current_value
+
+    def noted(self: Any, variable: Any) -> Any:
+        note_read(variable)
+        return get_current_value(self, variable)
+
+    with (
+        _names_as_they_were(),
+        _without_effects(),
+        mock.patch.object(keras.StatelessScope, "get_current_value", noted),
+    ):
+        yield
+
+
+def _without_effects() -> AbstractContextManager[Any]:
+    """Context manager in which functions of the backend change neither variables nor seeds."""
+    if keras.backend.backend() == "tensorflow":
+        from tensorflow.python.framework.func_graph import FuncGraph
+
+        return FuncGraph("trace").as_default()
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.random.fork_rng(devices=[])
+    return nullcontext()
 
 
 def call_of(model: Any) -> Record | None:

@@ -31,6 +31,8 @@ class Keras3Writer(Writer):
         for layer in old._layers:  # with the input layer, which `layers` leaves out
             if not self.is_removed(layer):
                 layers.append(self.layer(records[id(layer)]))
+            elif self.is_in_code(old):
+                layers.append(self.in_place_of_removed(layer))
             elif layer is old._layers[-1]:
                 layers.append(self.identity_in_place_of(layer))
         new = made_without_constructor(old, keras.Sequential, layers, name=old.name)

@@ -12,7 +12,7 @@ from mbn_rewrite.ir.graph import Op, Shape
 from mbn_rewrite.ir.reasons import Reason
 
 if TYPE_CHECKING:  # which imports this module
-    from mbn_rewrite.frontends.keras_common.tracing import Trace
+    from mbn_rewrite.frontends.keras_common.probing import Trace
 
 
 class KerasAdapter(ABC):
@@ -37,8 +37,8 @@ class KerasAdapter(ABC):
         pass_through: likewise.
         bordered_convolution: likewise.
         biased_convolution: likewise; only where `may_misplace_bias`.
-        private: prefixes of attributes that hold nothing of the user's; `sublayers` searches all
-            others.
+        private: attributes of layers that hold nothing of the user's.
+        layer_lists: attributes in which it lists the layers of a layer.
         model_attributes: attributes that Keras sets on a Functional or Sequential model when it
             is compiled or run, and those in which it keeps its inputs and outputs.
         metric: the base class of metrics.
@@ -64,7 +64,8 @@ class KerasAdapter(ABC):
     pass_through: type
     bordered_convolution: type
     biased_convolution: type
-    private: tuple[str, ...]
+    private: frozenset[str]
+    layer_lists: tuple[str, ...]
     model_attributes: frozenset[str]
     metric: type
     how_to_export: str
@@ -97,6 +98,10 @@ class KerasAdapter(ABC):
     def dtype_of(self, tensor: Any) -> str:
         """Name of a Keras tensor's dtype."""
 
+    @abstractmethod
+    def tensor_like(self, shape: Shape, dtype: str) -> Any:
+        """A Keras tensor, to stand for an input."""
+
     def carries_mask(self, tensor: Any) -> bool:
         """Whether a Keras tensor comes with a mask."""
         return getattr(tensor, "_keras_mask", None) is not None
@@ -104,6 +109,10 @@ class KerasAdapter(ABC):
     def may_pass_mask(self, layer: Any) -> bool:
         """Whether a layer may pass a mask on although no Keras tensor shows it."""
         return False
+
+    def is_private(self, attribute: str) -> bool:
+        """Whether an attribute of a layer holds nothing of the user's, going by its name."""
+        return attribute.startswith("_self_") or attribute in self.private
 
     # -- models ----------------------------------------------------------------------------
 
@@ -136,12 +145,34 @@ class KerasAdapter(ABC):
         """All recorded calls of a layer, in whatever model."""
 
     @abstractmethod
-    def traced(self, record: Record, probe: Any) -> Trace:
+    def traced(self, record: Record, probe: Any, size: int | None = None) -> Trace:
         """Traces one call of a layer by running its code on a probe; see `tracing.trace`.
+
+        Args:
+            record: the call.
+            probe: what to call in the layer's place.
+            size: what to take for the sizes that are open, but for the number of examples; None
+                to leave them open.
 
         Raises:
             Exception: whatever the code raises.
         """
+
+    @abstractmethod
+    def set_apart(self, note_read: Callable[[Any], None]) -> AbstractContextManager[None]:
+        """Context manager in which code has no effect on variables, seeds and names.
+
+        Args:
+            note_read: called with what `read_as` is the id of where code reads a variable.
+        """
+
+    @abstractmethod
+    def read_as(self, variable: Any) -> int:
+        """Id of what `set_apart` notes where code reads a variable."""
+
+    @abstractmethod
+    def give_outputs_of(self, layer: Any, probe: Any) -> None:
+        """Has a probe give on Keras tensors what a layer gives, by running the layer's code."""
 
     @abstractmethod
     def call_of(self, model: Any) -> Record | None:
@@ -267,6 +298,14 @@ class KerasAdapter(ABC):
     @abstractmethod
     def copy_variable(self, variable: Any) -> Any:
         """A variable with the same name, value and flags."""
+
+    def draws_seeds(self, value: Any) -> bool:
+        """Whether something draws seeds, and keeps in a variable how far it has come."""
+        return False
+
+    def copy_seeds(self, value: Any) -> Any:
+        """A copy of what draws seeds, which has come as far."""
+        raise NotImplementedError  # where nothing does
 
     @abstractmethod
     def own_variables(self, layer: Any) -> list[Any]:

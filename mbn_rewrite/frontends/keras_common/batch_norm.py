@@ -101,7 +101,7 @@ def _passes_on(layer: Any, keras: KerasAdapter) -> bool:
     base, kind = known_class(layer, keras), type(layer)
     if base is None or not _overrides_no_more(kind, base):
         return False
-    given, returned = object(), object()
+    given, returned = _Untouched(), _Untouched()
     calls: list[tuple[Any, Any]] = []
 
     def noted(self: Any, inputs: Any, training: Any = None, mask: Any = None) -> Any:
@@ -119,6 +119,13 @@ def _passes_on(layer: Any, keras: KerasAdapter) -> bool:
         return result is returned and inputs is given and (training is None or not bool(training))
     except Exception:  # the user's code may raise anything on an object that is no tensor
         return False
+
+
+class _Untouched:
+    """An object that code can do nothing with, or ask of, but hand it on."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(f"code asks for its {name}")
 
 
 # What a class may have of its own beside a `call` that passes on.

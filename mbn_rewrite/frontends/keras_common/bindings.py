@@ -20,6 +20,8 @@ class Bindings:
         reads: id of a variable -> label of the layer whose code reads it.
         strangers: id of a layer -> label of the one whose code calls it, though it is kept where it
             cannot be exchanged, or where that cannot be seen.
+        asked: id of a layer -> label of the one whose code asks what it is.
+        in_code: ids of Functional and Sequential models whose layers code may have by number.
         reasons: id of a BatchNormalization -> why a call of it that is not a node has it stay.
     """
 
@@ -27,6 +29,8 @@ class Bindings:
     held: set[int] = field(default_factory=set)
     reads: dict[int, str] = field(default_factory=dict)
     strangers: dict[int, str] = field(default_factory=dict)
+    asked: dict[int, str] = field(default_factory=dict)
+    in_code: set[int] = field(default_factory=set)
     reasons: dict[int, Reason] = field(default_factory=dict)
 
     def applied(self, node: Node, layer: Any, keras: KerasAdapter) -> Node:
@@ -42,6 +46,8 @@ class Bindings:
                 op = Opaque(f"has weights that code of {who} reads")
             elif id(layer) in self.strangers:
                 op = Opaque(f"is kept where {self.strangers[id(layer)]} cannot have another layer")
+            elif id(layer) in self.asked:
+                op = Opaque(f"is asked by code of {self.asked[id(layer)]} what it is")
             elif id(layer) in self.parents:
                 op = Opaque(
                     f"is held by {self.parents[id(layer)]}, whose calls cannot be seen, too"
@@ -56,6 +62,8 @@ class Bindings:
             return Reason(Obstacle.READ_BY_CODE, reader)
         if id(layer) in self.strangers:
             return Reason(Obstacle.OUT_OF_REACH, self.strangers[id(layer)])
+        if id(layer) in self.asked:
+            return Reason(Obstacle.ASKED, self.asked[id(layer)])
         who = self.parents.get(id(layer), "")
         return Reason(Obstacle.HELD_TWICE, who) if who else None
 

@@ -202,6 +202,15 @@ def is_stock(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in _PACKAGES
 
 
+def stock_call(layer: Any) -> Any:
+    """The `__call__` of Keras's own class that a layer's class derives from.
+
+    What Keras records is a call of that one, whatever the layer's class has in its place.
+    """
+    kinds = type(layer).__mro__
+    return next(vars(k)["__call__"] for k in kinds if is_stock(k) and "__call__" in vars(k))
+
+
 def custom_classes(layer: Any) -> dict[str, type]:
     """Custom classes of a layer and its sublayers, by name."""
     classes: dict[str, type] = {}

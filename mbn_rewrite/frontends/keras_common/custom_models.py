@@ -13,6 +13,7 @@ import copy
 import warnings
 from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -23,8 +24,13 @@ from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.cloning import custom_classes, is_stock, label, parts
 from mbn_rewrite.passes.wording import listed
 
-_FRAMEWORKS = ("keras", "tf_keras", "tensorflow")
-_BUILT_IN = (*_FRAMEWORKS, "builtins", "numpy")  # their objects refer to no layer of a model
+FRAMEWORKS = ("keras", "tf_keras", "tensorflow")
+BUILT_IN = (*FRAMEWORKS, "builtins", "numpy")  # their objects refer to no layer of a model
+
+
+def is_of(value: Any, packages: tuple[str, ...]) -> bool:
+    """Whether something is of a class of one of these packages."""
+    return type(value).__module__.partition(".")[0] in packages
 
 
 def made_without_constructor(old: Any, base: type, *args: Any, **kwargs: Any) -> Any:
@@ -69,12 +75,12 @@ def attributes(model: Any, keras: KerasAdapter) -> dict[str, Any]:
 
     In models of Keras's own classes, all private attributes are Keras's.
     """
-    private = ("_",) if is_stock(type(model)) else keras.private
+    is_keras_own = is_stock(type(model))
     return {
         name: value
         for name, value in vars(model).items()
         if name not in keras.model_attributes
-        and not name.startswith(private)
+        and not (name.startswith("_") if is_keras_own else keras.is_private(name))
         and not isinstance(value, CheckedConfig)
     }
 
@@ -134,11 +140,15 @@ class AttributeCopier:
             return value.copy()
         if self._keras.is_variable(value):
             return self._keras.copy_variable(value)
+        if self._keras.draws_seeds(value):
+            return self._keras.copy_seeds(value)
         if isinstance(value, MethodType):
             owner = self.copied(value.__self__)
             return value if owner is value.__self__ else MethodType(value.__func__, owner)
         if isinstance(value, FunctionType):
             return self._function(value)
+        if isinstance(value, partial):
+            return self._partial(value)
         if hasattr(value, "python_function"):  # a tf.function, to be traced again
             function = self.copied(value.python_function)
             return value if function is value.python_function else value._clone(function)
@@ -169,8 +179,7 @@ class AttributeCopier:
         return new
 
     def _function(self, value: Any) -> Any:
-        cells = [cell for cell in value.__closure__ or () if _is_filled(cell)]
-        if not self._refers([cell.cell_contents for cell in cells]):
+        if not self._refers([cell.cell_contents for cell in filled_cells(value)]):
             return value
         closure = tuple(CellType() for _ in value.__closure__)
         new = FunctionType(
@@ -183,9 +192,16 @@ class AttributeCopier:
                 cell.cell_contents = self.copied(old_cell.cell_contents)
         return new
 
+    def _partial(self, value: partial[Any]) -> partial[Any]:
+        parts_of_it = (value.func, *value.args, *value.keywords.values())
+        if all(self.copied(part) is part for part in parts_of_it):
+            return value
+        keywords = {name: self.copied(inner) for name, inner in value.keywords.items()}
+        return partial(self.copied(value.func), *map(self.copied, value.args), **keywords)
+
     def _object(self, value: Any) -> Any:
-        is_users = type(value).__module__.partition(".")[0] not in _BUILT_IN
-        if not (is_users and hasattr(value, "__dict__") and self._refers(vars(value))):
+        is_users = not is_of(value, BUILT_IN) and hasattr(value, "__dict__")
+        if not (is_users and self._refers(vars(value))):
             return value
         new = self._copies[id(value)] = copy.copy(value)
         vars(new).update({name: self.copied(inner) for name, inner in vars(value).items()})
@@ -202,12 +218,17 @@ class AttributeCopier:
 
 def _emptied(container: Any) -> Any:
     """An empty container of the same kind; a plain one in place of a framework's."""
-    if type(container).__module__.partition(".")[0] in _FRAMEWORKS:
+    if is_of(container, FRAMEWORKS):
         plain = (OrderedDict, dict, list, set)
         return next(kind for kind in plain if isinstance(container, kind))()
     new = copy.copy(container)
     new.clear()
     return new
+
+
+def filled_cells(function: FunctionType) -> list[CellType]:
+    """Cells of a function's closure that have a value."""
+    return [cell for cell in function.__closure__ or () if _is_filled(cell)]
 
 
 def _is_filled(cell: CellType) -> bool:

@@ -39,9 +39,9 @@ class KerasFrontEnd(ABC):
         self._keras = keras
         self._writer = writer
 
-    def read(self, model: Any) -> Reading:
+    def read(self, model: Any, leaves_code: bool = False) -> Reading:
         with self._with_way_around():
-            return reader.read(model, self._keras)
+            return reader.read(model, self._keras, leaves_code)
 
     def write(self, model: Any, reading: Reading, plan: Plan) -> Any:
         with self._with_way_around():

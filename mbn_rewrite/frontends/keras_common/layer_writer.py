@@ -31,6 +31,7 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
 )
 from mbn_rewrite.frontends.keras_common.folded_layers import folded_layer
 from mbn_rewrite.frontends.keras_common.reader import Reading
+from mbn_rewrite.frontends.keras_common.references import kept_elsewhere
 from mbn_rewrite.frontends.keras_common.replacements import (
     build_like,
     remapped_layer,
@@ -130,6 +131,8 @@ class LayerWriter(ABC):
         wrapper = self.keras.copy_of_wrapper(old)
         if wrapper is not None:
             return self._to_finish(*wrapper)
+        if self._keeps_others(old):
+            return self._copied_by_attributes(old)
         try:
             new = from_config(old, config_of(old, self.keras), self.keras)
             check_own_layers(old, new, self.keras)
@@ -142,6 +145,17 @@ class LayerWriter(ABC):
         self._unfinished.append(lambda: copy_weights(old, new, self.keras))
         self.parents.append((old, new))
         return new
+
+    def _keeps_others(self, old: Any) -> bool:
+        """Whether a layer has others where Keras does not look, so that none is configured."""
+        if is_stock(type(old)):
+            return False
+        known = {id(part) for part in parts(old)}
+        return any(
+            layer.variables and number not in known
+            for part in parts(old)
+            for number, layer in kept_elsewhere(part, self.keras).items()
+        )
 
     def without_configuration(self, old: Any) -> Any | None:
         """Another copy of a layer, whose configuration made one that cannot be called; or None."""
@@ -223,12 +237,19 @@ class LayerWriter(ABC):
     def _sublayer_replacement(self, old: Any) -> Any:
         """The layer to have in the place of another that code calls."""
         if self.is_removed(old):
-            return self.keras.pass_through(
-                name=old.name, dtype=old.dtype_policy, trainable=old.trainable
-            )
+            return self.in_place_of_removed(old)
         if id(old) not in self.copies:
             with self.keras.naming_like(old):
                 self.copies[id(old)] = self._built_in_place_of(old)
+        return self.copies[id(old)]
+
+    def in_place_of_removed(self, old: Any) -> Any:
+        """The layer to have in the place of one that is removed, for code that calls it."""
+        if id(old) not in self.copies:
+            make: Any = self.keras.pass_through
+            self.copies[id(old)] = make(
+                name=old.name, dtype=old.dtype_policy, trainable=old.trainable
+            )
         return self.copies[id(old)]
 
     def _built_in_place_of(self, old: Any) -> Any:

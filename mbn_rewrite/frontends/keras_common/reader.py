@@ -9,31 +9,13 @@ hidden.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.batch_norm import batch_norm, is_batch_norm
-from mbn_rewrite.frontends.keras_common.bindings import Bindings
-from mbn_rewrite.frontends.keras_common.calls import (
-    Call,
-    Record,
-    Several,
-    other_arguments,
-    training_of,
-)
-from mbn_rewrite.frontends.keras_common.cloning import (
-    check_call,
-    check_copy,
-    is_stock,
-    label,
-    parts,
-)
+from mbn_rewrite.frontends.keras_common.calls import Record, Several, other_arguments, training_of
+from mbn_rewrite.frontends.keras_common.cloning import check_call, check_copy, label
 from mbn_rewrite.frontends.keras_common.custom_models import (
     attributes,
     leaves,
@@ -41,27 +23,10 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
     note_on_files,
     note_on_holders,
 )
-from mbn_rewrite.frontends.keras_common.op_table import describe
-from mbn_rewrite.frontends.keras_common.sublayers import all_sublayers, sublayers
-from mbn_rewrite.frontends.keras_common.time_distributed import (
-    examples_as_steps,
-    steps_as_examples,
-)
-from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, trace
-from mbn_rewrite.ir.graph import (
-    BatchNorm,
-    Clip,
-    Graph,
-    HiddenBatchNorm,
-    Input,
-    Node,
-    Op,
-    Opaque,
-    PositivelyHomogeneous,
-    Shape,
-    Value,
-)
-from mbn_rewrite.ir.reasons import Obstacle, Reason
+from mbn_rewrite.frontends.keras_common.layer_reader import narrowest_dtype
+from mbn_rewrite.frontends.keras_common.references import among
+from mbn_rewrite.frontends.keras_common.time_step_reader import TimeStepReader
+from mbn_rewrite.ir.graph import BatchNorm, Clip, Graph, Input, Node, Op, Shape
 from mbn_rewrite.passes.wording import listed
 
 
@@ -75,6 +40,7 @@ class Reading:
         owners: id(layer) -> owner.
         numbers: id(first Keras tensor that a call gives) -> which of its layer's calls it is, in
             the order of the graph.
+        in_code: ids of Functional and Sequential models whose layers code may have by number.
         masked: owners of layers that are called with a mask at least once.
         notes: sentences that the user should know about any copy of the model.
     """
@@ -83,6 +49,7 @@ class Reading:
     layers: dict[str, Any]
     owners: dict[int, str]
     numbers: dict[int, int]
+    in_code: frozenset[int]
     masked: frozenset[str]
     notes: tuple[str, ...] = ()
 
@@ -92,9 +59,15 @@ class Reading:
         return self.graph.values[node.inputs[0]].shape
 
 
-def read(model: Any, keras: KerasAdapter) -> Reading:
-    """Reads a built model of a Keras."""
-    reader = _Reader(keras)
+def read(model: Any, keras: KerasAdapter, leaves_code: bool = False) -> Reading:
+    """Reads a built model of a Keras.
+
+    Args:
+        model: the model.
+        keras: the adapter of its Keras.
+        leaves_code: whether what code calls is to stay as it is, and is not traced.
+    """
+    reader = _Reader(keras, leaves_code)
     if keras.is_visible(model):
         reader.owners[id(model)] = ""
         reader.outputs.update(reader.read_calls(model, "", training=False))
@@ -128,28 +101,15 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         layers,
         reader.owners,
         reader.numbers_of_calls(),
+        frozenset(reader.bindings.in_code),
         frozenset(reader.masked),
         notes if any_norm else (),
     )
 
 
 @dataclass
-class _Reader:
-    keras: KerasAdapter
-    values: list[Value] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
-    outputs: set[int] = field(default_factory=set)
-    hidden: list[HiddenBatchNorm] = field(default_factory=list)
-    layers: dict[str, Any] = field(default_factory=dict)
-    owners: dict[int, str] = field(default_factory=dict)
-    masked: set[str] = field(default_factory=set)
-    with_mask: set[int] = field(default_factory=set)  # values that may come with a mask
-    # The first value that a call gives -> the call, as its model has it on record, and the model.
-    calls: dict[int, tuple[Record, Any]] = field(default_factory=dict)
-    traced: dict[int, tuple[Any, str]] = field(default_factory=dict)  # id -> layer, its owner
-    untraced: dict[int, str] = field(default_factory=dict)  # id(layer) -> why it was not traced
-    bindings: Bindings = field(default_factory=Bindings)
-    unsure: dict[int, Any] = field(default_factory=dict)  # models whose configuration may mislead
+class _Reader(TimeStepReader):
+    """Reader of one model."""
 
     def read_calls(
         self,
@@ -159,15 +119,7 @@ class _Reader:
         inputs: list[int] | None = None,
         seen: dict[int, int] | None = None,
     ) -> list[int]:
-        """Reads a visible model; returns the values of its outputs.
-
-        Args:
-            model: the model.
-            prefix: the prefix of its layers' names.
-            training: how it is called; see `calls.Call`.
-            inputs: the values it is called with; None if it is not called.
-            seen: id(Keras tensor) -> value, for tensors it may share with a model read before.
-        """
+        """Reads a Functional or Sequential model call by call."""
         check_call(model, self.keras)
         seen = {} if seen is None else seen
         if inputs is not None:
@@ -209,18 +161,25 @@ class _Reader:
         layer = record.layer
         training = training_of(record, training, self.keras)
         if self.keras.is_visible(layer) and self._fits(record, sources):
-            return self.read_calls(layer, self._path(layer, prefix), training, sources)
+            path = self.owners.get(id(layer), self._path(layer, prefix))
+            if caller:  # there is no other part of it to be read
+                self.owners[id(layer)] = path
+            return self.read_calls(layer, path, training, sources)
         # A function that code calls is part of the code, and not copied.
         if id(layer) not in self.owners and (
             not caller or isinstance(layer, self.keras.layers.Layer)
         ):
             check_copy(layer, self.keras)
-        if not caller and self._is_distributed(record, sources):
-            return self._read_distributed(record, prefix, training, sources[0])
+        of_steps = self._read_steps(record, prefix, training, sources)
+        if of_steps is not None:
+            return of_steps
         if self._is_holder(layer):
             trace = self._trace_of(record, training, sources)
             if trace is not None:
                 return self._read_trace(layer, trace, self._owner(layer, prefix), sources)
+        if not caller:
+            arguments = other_arguments(record, self.keras)
+            self.bind_referred(among(arguments, self.keras), label(layer))
         results = [self._add_value(t) for t in record.outputs]
         owner = self._owner(layer, prefix)
         op = self._operation(record, training, sources, results, sizes_hold)
@@ -229,7 +188,7 @@ class _Reader:
             op = self._as_code_has_it(record, op)
         self._follow_masks(record, owner, sources, results)
         # Functions, which may clip, have no dtype of their own.
-        dtype = self.values[results[0]].dtype if isinstance(op, Clip) else _dtype(layer)
+        dtype = self.values[results[0]].dtype if isinstance(op, Clip) else narrowest_dtype(layer)
         described: list[tuple[Op, tuple[int, ...]]]
         if isinstance(op, Several):
             described = [(each, (value,)) for each, value in zip(op.ops, results, strict=True)]
@@ -239,353 +198,11 @@ class _Reader:
             kind = type(layer).__name__
             node = Node(owner, kind, each, tuple(sources), outputs, dtype, caller=caller)
             self.nodes.append(node)
-        if not isinstance(op, (Input, BatchNorm)):
+        is_part_of_code = caller and not isinstance(layer, self.keras.layers.Layer)
+        if not isinstance(op, (Input, BatchNorm)) and not is_part_of_code:
             worst = self._worst_training(layer, training)
             self.read_sublayers(layer, f"{owner}/", node.label, worst)
         return results
-
-    # -- layers that call others in Python code --------------------------------------------
-
-    def read_subclassed(self, model: Any) -> None:
-        """Reads a model that calls its layers in Python code."""
-        record = self.keras.call_of(model) if not self.keras.is_traced(model) else None
-        trace = self._trace(record, None) if record is not None else None
-        if trace is None:
-            self.read_sublayers(model, "", label(model), training=False)
-            return
-        self.owners[id(model)] = ""
-        sources = [self._add_value(tensor) for tensor in trace.inputs]
-        for number, value in enumerate(sources):
-            name = f"input_{number}" if len(sources) > 1 else "input"
-            self.nodes.append(Node(name, "Input", Input(), (), (value,)))
-            self.layers[name] = model
-        self.outputs.update(self._read_trace(model, trace, "", sources))
-
-    def _is_distributed(self, record: Record, sources: list[int]) -> bool:
-        """Whether a call applies a BatchNormalization, or a visible model, at every time step."""
-        layer = record.layer
-        if type(layer) is not self.keras.layers.TimeDistributed or other_arguments(
-            record, self.keras
-        ):
-            return False
-        inner = layer.layer
-        if len(sources) != 1 or len(record.outputs) != 1 or self.with_mask & set(sources):
-            return False
-        if not self.keras.is_visible(inner):
-            return is_batch_norm(inner, self.keras)
-        shape, dtype = self.values[sources[0]].shape, self.values[sources[0]].dtype
-        if len(inner.inputs) != 1 or len(inner.outputs) != 1:
-            return False
-        (tensor,) = inner.inputs
-        rank = len(self.keras.shape_of(tensor))
-        return (rank, self.keras.dtype_of(tensor)) == (len(shape) - 1, dtype)
-
-    def _read_distributed(
-        self, record: Record, prefix: str, training: bool | None, source: int
-    ) -> list[int]:
-        """Reads what is applied at every time step, with the steps as further examples."""
-        layer, inner, (tensor,) = record.layer, record.layer.layer, record.outputs
-        owner = self._owner(layer, prefix)
-        self.traced[id(layer)] = layer, owner
-        self.bindings.held.add(id(inner))
-        shape, dtype = self.values[source].shape, self.values[source].dtype
-        step = len(self.values)
-        self.values.append(Value((None, *shape[2:]), dtype))
-        kind, merged = type(layer).__name__, steps_as_examples(len(shape))
-        self.nodes.append(Node(owner, kind, merged, (source,), (step,), _dtype(layer)))
-        given = self._read_step(inner, owner, training, step, tensor)
-        result = self._add_value(tensor)
-        parted = examples_as_steps(len(self.values[result].shape))
-        self.nodes.append(Node(owner, kind, parted, (given,), (result,), _dtype(layer)))
-        return [result]
-
-    def _read_step(
-        self, inner: Any, holder: str, training: bool | None, step: int, tensor: Any
-    ) -> int:
-        """Reads what a layer applies to each step; returns the value of what that gives.
-
-        Args:
-            inner: what is applied.
-            holder: owner of the layer.
-            training: how it is called; see `calls.Call`.
-            step: the value that it reads.
-            tensor: what the layer gives.
-        """
-        if self.keras.is_visible(inner):
-            path = self.owners.setdefault(id(inner), self._path(inner, f"{holder}/"))
-            (given,) = self.read_calls(inner, path, training, [step])
-            return given
-        given = len(self.values)
-        shape = self.keras.shape_of(tensor)
-        self.values.append(Value((None, *shape[2:]), self.keras.dtype_of(tensor)))
-        call = Record(inner, (), {}, (), ())
-        op = self._operation(call, training, [step], [given], True)
-        assert isinstance(op, BatchNorm)
-        name, kind = self._owner(inner, f"{holder}/"), type(inner).__name__
-        who = label(self.layers[holder])
-        node = Node(name, kind, op, (step,), (given,), _dtype(inner), caller=who)
-        self.nodes.append(node)
-        return given
-
-    def _is_holder(self, layer: Any) -> bool:
-        """Whether a layer may call others in code that can be traced."""
-        return (
-            isinstance(layer, self.keras.layers.Layer)
-            and not is_batch_norm(layer, self.keras)
-            and not is_stock(type(layer))
-            and type(layer).__module__.partition(".")[0] != _OURS  # they are as they are to be
-            and not self.keras.is_traced(layer)
-            and not self.keras.reason_within(layer)
-            and len(parts(layer)) > 1
-        )
-
-    def _trace_of(self, record: Record, training: bool | None, sources: list[int]) -> Trace | None:
-        """Trace of a call, if it is one at inference, without a mask."""
-        if training is not False:
-            self.untraced[id(record.layer)] = "it is called in training"
-        elif self.with_mask & set(sources):
-            self.untraced[id(record.layer)] = "it is called with a mask"
-        else:
-            return self._trace(record, record.outputs)
-        return None
-
-    def _trace(self, record: Record, outputs: tuple[Any, ...] | None) -> Trace | None:
-        try:
-            return trace(record, self.keras, outputs)
-        except NotTraceable as why:
-            self.untraced[id(record.layer)] = str(why)
-            return None
-
-    def _read_trace(self, layer: Any, trace: Trace, owner: str, sources: list[int]) -> list[int]:
-        """Reads what the code of a layer calls; returns the values of its results."""
-        who = label(layer)
-        self.traced[id(layer)] = layer, owner
-        self.bindings.reads |= dict.fromkeys(trace.reads, who)
-        within = {id(inner) for inner in all_sublayers(layer, self.keras)}
-        seen = dict(zip(map(id, trace.inputs), sources, strict=True))
-        prefix = f"{owner}/" if owner else ""
-        self.bindings.strangers |= dict.fromkeys(trace.unseen, who)
-        for record in trace.records:
-            if id(record.layer) not in within and isinstance(record.layer, self.keras.layers.Layer):
-                strangers = {id(part) for part in parts(record.layer)}
-                self.bindings.strangers |= dict.fromkeys(strangers, who)
-            given = [seen[id(t)] for t in record.inputs]
-            results = self._read_call(record, prefix, False, given, True, caller=who)
-            seen.update(zip(map(id, record.outputs), results, strict=True))
-        return [seen[id(t)] for t in trace.outputs]
-
-    def _as_code_has_it(self, record: Record, op: Op | Several) -> Op | Several:
-        """An operation as code calls it, in which functions cannot be exchanged."""
-        layer = record.layer
-        is_layer = isinstance(layer, self.keras.layers.Layer)
-        is_function = not is_layer or self.keras.assigns_its_own_call(layer)
-        if is_function and any(map(_is_tensor, other_arguments(record, self.keras))):
-            return Opaque("computes with what its code makes anew in every call")
-        if not isinstance(op, Clip) or not is_function:
-            return op
-        return PositivelyHomogeneous() if op.is_homogeneous else Opaque(op.why)
-
-    def holders_of_norms(self) -> list[str]:
-        """Labels of the outermost layers whose code calls BatchNormalizations, as it was traced."""
-        norms = [node.owner for node in self.nodes if isinstance(node.op, BatchNorm)]
-        outermost = {
-            owner: label(layer)
-            for layer, owner in self.traced.values()
-            if not any(owner.startswith(f"{other}/") for _, other in self.traced.values())
-        }
-        return [
-            who
-            for owner, who in outermost.items()
-            if not owner or any(norm.startswith(f"{owner}/") for norm in norms)
-        ]
-
-    def list_not_called(self) -> None:
-        """Lists BatchNormalizations that code which was traced holds but does not call."""
-        for layer, owner in self.traced.values():
-            prefix = f"{owner}/" if owner else ""
-            for _, inner in sublayers(layer, self.keras):
-                if is_batch_norm(inner, self.keras) and id(inner) not in self.owners:
-                    op = BatchNorm(None, Reason(Obstacle.NOT_CALLED, label(layer)))
-                    self._add_hidden(inner, prefix, label(layer), op)
-            self.read_sublayers(layer, prefix, label(layer), training=False, is_seen=True)
-
-    def _operation(
-        self,
-        record: Record,
-        training: bool | None,
-        sources: list[int],
-        results: list[int],
-        sizes_hold: bool,
-    ) -> Op | Several:
-        """Operation of a call; a BatchNormalization that does more than its map stays."""
-        call = Call(
-            self.keras,
-            record.layer,
-            tuple(self.values[value].shape for value in sources),
-            self.values[results[0]].shape,
-            training,
-            other_arguments(record, self.keras),
-            sizes_hold,
-            record,
-        )
-        op = describe(call)
-        if not isinstance(op, BatchNorm) or op.reason:
-            return op
-        before, after = self.values[sources[0]].dtype, self.values[results[0]].dtype
-        if before != after:
-            return replace(op, reason=Reason(Obstacle.CASTS, f"{before} into {after}"))
-        if len(sources) > 1:
-            return replace(op, reason=Reason(Obstacle.MASKED))
-        return op
-
-    def _follow_masks(
-        self, record: Record, owner: str, sources: list[int], results: list[int]
-    ) -> None:
-        """Notes whether a call is given a mask, and whether its results may pass it on."""
-        with_mask = self.with_mask & set(sources) or any(
-            map(self.keras.carries_mask, record.inputs)
-        )
-        if with_mask or len(sources) > 1:
-            self.masked.add(owner)
-        if with_mask and self.keras.may_pass_mask(record.layer):
-            self.with_mask.update(results)
-
-    def _worst_training(self, layer: Any, training: bool | None) -> bool | None:
-        """Whether any call of a layer is in training; None if that is not known."""
-        recorded = self.keras.all_calls_of(layer)  # but those of traces
-        calls = [training, *(training_of(call, training, self.keras) for call in recorded)]
-        return False if all(value is False for value in calls) else (True in calls or None)
-
-    def read_sublayers(
-        self,
-        parent: Any,
-        prefix: str,
-        who: str,
-        training: bool | None,
-        seen: dict[int, int] | None = None,
-        is_seen: bool = False,
-    ) -> None:
-        """Reads the sublayers of a layer, whose calls cannot be seen, if they were not read before.
-
-        Args:
-            parent: the layer.
-            prefix: the prefix of its sublayers' names.
-            who: its label.
-            training: how it is called itself; see `calls.Call`.
-            seen: for a parent that is visible itself; see `read_calls`.
-            is_seen: whether its calls were read.
-        """
-        is_visible = is_seen or self.keras.is_visible(parent)
-        for _, layer in sublayers(parent, self.keras):
-            self.bindings.held.add(id(layer))
-            if not is_visible:  # in a visible parent's copy, the sublayer's copy takes its place
-                self.bindings.parents.setdefault(id(layer), who)
-            if id(layer) in self.owners:
-                if is_batch_norm(layer, self.keras) and training is not False:
-                    reason = batch_norm(layer, training, self.keras).reason
-                    self.bindings.reasons |= {id(layer): reason} if reason else {}
-                continue
-            if is_batch_norm(layer, self.keras):
-                op = batch_norm(layer, training, self.keras)
-                reason = self.keras.reason_within(parent)
-                op = BatchNorm(None, reason, op.axis) if reason else op
-                self._add_hidden(layer, prefix, who, op, self.untraced.get(id(parent), ""))
-            elif self.keras.is_visible(layer):
-                path = self._path(layer, prefix)
-                self.owners[id(layer)] = path
-                self.outputs.update(self.read_calls(layer, path, training, seen=seen))
-            else:
-                self.untraced.setdefault(id(layer), self.untraced.get(id(parent), ""))
-                owner = self._owner(layer, prefix)
-                self.read_sublayers(layer, f"{owner}/", label(layer), training)
-        if not is_visible:
-            self._list_unreachable(self.keras.all_layers_in(parent), who)
-
-    def list_unreachable(self, model: Any) -> None:
-        """Lists BatchNormalizations that were not found in any attribute, so that none is lost."""
-        for part in parts(model):
-            direct = part._flatten_layers(include_self=False, recursive=False)
-            self._list_unreachable(direct, label(part))
-
-    def _list_unreachable(self, modules: Iterable[Any], who: str) -> None:
-        for layer in modules:
-            if is_batch_norm(layer, self.keras) and id(layer) not in self.owners:
-                op = BatchNorm(None, Reason(Obstacle.OUT_OF_REACH, who))
-                self._add_hidden(layer, "", who, op)
-
-    def apply_bindings(self) -> None:
-        """Notes which layers are called visibly and cannot be changed for all that."""
-        seen = {node.owner for node in self.nodes}
-        for hidden in self.hidden:
-            if hidden.owner in seen and hidden.op.reason:
-                self.bindings.reasons[id(self.layers[hidden.owner])] = hidden.op.reason
-        self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
-        visits = Counter(id(record.outputs[0]) for record, _ in self.calls.values())
-        self.nodes = [
-            replace(
-                self.bindings.applied(node, self.layers[node.owner], self.keras),
-                why_shared=self._why_shared(node, visits),
-                place=self._place(node),
-            )
-            for node in self.nodes
-        ]
-
-    def _place(self, node: Node) -> int:
-        """Place of a call among all of its layer, in the order in which they were made."""
-        record, _ = self.calls.get(node.outputs[0], (None, None))
-        if record is None or not node.op.chains:
-            return 0
-        made = [id(call.outputs[0]) for call in self.keras.all_calls_of(record.layer)]
-        return made.index(id(record.outputs[0]))
-
-    def _why_shared(self, node: Node, visits: Mapping[int, int]) -> str:
-        """Why a call cannot be made by a layer of its own in a copy, as a clause, or ""."""
-        if node.caller:
-            return f"code of {node.caller} calls it"
-        record, model = self.calls.get(node.outputs[0], (None, None))
-        if record is None:
-            return "it is part of another layer"
-        if visits[id(record.outputs[0])] > 1:
-            return f"it is part of {label(model)}, which is called several times"
-        if id(record.layer) in self.bindings.held:
-            return "it is held in an attribute, too"
-        return ""
-
-    def numbers_of_calls(self) -> dict[int, int]:
-        """See `Reading.numbers`."""
-        counts: Counter[str] = Counter()
-        numbers = {}
-        for node in self.nodes:
-            if node.outputs[0] in self.calls:
-                numbers[id(self.calls[node.outputs[0]][0].outputs[0])] = counts[node.owner]
-            counts[node.owner] += 1
-        return numbers
-
-    def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm, why: str = "") -> None:
-        rank = getattr(layer.input_spec, "ndim", None)
-        owner = self._owner(layer, prefix)
-        self.hidden.append(HiddenBatchNorm(owner, who, op, rank, _dtype(layer), why))
-
-    def _add_value(self, tensor: Any) -> int:
-        value = len(self.values)
-        self.values.append(Value(self.keras.shape_of(tensor), self.keras.dtype_of(tensor)))
-        if self.keras.carries_mask(tensor):
-            self.with_mask.add(value)
-        return value
-
-    def _path(self, model: Any, prefix: str) -> str:
-        return f"{prefix}{model.name}/"
-
-    def _owner(self, layer: Any, prefix: str) -> str:
-        """Unique name of a layer: its path of names, with a number if that is taken."""
-        if id(layer) not in self.owners:
-            name = path = f"{prefix}{layer.name}"
-            number = 2
-            while name in self.layers:
-                name, number = f"{path}#{number}", number + 1
-            self.owners[id(layer)] = name
-            self.layers[name] = layer
-        return self.owners[id(layer)]
 
     def _fits(self, record: Record, sources: list[int]) -> bool:
         """Whether a nested model accepts these values as they are."""
@@ -599,18 +216,3 @@ class _Reader:
                 for value, tensor in zip(sources, inputs, strict=True)
             )
         )
-
-
-def _is_tensor(argument: Any) -> bool:
-    """Whether an argument is a tensor or variable, and no array that is part of the code."""
-    return hasattr(argument, "shape") and not isinstance(argument, (np.ndarray, np.generic))
-
-
-_OURS = __name__.partition(".")[0]
-_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}  # of dtypes narrower than the widest
-
-
-def _dtype(layer: Any) -> str:
-    """The narrowest dtype in which a layer's weights are stored or used."""
-    names = [getattr(layer, name, None) for name in ("compute_dtype", "dtype")]
-    return min(filter(None, names), key=lambda name: _SIZES.get(name, 8), default="float32")

@@ -30,13 +30,25 @@ class Place:
 
 def sublayers(layer: Any, keras: KerasAdapter) -> Iterator[tuple[Place, Any]]:
     """Layers in the attributes of a layer, with their places."""
+    for attribute, value in own_attributes(layer, keras).items():
+        for keys, inner in _layers_in(value, (), keras.layers.Layer):
+            yield Place(attribute, keys), inner
+
+
+def own_attributes(layer: Any, keras: KerasAdapter) -> dict[str, Any]:
+    """Attributes of a layer, or whatever else is called, in which Keras does not list layers."""
     # A Functional model with a `call` of its own keeps its recorded calls in private attributes.
     calls_itself = keras.has_calls_on_record(layer) and not keras.is_visible(layer)
-    private = ("_",) if calls_itself else keras.private
-    for attribute, value in list(vars(layer).items()):
-        if not attribute.startswith(private):
-            for keys, inner in _layers_in(value, (), keras.layers.Layer):
-                yield Place(attribute, keys), inner
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if not (name.startswith("_") if calls_itself else keras.is_private(name))
+    }
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The layers of a Functional or Sequential model, by its number of which code may have one."""
+    return list(model._flatten_layers(include_self=False, recursive=False))
 
 
 def all_sublayers(layer: Any, keras: KerasAdapter) -> Iterator[Any]:
@@ -44,7 +56,11 @@ def all_sublayers(layer: Any, keras: KerasAdapter) -> Iterator[Any]:
     known = {id(layer)}
     pending = [layer]
     while pending:
-        for _, inner in sublayers(pending.pop(), keras):
+        holder = pending.pop()
+        found = [inner for _, inner in sublayers(holder, keras)]
+        if keras.is_visible(holder):
+            found += layers_of(holder)
+        for inner in found:
             if id(inner) not in known:
                 known.add(id(inner))
                 pending.append(inner)

@@ -1,79 +1,28 @@
 """Traces of layers that call other layers in Python code: what they call, at inference.
 
 The `call` of such a layer is run on Keras tensors, and Keras records what it calls. It runs on a
-probe: an object of the layer's class with its attributes. It runs once more on a probe that has
-other layers in the places of those that the layer holds, as a rewritten copy would: code that then
-calls something else is code in which they cannot be exchanged.
+probe: an object of the layer's class with its attributes. See `exchanging` for what else is tried.
 
-Neither the layer nor anything in it is changed: what Keras notes at the layers that are called is
-taken back.
+Neither the layer nor anything in it is changed; see `watching`.
 """
 
 from __future__ import annotations
 
-import types
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from mbn_rewrite.errors import cause_of
-from mbn_rewrite.frontends.keras_common.batch_norm import is_batch_norm
 from mbn_rewrite.frontends.keras_common.calls import Record
-from mbn_rewrite.frontends.keras_common.cloning import parts
-from mbn_rewrite.frontends.keras_common.sublayers import put, sublayers
+from mbn_rewrite.frontends.keras_common.cloning import is_stock, parts
+from mbn_rewrite.frontends.keras_common.exchanging import with_others
+from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace, probe_of
+from mbn_rewrite.frontends.keras_common.references import referred_to
+from mbn_rewrite.frontends.keras_common.sublayers import sublayers
+from mbn_rewrite.frontends.keras_common.watching import NeverCalled, Watch, watched
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-
-
-class NotTraceable(Exception):  # noqa: N818 - what a layer is, not what went wrong
-    """A layer's calls cannot be traced; the message says why, as a clause."""
-
-
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """What a layer calls.
-
-    Attributes:
-        inputs: Keras tensors that stand for those it was called with, as `Record.inputs` has them.
-        records: its calls, each after those on which it depends; those that nothing depends on are
-            left out.
-        outputs: what it returns, flattened.
-        reads: ids of variables that its code reads itself, so that they cannot be changed.
-        unseen: ids of layers that its code calls where no record tells of it.
-    """
-
-    inputs: tuple[Any, ...]
-    records: tuple[Record, ...]
-    outputs: tuple[Any, ...]
-    reads: frozenset[int]
-    unseen: frozenset[int] = frozenset()
-
-
-def probe_of(layer: Any) -> Any:
-    """An object of a layer's class that has its attributes.
-
-    Lists, dictionaries and sets of attributes are its own. It takes no losses and metrics.
-    """
-    probe: Any = object.__new__(type(layer))
-    for name, value in vars(layer).items():
-        own = next((each for each in (list, dict, set) if isinstance(value, each)), None)
-        vars(probe)[name] = own(value) if own else value
-    for method in ("add_loss", "add_metric"):
-        vars(probe)[method] = _does_nothing
-    return probe
-
-
-def _does_nothing(*_: Any, **__: Any) -> None:
-    """Takes the place of a method that changes the layer."""
-
-
-def set_method(probe: Any, name: str, method: Callable[..., Any]) -> None:
-    """Gives one object a method."""
-    vars(probe)[name] = types.MethodType(method, probe)
 
 
 def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) -> Trace:
@@ -85,19 +34,17 @@ def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) 
         outputs: what it gave, flattened, if that is known.
 
     Raises:
-        NotTraceable: its code cannot be run on Keras tensors, or gives something else on them, or
-            calls something else where other layers are in the places of those that it holds.
+        NotTraceable: its code cannot be run on Keras tensors, or does something else on them.
     """
-    layer = record.layer
-    if type(layer).__call__ is not _own_call(layer, keras):
-        raise NotTraceable("its class has a __call__ of its own")
-    exchanged: dict[int, Any] = {}
     try:
-        with left_as_it_is(layer):
-            found = _seen(record, probe_of(layer), keras)
-            probe = _exchanged_in(probe_of(layer), layer, keras, exchanged, found.reads)
-            again = keras.traced(record, probe)
-    except NotTraceable as why:
+        with watched(record.layer, keras) as watch:
+            probe = probe_of(record.layer)
+            found = keras.traced(record, probe)
+            _check_layers(record.layer, probe, keras)
+            found = _with_what_is_noted(found, probe, watch, keras)
+            _check_sizes(record, found, keras)
+            found = with_others(record, found, keras)
+    except (NotTraceable, NeverCalled) as why:
         raise NotTraceable(cause_of(why).removesuffix(".")) from why  # without what Keras adds
     except Exception as error:  # the user's code may raise anything
         told = cause_of(error).removesuffix(".")
@@ -108,166 +55,71 @@ def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) 
     )
     if outputs is not None and given != gives:
         raise NotTraceable("it gives something else when its code is run on Keras tensors")
-    if not _calls_the_same(found, again, exchanged):
-        raise NotTraceable("its code calls something else where it has other layers")
     return found
 
 
-def _own_call(layer: Any, keras: KerasAdapter) -> Any:
-    kind = keras.model if isinstance(layer, keras.model) else keras.layers.Layer
-    return kind.__call__
+def _check_layers(layer: Any, probe: Any, keras: KerasAdapter) -> None:
+    """Raises NotTraceable if a probe that was called has other layers than what it stands for."""
+    before, after = (
+        {place: id(inner) for place, inner in sublayers(each, keras)} for each in (layer, probe)
+    )
+    if before != after:
+        raise NotTraceable("it changes its layers when it is called")
 
 
-# -------------------------------------------------------------------------- other layers
+_A_SIZE = 64  # of what a model leaves open
 
 
-def _exchanged_in(
-    probe: Any, layer: Any, keras: KerasAdapter, exchanged: dict[int, Any], reads: frozenset[int]
-) -> Any:
-    """A probe that has other layers in the places of a layer's own: a pass-through for each norm.
+def _check_sizes(record: Record, found: Trace, keras: KerasAdapter) -> None:
+    """Raises NotTraceable if code calls something else where sizes are known that are open."""
+    if not any(None in keras.shape_of(tensor)[1:] for tensor in record.inputs):
+        return
+    try:
+        again = keras.traced(record, probe_of(record.layer), _A_SIZE)
+    except Exception:  # code may not take this size
+        return
+    own = {id(part) for part in parts(record.layer)}
 
-    Args:
-        probe: the probe.
-        layer: the layer.
-        keras: the adapter of its Keras.
-        exchanged: id of each layer -> the other one, which is added to.
-        reads: ids of variables that code reads. Layers that have them stay what they are.
-    """
-    for place, inner in sublayers(layer, keras):
-        if id(inner) not in exchanged:
-            stays = any(id(variable) in reads for variable in inner.variables)
-            if is_batch_norm(inner, keras) and not stays:
-                make: Any = keras.pass_through
-                exchanged[id(inner)] = make(name=inner.name, dtype=inner.dtype_policy)
-            else:
-                exchanged[id(inner)] = probe_of(inner)
-                _exchanged_in(exchanged[id(inner)], inner, keras, exchanged, reads)
-        value = vars(probe)[place.attribute]
-        vars(probe)[place.attribute] = put(value, place.keys, exchanged[id(inner)])
-    return probe
+    def calls_of(found: Trace) -> list[Any]:
+        return [
+            id(each.layer)
+            if id(each.layer) in own
+            else (type(each.layer), getattr(each.layer, "symbol", ""))
+            for each in found.records
+            if not all(keras.dtype_of(t).startswith("int") for t in each.outputs)  # sizes
+        ]
+
+    if calls_of(found) != calls_of(again):
+        raise NotTraceable("its code calls something else where the sizes of its input are known")
 
 
-def _calls_the_same(first: Trace, second: Trace, exchanged: dict[int, Any]) -> bool:
-    """Whether the second trace has the same calls, of the other layers."""
-    if len(first.records) != len(second.records):
-        return False
-    for one, other in zip(first.records, second.records, strict=True):
-        if id(one.layer) in exchanged:
-            if other.layer is not exchanged[id(one.layer)]:
-                return False
-        elif type(one.layer) is not type(other.layer):
-            return False
-    return True
-
-
-# ------------------------------------------------------------------------------- one trace
-
-
-def _seen(record: Record, probe: Any, keras: KerasAdapter) -> Trace:
-    """A trace, with what its code calls where no record tells of it."""
-    with _noting_calls(record.layer, keras) as calls:
-        found = keras.traced(record, probe)
+def _with_what_is_noted(found: Trace, probe: Any, watch: Watch, keras: KerasAdapter) -> Trace:
+    """A trace, with what code calls and reads where no record tells of it."""
     told = Counter(id(each.layer) for each in found.records)
-    made = Counter(id(layer) for callers, layer in calls if callers and callers[-1] is probe)
+    made = Counter(id(layer) for callers, layer in watch.calls if callers and callers[-1] is probe)
     unseen = {number for number, count in made.items() if count > told[number]}
+    # Those that are called by a method that code has kept.
+    by_method = [each.layer for each in found.records if id(each.layer) not in made]
+    by_method = [layer for layer in by_method if isinstance(layer, keras.layers.Layer)]
+    unseen |= set(map(id, by_method))
     within: dict[int, set[int]] = {}  # of a layer that the code calls
-    for callers, layer in calls:
+    for callers, layer in watch.calls:
         if probe in callers[:-1]:
             direct = callers[callers.index(probe) + 1]
             if id(direct) not in within:
                 within[id(direct)] = set(map(id, parts(direct)))
             if id(layer) not in within[id(direct)]:
                 unseen.add(id(layer))
-    return replace(found, unseen=frozenset(unseen))
+    called = {id(layer): layer for _, layer in watch.calls} | referred_to(probe, keras)
+    owners = {id(part): part for layer in called.values() for part in parts(layer)}
+    variables = [(id(v), keras.read_as(v)) for part in owners.values() for v in part.variables]
 
+    def keys_of(layer: Any) -> set[int]:
+        is_its_own_business = is_stock(type(layer))
+        own = layer.variables if is_its_own_business else keras.own_variables(layer)
+        return {keras.read_as(variable) for variable in own}
 
-@contextmanager
-def _noting_calls(layer: Any, keras: KerasAdapter) -> Iterator[list[tuple[list[Any], Any]]]:
-    """Context manager that lists the layers that are called, with those that call them.
-
-    None that the layer holds gets weights by it.
-    """
-    calls: list[tuple[list[Any], Any]] = []
-    callers: list[Any] = []
-    base = keras.layers.Layer
-    original = base.__call__
-    add_weight, own = base.add_weight, {id(part) for part in parts(layer)}
-
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append((list(callers), self))
-        callers.append(self)
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            callers.pop()
-
-    def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) in own:
-            raise NotTraceable(f"its layer '{self.name}' was never called")
-        return add_weight(self, *args, **kwargs)
-
-    with (
-        mock.patch.object(base, "__call__", noted),
-        mock.patch.object(base, "add_weight", refused),
-    ):
-        yield calls
-
-
-@contextmanager
-def left_as_it_is(layer: Any) -> Iterator[None]:
-    """Context manager that takes back what calls do to the attributes of a layer's sublayers."""
-    before = [(vars(part), dict(vars(part))) for part in parts(layer)]
-    lists = [
-        (each, list(each))
-        for _, kept in before
-        for value in kept.values()
-        if isinstance(value, list)
-        for each in {id(value): value, id(_within(value)): _within(value)}.values()
-    ]
-    trackers = [kept["_tracker"] for _, kept in before if hasattr(kept.get("_tracker"), "locked")]
-    locked = [tracker.locked for tracker in trackers]
-    try:
-        yield
-    finally:
-        for tracker, was_locked in zip(trackers, locked, strict=True):
-            tracker.locked = was_locked
-        for attributes, kept in before:
-            attributes.clear()
-            attributes.update(kept)
-        for value, items in lists:
-            list.__setitem__(
-                value, slice(None), items
-            )  # Keras's own lists track what they are given
-
-
-def _within(value: Any) -> Any:
-    """The list within one of TensorFlow's lists; else the list itself."""
-    return getattr(value, "_storage", value)
-
-
-def in_order(
-    outputs: list[Any], inputs: list[Any], record_of: Callable[[Any], Record]
-) -> list[Record]:
-    """The calls on which Keras tensors depend, each after those on which it depends itself.
-
-    Args:
-        outputs: the Keras tensors.
-        inputs: Keras tensors at which to stop.
-        record_of: the call that gave a Keras tensor.
-    """
-    known = set(map(id, inputs))
-    records: list[Record] = []
-    pending = [(tensor, False) for tensor in reversed(outputs)]
-    while pending:
-        tensor, visited = pending.pop()
-        if id(tensor) in known:
-            continue
-        record = record_of(tensor)
-        missing = [t for t in record.inputs if id(t) not in known]
-        if missing and not visited:
-            pending.append((tensor, True))
-            pending += [(t, False) for t in reversed(missing)]
-            continue
-        records.append(record)
-        known.update(map(id, record.outputs))
-    return records
+    keys = watch.read_by_others(keys_of, probe)
+    keys -= {key for layer in by_method for key in keys_of(layer)}
+    reads = {variable for variable, key in variables if key in keys}
+    return replace(found, reads=found.reads | reads, unseen=frozenset(unseen))

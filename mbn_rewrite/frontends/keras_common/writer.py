@@ -14,7 +14,7 @@ from typing import Any
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Record
-from mbn_rewrite.frontends.keras_common.cloning import label
+from mbn_rewrite.frontends.keras_common.cloning import label, stock_call
 from mbn_rewrite.frontends.keras_common.custom_models import (
     CheckedConfig,
     attributes,
@@ -23,6 +23,7 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
 )
 from mbn_rewrite.frontends.keras_common.layer_writer import LayerWriter
 from mbn_rewrite.frontends.keras_common.reader import Reading
+from mbn_rewrite.frontends.keras_common.watching import objects_left_alone
 from mbn_rewrite.plans import Plan, Remove
 
 
@@ -106,7 +107,7 @@ class Writer(LayerWriter):
                 (given,) = record.outputs
                 source = record.inputs[self._kept_input(record.layer)]
                 tensors[id(given)] = self._bypassed(
-                    record.layer, tensors[id(source)], id(given) in outputs
+                    record.layer, tensors[id(source)], id(given) in outputs, self.is_in_code(old)
                 )
                 continue
             results = self._called_again(record, tensors)
@@ -139,14 +140,21 @@ class Writer(LayerWriter):
     def subclassed(self, old: Any) -> Any:
         self.check_not_traced(old)
         new = self.copied(old)
-        self.build_subclassed(old, new)
+        with objects_left_alone(old):
+            self.build_subclassed(old, new)
         self.finish()
         return new
 
     # -- layers ------------------------------------------------------------------------
 
-    def _bypassed(self, layer: Any, tensor: Any, is_output: bool) -> Any:
+    def is_in_code(self, model: Any) -> bool:
+        """Whether code may have a model's layers by their number, which then have to stay."""
+        return id(model) in self.reading.in_code
+
+    def _bypassed(self, layer: Any, tensor: Any, is_output: bool, in_code: bool) -> Any:
         """The tensor that takes the place of a removed layer's output."""
+        if in_code:
+            return called(self.in_place_of_removed(layer), (tensor,), {})
         if not is_output:
             return tensor
         if id(layer) not in self.copies:
@@ -200,7 +208,8 @@ def called(layer: Any, args: Any, kwargs: Any) -> Any:
         RewriteError: it cannot be called with them.
     """
     try:
-        return layer(*args, **kwargs)
+        with objects_left_alone(layer):
+            return stock_call(layer)(layer, *args, **kwargs)
     except Exception as error:
         raise RewriteError(
             f"the copy of {label(layer)} cannot be called as the original was: "

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 from tf_keras.src.engine.functional import Functional, has_functional_like_constructor
+from tf_keras.src.engine.keras_tensor import KerasTensor
 from tf_keras.src.engine.sequential import Sequential
 from tf_keras.src.layers.core.tf_op_layer import (
     ClassMethod,
@@ -26,7 +27,7 @@ from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Call, Record, Several
 from mbn_rewrite.frontends.keras_common.cloning import share_config_objects
 from mbn_rewrite.frontends.keras_common.op_table import layer_table
-from mbn_rewrite.frontends.keras_common.tracing import Trace
+from mbn_rewrite.frontends.keras_common.probing import Trace
 from mbn_rewrite.frontends.tf_keras import model_optimization, tracing
 from mbn_rewrite.frontends.tf_keras.functions import describe
 from mbn_rewrite.frontends.tf_keras.inference_layers import (
@@ -72,13 +73,14 @@ class TfKeras(KerasAdapter):
     pass_through = PassThrough
     bordered_convolution = BorderedConvolution
     training_layers = (StridedBatchNormalization, ModifiedBatchNormalization)
-    private = (
-        "_self_",
-        "_obj_reference_counts",
-        "_inbound_nodes",
-        "_outbound_nodes",
-        *("_input_layers", "_output_layers", "_input_coordinates", "_output_coordinates"),
+    private = frozenset(
+        {
+            *("_obj_reference_counts", "_inbound_nodes", "_outbound_nodes", "_layer_call_argspecs"),
+            *("_input_layers", "_output_layers", "_input_coordinates", "_output_coordinates"),
+            *("_nodes_by_depth", "_network_nodes", "_unconditional_checkpoint_dependencies"),
+        }
     )
+    layer_lists = ("_self_tracked_trackables",)
     model_attributes = frozenset(
         {
             *("inputs", "outputs", "_nested_inputs", "_nested_outputs", "_feed_inputs"),
@@ -102,11 +104,16 @@ class TfKeras(KerasAdapter):
         return tf.nest.map_structure(function, structure)
 
     def shape_of(self, tensor: Any) -> Shape:
+        if _is_none(tensor):
+            return ()
         shape = tensor.shape
         return () if shape.rank is None else tuple(shape.as_list())
 
     def dtype_of(self, tensor: Any) -> str:
-        return tensor.dtype.name
+        return "none" if _is_none(tensor) else tensor.dtype.name
+
+    def tensor_like(self, shape: Shape, dtype: str) -> Any:
+        return KerasTensor(tf.TensorSpec(shape, dtype))
 
     # -- models ----------------------------------------------------------------------------
 
@@ -144,8 +151,17 @@ class TfKeras(KerasAdapter):
     def all_calls_of(self, layer: Any) -> list[Record]:
         return [_record(node) for node in layer._inbound_nodes]
 
-    def traced(self, record: Record, probe: Any) -> Trace:
-        return tracing.traced(record, probe, _record)
+    def traced(self, record: Record, probe: Any, size: int | None = None) -> Trace:
+        return tracing.traced(record, probe, _record, size)
+
+    def set_apart(self, note_read: Callable[[Any], None]) -> AbstractContextManager[None]:
+        return tracing.set_apart(note_read)
+
+    def read_as(self, variable: Any) -> int:
+        return id(variable.handle) if isinstance(variable, tf.Variable) else id(variable)
+
+    def give_outputs_of(self, layer: Any, probe: Any) -> None:
+        vars(probe)["_infer_output_signature"] = layer._infer_output_signature
 
     def call_of(self, model: Any) -> Record | None:
         return tracing.call_of(model)
@@ -288,6 +304,11 @@ class TfKeras(KerasAdapter):
 def _record(node: Any) -> Record:
     outputs = tuple(tf.nest.flatten(node.outputs))
     return Record(node.layer, node.call_args, node.call_kwargs, tuple(node.keras_inputs), outputs)
+
+
+def _is_none(tensor: Any) -> bool:
+    """Whether a Keras tensor stands for a None that a layer returns."""
+    return isinstance(getattr(tensor, "type_spec", None), tf.NoneTensorSpec)
 
 
 def _variables(things: list[Any]) -> list[Any]:

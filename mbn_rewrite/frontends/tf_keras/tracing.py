@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import tensorflow as tf
 import tf_keras
@@ -13,50 +14,65 @@ from tf_keras.src import backend
 from tf_keras.src.engine.keras_tensor import KerasTensor
 
 from mbn_rewrite.frontends.keras_common.calls import Record
-from mbn_rewrite.frontends.keras_common.cloning import parts
-from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, in_order, set_method
+from mbn_rewrite.frontends.keras_common.cloning import stock_call
+from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace, in_order, set_method
 
 
-def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Trace:
+def traced(
+    record: Record, probe: Any, record_of: Callable[[Any], Record], size: int | None = None
+) -> Trace:
     """Trace of one call of a layer.
 
     Args:
         record: the call.
         probe: what to call in the layer's place.
         record_of: reads a node that Keras has made for a call.
+        size: what to take for the sizes that are open, but for the number of examples; or None.
     """
-    # What code reads of variables is captured by the graph, and nothing is assigned to them. Layers
-    # that are called run in graphs of their own.
-    graph = FuncGraph("trace")
-    with _names_as_they_were(), graph.as_default():
-        inputs = [tf_keras.Input(type_spec=t.type_spec) for t in record.inputs]
-        places = dict(zip(map(id, record.inputs), inputs, strict=True))
-        args, kwargs = tf.nest.map_structure(
-            lambda value: places.get(id(value), value), (record.args, record.kwargs)
-        )
-        if not probe._call_spec.arg_was_passed("training", args, kwargs, inputs_in_args=True):
-            kwargs = {**kwargs, "training": False}  # layers that do not take it hand it on
-        found: list[tuple[list[Record], list[Any]]] = []
+    inputs = [tf_keras.Input(type_spec=_with_sizes(t.type_spec, size)) for t in record.inputs]
+    places = dict(zip(map(id, record.inputs), inputs, strict=True))
+    args, kwargs = tf.nest.map_structure(
+        lambda value: places.get(id(value), value), (record.args, record.kwargs)
+    )
+    if not probe._call_spec.arg_was_passed("training", args, kwargs, inputs_in_args=True):
+        kwargs = {**kwargs, "training": False}  # layers that do not take it hand it on
+    found: list[tuple[list[Record], list[Any]]] = []
 
-        def call(self: Any, inputs_: Any, masks: Any, args: Any, kwargs: Any) -> Any:
-            result = self.call(_cast(self, inputs_), *args, **kwargs)
-            outputs = tf.nest.flatten(result)
-            if not all(isinstance(t, KerasTensor) for t in outputs):
-                raise NotTraceable("it returns something that is no tensor")
-            # Before Keras makes the call itself what gave its results.
-            found.append((in_order(outputs, inputs, lambda t: record_of(_node_of(t))), outputs))
-            return result
+    def call(self: Any, inputs_: Any, masks: Any, args: Any, kwargs: Any) -> Any:
+        result = self.call(_cast(self, inputs_), *args, **kwargs)
+        outputs = tf.nest.flatten(result)
+        if not all(isinstance(t, KerasTensor) for t in outputs):
+            raise NotTraceable("it returns something that is no tensor")
+        # Before Keras makes the call itself what gave its results.
+        found.append((in_order(outputs, inputs, lambda t: record_of(_node_of(t))), outputs))
+        return result
 
-        set_method(probe, "_keras_tensor_symbolic_call", call)
-        probe(*args, **kwargs)
+    set_method(probe, "_keras_tensor_symbolic_call", call)
+    stock_call(probe)(probe, *args, **kwargs)
     ((records, outputs),) = found
-    captured = {id(external) for external, _ in graph.captures}
-    layers = [record.layer, *(each.layer for each in records)]
-    own = [variable for layer in layers for part in parts(layer) for variable in part.variables]
-    reads = {id(v) for v in own if isinstance(v, tf.Variable) and id(v.handle) in captured}
     given = (value for each in records for value in tf.nest.flatten((each.args, each.kwargs)))
-    reads |= {id(value) for value in given if isinstance(value, tf.Variable)}
+    reads = {id(value) for value in given if isinstance(value, tf.Variable)}
     return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(reads))
+
+
+@contextmanager
+def set_apart(note_read: Callable[[Any], None]) -> Iterator[None]:
+    """See `KerasAdapter.set_apart`."""
+    capture = FuncGraph.capture
+
+    def noted(self: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        note_read(tensor)
+        return capture(self, tensor, *args, **kwargs)
+
+    # In a graph, nothing is assigned to variables and no numbers are drawn. It captures the handles
+    # of variables that code reads, and so do the graphs in it in which layers run.
+    with (
+        _names_as_they_were(),
+        _seeds_as_they_were(),
+        mock.patch.object(FuncGraph, "capture", noted),
+        FuncGraph("trace").as_default(),
+    ):
+        yield
 
 
 def call_of(model: Any) -> Record | None:
@@ -72,6 +88,14 @@ def call_of(model: Any) -> Record | None:
 
 def _as_keras_tensor(spec: Any) -> Any:
     return tf_keras.Input(type_spec=spec) if isinstance(spec, tf.TypeSpec) else spec
+
+
+def _with_sizes(spec: Any, size: int | None) -> Any:
+    """A specification with a size in the place of those that are open, but for the first."""
+    if size is None or not isinstance(spec, tf.TensorSpec) or not spec.shape.rank:
+        return spec
+    first, *rest = spec.shape
+    return tf.TensorSpec([first, *(size if each is None else each for each in rest)], spec.dtype)
 
 
 def _cast(layer: Any, inputs: Any) -> Any:
@@ -107,3 +131,17 @@ def _names_as_they_were() -> Iterator[None]:
             names.clear()
             names.update(before.get(graph, {}))
         backend.OBSERVED_NAMES.intersection_update(observed)
+
+
+@contextmanager
+def _seeds_as_they_were() -> Iterator[None]:
+    """Context manager after which Keras draws the seeds that it would have drawn."""
+    generator = getattr(backend._SEED_GENERATOR, "generator", None)
+    before = generator.getstate() if generator else None
+    try:
+        yield
+    finally:
+        if generator:
+            generator.setstate(before)
+        elif hasattr(backend._SEED_GENERATOR, "generator"):
+            del backend._SEED_GENERATOR.generator

@@ -26,6 +26,8 @@ class TfKerasWriter(Writer):
                 new.add(self.layer(records[id(layer)]))
                 if new.built:
                     self.finish()
+            elif self.is_in_code(old):
+                new.add(self.in_place_of_removed(layer))
             elif layer is old.layers[-1]:
                 new.add(self.identity_in_place_of(layer))
         if not new.built:
