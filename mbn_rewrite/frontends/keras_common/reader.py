@@ -9,8 +9,7 @@ hidden.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +41,7 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
     note_on_holders,
 )
 from mbn_rewrite.frontends.keras_common.op_table import describe
+from mbn_rewrite.frontends.keras_common.recorded_calls import RecordedCalls
 from mbn_rewrite.frontends.keras_common.sublayers import all_sublayers, sublayers
 from mbn_rewrite.frontends.keras_common.time_distributed import (
     examples_as_steps,
@@ -127,7 +127,7 @@ def read(model: Any, keras: KerasAdapter) -> Reading:
         graph,
         layers,
         reader.owners,
-        reader.numbers_of_calls(),
+        reader.calls.numbers(reader.nodes),
         frozenset(reader.masked),
         notes if any_norm else (),
     )
@@ -144,12 +144,14 @@ class _Reader:
     owners: dict[int, str] = field(default_factory=dict)
     masked: set[str] = field(default_factory=set)
     with_mask: set[int] = field(default_factory=set)  # values that may come with a mask
-    # The first value that a call gives -> the call, as its model has it on record, and the model.
-    calls: dict[int, tuple[Record, Any]] = field(default_factory=dict)
+    calls: RecordedCalls = field(init=False)
     traced: dict[int, tuple[Any, str]] = field(default_factory=dict)  # id -> layer, its owner
     untraced: dict[int, str] = field(default_factory=dict)  # id(layer) -> why it was not traced
     bindings: Bindings = field(default_factory=Bindings)
     unsure: dict[int, Any] = field(default_factory=dict)  # models whose configuration may mislead
+
+    def __post_init__(self) -> None:
+        self.calls = RecordedCalls(self.keras)
 
     def read_calls(
         self,
@@ -179,7 +181,7 @@ class _Reader:
                 continue
             sources = [seen[id(t)] for t in record.inputs]
             results = self._read_call(record, prefix, training, sources, sizes_hold)
-            self.calls.setdefault(results[0], (record, model))
+            self.calls.add(results[0], record, model)
             seen.update(zip(map(id, record.outputs), results, strict=True))
         self._read_attributes(model, prefix, training, seen)
         return [seen[id(t)] for t in model.outputs]
@@ -520,46 +522,10 @@ class _Reader:
             if hidden.owner in seen and hidden.op.reason:
                 self.bindings.reasons[id(self.layers[hidden.owner])] = hidden.op.reason
         self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
-        visits = Counter(id(record.outputs[0]) for record, _ in self.calls.values())
-        self.nodes = [
-            replace(
-                self.bindings.applied(node, self.layers[node.owner], self.keras),
-                why_shared=self._why_shared(node, visits),
-                place=self._place(node),
-            )
-            for node in self.nodes
-        ]
-
-    def _place(self, node: Node) -> int:
-        """Place of a call among all of its layer, in the order in which they were made."""
-        record, _ = self.calls.get(node.outputs[0], (None, None))
-        if record is None or not node.op.chains:
-            return 0
-        made = [id(call.outputs[0]) for call in self.keras.all_calls_of(record.layer)]
-        return made.index(id(record.outputs[0]))
-
-    def _why_shared(self, node: Node, visits: Mapping[int, int]) -> str:
-        """Why a call cannot be made by a layer of its own in a copy, as a clause, or ""."""
-        if node.caller:
-            return f"code of {node.caller} calls it"
-        record, model = self.calls.get(node.outputs[0], (None, None))
-        if record is None:
-            return "it is part of another layer"
-        if visits[id(record.outputs[0])] > 1:
-            return f"it is part of {label(model)}, which is called several times"
-        if id(record.layer) in self.bindings.held:
-            return "it is held in an attribute, too"
-        return ""
-
-    def numbers_of_calls(self) -> dict[int, int]:
-        """See `Reading.numbers`."""
-        counts: Counter[str] = Counter()
-        numbers = {}
-        for node in self.nodes:
-            if node.outputs[0] in self.calls:
-                numbers[id(self.calls[node.outputs[0]][0].outputs[0])] = counts[node.owner]
-            counts[node.owner] += 1
-        return numbers
+        self.nodes = self.calls.described(
+            [self.bindings.applied(n, self.layers[n.owner], self.keras) for n in self.nodes],
+            self.bindings.held,
+        )
 
     def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm, why: str = "") -> None:
         rank = getattr(layer.input_spec, "ndim", None)
