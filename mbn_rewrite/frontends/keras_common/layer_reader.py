@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from mbn_rewrite.frontends.keras_common.calls import (
 )
 from mbn_rewrite.frontends.keras_common.cloning import label, parts
 from mbn_rewrite.frontends.keras_common.op_table import describe
+from mbn_rewrite.frontends.keras_common.recorded_calls import RecordedCalls
 from mbn_rewrite.frontends.keras_common.references import referred_to
 from mbn_rewrite.frontends.keras_common.sublayers import sublayers
 from mbn_rewrite.ir.graph import BatchNorm, HiddenBatchNorm, Node, Op, Value
@@ -41,8 +41,7 @@ class LayerReader(ABC):
         owners: id(layer) -> owner.
         masked: owners of layers that are called with a mask at least once.
         with_mask: values that may come with a mask.
-        calls: the first value that a call gives -> the call, as its model has it on record, and the
-            model.
+        calls: the calls behind nodes, as Keras has them on record.
         traced: id(layer) -> layer whose code was traced, and its owner.
         untraced: id(layer) -> why it was not traced.
         bindings: what binds layers to be as they are.
@@ -59,11 +58,14 @@ class LayerReader(ABC):
     owners: dict[int, str] = field(default_factory=dict)
     masked: set[str] = field(default_factory=set)
     with_mask: set[int] = field(default_factory=set)
-    calls: dict[int, tuple[Record, Any]] = field(default_factory=dict)
+    calls: RecordedCalls = field(init=False)
     traced: dict[int, tuple[Any, str]] = field(default_factory=dict)
     untraced: dict[int, str] = field(default_factory=dict)
     bindings: Bindings = field(default_factory=Bindings)
     unsure: dict[int, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.calls = RecordedCalls(self.keras)
 
     @abstractmethod
     def read_calls(
@@ -207,46 +209,10 @@ class LayerReader(ABC):
             if hidden.owner in seen and hidden.op.reason:
                 self.bindings.reasons[id(self.layers[hidden.owner])] = hidden.op.reason
         self.hidden = [hidden for hidden in self.hidden if hidden.owner not in seen]
-        visits = Counter(id(record.outputs[0]) for record, _ in self.calls.values())
-        self.nodes = [
-            replace(
-                self.bindings.applied(node, self.layers[node.owner], self.keras),
-                why_shared=self._why_shared(node, visits),
-                place=self._place(node),
-            )
-            for node in self.nodes
-        ]
-
-    def _place(self, node: Node) -> int:
-        """Place of a call among all of its layer, in the order in which they were made."""
-        record, _ = self.calls.get(node.outputs[0], (None, None))
-        if record is None or not node.op.chains:
-            return 0
-        made = [id(call.outputs[0]) for call in self.keras.all_calls_of(record.layer)]
-        return made.index(id(record.outputs[0]))
-
-    def _why_shared(self, node: Node, visits: Mapping[int, int]) -> str:
-        """Why a call cannot be made by a layer of its own in a copy, as a clause, or ""."""
-        if node.caller:
-            return f"code of {node.caller} calls it"
-        record, model = self.calls.get(node.outputs[0], (None, None))
-        if record is None:
-            return "it is part of another layer"
-        if visits[id(record.outputs[0])] > 1:
-            return f"it is part of {label(model)}, which is called several times"
-        if id(record.layer) in self.bindings.held:
-            return "it is held in an attribute, too"
-        return ""
-
-    def numbers_of_calls(self) -> dict[int, int]:
-        """See `reader.Reading.numbers`."""
-        counts: Counter[str] = Counter()
-        numbers = {}
-        for node in self.nodes:
-            if node.outputs[0] in self.calls:
-                numbers[id(self.calls[node.outputs[0]][0].outputs[0])] = counts[node.owner]
-            counts[node.owner] += 1
-        return numbers
+        self.nodes = self.calls.described(
+            [self.bindings.applied(n, self.layers[n.owner], self.keras) for n in self.nodes],
+            self.bindings.held,
+        )
 
     def _add_hidden(self, layer: Any, prefix: str, who: str, op: BatchNorm, why: str = "") -> None:
         rank = getattr(layer.input_spec, "ndim", None)

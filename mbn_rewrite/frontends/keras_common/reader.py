@@ -100,7 +100,7 @@ def read(model: Any, keras: KerasAdapter, leaves_code: bool = False) -> Reading:
         graph,
         layers,
         reader.owners,
-        reader.numbers_of_calls(),
+        reader.calls.numbers(reader.nodes),
         frozenset(reader.bindings.in_code),
         frozenset(reader.masked),
         notes if any_norm else (),
@@ -131,7 +131,7 @@ class _Reader(TimeStepReader):
                 continue
             sources = [seen[id(t)] for t in record.inputs]
             results = self._read_call(record, prefix, training, sources, sizes_hold)
-            self.calls.setdefault(results[0], (record, model))
+            self.calls.add(results[0], record, model)
             seen.update(zip(map(id, record.outputs), results, strict=True))
         self._read_attributes(model, prefix, training, seen)
         return [seen[id(t)] for t in model.outputs]
