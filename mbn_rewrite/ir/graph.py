@@ -375,6 +375,13 @@ class Selection(Op):
 
 
 @dataclass(frozen=True)
+class Several:
+    """One operation for each output of a call."""
+
+    ops: tuple[Op, ...]
+
+
+@dataclass(frozen=True)
 class Permute(Op):
     """A transposition: axis i of the output is axis `order[i]` of the input."""
 

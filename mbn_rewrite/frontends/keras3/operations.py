@@ -11,10 +11,10 @@ import numpy as np
 from keras.src.activations.activations import ReLU
 from keras.src.ops import core, image, nn, numpy
 
-from mbn_rewrite.frontends.keras_common import position_ops as positions
-from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Several
-from mbn_rewrite.frontends.keras_common.constants import Arithmetic, constant_map, with_constant
+from mbn_rewrite.frontends.keras_common.calls import Call, Describer
 from mbn_rewrite.frontends.keras_common.op_table import clip_between, clip_by_a_number, relu
+from mbn_rewrite.ir import positions
+from mbn_rewrite.ir.constants import Arithmetic, constant_map, with_constant
 from mbn_rewrite.ir.graph import (
     Affine,
     Concat,
@@ -23,6 +23,7 @@ from mbn_rewrite.ir.graph import (
     Op,
     Opaque,
     PositivelyHomogeneous,
+    Several,
 )
 
 # Activations that clip, with their bounds.

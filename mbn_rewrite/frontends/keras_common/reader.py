@@ -22,7 +22,6 @@ from mbn_rewrite.frontends.keras_common.bindings import Bindings
 from mbn_rewrite.frontends.keras_common.calls import (
     Call,
     Record,
-    Several,
     other_arguments,
     training_of,
 )
@@ -57,6 +56,7 @@ from mbn_rewrite.ir.graph import (
     Op,
     Opaque,
     PositivelyHomogeneous,
+    Several,
     Shape,
     Value,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mbn_rewrite.frontends.keras_common.calls import Call, Several
+from mbn_rewrite.frontends.keras_common.calls import Call
 from mbn_rewrite.ir.graph import (
     Affine,
     Chain,
@@ -17,6 +17,7 @@ from mbn_rewrite.ir.graph import (
     PositivelyHomogeneous,
     Recurrent,
     Reshape,
+    Several,
 )
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import tensorflow as tf
 from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda, TFOpLambda
 
-from mbn_rewrite.frontends.keras_common import position_ops as positions
-from mbn_rewrite.frontends.keras_common.calls import Call, Several
-from mbn_rewrite.frontends.keras_common.constants import Arithmetic, constant_map, with_constant
+from mbn_rewrite.frontends.keras_common.calls import Call
 from mbn_rewrite.frontends.keras_common.op_table import clip_between, clip_by_a_number
-from mbn_rewrite.frontends.keras_common.position_ops import whole
+from mbn_rewrite.ir import positions
+from mbn_rewrite.ir.constants import Arithmetic, constant_map, with_constant
 from mbn_rewrite.ir.graph import (
     Affine,
     Concat,
@@ -22,7 +21,9 @@ from mbn_rewrite.ir.graph import (
     Op,
     Opaque,
     PositivelyHomogeneous,
+    Several,
 )
+from mbn_rewrite.ir.positions import whole
 
 _MERGES = {
     "__operators__.add": MergeKind.ADD,

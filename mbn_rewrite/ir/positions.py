@@ -1,7 +1,7 @@
 """Functions that take, move, reduce and pad positions, as operations of the neutral graph.
 
-Both Kerases have them as functions of a tensor, with constants beside it. Here they are described
-by these constants, and by the shapes of what they read and give.
+Kerases have them as functions of a tensor, with constants beside it, and TensorFlow as operations.
+Here they are described by these constants, and by the shapes of what they read and give.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.frontends.keras_common.calls import Several
 from mbn_rewrite.ir.graph import (
     Affine,
     ChannelPreserving,
@@ -22,6 +21,7 @@ from mbn_rewrite.ir.graph import (
     Permute,
     Reshape,
     Selection,
+    Several,
     Shape,
     Total,
     ZeroPadding,
