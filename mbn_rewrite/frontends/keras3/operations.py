@@ -24,6 +24,7 @@ from mbn_rewrite.ir.graph import (
     Opaque,
     PositivelyHomogeneous,
     Several,
+    Stack,
 )
 
 # Activations that clip, with their bounds.
@@ -162,6 +163,10 @@ def _concatenate(call: Call) -> Op:
     return Opaque() if axis is None else Concat(axis % len(call.output))
 
 
+def _stack(call: Call) -> Op:
+    return Stack(call.layer.axis % len(call.output))
+
+
 def _known(module: Any, table: dict[str, Describer]) -> dict[type, Describer]:
     """Those operations that the installed Keras has, by class."""
     return {
@@ -179,6 +184,7 @@ OPERATIONS: dict[type, Describer] = {
     numpy.Minimum: _merge(MergeKind.MINIMUM),
     numpy.Multiply: _merge(MergeKind.MULTIPLY),
     numpy.Concatenate: _concatenate,
+    numpy.Stack: _stack,
     numpy.Clip: lambda call: clip_between(call.layer.x_min, call.layer.x_max),
     nn.Relu: lambda call: clip_between(*CLIPS["relu"]),
     nn.Relu6: lambda call: clip_between(*CLIPS["relu6"]),

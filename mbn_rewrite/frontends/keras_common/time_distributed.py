@@ -53,7 +53,7 @@ def _an_axis_later(op: Op) -> Op:
             if op.bias_doubt:  # no layer that stands for it can add the bias
                 return Opaque(op.bias_doubt)
             ((kernels, bias),) = map(_within, op.chains)
-            before, after = _later(op.in_axis), op.out_axis + 1
+            before, after = _later(op.in_axis), _later(op.out_axis)
             return replace(
                 op, kernels=kernels, bias=bias, windows=(), in_axis=before, out_axis=after
             )

@@ -208,6 +208,8 @@ def function_graph_of(
     in_graph = variables_in(graph_def)
     graph_def, results = without_references(graph_def, results, runs)
     kept = {node.name for node in graph_def.node}
+    constants = {node.name for node in graph_def.node if node.op == "Const"}
+    captures = {name: external for name, external in captures.items() if name not in constants}
     variables |= {name: variable_in_graph(name) for name in sorted(in_graph & kept)}
     written = _written(graph_def, variables)
     arguments = [t.op.name for t in function.inputs[: len(function.inputs) - len(externals)]]

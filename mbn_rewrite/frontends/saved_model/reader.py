@@ -23,6 +23,7 @@ from mbn_rewrite.frontends.saved_model.function_graph import (
 from mbn_rewrite.frontends.saved_model.inlining import display_name
 from mbn_rewrite.frontends.saved_model.match_arithmetic import arithmetic_norms
 from mbn_rewrite.frontends.saved_model.match_batchnorm import FUSED, Norm, fused_norm
+from mbn_rewrite.frontends.saved_model.normalizations import scale_and_shift
 from mbn_rewrite.frontends.saved_model.op_site import Described, Site, shape_of
 from mbn_rewrite.frontends.saved_model.op_table import describe
 from mbn_rewrite.frontends.saved_model.reading import (
@@ -46,7 +47,9 @@ from mbn_rewrite.ir.graph import (
     Linear,
     Merge,
     Node,
+    Op,
     Opaque,
+    Several,
     Value,
     fused_operation_takes,
 )
@@ -82,6 +85,7 @@ class _Reader:
     norms: dict[str, list[NormCall]] = field(default_factory=dict)
     clips: dict[int, ClipCall] = field(default_factory=dict)  # by the number of their node
     plain: dict[int, PlainCall] = field(default_factory=dict)  # by the value it gives
+    otherwise: dict[int, Op] = field(default_factory=dict)  # likewise, see `Described`
     dtypes: set[str] = field(default_factory=set)
     owners: dict[Any, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
@@ -149,6 +153,11 @@ class _Reader:
                 absorbed.update(o.name for o in found.absorbed)
         for norm in arithmetic_norms(constants, absorbed):
             norms[norm.sink.op.name] = norm
+        absorbed |= {op.name for norm in norms.values() for op in norm.ops}
+        for op in function.operations:
+            scaled = scale_and_shift(Site(op, constants)) if op.type == "Mul" else None
+            if scaled and not absorbed & {o.name for o in (op, *scaled.absorbed)}:
+                described[op.name] = scaled
         return described, norms
 
     def _is_constant(self, constants: Constants, op: Any) -> bool:
@@ -161,7 +170,7 @@ class _Reader:
         self, function: FunctionGraph, op: Any, described: Described, known: dict[str, int]
     ) -> None:
         neutral = described.op
-        dtype = "float32"
+        dtype, otherwise = "float32", None
         owner = self._shown(op.name)
         if isinstance(neutral, Linear):
             keys = tuple(weight.stored.key for weight in described.weights.values())
@@ -169,6 +178,7 @@ class _Reader:
             dtype = _narrowest(described.weights.values(), op.outputs[0])
             self.dtypes.add(op.outputs[0].dtype.name)
             self.linears.setdefault(owner, []).append(LinearCall(function, op, described))
+            otherwise = described.otherwise
         elif isinstance(neutral, Clip):
             dtype = _dtype_name(op.outputs[0].dtype.name)
             self.clips[len(self.nodes)] = ClipCall(function, op, described)
@@ -177,8 +187,13 @@ class _Reader:
         if len(op.outputs) > 1:
             outputs = list(op.outputs)
         results = tuple(self._value(tensor, known) for tensor in outputs)
-        if results:
+        if isinstance(neutral, Several):
+            for each, value in zip(neutral.ops, results, strict=True):
+                self.nodes.append(Node(owner, op.type, each, inputs, (value,), dtype))
+        elif results:
             self.nodes.append(Node(owner, op.type, neutral, inputs, results, dtype))
+        if otherwise is not None:
+            self.otherwise[results[0]] = otherwise
         if isinstance(neutral, (Affine, Merge)):
             self.plain[results[0]] = PlainCall(function, described)
 
@@ -269,7 +284,8 @@ class _Reader:
         for node in self.nodes:
             if isinstance(node.op, Linear):
                 if fixed[node.owner]:
-                    node = replace(node, op=Opaque(fixed[node.owner]))
+                    op = self.otherwise.get(node.outputs[0], Opaque(fixed[node.owner]))
+                    node = replace(node, op=op)
             elif not isinstance(node.op, BatchNorm) and node.owner in self.taken:
                 # It is called as the scope of an operation that has weights.
                 node = replace(node, owner=f"{node.owner}:0")

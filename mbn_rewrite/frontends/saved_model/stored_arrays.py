@@ -73,6 +73,11 @@ class Weight:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.view[axis] for axis in self.order)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the elements are in the order in which they are stored."""
+        return self.order == tuple(range(len(self.order)))
+
     def keeps_window(self, axes: int) -> bool:
         """Whether the first axes of the tensor, those of a window, are stored in their order."""
         window = self.order[:axes]
@@ -80,7 +85,7 @@ class Weight:
 
     def laid_out(self, kernel: Kernel) -> Kernel | None:
         """A layout of the tensor as one of the stored array; None where there is none."""
-        if self.order == tuple(range(len(self.order))):
+        if self.is_plain:
             return kernel
         out_dims = tuple(self.order[axis] for axis in kernel.out_dims)
         if len(kernel.view) != len(self.order) or list(out_dims) != sorted(out_dims):

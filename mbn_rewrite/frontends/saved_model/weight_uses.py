@@ -63,9 +63,9 @@ class WeightUses:
             assert isinstance(described.op, Linear)
             if described.op != first.op:
                 return "uses its weights in several ways"
-            sum_op = described.result.op
+            users = {"kernel": call.op, "bias": described.result.op, **described.users}
             for name, weight in described.weights.items():
-                user = call.op if name == "kernel" else sum_op
+                user = users[name]
                 expected.setdefault(weight.stored.key, set()).add(id(user))
         stored = {weight.stored.key: weight.stored for weight in first.weights.values()}
         if len(stored) < len(first.weights):

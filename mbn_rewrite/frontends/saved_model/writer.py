@@ -242,8 +242,7 @@ class _Writer:
             for call in calls:
                 self._add_border(owner, call, new_bias, kernel.is_variable)
             return
-        channels = calls[0].op.outputs[0].shape[calls[0].described.axis]
-        full = np.broadcast_to(new_bias, (channels,))
+        full = np.broadcast_to(new_bias, (op.kernels[-1].out_channels,))
         if bias is not None:
             self._store(owner, "bias", bias, full.reshape(bias.shape), action)
         elif np.any(full != 0):
@@ -298,13 +297,13 @@ class _Writer:
         editor, result = self._editor(call.function), call.op.outputs[0]
         axis, rank = call.described.axis, result.shape.rank
         layout = b"NHWC" if axis == rank - 1 else b"NCHW"
-        shaped = bias.reshape((-1,) + (1,) * (rank - 1 - axis))
+        shaped = bias.reshape(_bias_shape(call))
         attributes: dict[str, Any] = {"T": result.dtype}
         if _is_grouped(call):
             # TensorFlow fuses a bias with the convolution before it, and then cannot run it
             # in groups on a CPU. It fuses no subtraction.
             op, weight = "Sub", self._new(owner, "minus_bias", -shaped, result.dtype)
-        elif layout == b"NHWC" or rank == 4:
+        elif axis is not None and (layout == b"NHWC" or rank == 4):
             op, weight = "BiasAdd", self._new(owner, "bias", bias, result.dtype)
             attributes["data_format"] = layout
         else:
@@ -339,6 +338,16 @@ def _is_grouped(call: LinearCall) -> bool:
     op = call.described.op
     assert isinstance(op, Linear)
     return call.op.type.startswith("Conv") and len(op.kernels[0].in_dims) > 1
+
+
+def _bias_shape(call: LinearCall) -> tuple[int, ...]:
+    """Shape in which a bias is added to the own output of an operation."""
+    op, axis = call.described.op, call.described.axis
+    assert isinstance(op, Linear)
+    kernel = op.kernels[-1]
+    if axis is None:
+        return tuple(kernel.view[dim] for dim in kernel.out_dims)
+    return (kernel.out_channels,) + (1,) * (call.op.outputs[0].shape.rank - 1 - axis)
 
 
 def _is_stored_in_variables(norm: Any) -> bool:

@@ -22,6 +22,7 @@ from mbn_rewrite.ir.graph import (
     Opaque,
     PositivelyHomogeneous,
     Several,
+    Stack,
 )
 from mbn_rewrite.ir.positions import whole
 
@@ -36,6 +37,8 @@ _MERGES = {
     "math.multiply": MergeKind.MULTIPLY,
     "multiply": MergeKind.MULTIPLY,
 }
+
+_JOINS: dict[str, type[Concat] | type[Stack]] = {"concat": Concat, "stack": Stack}
 
 Given = dict[str, Any]  # arguments of a call, by name
 Row = Callable[[Call, Given], Op | Several]
@@ -53,8 +56,9 @@ def _function(call: Call) -> Op | Several:
     if kind and len(call.inputs) == 2:
         return Opaque() if call.arguments else Merge(kind)
     given = _given(call)
-    if symbol == "concat" and given and whole(given.get("axis")) is not None:
-        return Concat(given["axis"] % len(call.output))
+    joins = _JOINS.get(symbol)
+    if joins and given and whole(given.get("axis")) is not None:
+        return joins(given["axis"] % len(call.output))
     describer = _TABLE.get(symbol)
     if describer is None or given is None or len(call.inputs) != 1:
         return Opaque()
