@@ -179,7 +179,7 @@ def arithmetic_norms(constants: Constants, taken: set[str]) -> Iterator[Norm]:
     """
     function = constants.function
     steps = {}
-    for op in function.operations:
+    for op in function.valued:
         if op.name not in taken:
             step = step_of(constants, op)
             if step is not None:

@@ -14,6 +14,7 @@ from mbn_rewrite.frontends.saved_model.flags import advice
 from mbn_rewrite.frontends.saved_model.function_graph import source_of
 from mbn_rewrite.frontends.saved_model.normalizations import normalization
 from mbn_rewrite.frontends.saved_model.op_site import Answer, Described, Site
+from mbn_rewrite.frontends.saved_model.recurrences import CALLS, LOOPS, recurrence
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
 from mbn_rewrite.ir import positions
 from mbn_rewrite.ir.constants import Arithmetic
@@ -33,6 +34,9 @@ from mbn_rewrite.ir.graph import (
 def describe(site: Site) -> Described:
     """The description of an operation for passes."""
     op = site.op
+    found = recurrence(site) if op.type in LOOPS | CALLS else None
+    if found is not None:
+        return found
     describer = _DESCRIBERS.get(op.type)
     described = describer(site) if describer and op.outputs and site.output else Opaque()
     if isinstance(described, Described):

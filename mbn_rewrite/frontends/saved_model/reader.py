@@ -49,6 +49,7 @@ from mbn_rewrite.ir.graph import (
     Node,
     Op,
     Opaque,
+    Recurrent,
     Several,
     Value,
     fused_operation_takes,
@@ -97,7 +98,7 @@ class _Reader:
     def read(self, function: FunctionGraph) -> None:
         constants = Constants(function, self.writes)
         described, norms = self._recognised(function, constants)
-        linear = [name for name, d in described.items() if isinstance(d.op, Linear)]
+        linear = [name for name, d in described.items() if d.weights]
         self.scope = shared_scope([*linear, *norms])
         self.seen |= {
             ("hidden", key[1])
@@ -108,7 +109,7 @@ class _Reader:
         known: dict[str, int] = {}  # tensor name -> value
         inside = {op.name for d in described.values() for op in d.absorbed}
         inside |= {op.name for norm in norms.values() for op in norm.ops}
-        for op in function.operations:
+        for op in function.valued:
             if op.name in norms:
                 self._add_norm(function, norms[op.name], known)
             elif (
@@ -143,7 +144,7 @@ class _Reader:
         described: dict[str, Described] = {}
         norms: dict[str, Norm] = {}
         absorbed: set[str] = set()
-        for op in function.operations:
+        for op in function.valued:
             norm = fused_norm(constants, op) if op.type in FUSED else None
             if norm is not None:
                 norms[norm.sink.op.name] = norm
@@ -154,7 +155,7 @@ class _Reader:
         for norm in arithmetic_norms(constants, absorbed):
             norms[norm.sink.op.name] = norm
         absorbed |= {op.name for norm in norms.values() for op in norm.ops}
-        for op in function.operations:
+        for op in function.valued:
             scaled = scale_and_shift(Site(op, constants)) if op.type == "Mul" else None
             if scaled and not absorbed & {o.name for o in (op, *scaled.absorbed)}:
                 described[op.name] = scaled
@@ -172,11 +173,13 @@ class _Reader:
         neutral = described.op
         dtype, otherwise = "float32", None
         owner = self._shown(op.name)
-        if isinstance(neutral, Linear):
+        if isinstance(neutral, (Linear, Recurrent)):
             keys = tuple(weight.stored.key for weight in described.weights.values())
             owner = self._owner(keys, without_leaf(owner))
-            dtype = _narrowest(described.weights.values(), op.outputs[0])
-            self.dtypes.add(op.outputs[0].dtype.name)
+            is_loop = isinstance(neutral, Recurrent)  # whose first results count steps
+            result = described.data[0] if is_loop else op.outputs[0]
+            dtype = _narrowest(described.weights.values(), result)
+            self.dtypes.add(result.dtype.name)
             self.linears.setdefault(owner, []).append(LinearCall(function, op, described))
             otherwise = described.otherwise
         elif isinstance(neutral, Clip):
@@ -282,7 +285,7 @@ class _Reader:
         nodes = []
         plain: dict[str, list[PlainCall]] = {}
         for node in self.nodes:
-            if isinstance(node.op, Linear):
+            if isinstance(node.op, (Linear, Recurrent)):
                 if fixed[node.owner]:
                     op = self.otherwise.get(node.outputs[0], Opaque(fixed[node.owner]))
                     node = replace(node, op=op)

@@ -27,6 +27,19 @@ class Computed:
 
 
 @dataclass(frozen=True)
+class Row:
+    """Place of an array that is a row of another.
+
+    Attributes:
+        whole: the other.
+        number: of the row.
+    """
+
+    whole: Stored
+    number: int
+
+
+@dataclass(frozen=True)
 class Stored:
     """An array that the model stores, or computes of such alone.
 
@@ -36,7 +49,7 @@ class Stored:
         shape: its shape.
         dtype: the name of its dtype.
         read: gives its value.
-        place: the tf.Variable, the (function, name of the node) of a constant, or `Computed`.
+        place: the tf.Variable, the (function, name of the node) of a constant, `Computed` or `Row`.
     """
 
     key: Any

@@ -23,7 +23,7 @@ from mbn_rewrite.frontends.saved_model.reading import (
     PlainCall,
     Reading,
 )
-from mbn_rewrite.frontends.saved_model.stored_arrays import Computed, Stored
+from mbn_rewrite.frontends.saved_model.stored_arrays import Computed, Row, Stored
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import Linear
@@ -220,34 +220,32 @@ class _Writer:
     # -- linear operations that absorb ----------------------------------------------------
 
     def _fold(self, owner: str, action: Fold) -> None:
-        op = action.op
-        assert isinstance(op, Linear)
-        calls = self.reading.linears[owner]
-        kernel = self.reading.weight(owner, "kernel")
-        has_bias = "bias" in calls[0].described.weights
-        bias = self.reading.weight(owner, "bias") if has_bias else None
+        op, calls = action.op, self.reading.linears[owner]
 
         def read(name: str) -> Array:
             return op.weight(owner, name, self.reading.graph.read_weight)
 
+        ((kernels, bias_name),) = op.chains
         (new_kernel,), new_bias = fold(
-            [(op.kernels[0], read("kernel"))],
-            read("bias").reshape(-1) if op.bias else None,
+            [(kernels[0], read("kernel"))],
+            read("bias").reshape(-1) if bias_name else None,
             before=action.before,
             after=action.after,
             border=action.border,
         )
-        self._store(owner, "kernel", kernel, new_kernel, action)
+        self._store(owner, "kernel", self.reading.weight(owner, "kernel"), new_kernel, action)
+        as_variable = self.reading.weight(owner, "kernel").is_variable
         if action.border is not None:
             for call in calls:
-                self._add_border(owner, call, new_bias, kernel.is_variable)
+                self._add_border(owner, call, new_bias, as_variable)
             return
-        full = np.broadcast_to(new_bias, (op.kernels[-1].out_channels,))
-        if bias is not None:
+        full = np.broadcast_to(new_bias, (kernels[-1].out_channels,))
+        if "bias" in calls[0].described.weights:
+            bias = self.reading.weight(owner, "bias")
             self._store(owner, "bias", bias, full.reshape(bias.shape), action)
         elif np.any(full != 0):
             for call in calls:
-                self._add_bias(owner, call, full, kernel.is_variable)
+                self._add_bias(owner, call, full, as_variable)
 
     def _store(self, owner: str, name: str, stored: Stored, value: Array, action: Fold) -> None:
         dtype = tf.as_dtype(stored.dtype)
@@ -255,7 +253,11 @@ class _Writer:
             array = value.astype(dtype.as_numpy_dtype)
         if not np.all(np.isfinite(array.astype(np.float64))):
             raise RewriteError(_out_of_range(owner, stored.dtype))
-        if isinstance(stored.place, Computed):
+        if isinstance(stored.place, Row):
+            rows = stored.place.whole.read().copy()
+            rows[stored.place.number] = array
+            self._store(owner, name, stored.place.whole, rows, action)
+        elif isinstance(stored.place, Computed):
             variable = self._new(owner, name, array, dtype)
             for call in self.reading.linears[owner]:
                 place = call.described.weights[name].stored.place
