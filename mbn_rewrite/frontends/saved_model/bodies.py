@@ -9,9 +9,10 @@ from typing import Any
 
 import tensorflow as tf
 from tensorflow.core.framework.attr_value_pb2 import AttrValue
+from tensorflow.python.framework import op_def_registry
 
 from mbn_rewrite.frontends.saved_model.function_graph import SHAPE_ONLY
-from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
+from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES, READS
 from mbn_rewrite.ir.channel_map import Array
 
 
@@ -19,6 +20,17 @@ def attribute(node: Any, name: str) -> Any:
     """An attribute of a node; an empty one where it has none of that name."""
     # Asking the node itself would give it an empty one.
     return node.attr[name] if name in node.attr else AttrValue()
+
+
+def operands(node: Any) -> tuple[str, ...]:
+    """The tensors that a node reads, without what it only waits for."""
+    return tuple(source for source in node.input if source[0] != "^")
+
+
+def _acts(node: Any) -> bool:
+    """Whether a node may do more than give its outputs."""
+    definition = op_def_registry.get(node.op)
+    return definition is None or (definition.is_stateful and node.op not in READS)
 
 
 @dataclass(frozen=True)
@@ -66,21 +78,21 @@ class Body:
 
     @cached_property
     def _readers(self) -> dict[str, list[tuple[Any, int]]]:
-        """By tensor, the operations that read it and that results depend on by more than shapes."""
+        """By tensor, the operations that read it for results, by more than shapes, or that act."""
         needed: set[str] = set()
         pending = [self.node(tensor) for tensor in self.results]
+        pending += [node for node in self.definition.node_def if _acts(node)]
         while pending:
             node = pending.pop()
             if node is not None and node.name not in needed:
                 needed.add(node.name)
-                read = () if node.op in SHAPE_ONLY else node.input
-                pending += [self.node(source) for source in read if source[0] != "^"]
+                read = () if node.op in SHAPE_ONLY else operands(node)
+                pending += [self.node(source) for source in read]
         readers: dict[str, list[tuple[Any, int]]] = {}
         for node in self.definition.node_def:
             if node.name in needed and node.op not in ALIASES:
-                for place, source in enumerate(node.input):
-                    if source[0] != "^":
-                        readers.setdefault(self.source(source), []).append((node, place))
+                for place, source in enumerate(operands(node)):
+                    readers.setdefault(self.source(source), []).append((node, place))
         return readers
 
     def readers(self, tensor: str) -> list[tuple[Any, int]]:

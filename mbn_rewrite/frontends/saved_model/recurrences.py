@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
-from mbn_rewrite.frontends.saved_model.bodies import Body, attribute
+from mbn_rewrite.frontends.saved_model.bodies import Body, attribute, operands
 from mbn_rewrite.frontends.saved_model.function_graph import SHAPE_ONLY, source_of
 from mbn_rewrite.frontends.saved_model.op_site import Described, Site
 from mbn_rewrite.frontends.saved_model.stored_arrays import Row, Stored, Weight
@@ -40,11 +41,15 @@ class _Frame:
         body: the function.
         given: for each argument the tensor of the graph, or the tensor of the outer function.
         outer: that of which the arguments are, or None where they are of the graph.
+        caller: the operation, or the node of the outer function, that calls it.
+        is_loop: whether it gives its arguments for the next step.
     """
 
     body: Body
     given: tuple[Any, ...]
     outer: _Frame | None
+    caller: Any
+    is_loop: bool
 
 
 @dataclass(frozen=True)
@@ -82,19 +87,26 @@ class _Reader:
     def described(self, site: Site) -> Described | None:
         op = site.op
         if op.type in CALLS:
-            return self._from(op, op.inputs[0], (), self._steps_of_call(op)) if op.inputs else None
+            return (
+                self._from(op, 0, op.inputs[0], (), self._steps_of_call(op)) if op.inputs else None
+            )
         lists = [source_of(tensor).op for tensor in op.inputs]
         for number, made in enumerate(lists):
             alone = self._constants.function.only_reader(op.inputs[number])
             if made.type == "TensorListFromTensor" and alone == (op, number):
-                products = self._steps_of_list(op.node_def, number, tuple(op.inputs), None)
-                return self._from(op, made.inputs[0], (made,), products)
+                products = self._steps_of_list(op.node_def, number, tuple(op.inputs), None, op)
+                return self._from(op, number, made.inputs[0], (made,), products)
         return None
 
     def _from(
-        self, op: Any, data: Any, absorbed: tuple[Any, ...], products: Iterator[_Product]
+        self,
+        op: Any,
+        number: int,
+        data: Any,
+        absorbed: tuple[Any, ...],
+        products: Iterator[_Product],
     ) -> Described | None:
-        """A description by the products of each step."""
+        """A description by the products of each step of a sequence, an input by its number."""
         found = list(products)
         kernel, bias = _whole(found)
         node, rank = found[0].node, data.shape.rank
@@ -109,7 +121,10 @@ class _Reader:
             uneven = "pads its input with zeros"
         chain: Chain = ((laid_out,), "bias" if bias is not None else None)
         weights = {"kernel": kernel} | ({"bias": bias} if bias is not None else {})
-        others = [t for t in op.inputs if source_of(t).op not in absorbed and t is not data]
+        others = [tensor for i, tensor in enumerate(op.inputs) if i != number]
+        given = [key for tensor in others for key in self._keys(tensor)]
+        if any(given.count(weight.stored.key) != 1 for weight in weights.values()):
+            return None  # it is used twice
         return Described(
             Recurrent((chain,), rank - 1, uneven),
             (data, *others),
@@ -118,18 +133,29 @@ class _Reader:
             absorbed=(*absorbed, op) if absorbed else (),
         )
 
+    def _keys(self, tensor: Any) -> list[Any]:
+        """The keys of the stored arrays that an operation is given by a tensor."""
+        if tensor.dtype == tf.resource:
+            stored = self._constants.stored_behind(tensor)
+            return [] if stored is None else [stored.key]
+        weight = self._constants.kernel(tensor)
+        return [] if weight is None else [weight.stored.key]
+
     # -- what is done with a step -----------------------------------------------------------
 
     def _steps_of_call(self, op: Any) -> Iterator[_Product]:
         body = Body(self._library[attribute(op.node_def, "f").func.name])
-        yield from self._uses(_Frame(body, tuple(op.inputs), None), body.arguments[0])
+        frame = _Frame(body, tuple(op.inputs), None, op, is_loop=False)
+        yield from self._uses(frame, body.arguments[0])
 
     def _steps_of_list(
-        self, loop: Any, number: int, given: tuple[Any, ...], outer: _Frame | None
+        self, loop: Any, number: int, given: tuple[Any, ...], outer: _Frame | None, caller: Any
     ) -> Iterator[_Product]:
         """The products of the steps in a list that a loop is given."""
-        frame = _Frame(self._body(loop, "body"), given, outer)
-        self._check_invariant(loop, frame, number)
+        frame = _Frame(self._body(loop, "body"), given, outer, caller, is_loop=True)
+        condition = self._body(loop, "cond")
+        if condition.readers(condition.arguments[number]) or not self._stays(frame, number):
+            raise _OtherUseError
         readers = frame.body.readers(frame.body.arguments[number])
         if not readers or any(reader.op != "TensorListGetItem" for reader, _ in readers):
             raise _OtherUseError
@@ -139,13 +165,20 @@ class _Reader:
     def _body(self, loop: Any, part: str) -> Body:
         return Body(self._library[attribute(loop, part).func.name])
 
-    def _check_invariant(self, loop: Any, frame: _Frame, number: int) -> None:
-        """Raises unless an argument of a loop is the same in each step, and used in steps alone."""
+    def _stays(self, frame: _Frame, number: int) -> bool:
+        """Whether an argument is the same in each step of a loop, and nothing reads it behind."""
         name = frame.body.arguments[number]
-        condition = self._body(loop, "cond")
-        used = condition.readers(condition.arguments[number])
-        if frame.body.results[number] != name or used:
-            raise _OtherUseError
+        places = [i for i, result in enumerate(frame.body.results) if result == name]
+        if places != ([number] if frame.is_loop else []):
+            return False
+        if not frame.is_loop:
+            return True
+        if frame.outer is None:
+            function, tensor = self._constants.function, frame.caller.outputs[number]
+            is_read = bool(function.readers.get(tensor.name))
+            return not is_read and tensor.name not in function.output_names
+        given = f"{frame.caller.name}:output:{number}"
+        return not frame.outer.body.readers(given) and given not in frame.outer.body.results
 
     def _uses_of(self, frame: _Frame, node: Any) -> Iterator[_Product]:
         for tensor, _ in list(frame.body.readers_of(node)):
@@ -176,8 +209,7 @@ class _Reader:
             for loop, number in readers:
                 if loop.op not in LOOPS:
                     raise _OtherUseError
-                given = tuple(source for source in loop.input if source[0] != "^")
-                yield from self._steps_of_list(loop, number, given, frame)
+                yield from self._steps_of_list(loop, number, operands(loop), frame, loop)
 
     def _product(self, frame: _Frame, node: Any) -> _Product:
         if node.op == "MatMul":
@@ -222,14 +254,18 @@ class _Reader:
             return self._given(frame, handle, self._variable)
         if node.op in ("Reshape", "Squeeze"):
             inner = self._weight(frame, node.input[0])
-            return inner if inner is not None and len(inner.weight.shape) == 1 else None
+            shape = frame.body.constant(node.input[1]) if node.op == "Reshape" else np.ones(1)
+            is_vector = shape is not None and bool(np.all(shape[:-1] == 1))
+            return (
+                inner if inner is not None and is_vector and len(inner.weight.shape) == 1 else None
+            )
         if node.op in ("Split", "Unpack"):
             return self._part(frame, node, tensor)
         return None
 
     def _part(self, frame: _Frame, node: Any, tensor: str) -> _Part | None:
         """A part of a weight: by gate, or that of a bias of two rows."""
-        inner = self._weight(frame, node.input[-1])
+        inner = self._weight(frame, operands(node)[-1])
         number = int(tensor.rpartition(":")[2])
         if inner is None or inner.count > 1:
             return None
@@ -248,8 +284,7 @@ class _Reader:
         if frame.body.node(name) is not None or len(frame.body.readers(name)) != 1:
             return None
         number = frame.body.arguments.index(name)
-        stays = name in frame.body.results
-        if stays and frame.body.results.index(name) != number:
+        if not self._stays(frame, number):
             return None
         given = frame.given[number]
         if frame.outer is None:
@@ -294,8 +329,8 @@ def _whole(products: list[_Product]) -> tuple[Weight, Weight | None]:
     products = sorted(products, key=lambda product: product.kernel.number)
     kernels, biases = [p.kernel for p in products], [p.bias for p in products]
     count = first.kernel.count
-    if [(k.weight, k.number, k.count) for k in kernels] != [
-        (first.kernel.weight, number, count) for number in range(count)
+    if [_place(kernel) for kernel in kernels] != [
+        _place(replace(first.kernel, number=number)) for number in range(count)
     ]:
         raise _OtherUseError
     channels = first.kernel.weight.shape[-1]
@@ -303,7 +338,13 @@ def _whole(products: list[_Product]) -> tuple[Weight, Weight | None]:
     if len(known) < len(biases):
         return first.kernel.weight, None
     bias = known[0].weight
-    if any((b.weight.stored.key, b.number, b.count) != (bias.stored.key, i, count)
-           for i, b in enumerate(known)) or math.prod(bias.shape) != channels:  # fmt: skip
-        return first.kernel.weight, None
-    return first.kernel.weight, bias
+    parts = [_place(replace(known[0], number=number)) for number in range(count)]
+    is_vector = bias.shape[-1] == math.prod(bias.shape) == channels
+    fits = is_vector and [_place(part) for part in known] == parts and known[0].count == count
+    return first.kernel.weight, bias if fits else None
+
+
+def _place(part: _Part) -> tuple[Any, ...]:
+    """What tells parts of weights apart."""
+    weight = part.weight
+    return weight.stored.key, weight.view, weight.order, part.number, part.count
