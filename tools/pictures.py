@@ -49,6 +49,7 @@ from mbn_rewrite.ir.graph import (
     Recurrent,
     Reshape,
     Selection,
+    Stack,
     Total,
     ZeroPadding,
 )
@@ -186,6 +187,10 @@ PROBES: dict[str, tuple[Op, Shapes]] = {
     "Multiply": (Merge(MergeKind.MULTIPLY), Shapes((_IMAGE, (None, 1, 1, _CHANNELS)), _IMAGE)),
     "Maximum, Minimum": (Merge(MergeKind.MAXIMUM), Shapes((_IMAGE,) * 2, _IMAGE)),
     "Concatenate": (Concat(3), Shapes(((None, 6, 6, 1), (None, 6, 6, _CHANNELS - 1)), _IMAGE)),
+    "stacking along a new axis": (
+        Stack(1),
+        Shapes((_IMAGE,) * 2, (None, 2, *_IMAGE[1:])),
+    ),
     "anything else": (Opaque(), _UNARY),
 }
 

@@ -109,7 +109,8 @@ class Linear(Op):
         bias: the name of the bias, or None where there is none yet.
         in_axis: the axis of the input that holds the input channels, or None where they
             lie on several.
-        out_axis: the axis of the output that holds the output channels.
+        out_axis: the axis of the output that holds the output channels, or None where they lie on
+            several, its last ones.
         pads: whether a constant input does not give a constant output, most often because
             zeros are read around it.
         activation: what it applies to its result.
@@ -128,7 +129,7 @@ class Linear(Op):
     kernels: tuple[Kernel, ...]
     bias: str | None
     in_axis: int | None
-    out_axis: int
+    out_axis: int | None
     pads: bool = False
     activation: Activation = Activation.LINEAR
     windows: tuple[Window, ...] = field(default=(), compare=False)
@@ -254,6 +255,13 @@ class Concat(Op):
 
 
 @dataclass(frozen=True)
+class Stack(Op):
+    """Tensors of one shape, one after the other along a new axis."""
+
+    axis: int
+
+
+@dataclass(frozen=True)
 class ChannelPreserving(Op):
     """Works on each channel alone, the same in each.
 
@@ -372,6 +380,13 @@ class Selection(Op):
 
     axes: tuple[tuple[int, int, tuple[int, ...] | None], ...]
     inverse: bool = False
+
+
+@dataclass(frozen=True)
+class Several:
+    """One operation for each output of a call."""
+
+    ops: tuple[Op, ...]
 
 
 @dataclass(frozen=True)

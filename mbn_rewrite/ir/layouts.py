@@ -51,8 +51,8 @@ class Einsum:
 
     Attributes:
         inputs, kernel, outputs: the letters of each; digits stand for an ellipsis.
-        channels: the letter of the output channels, the only one in kernel and output that
-            the data does not have.
+        channels: the letters of the output channels, those in kernel and output that the data does
+            not have, in one order in both.
     """
 
     inputs: str
@@ -67,14 +67,16 @@ class Einsum:
         return summed[0] if len(summed) == 1 else None
 
     @property
-    def out_axis(self) -> int:
-        return self.outputs.index(self.channels)
+    def out_axis(self) -> int | None:
+        """The axis of the output channels, or None where there are several."""
+        return self.outputs.index(self.channels) if len(self.channels) == 1 else None
 
     def layout(self, name: str, shape: Sequence[int]) -> Kernel:
         """Layout of the kernel."""
         axis = self.in_axis
         in_dims = () if axis is None else (self.kernel.index(self.inputs[axis]),)
-        return Kernel(name, tuple(shape), in_dims, (self.kernel.index(self.channels),))
+        out_dims = tuple(map(self.kernel.index, self.channels))
+        return Kernel(name, tuple(shape), in_dims, out_dims)
 
 
 def einsum(equation: str, input_rank: int, output_rank: int) -> Einsum | str:
@@ -90,14 +92,14 @@ def einsum(equation: str, input_rank: int, output_rank: int) -> Einsum | str:
     inputs, outputs = _spelled_out(inputs, input_rank), _spelled_out(outputs, output_rank)
     if len(set(inputs)) < len(inputs) or len(set(outputs)) < len(outputs):
         return "has repeated axes"
-    made = [letter for letter in kernel if letter in outputs]
-    if len(made) != 1 or made[0] in inputs:
-        return "has no single axis of output channels"
+    made = "".join(letter for letter in kernel if letter in outputs)
+    if not made or set(made) & set(inputs) or (len(made) > 1 and not outputs.endswith(made)):
+        return "has no axes of output channels of its own, in the kernel's order"
     if set(inputs) - set(kernel) - set(outputs):
         return "sums over positions"
     if set(kernel) - set(inputs) - set(outputs):
         return "sums over its kernel"
-    return Einsum(inputs, kernel, outputs, made[0])
+    return Einsum(inputs, kernel, outputs, made)
 
 
 def einsum_channels(equation: str) -> str:

@@ -162,6 +162,8 @@ class _Finder:
         values = zip((*own.inputs, *own.outputs), (*layer.inputs, *layer.outputs), strict=True)
         if any(self._shape(value) != self._shape(other) for value, other in values):
             return None
+        if own_op.out_axis is None:
+            return None
         before = self._map_before(path.before, own_op.in_axis, kernel.in_channels)
         after = self._along(path.after, own_op.out_axis, kernel.out_channels)
         if before is None or after is None or (own_op.pads and before.has_shift):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
-from mbn_rewrite.ir.graph import BatchNorm, Clip, Concat, Merge, Node
+from mbn_rewrite.ir.graph import BatchNorm, Clip, Concat, Merge, Node, Stack
 from mbn_rewrite.passes.indexed_graph import Side
 from mbn_rewrite.passes.strands import IS_OUTPUT, Strands, Sum, Units
 from mbn_rewrite.passes.ties import NO_CAUSE, TOLERANCE, Conflict
@@ -64,7 +64,7 @@ class Assumptions:
         self.origin = strands.origins.find(np.arange(strands.origins.count))[0]
         self._merges: dict[int, list[Node]] = defaultdict(list)  # by scale of their first channel
         for node in strands.graph.graph.nodes:
-            if isinstance(node.op, (Merge, Concat)) and node.outputs[0] in strands.units:
+            if isinstance(node.op, (Merge, Concat, Stack)) and node.outputs[0] in strands.units:
                 number = self.strand[strands.units[node.outputs[0]].scales[0]]
                 self._merges[int(number)].append(node)
         self._blocks = _Blocks(strands)

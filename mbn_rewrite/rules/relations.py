@@ -48,6 +48,7 @@ from mbn_rewrite.ir.graph import (
     Reshape,
     Selection,
     Shape,
+    Stack,
     Total,
     ZeroPadding,
 )
@@ -170,6 +171,8 @@ def _linear(op: Linear, shapes: Shapes, slot: int, axis: int) -> Relation:
     the output, as it does alone. The rows of a table are y itself: p_y (row - o_y).
     """
     if slot == OUT:
+        if op.out_axis is None:
+            return "gives several axes of channels"
         if axis != op.out_axis:
             return f"has its output channels on axis {op.out_axis}, not on axis {axis}"
         if op.activation is Activation.OTHER:
@@ -411,6 +414,20 @@ def _concat(op: Concat, shapes: Shapes, slot: int, axis: int) -> Relation:
     return Tied({OUT: Spread(axis, total, own, np.arange(start, stop))}, part=True)
 
 
+def _stack(op: Stack, shapes: Shapes, slot: int, axis: int) -> Relation:
+    """All inputs have the channels of the output, which lie behind the new axis or before it."""
+    if slot == OUT and axis == op.axis:
+        return "joins its inputs along the axis of the channels"
+    inner = axis - 1 if slot == OUT and axis > op.axis else axis
+    outer = inner + 1 if inner >= op.axis else inner
+    others = [i for i in range(OUT, len(shapes.inputs)) if i != slot]
+    channels = _channels(shapes, slot, axis)
+    if channels is None:
+        return "joins inputs of unknown numbers of channels"
+    own = np.arange(channels)
+    return Tied({i: Spread(outer if i == OUT else inner, channels, own) for i in others})
+
+
 # --------------------------------------------------------------------------- what blocks
 
 
@@ -440,6 +457,7 @@ RELATIONS: dict[type[Op], Row] = {
     Permute: _permute,
     Merge: _merge,
     Concat: _concat,
+    Stack: _stack,
     Input: _input,
     Opaque: _opaque,
 }

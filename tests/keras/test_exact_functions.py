@@ -346,6 +346,29 @@ def test_an_unstacked_row_may_be_normalised(rng):
     assert assert_exact(model, rng).left == 0
 
 
+@pytest.mark.parametrize("axis", [1, -2, 0])
+def test_what_is_stacked_has_one_scale_and_shift(axis, rng):
+    x = K.Input((8, 8, 4), dtype="float64")
+    parts = [K.Conv2D(4, 1)(y) for y in (x, K.ReLU()(x))]
+    model = Model(x, K.Activation("relu")(norm()(ops("stack")(parts, axis=axis))))
+    assert assert_exact(model, rng).left == 0
+
+
+def test_what_is_stacked_as_channels_keeps_its_own(rng):
+    x = K.Input((8, 8, 4), dtype="float64")
+    parts = [K.Conv2D(4, 1)(y) for y in (x, K.ReLU()(x))]
+    model = Model(x, K.Activation("relu")(norm()(ops("stack")(parts, axis=-1))))
+    (reason,) = kept(assert_exact(model, rng))
+    assert "joins its inputs along the axis of the channels" in reason
+
+
+def test_examples_may_be_taken_and_moved(rng):
+    x = K.Input((8, 8, 4), dtype="float64")
+    y = ops("transpose")(K.Conv2D(4, 1)(x)[1:, ...], [1, 0, 2, 3])
+    model = Model(x, K.Activation("relu")(norm()(ops("transpose")(y[2, ...], [1, 0, 2]))))
+    assert assert_exact(model, rng).left == 0
+
+
 @pytest.mark.parametrize("inverse", [False, True])
 def test_blocks_become_channels_and_back(inverse, rng):
     if package() is keras:

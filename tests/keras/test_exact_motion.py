@@ -13,7 +13,13 @@ import tf_keras
 
 import mbn_rewrite as mbn
 from tests.support.kerases import K, Model, function, set_policy
-from tests.support.whole_numbers import assert_equal_bits, assert_exact, norm, randomise
+from tests.support.whole_numbers import (
+    assert_equal_bits,
+    assert_exact,
+    assert_exact_when_saved,
+    norm,
+    randomise,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -101,7 +107,9 @@ def test_an_embedding_absorbs_what_follows(rng):
     randomise(model, rng)
     new, plan = mbn.convert_with_plan(model, "fold", check=False)
     assert plan.left == 0
-    assert_equal_bits(model, new, rng.integers(0, 9, (2, 8)))
+    numbers = tf.constant(rng.integers(0, 9, (2, 8)), tf.int32)
+    assert_equal_bits(model, new, numbers)
+    assert assert_exact_when_saved(model, numbers).left == 0
 
 
 @pytest.mark.parametrize("bias_axes", [None, "d"])
@@ -253,7 +261,9 @@ FORWARD_LINEAR = {
 def test_linear_absorbs_what_precedes(name, use_bias, rng):
     shape, layer = FORWARD_LINEAR[name]
     model = model_of(shape, chain(norm(), layer(use_bias=use_bias)))
-    assert assert_exact(model, rng).left == 0
+    is_recurrent = any(kind in name for kind in ("gru", "lstm", "rnn"))
+    left_when_saved = int(is_recurrent and not use_bias)
+    assert assert_exact(model, rng, left_when_saved=left_when_saved).left == 0
 
 
 @pytest.mark.parametrize("bias_axes", [None, "d"])

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import mbn_rewrite as mbn
 from mbn_rewrite.plans import Plan
+from tests.support import traced
 from tests.support.kerases import BATCH_NORMS, K, assign, inputs_like
 
 
@@ -83,11 +84,40 @@ def assert_equal_bits(model, new, data, compiled=False):
         np.testing.assert_array_equal(a, b)
 
 
-def assert_exact(model, rng, compiled=False, **how) -> Plan:
-    """Converts in every mode and compares bit for bit; returns the plan of `fold`."""
+def assert_exact(model, rng, compiled=False, left_when_saved=None, **how) -> Plan:
+    """Converts in every mode and compares bit for bit; returns the plan of `fold`.
+
+    So it does with the function that the model is saved as, of which as much must fold, but where
+    it is said how many stay.
+    """
     randomise(model, rng, **how)
     data = inputs_for(model, rng)
     for mode in ("fold", "depthwise"):
         assert_equal_bits(model, mbn.convert(model, mode, check=False), data, compiled)
     assert mbn.plan(model, "depthwise").left == 0
-    return mbn.plan(model, "fold")
+    plan = mbn.plan(model, "fold")
+    if not compiled:
+        left = assert_exact_when_saved(model, data).left
+        assert left <= plan.left if left_when_saved is None else left == left_when_saved
+    return plan
+
+
+def assert_exact_when_saved(model, data) -> Plan:
+    """Folds the function that a model is saved as, and compares bit for bit; returns the plan."""
+    plan, before, after = traced.folded(model, data)
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+    return plan
+
+
+def assert_close(model, rng, tolerance=1e-11, **how) -> Plan:
+    """As `assert_exact` of `fold`, for models that divide by what they compute."""
+    randomise(model, rng, **how)
+    data = inputs_for(model, rng)
+    new, plan = mbn.convert_with_plan(model, "fold", check=False)
+    when_saved, *arrays = traced.folded(model, data)
+    for pair in ((outputs(model, data), outputs(new, data)), arrays):
+        for a, b in zip(*pair, strict=True):
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    assert when_saved.left <= plan.left
+    return plan

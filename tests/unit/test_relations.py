@@ -125,6 +125,9 @@ PHRASES = {
     "selection_along_the_axis": (graph.Selection(((1, 1, None),)), 0, 3, UNARY, "parts along"),
     "selection_reads_beside": (graph.Selection(((1, 1, None),)), 1, 1, BESIDE, "beside its data"),
     "selection_of_open_size": (graph.Selection(((3, 3, (0,)),)), 0, 3, OPEN, "unknown number"),
+    "stack_of_channels": (graph.Stack(3), OUT, 3, UNARY, "along the axis of the channels"),
+    "stack_of_open_size": (graph.Stack(1), 0, 3, OPEN, "unknown numbers of channels"),
+    "linear_gives_several": (replace(CONV, out_axis=None), OUT, 3, UNARY, "several axes"),
     "affine_of_lost_axis": (graph.Affine(3, 1), OUT, 1, Shapes((IMAGE,), (None, 3)), "another"),
     "reshape_mixes": (graph.Reshape(), 0, 3, Shapes((IMAGE,), (None, 128, 2)), "mixes channels"),
     "reshape_gives_mixed": (graph.Reshape(), OUT, 1, Shapes((IMAGE,), (None, 256)), "mixes"),
@@ -248,6 +251,8 @@ TIED = {
         {},
     ),
     "concat_of_positions": (graph.Concat(1), PAIR, Tied({}), {}),
+    "stack": (graph.Stack(1), Shapes((IMAGE, IMAGE), (None, 2, *IMAGE[1:])), Tied({}), {OUT: 4}),
+    "stack_behind": (graph.Stack(4), Shapes((IMAGE, IMAGE), (*IMAGE, 2)), Tied({}), {}),
 }
 
 
@@ -399,6 +404,8 @@ OPERATIONS = {
         lambda x: 3 - 2 * x,
     ),
     "selection": (graph.Selection(((2, 1, (3, 1)),)), lambda x: x[:, 0, [3, 1]]),
+    "stack": (graph.Stack(1), lambda a, b: np.stack([a, b], axis=1)),
+    "stack_behind": (graph.Stack(3), lambda a, b: np.stack([a, b], axis=3)),
     "zero_padding": (graph.ZeroPadding(2, 2), lambda x: np.pad(x, ((0, 0), (1, 1), (0, 0)))),
     "homogeneous": (graph.PositivelyHomogeneous(), lambda x: np.where(x < 0, x / 4, x)),
     "relu": (graph.Clip(), lambda x: np.maximum(x, 0)),
@@ -427,7 +434,7 @@ class Tried:
     def __init__(self, name, spoilt=""):
         self.rng = np.random.default_rng(3)
         self.op, self.f = OPERATIONS[name]
-        count = 2 if isinstance(self.op, graph.Merge | graph.Concat) else 1
+        count = 2 if isinstance(self.op, graph.Merge | graph.Concat | graph.Stack) else 1
         self.inputs = [self.rng.integers(-9, 9, (2, 3, 4)).astype(np.float64) for _ in range(count)]
         self.output = self.f(*self.inputs)
         self.shapes = Shapes(

@@ -31,11 +31,11 @@ from mbn_rewrite.frontends.keras3.training_layers import (
     StridedBatchNormalization,
 )
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.calls import Call, Record, Several
+from mbn_rewrite.frontends.keras_common.calls import Call, Record
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, parts
 from mbn_rewrite.frontends.keras_common.op_table import layer_table
 from mbn_rewrite.frontends.keras_common.probing import Trace
-from mbn_rewrite.ir.graph import Affine, Op, Opaque, Shape
+from mbn_rewrite.ir.graph import Affine, Op, Opaque, Several, Shape
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from keras.src.activations.activations import ReLU
 from keras.src.ops import core, image, nn, numpy
 
-from mbn_rewrite.frontends.keras_common import position_ops as positions
-from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Several
-from mbn_rewrite.frontends.keras_common.constants import Arithmetic, constant_map, with_constant
+from mbn_rewrite.frontends.keras_common.calls import Call, Describer
 from mbn_rewrite.frontends.keras_common.op_table import clip_between, clip_by_a_number, relu
+from mbn_rewrite.ir import positions
+from mbn_rewrite.ir.constants import Arithmetic, constant_map, with_constant
 from mbn_rewrite.ir.graph import (
     Affine,
     Concat,
@@ -23,6 +23,8 @@ from mbn_rewrite.ir.graph import (
     Op,
     Opaque,
     PositivelyHomogeneous,
+    Several,
+    Stack,
 )
 
 # Activations that clip, with their bounds.
@@ -161,6 +163,10 @@ def _concatenate(call: Call) -> Op:
     return Opaque() if axis is None else Concat(axis % len(call.output))
 
 
+def _stack(call: Call) -> Op:
+    return Stack(call.layer.axis % len(call.output))
+
+
 def _known(module: Any, table: dict[str, Describer]) -> dict[type, Describer]:
     """Those operations that the installed Keras has, by class."""
     return {
@@ -178,6 +184,7 @@ OPERATIONS: dict[type, Describer] = {
     numpy.Minimum: _merge(MergeKind.MINIMUM),
     numpy.Multiply: _merge(MergeKind.MULTIPLY),
     numpy.Concatenate: _concatenate,
+    numpy.Stack: _stack,
     numpy.Clip: lambda call: clip_between(call.layer.x_min, call.layer.x_max),
     nn.Relu: lambda call: clip_between(*CLIPS["relu"]),
     nn.Relu6: lambda call: clip_between(*CLIPS["relu6"]),

@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Record, Several
-from mbn_rewrite.ir.graph import Op, Shape
+from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Record
+from mbn_rewrite.ir.graph import (
+    Op,
+    Several,
+    Shape,
+)
 from mbn_rewrite.ir.reasons import Reason
 
 if TYPE_CHECKING:  # which imports this module

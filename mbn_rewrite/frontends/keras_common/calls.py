@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mbn_rewrite.ir.graph import Op, Shape
+from mbn_rewrite.ir.graph import Op, Several, Shape
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
@@ -63,13 +63,6 @@ class Call:
     def sure_output(self) -> Shape:
         """Shape of the output; its last size, which matters for biases, only if it is certain."""
         return self.output if self.sizes_hold else (*self.output[:-1], None)
-
-
-@dataclass(frozen=True)
-class Several:
-    """One operation for each output of a call."""
-
-    ops: tuple[Op, ...]
 
 
 Describer = Callable[[Call], Op | Several]  # maps a call to the operation that it performs

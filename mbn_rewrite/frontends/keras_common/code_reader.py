@@ -8,14 +8,23 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.frontends.keras_common.batch_norm import is_batch_norm
-from mbn_rewrite.frontends.keras_common.calls import Record, Several, other_arguments
+from mbn_rewrite.frontends.keras_common.calls import Record, other_arguments
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, parts
 from mbn_rewrite.frontends.keras_common.layer_reader import LayerReader
 from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace
 from mbn_rewrite.frontends.keras_common.references import referred_to
 from mbn_rewrite.frontends.keras_common.sublayers import all_sublayers, sublayers
 from mbn_rewrite.frontends.keras_common.tracing import trace
-from mbn_rewrite.ir.graph import BatchNorm, Clip, Input, Node, Op, Opaque, PositivelyHomogeneous
+from mbn_rewrite.ir.graph import (
+    BatchNorm,
+    Clip,
+    Input,
+    Node,
+    Op,
+    Opaque,
+    PositivelyHomogeneous,
+    Several,
+)
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 

@@ -13,7 +13,6 @@ from mbn_rewrite.frontends.keras_common.bindings import Bindings
 from mbn_rewrite.frontends.keras_common.calls import (
     Call,
     Record,
-    Several,
     other_arguments,
     training_of,
 )
@@ -22,7 +21,7 @@ from mbn_rewrite.frontends.keras_common.op_table import describe
 from mbn_rewrite.frontends.keras_common.recorded_calls import RecordedCalls
 from mbn_rewrite.frontends.keras_common.references import referred_to
 from mbn_rewrite.frontends.keras_common.sublayers import sublayers
-from mbn_rewrite.ir.graph import BatchNorm, HiddenBatchNorm, Node, Op, Value
+from mbn_rewrite.ir.graph import BatchNorm, HiddenBatchNorm, Node, Op, Several, Value
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 

@@ -145,6 +145,8 @@ def einsum_dense(call: Call) -> Op:
         return Opaque(read)
     if layer.bias is not None and layer.bias_axes != read.channels:
         return Opaque("has a bias along other axes than its output channels")
+    if read.out_axis is None:
+        return Opaque("gives several axes of channels")
     if read.out_axis != len(call.output) - 1:
         return Opaque("does not have its output channels last")
     kernel = read.layout("kernel", layer.kernel.shape)

@@ -15,11 +15,10 @@ import numpy as np
 
 from mbn_rewrite.frontends.keras_common import linear_layers
 from mbn_rewrite.frontends.keras_common.batch_norm import batch_norm, is_batch_norm
-from mbn_rewrite.frontends.keras_common.calls import Call, Describer, Several
-from mbn_rewrite.frontends.keras_common.constants import as_array, constant_map
+from mbn_rewrite.frontends.keras_common.calls import Call, Describer
 from mbn_rewrite.frontends.keras_common.linear_layers import activation_kind, channel_axis
-from mbn_rewrite.frontends.keras_common.position_ops import resized
 from mbn_rewrite.frontends.keras_common.time_distributed import time_distributed
+from mbn_rewrite.ir.constants import as_array, constant_map
 from mbn_rewrite.ir.graph import (
     Activation,
     Affine,
@@ -33,9 +32,11 @@ from mbn_rewrite.ir.graph import (
     Permute,
     PositivelyHomogeneous,
     Reshape,
+    Several,
     ZeroPadding,
     clip,
 )
+from mbn_rewrite.ir.positions import resized
 
 
 def describe(call: Call) -> Op | Several:

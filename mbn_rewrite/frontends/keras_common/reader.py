@@ -14,7 +14,7 @@ from typing import Any
 
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.calls import Record, Several, other_arguments, training_of
+from mbn_rewrite.frontends.keras_common.calls import Record, other_arguments, training_of
 from mbn_rewrite.frontends.keras_common.cloning import check_call, check_copy, label
 from mbn_rewrite.frontends.keras_common.custom_models import (
     attributes,
@@ -26,7 +26,7 @@ from mbn_rewrite.frontends.keras_common.custom_models import (
 from mbn_rewrite.frontends.keras_common.layer_reader import narrowest_dtype
 from mbn_rewrite.frontends.keras_common.references import among
 from mbn_rewrite.frontends.keras_common.time_step_reader import TimeStepReader
-from mbn_rewrite.ir.graph import BatchNorm, Clip, Graph, Input, Node, Op, Shape
+from mbn_rewrite.ir.graph import BatchNorm, Clip, Graph, Input, Node, Op, Several, Shape
 from mbn_rewrite.passes.wording import listed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mbn_rewrite.frontends.keras_common.calls import Call, Several
+from mbn_rewrite.frontends.keras_common.calls import Call
 from mbn_rewrite.ir.graph import (
     Affine,
     Chain,
@@ -17,6 +17,7 @@ from mbn_rewrite.ir.graph import (
     PositivelyHomogeneous,
     Recurrent,
     Reshape,
+    Several,
 )
 
 
@@ -52,7 +53,7 @@ def _an_axis_later(op: Op) -> Op:
             if op.bias_doubt:  # no layer that stands for it can add the bias
                 return Opaque(op.bias_doubt)
             ((kernels, bias),) = map(_within, op.chains)
-            before, after = _later(op.in_axis), op.out_axis + 1
+            before, after = _later(op.in_axis), _later(op.out_axis)
             return replace(
                 op, kernels=kernels, bias=bias, windows=(), in_axis=before, out_axis=after
             )

@@ -75,6 +75,14 @@ class FunctionGraph:
     @cached_property
     def operations(self) -> list[Any]:
         """The operations that outputs or side effects depend on, in order."""
+        return self._needed(by_shapes=True)
+
+    @cached_property
+    def valued(self) -> list[Any]:
+        """Those of whose results more than shapes matters, in order."""
+        return self._needed(by_shapes=False)
+
+    def _needed(self, by_shapes: bool) -> list[Any]:
         needed: set[str] = set()
         pending = [t.op for t in self.outputs]
         pending += [op for op in self.graph.get_operations() if has_side_effect(op)]
@@ -82,7 +90,8 @@ class FunctionGraph:
             op = pending.pop()
             if op.name not in needed:
                 needed.add(op.name)
-                pending += [t.op for t in op.inputs]
+                if by_shapes or op.type not in SHAPE_ONLY:
+                    pending += [t.op for t in op.inputs]
                 pending += op.control_inputs
         return [op for op in self.graph.get_operations() if op.name in needed]
 
@@ -115,7 +124,7 @@ class FunctionGraph:
     def readers(self) -> dict[str, list[tuple[Any, int]]]:
         """Tensor name -> the operations that read its values, past those that only forward it."""
         readers: dict[str, list[tuple[Any, int]]] = {}
-        for op in self.operations:
+        for op in self.valued:
             if op.type not in SHAPE_ONLY and op.type not in ALIASES:
                 for i, tensor in enumerate(op.inputs):
                     readers.setdefault(source_of(tensor).name, []).append((op, i))
@@ -208,6 +217,8 @@ def function_graph_of(
     in_graph = variables_in(graph_def)
     graph_def, results = without_references(graph_def, results, runs)
     kept = {node.name for node in graph_def.node}
+    constants = {node.name for node in graph_def.node if node.op == "Const"}
+    captures = {name: external for name, external in captures.items() if name not in constants}
     variables |= {name: variable_in_graph(name) for name in sorted(in_graph & kept)}
     written = _written(graph_def, variables)
     arguments = [t.op.name for t in function.inputs[: len(function.inputs) - len(externals)]]

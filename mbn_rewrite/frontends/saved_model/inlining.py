@@ -28,6 +28,8 @@ from mbn_rewrite.frontends.saved_model.compiled_parts import CALLS, COMPILED, is
 
 # Operations that may stand beside a call that XLA compiles, and be compiled with it.
 _EMPTY = {"Placeholder", "Identity", "NoOp", "Const", "ReadVariableOp"}
+# Larger tensors that are captured are not copied into graphs.
+_MOST_CAPTURED = 1 << 20
 # Prefix that inlining gives to the names of nodes.
 _CALL = re.compile(r"^(Func/)?((Stateful)?PartitionedCall(_\d+)?)/")
 
@@ -58,7 +60,8 @@ def inlined(function: Any, look_inside: bool = False) -> Inlined:
     """
     graph_def = function.graph.as_graph_def()
     arguments = {tensor.op.name for tensor in function.inputs}
-    given = getattr(function, "given", {})  # inputs that are set for good
+    # Inputs that are set for good, and tensors of code.
+    given = {**getattr(function, "given", {}), **_constants_captured(function)}
     for node in graph_def.node:
         if node.op == "PlaceholderWithDefault" and node.name in arguments:
             node.op = "Placeholder"  # callers always give it, so the default is not used
@@ -93,6 +96,23 @@ def inlined(function: Any, look_inside: bool = False) -> Inlined:
         graph_def = opened(graph_def, lambda graph: optimized(graph, fetched))
     decide_switches(graph_def, conditions_in(graph_def))
     return Inlined(graph_def, compiled, defaults)
+
+
+def _constants_captured(function: Any) -> dict[str, Any]:
+    """The values of tensors that a function captures, by the names of their placeholders.
+
+    A variable, a table and the like are none, nor are tensors that are too large to be copied.
+    """
+    externals = function.captured_inputs
+    placeholders = function.inputs[len(function.inputs) - len(externals) :]
+    return {
+        placeholder.op.name: external
+        for placeholder, external in zip(placeholders, externals, strict=True)
+        if tf.is_tensor(external)
+        and not tf.is_symbolic_tensor(external)
+        and (external.dtype.is_floating or external.dtype.is_integer or external.dtype.is_bool)
+        and (external.shape.num_elements() or 0) <= _MOST_CAPTURED
+    }
 
 
 def _become_constant(node: Any, value: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from mbn_rewrite.frontends.saved_model.op_site import Answer, Described, Site, shape_of
 from mbn_rewrite.frontends.saved_model.stored_arrays import Weight
 from mbn_rewrite.ir import layouts
-from mbn_rewrite.ir.graph import SPREADS, Linear, Opaque
+from mbn_rewrite.ir.graph import SPREADS, Linear, Opaque, Shape
 from mbn_rewrite.ir.kernels import Kernel, Window
 
 
@@ -20,7 +20,7 @@ def _linear(
     kernel: int,
     layout: Callable[[tuple[int, ...]], Kernel],
     in_axis: int | None,
-    out_axis: int,
+    out_axis: int | None,
     pads: bool = False,
     windows: tuple[Window, ...] = (),
 ) -> Answer:
@@ -34,7 +34,7 @@ def _linear(
     laid_out = weight.laid_out(layout(weight.shape))
     if laid_out is None:
         return Opaque("has a transposed kernel")
-    channels, axis = site.output[out_axis], out_axis
+    axis, channels = out_axis, laid_out.out_channels
     result, bias, absorbed = site.op.outputs[0], None, ()
     found = _bias_after(site, out_axis, channels)
     if found is not None:
@@ -47,31 +47,32 @@ def _linear(
 
 
 def _bias_after(
-    site: Site, axis: int, channels: int | None
-) -> tuple[Any, Weight, tuple[Any, ...], int] | None:
+    site: Site, axis: int | None, channels: int
+) -> tuple[Any, Weight, tuple[Any, ...], int | None] | None:
     """The bias added to an operation's output.
 
-    A 1-D convolution first removes the axis that was added for it, and a dilated one first puts its
-    blocks together again.
+    A 1-D convolution first removes the axis that was added for it, a dilated one first puts its
+    blocks together again, and a product for several heads takes its channels apart.
 
     Returns:
-        The sum, the bias, the operations up to the sum, and the channel axis of the sum.
+        The sum, the bias, the operations up to the sum, and the channel axis of the sum, or None
+        where there are several.
     """
     tensor, between = site.op.outputs[0], []
-    last = axis == len(site.output) - 1
+    first = None if axis in (None, len(site.output) - 1) else axis
     while True:
         reader = site.function.only_reader(tensor)
         if reader is None:
             return None
         op, position = reader
         shape = shape_of(op.outputs[0]) if op.outputs else ()
-        place = len(shape) - 1 if last else axis
-        if not 0 < place < len(shape) or shape[place] != channels:
+        axes = _channel_axes(shape, channels, first)
+        if not axes:
             return None
         if op.type in ("BiasAdd", "Add", "AddV2"):
             break
         # A reshape that keeps the last axis only moves positions.
-        moving = {"Squeeze", "BatchToSpaceND"} | ({"Reshape"} if last else set())
+        moving = {"Squeeze", "BatchToSpaceND"} | ({"Reshape"} if first is None else set())
         if op.type not in moving or position != 0:
             return None
         between.append(op)
@@ -80,11 +81,26 @@ def _bias_after(
     if weight is None or math.prod(weight.shape) != channels or len(weight.shape) > len(shape):
         return None
     if op.type == "BiasAdd":
-        if position != 0 or Site(op, site.constants).channel_axis != place:
+        if position != 0 or axes != (Site(op, site.constants).channel_axis,):
             return None
-    elif ((1,) * (len(shape) - len(weight.shape)) + weight.shape)[place] != channels:
-        return None
-    return op.outputs[0], weight, (*between, op), place
+    else:
+        sizes = (1,) * (len(shape) - len(weight.shape)) + weight.shape
+        if any(sizes[axis] != shape[axis] for axis in axes):
+            return None
+        if len(axes) > 1 and not weight.is_plain:
+            return None
+    return op.outputs[0], weight, (*between, op), axes[0] if len(axes) == 1 else None
+
+
+def _channel_axes(shape: Shape, channels: int, axis: int | None) -> tuple[int, ...]:
+    """The axes of a tensor that channels lie on: one that is known, or else the last ones."""
+    if axis is not None:
+        return (axis,) if 0 < axis < len(shape) and shape[axis] == channels else ()
+    for start in range(len(shape) - 1, 0, -1):
+        sizes = [size or 0 for size in shape[start:]]
+        if math.prod(sizes) == channels:
+            return tuple(range(start, len(shape)))
+    return ()
 
 
 def _pads(site: Site, windows: tuple[Window, ...]) -> bool:
@@ -187,7 +203,7 @@ def einsum(site: Site) -> Answer:
     read = layouts.einsum(equation, len(site.shape(0)), len(site.output))
     if isinstance(read, str):
         return Opaque(read)
-    if read.out_axis != len(site.output) - 1:
+    if read.out_axis not in (None, len(site.output) - 1):
         return Opaque("does not have its output channels last")
     return _linear(
         site, 0, 1, lambda s: read.layout("kernel", s), read.in_axis, read.out_axis

@@ -179,7 +179,7 @@ def arithmetic_norms(constants: Constants, taken: set[str]) -> Iterator[Norm]:
     """
     function = constants.function
     steps = {}
-    for op in function.operations:
+    for op in function.valued:
         if op.name not in taken:
             step = step_of(constants, op)
             if step is not None:
@@ -264,14 +264,26 @@ def _norm_of(constants: Constants, run: list[Step]) -> Norm | None:
 
 
 def _without_preparation(run: list[Step]) -> list[Step]:
-    """A run without the scaling by single numbers around a BatchNormalization."""
+    """A run without the scaling around a BatchNormalization.
+
+    That is done by single numbers, or before it by what ends another normalisation.
+    """
     if all(step.axis is None for step in run):
         return run
+    while len(run) > 2 and _scales_and_shifts(run[:2]) and any(step.roots for step in run[2:]):
+        run = run[2:]
     while len(run) > 1 and run[0].axis is None and not run[0].roots:
         run = run[1:]
     while len(run) > 1 and run[-1].axis is None and not run[-1].roots:
         run = run[:-1]
     return run
+
+
+def _scales_and_shifts(steps: list[Step]) -> bool:
+    """Whether steps multiply and then add, which no BatchNormalization begins with."""
+    first, second = steps
+    is_sum = first.op.type == "Mul" and second.op.type in _ADDITIONS - {"Sub"}
+    return is_sum and not (first.roots | second.roots)
 
 
 def _is_precomputed(constants: Constants, run: list[Step]) -> bool:

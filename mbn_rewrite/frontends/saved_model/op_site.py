@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import tensorflow as tf
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph
 from mbn_rewrite.frontends.saved_model.stored_arrays import Weight
 from mbn_rewrite.frontends.saved_model.weights import Constants
-from mbn_rewrite.ir.graph import Op, Shape
+from mbn_rewrite.ir.graph import Op, Several, Shape
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,27 @@ class Site:
     def number(self, index: int) -> np.ndarray | None:
         """A constant operand such as an axis, or None."""
         value = tf.get_static_value(self.op.inputs[index])
-        return None if value is None else np.asarray(value)
+        return self.constants.value(self.op.inputs[index]) if value is None else np.asarray(value)
+
+    def numbers(self, index: int) -> list[int | None] | None:
+        """The whole numbers in an operand, None for each that is computed while the model runs."""
+        value = self.number(index)
+        if value is None:
+            value = tf.get_static_value(self.op.inputs[index], partial=True)
+        return None if value is None else [None if each is None else int(each) for each in value]
 
     def attribute(self, name: str) -> Any:
         return self.op.get_attr(name)
 
     @property
+    def layout(self) -> str | None:
+        """The order of the axes, such as "NHWC", if the operation says it."""
+        says = "data_format" in self.op.node_def.attr
+        return self.attribute("data_format").decode() if says else None
+
+    @property
     def channels_first(self) -> bool:
-        return "data_format" in self.op.node_def.attr and self.attribute("data_format") in (
-            b"NCHW",
-            b"NCDHW",
-        )
+        return self.layout in ("NCHW", "NCDHW")
 
     @property
     def channel_axis(self) -> int:
@@ -68,20 +79,26 @@ class Described:
     """Description of an operation for passes.
 
     Attributes:
-        op: the neutral operation.
+        op: the neutral operation, or one for each output.
         data: the tensors that it works on; weights are left out.
         result: its output.
         weights: by the names that `op` uses.
         absorbed: operations that belong to it: the addition of its bias, and those in between.
-        axis: of a linear operation, the channel axis of its own output, before any bias.
+        axis: of a linear operation, the channel axis of its own output, before any bias, or None
+            where there are several.
+        users: the operations that use its weights, by name, where these are not the operation
+            itself and the addition of the bias.
+        otherwise: what it is where its weights cannot be edited, or None for `Opaque`.
     """
 
-    op: Op
+    op: Op | Several
     data: tuple[Any, ...]
     result: Any
     weights: dict[str, Weight] = field(default_factory=dict)
     absorbed: tuple[Any, ...] = ()
-    axis: int = -1
+    axis: int | None = -1
+    users: Mapping[str, Any] = field(default_factory=dict)
+    otherwise: Op | None = None
 
 
 Answer = Op | Described

@@ -6,15 +6,18 @@ neutral operation; what is not known is `Opaque`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-from mbn_rewrite.frontends.saved_model import linear_ops, position_ops
+from mbn_rewrite.frontends.saved_model import constant_ops, linear_ops, position_ops
 from mbn_rewrite.frontends.saved_model.branches import BRANCHES
 from mbn_rewrite.frontends.saved_model.flags import advice
 from mbn_rewrite.frontends.saved_model.function_graph import source_of
+from mbn_rewrite.frontends.saved_model.normalizations import normalization
 from mbn_rewrite.frontends.saved_model.op_site import Answer, Described, Site
+from mbn_rewrite.frontends.saved_model.recurrences import CALLS, LOOPS, recurrence
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
+from mbn_rewrite.ir import positions
+from mbn_rewrite.ir.constants import Arithmetic
 from mbn_rewrite.ir.graph import (
     Affine,
     Clip,
@@ -22,22 +25,24 @@ from mbn_rewrite.ir.graph import (
     Input,
     Merge,
     MergeKind,
-    Monotone,
     Opaque,
     PositivelyHomogeneous,
-    clip,
+    Stack,
 )
 
 
 def describe(site: Site) -> Described:
     """The description of an operation for passes."""
     op = site.op
+    found = recurrence(site) if op.type in LOOPS | CALLS else None
+    if found is not None:
+        return found
     describer = _DESCRIBERS.get(op.type)
     described = describer(site) if describer and op.outputs and site.output else Opaque()
     if isinstance(described, Described):
         return described
     # Operands such as axes and paddings are no data.
-    count = len(op.inputs) if isinstance(described, (Merge, Opaque, Concat)) else 1
+    count = len(op.inputs) if isinstance(described, (Merge, Opaque, Concat, Stack)) else 1
     data = op.inputs[: count - 1] if isinstance(described, Concat) else op.inputs[:count]
     return Described(described, tuple(data), op.outputs[0] if op.outputs else None)
 
@@ -58,51 +63,14 @@ def _homogeneous(site: Site) -> Answer:
     return PositivelyHomogeneous()
 
 
-def _merge(kind: MergeKind) -> Callable[[Site], Answer]:
-    def describer(site: Site) -> Answer:
-        if not site.op.outputs[0].dtype.is_floating:
-            return Opaque()
-        if all(site.shape(i) == site.output for i in range(len(site.op.inputs))):
-            prelu = _prelu(site) if site.op.type in ("Add", "AddV2", "Sub") else None
-            return prelu or Merge(kind)
-        if any(site.constants.value(tensor) is not None for tensor in site.op.inputs):
-            known = _plus_zero(site) if kind is MergeKind.ADD else _clip_by_a_number(site, kind)
-            return known or Opaque("adds a constant")
-        return Merge(kind)
-
-    return describer
+def _added(kind: Arithmetic) -> Callable[[Site], Answer]:
+    """A sum or difference, or all of a PReLU or of a normalisation of examples."""
+    describer = constant_ops.arithmetic(kind)
+    return lambda site: _prelu(site) or normalization(site) or describer(site)
 
 
-def _plus_zero(site: Site) -> Described | None:
-    """A sum with 0, with which Python's `sum` begins."""
-    for data, other in ((0, 1), (1, 0)):
-        if _bound(site, other) == 0.0 and site.shape(data) == site.output:
-            return Described(Affine(), (site.op.inputs[data],), site.op.outputs[0])
-    return None
-
-
-def _clip_by_value(site: Site) -> Answer:
-    lower, upper = (_bound(site, index) for index in (1, 2))
-    return Opaque() if lower is None or upper is None else clip(lower, upper)
-
-
-def _clip_by_a_number(site: Site, kind: MergeKind) -> Described | None:
-    """max(x, number) and min(x, number), with the two in either order."""
-    if kind not in (MergeKind.MAXIMUM, MergeKind.MINIMUM):
-        return None
-    for data, other in ((0, 1), (1, 0)):
-        bound = _bound(site, other)
-        if bound is not None and site.shape(data) == site.output:
-            bounds = (bound, math.inf) if kind is MergeKind.MAXIMUM else (-math.inf, bound)
-            op = clip(*bounds, "adds a constant")
-            return Described(op, (site.op.inputs[data],), site.op.outputs[0])
-    return None
-
-
-def _bound(site: Site, index: int) -> float | None:
-    """The number that an operand is, or None."""
-    value = site.constants.value(site.op.inputs[index])
-    return float(value.item()) if value is not None and value.size == 1 else None
+def _reshaped(site: Site) -> Answer:
+    return normalization(site) or position_ops.reshape(site)
 
 
 def _prelu(site: Site) -> Described | None:
@@ -127,10 +95,10 @@ def _prelu(site: Site) -> Described | None:
     )
 
 
-def _multiplication(site: Site) -> Answer:
-    if any(site.constants.value(tensor) is not None for tensor in site.op.inputs):
-        return Opaque("multiplies by a constant")
-    return Merge(MergeKind.MULTIPLY)
+def _gather(site: Site) -> Answer:
+    """Rows of a table, or places of a tensor."""
+    is_table = site.op.type == "ResourceGather" or site.constants.is_fixed(site.op.inputs[0])
+    return linear_ops.gather(site) if is_table else position_ops.gather(site)
 
 
 def _branch(site: Site) -> Answer:
@@ -150,18 +118,27 @@ _DESCRIBERS: dict[str, Callable[[Site], Answer]] = {
     ),
     **dict.fromkeys(("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"), linear_ops.matmul),
     "Einsum": linear_ops.einsum,
-    **dict.fromkeys(("ResourceGather", "GatherV2"), linear_ops.gather),
-    **dict.fromkeys(("AvgPool", "AvgPool3D"), position_ops.pool(Affine)),
-    **dict.fromkeys(("MaxPool", "MaxPoolV2", "MaxPool3D"), position_ops.pool(Monotone)),
-    "Mean": position_ops.reduction(Affine),
-    "Max": position_ops.reduction(Monotone),
+    **dict.fromkeys(("ResourceGather", "GatherV2"), _gather),
+    **dict.fromkeys(("AvgPool", "AvgPool3D"), position_ops.pool(positions.mean)),
+    **dict.fromkeys(("MaxPool", "MaxPoolV2", "MaxPool3D"), position_ops.pool(positions.maximum)),
+    "Mean": position_ops.reduction(positions.mean),
+    "Max": position_ops.reduction(positions.maximum),
+    "Min": position_ops.reduction(positions.minimum),
+    "Sum": position_ops.reduction(None),
     **dict.fromkeys(("Pad", "PadV2", "MirrorPad"), position_ops.pad),
     "Tile": position_ops.tile,
-    "Slice": position_ops.crop,
+    "Slice": position_ops.slice_of,
     "StridedSlice": position_ops.strided_slice,
+    **dict.fromkeys(("Split", "SplitV"), position_ops.split),
+    "Unpack": position_ops.unpack,
+    "Pack": position_ops.pack,
+    "Roll": position_ops.roll,
+    "ReverseV2": position_ops.reverse,
+    "SpaceToDepth": position_ops.to_depth(inverse=False),
+    "DepthToSpace": position_ops.to_depth(inverse=True),
     **dict.fromkeys(("ResizeBilinear", "ResizeNearestNeighbor"), position_ops.resize),
     **dict.fromkeys(("SpaceToBatchND", "BatchToSpaceND"), position_ops.move_blocks),
-    "Reshape": position_ops.reshape,
+    "Reshape": _reshaped,
     **dict.fromkeys(("ExpandDims", "Squeeze"), position_ops.one_axis),
     "Transpose": position_ops.transpose,
     "ConcatV2": _concat,
@@ -169,12 +146,16 @@ _DESCRIBERS: dict[str, Callable[[Site], Answer]] = {
     **dict.fromkeys(("LeakyRelu", "Abs"), _homogeneous),
     "Relu": lambda site: Clip(),
     "Relu6": lambda site: Clip(0.0, 6.0),
-    "ClipByValue": _clip_by_value,
-    **dict.fromkeys(("Add", "AddV2", "AddN"), _merge(MergeKind.ADD)),
-    "Sub": _merge(MergeKind.SUBTRACT),
-    "Maximum": _merge(MergeKind.MAXIMUM),
-    "Minimum": _merge(MergeKind.MINIMUM),
-    "Mul": _multiplication,
+    "ClipByValue": constant_ops.clip_by_value,
+    **dict.fromkeys(("Add", "AddV2"), _added(Arithmetic.ADD)),
+    "Sub": _added(Arithmetic.SUBTRACT),
+    "BiasAdd": constant_ops.arithmetic(Arithmetic.ADD),
+    "AddN": lambda site: Merge(MergeKind.ADD),
+    "Mul": constant_ops.arithmetic(Arithmetic.MULTIPLY),
+    **dict.fromkeys(("RealDiv", "Div"), constant_ops.arithmetic(Arithmetic.DIVIDE)),
+    "Neg": constant_ops.negative,
+    "Maximum": constant_ops.extremum(MergeKind.MAXIMUM),
+    "Minimum": constant_ops.extremum(MergeKind.MINIMUM),
     **dict.fromkeys(BRANCHES, _branch),
 }
 assert not ALIASES & set(_DESCRIBERS)

@@ -23,6 +23,7 @@ from mbn_rewrite.frontends.saved_model.function_graph import (
 from mbn_rewrite.frontends.saved_model.inlining import display_name
 from mbn_rewrite.frontends.saved_model.match_arithmetic import arithmetic_norms
 from mbn_rewrite.frontends.saved_model.match_batchnorm import FUSED, Norm, fused_norm
+from mbn_rewrite.frontends.saved_model.normalizations import scale_and_shift
 from mbn_rewrite.frontends.saved_model.op_site import Described, Site, shape_of
 from mbn_rewrite.frontends.saved_model.op_table import describe
 from mbn_rewrite.frontends.saved_model.quantisation import is_quantised, wrapper_of
@@ -47,7 +48,10 @@ from mbn_rewrite.ir.graph import (
     Linear,
     Merge,
     Node,
+    Op,
     Opaque,
+    Recurrent,
+    Several,
     Value,
     fused_operation_takes,
 )
@@ -83,6 +87,7 @@ class _Reader:
     norms: dict[str, list[NormCall]] = field(default_factory=dict)
     clips: dict[int, ClipCall] = field(default_factory=dict)  # by the number of their node
     plain: dict[int, PlainCall] = field(default_factory=dict)  # by the value it gives
+    otherwise: dict[int, Op] = field(default_factory=dict)  # likewise, see `Described`
     dtypes: set[str] = field(default_factory=set)
     owners: dict[Any, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
@@ -98,7 +103,7 @@ class _Reader:
         self.quantised = is_quantised(function)
         constants = Constants(function, self.writes)
         described, norms = self._recognised(function, constants)
-        linear = [name for name, d in described.items() if isinstance(d.op, Linear)]
+        linear = [name for name, d in described.items() if d.weights]
         self.scope = shared_scope([*linear, *norms])
         self.seen |= {
             ("hidden", key[1])
@@ -109,7 +114,7 @@ class _Reader:
         known: dict[str, int] = {}  # tensor name -> value
         inside = {op.name for d in described.values() for op in d.absorbed}
         inside |= {op.name for norm in norms.values() for op in norm.ops}
-        for op in function.operations:
+        for op in function.valued:
             if op.name in norms:
                 self._add_norm(function, norms[op.name], known)
             elif (
@@ -144,7 +149,7 @@ class _Reader:
         described: dict[str, Described] = {}
         norms: dict[str, Norm] = {}
         absorbed: set[str] = set()
-        for op in function.operations:
+        for op in function.valued:
             norm = fused_norm(constants, op) if op.type in FUSED else None
             if norm is not None:
                 norms[norm.sink.op.name] = norm
@@ -154,6 +159,11 @@ class _Reader:
                 absorbed.update(o.name for o in found.absorbed)
         for norm in arithmetic_norms(constants, absorbed):
             norms[norm.sink.op.name] = norm
+        absorbed |= {op.name for norm in norms.values() for op in norm.ops}
+        for op in function.valued:
+            scaled = scale_and_shift(Site(op, constants)) if op.type == "Mul" else None
+            if scaled and not absorbed & {o.name for o in (op, *scaled.absorbed)}:
+                described[op.name] = scaled
         return described, norms
 
     def _is_constant(self, constants: Constants, op: Any) -> bool:
@@ -166,14 +176,17 @@ class _Reader:
         self, function: FunctionGraph, op: Any, described: Described, known: dict[str, int]
     ) -> None:
         neutral = described.op
-        dtype = "float32"
+        dtype, otherwise = "float32", None
         owner = self._shown(op.name)
-        if isinstance(neutral, Linear):
+        if isinstance(neutral, (Linear, Recurrent)):
             keys = tuple(weight.stored.key for weight in described.weights.values())
             owner = self._owner(keys, without_leaf(owner))
-            dtype = _narrowest(described.weights.values(), op.outputs[0])
-            self.dtypes.add(op.outputs[0].dtype.name)
+            is_loop = isinstance(neutral, Recurrent)  # whose first results count steps
+            result = described.data[0] if is_loop else op.outputs[0]
+            dtype = _narrowest(described.weights.values(), result)
+            self.dtypes.add(result.dtype.name)
             self.linears.setdefault(owner, []).append(LinearCall(function, op, described))
+            otherwise = described.otherwise
         elif isinstance(neutral, Clip):
             dtype = _dtype_name(op.outputs[0].dtype.name)
             self.clips[len(self.nodes)] = ClipCall(function, op, described)
@@ -182,9 +195,21 @@ class _Reader:
         if len(op.outputs) > 1:
             outputs = list(op.outputs)
         results = tuple(self._value(tensor, known) for tensor in outputs)
-        if results:
-            node = Node(owner, op.type, neutral, inputs, results, dtype, function=self.functions)
+        if isinstance(neutral, Several):
+            for each, value in zip(neutral.ops, results, strict=True):
+                node = Node(owner, op.type, each, inputs, (value,), dtype, function=self.functions)
+                self.nodes.append(node)
+        elif results:
+            # Within loops, no calls are told apart.
+            why = "a loop reads its weights" if isinstance(neutral, Recurrent) else ""
+            node = Node(
+                *(owner, op.type, neutral, inputs, results, dtype),
+                function=self.functions,
+                why_shared=why,
+            )
             self.nodes.append(node)
+        if otherwise is not None:
+            self.otherwise[results[0]] = otherwise
         if isinstance(neutral, (Affine, Merge)):
             self.plain[results[0]] = PlainCall(function, described)
 
@@ -276,9 +301,10 @@ class _Reader:
         nodes = []
         plain: dict[str, list[PlainCall]] = {}
         for node in self.nodes:
-            if isinstance(node.op, Linear):
+            if isinstance(node.op, (Linear, Recurrent)):
                 if fixed[node.owner]:
-                    node = replace(node, op=Opaque(fixed[node.owner]))
+                    op = self.otherwise.get(node.outputs[0], Opaque(fixed[node.owner]))
+                    node = replace(node, op=op)
             elif not isinstance(node.op, BatchNorm) and node.owner in self.taken:
                 # It is called as the scope of an operation that has weights.
                 node = replace(node, owner=f"{node.owner}:0")

@@ -27,6 +27,19 @@ class Computed:
 
 
 @dataclass(frozen=True)
+class Row:
+    """Place of an array that is a row of another.
+
+    Attributes:
+        whole: the other.
+        number: of the row.
+    """
+
+    whole: Stored
+    number: int
+
+
+@dataclass(frozen=True)
 class Stored:
     """An array that the model stores, or computes of such alone.
 
@@ -36,7 +49,7 @@ class Stored:
         shape: its shape.
         dtype: the name of its dtype.
         read: gives its value.
-        place: the tf.Variable, the (function, name of the node) of a constant, or `Computed`.
+        place: the tf.Variable, the (function, name of the node) of a constant, `Computed` or `Row`.
     """
 
     key: Any
@@ -73,6 +86,11 @@ class Weight:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.view[axis] for axis in self.order)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the elements are in the order in which they are stored."""
+        return self.order == tuple(range(len(self.order)))
+
     def keeps_window(self, axes: int) -> bool:
         """Whether the first axes of the tensor, those of a window, are stored in their order."""
         window = self.order[:axes]
@@ -80,7 +98,7 @@ class Weight:
 
     def laid_out(self, kernel: Kernel) -> Kernel | None:
         """A layout of the tensor as one of the stored array; None where there is none."""
-        if self.order == tuple(range(len(self.order))):
+        if self.is_plain:
             return kernel
         out_dims = tuple(self.order[axis] for axis in kernel.out_dims)
         if len(kernel.view) != len(self.order) or list(out_dims) != sorted(out_dims):

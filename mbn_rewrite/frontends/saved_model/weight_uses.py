@@ -12,7 +12,7 @@ from mbn_rewrite.frontends.saved_model.function_graph import SHAPE_ONLY, Writes
 from mbn_rewrite.frontends.saved_model.reading import LinearCall
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES
 from mbn_rewrite.frontends.saved_model.weights import Constants
-from mbn_rewrite.ir.graph import Linear
+from mbn_rewrite.ir.graph import Linear, Recurrent
 
 
 @dataclass
@@ -60,12 +60,12 @@ class WeightUses:
         expected: dict[Any, set[int]] = {}
         for call in calls:
             described = call.described
-            assert isinstance(described.op, Linear)
+            assert isinstance(described.op, (Linear, Recurrent))
             if described.op != first.op:
                 return "uses its weights in several ways"
-            sum_op = described.result.op
+            users = {"kernel": call.op, "bias": described.result.op, **described.users}
             for name, weight in described.weights.items():
-                user = call.op if name == "kernel" else sum_op
+                user = users[name]
                 expected.setdefault(weight.stored.key, set()).add(id(user))
         stored = {weight.stored.key: weight.stored for weight in first.weights.values()}
         if len(stored) < len(first.weights):

@@ -77,7 +77,7 @@ class Constants:
             stored = self._stored(op)
             if stored is None:
                 return None
-            return _whole(stored)
+            return whole(stored)
         if op.type not in ALIASES | {"Cast", "Transpose"} and not _reshapes(op):
             return None
         inner = self.weight(op.inputs[0])
@@ -98,7 +98,7 @@ class Constants:
     def gathered(self, op: Any) -> Weight | None:
         """The stored array whose rows an operation gathers by its handle."""
         stored = self._stored(op)
-        return None if stored is None else _whole(stored)
+        return None if stored is None else whole(stored)
 
     def _stored(self, op: Any) -> Stored | None:
         if op.type == "Const":
@@ -109,13 +109,13 @@ class Constants:
                 ("constant", id(self.function), op.name), op.name, tuple(tensor.shape),
                 tensor.dtype.name, lambda: _array(op), (self.function, op.name),
             )  # fmt: skip
-        stored = self._stored_variable(op)
+        stored = self.stored_behind(op.inputs[0])
         dtype = op.outputs[0].dtype
         return stored if stored is not None and stored.dtype == dtype.name else None
 
-    def _stored_variable(self, op: Any) -> Stored | None:
-        """The variable that an operation reads."""
-        variable = self.function.variable(op.inputs[0])
+    def stored_behind(self, handle: Any) -> Stored | None:
+        """The variable behind a handle."""
+        variable = self.function.variable(handle)
         if variable is None or id(variable) in self._writes.by:
             return None
         if not variable.shape.is_fully_defined():
@@ -242,7 +242,7 @@ class Constants:
             weight = self.weight(current)
             stored = weight.stored if weight is not None else None
             if current.op.type == "ResourceGather":
-                stored = self._stored_variable(current.op)
+                stored = self.stored_behind(current.op.inputs[0])
             if stored is not None:
                 found.setdefault(stored.key, stored)
             else:
@@ -285,7 +285,8 @@ def _reshapes(op: Any) -> bool:
     return sizes[0] == sizes[1] is not None and steps is not None and bool(np.all(steps == 1))
 
 
-def _whole(stored: Stored) -> Weight:
+def whole(stored: Stored) -> Weight:
+    """A weight that holds an array as it is stored."""
     return Weight(stored, stored.shape, tuple(range(len(stored.shape))), stored.dtype)
 
 

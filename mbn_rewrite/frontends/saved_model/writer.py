@@ -24,7 +24,7 @@ from mbn_rewrite.frontends.saved_model.reading import (
     PlainCall,
     Reading,
 )
-from mbn_rewrite.frontends.saved_model.stored_arrays import Computed, Stored
+from mbn_rewrite.frontends.saved_model.stored_arrays import Computed, Row, Stored
 from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
 from mbn_rewrite.ir.graph import Linear
@@ -231,35 +231,32 @@ class _Writer:
     # -- linear operations that absorb ----------------------------------------------------
 
     def _fold(self, owner: str, action: Fold) -> None:
-        op = action.op
-        assert isinstance(op, Linear)
-        calls, source = self._calls[owner], self._source[owner]
-        kernel = self.reading.weight(source, "kernel")
-        has_bias = "bias" in calls[0].described.weights
-        bias = self.reading.weight(source, "bias") if has_bias else None
+        op, calls, source = action.op, self._calls[owner], self._source[owner]
 
         def read(name: str) -> Array:
             return op.weight(source, name, self.reading.graph.read_weight)
 
+        ((kernels, bias_name),) = op.chains
         (new_kernel,), new_bias = fold(
-            [(op.kernels[0], read("kernel"))],
-            read("bias").reshape(-1) if op.bias else None,
+            [(kernels[0], read("kernel"))],
+            read("bias").reshape(-1) if bias_name else None,
             before=action.before,
             after=action.after,
             border=action.border,
         )
-        self._store(owner, "kernel", kernel, new_kernel, action)
+        self._store(owner, "kernel", self.reading.weight(source, "kernel"), new_kernel, action)
+        as_variable = self.reading.weight(source, "kernel").is_variable
         if action.border is not None:
             for call in calls:
-                self._add_border(owner, call, new_bias, kernel.is_variable)
+                self._add_border(owner, call, new_bias, as_variable)
             return
-        channels = calls[0].op.outputs[0].shape[calls[0].described.axis]
-        full = np.broadcast_to(new_bias, (channels,))
-        if bias is not None:
+        full = np.broadcast_to(new_bias, (kernels[-1].out_channels,))
+        if "bias" in calls[0].described.weights:
+            bias = self.reading.weight(source, "bias")
             self._store(owner, "bias", bias, full.reshape(bias.shape), action)
         elif np.any(full != 0):
             for call in calls:
-                self._add_bias(owner, call, full, kernel.is_variable)
+                self._add_bias(owner, call, full, as_variable)
 
     def _is_stored(self, owner: str) -> bool:
         """Whether a layer has the stored arrays of its owner; else it is made for some calls."""
@@ -275,6 +272,10 @@ class _Writer:
             variable = self._new(owner, name, array, dtype)
             for call in self._calls[owner]:
                 use_in_place(self._editor(call.function), call, name, variable)
+        elif isinstance(stored.place, Row):
+            rows = stored.place.whole.read().copy()
+            rows[stored.place.number] = array
+            self._store(owner, name, stored.place.whole, rows, action)
         elif isinstance(stored.place, Computed):
             variable = self._new(owner, name, array, dtype)
             for call in self._calls[owner]:
@@ -317,13 +318,13 @@ class _Writer:
         editor, result = self._editor(call.function), call.op.outputs[0]
         axis, rank = call.described.axis, result.shape.rank
         layout = b"NHWC" if axis == rank - 1 else b"NCHW"
-        shaped = bias.reshape((-1,) + (1,) * (rank - 1 - axis))
+        shaped = bias.reshape(_bias_shape(call))
         attributes: dict[str, Any] = {"T": result.dtype}
         if _is_grouped(call):
             # TensorFlow fuses a bias with the convolution before it, and then cannot run it
             # in groups on a CPU. It fuses no subtraction.
             op, weight = "Sub", self._new(owner, "minus_bias", -shaped, result.dtype)
-        elif layout == b"NHWC" or rank == 4:
+        elif axis is not None and (layout == b"NHWC" or rank == 4):
             op, weight = "BiasAdd", self._new(owner, "bias", bias, result.dtype)
             attributes["data_format"] = layout
         else:
@@ -358,6 +359,16 @@ def _is_grouped(call: LinearCall) -> bool:
     op = call.described.op
     assert isinstance(op, Linear)
     return call.op.type.startswith("Conv") and len(op.kernels[0].in_dims) > 1
+
+
+def _bias_shape(call: LinearCall) -> tuple[int, ...]:
+    """Shape in which a bias is added to the own output of an operation."""
+    op, axis = call.described.op, call.described.axis
+    assert isinstance(op, Linear)
+    kernel = op.kernels[-1]
+    if axis is None:
+        return tuple(kernel.view[dim] for dim in kernel.out_dims)
+    return (kernel.out_channels,) + (1,) * (call.op.outputs[0].shape.rank - 1 - axis)
 
 
 def _is_stored_in_variables(norm: Any) -> bool:

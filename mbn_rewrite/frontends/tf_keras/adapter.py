@@ -24,7 +24,7 @@ from tf_keras.src.saving.legacy.saved_model.utils import in_tf_saved_model_scope
 from tf_keras.src.saving.serialization_lib import SafeModeScope
 
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.calls import Call, Record, Several
+from mbn_rewrite.frontends.keras_common.calls import Call, Record
 from mbn_rewrite.frontends.keras_common.cloning import share_config_objects
 from mbn_rewrite.frontends.keras_common.op_table import layer_table
 from mbn_rewrite.frontends.keras_common.probing import Trace
@@ -40,7 +40,7 @@ from mbn_rewrite.frontends.tf_keras.training_layers import (
     ModifiedBatchNormalization,
     StridedBatchNormalization,
 )
-from mbn_rewrite.ir.graph import Affine, Op, Opaque, Shape
+from mbn_rewrite.ir.graph import Affine, Op, Opaque, Several, Shape
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 # Layers that Keras makes of TensorFlow functions have their `call` set by their constructor.

@@ -9,11 +9,10 @@ from typing import Any
 import tensorflow as tf
 from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda, TFOpLambda
 
-from mbn_rewrite.frontends.keras_common import position_ops as positions
-from mbn_rewrite.frontends.keras_common.calls import Call, Several
-from mbn_rewrite.frontends.keras_common.constants import Arithmetic, constant_map, with_constant
+from mbn_rewrite.frontends.keras_common.calls import Call
 from mbn_rewrite.frontends.keras_common.op_table import clip_between, clip_by_a_number
-from mbn_rewrite.frontends.keras_common.position_ops import whole
+from mbn_rewrite.ir import positions
+from mbn_rewrite.ir.constants import Arithmetic, constant_map, with_constant
 from mbn_rewrite.ir.graph import (
     Affine,
     Concat,
@@ -22,7 +21,10 @@ from mbn_rewrite.ir.graph import (
     Op,
     Opaque,
     PositivelyHomogeneous,
+    Several,
+    Stack,
 )
+from mbn_rewrite.ir.positions import whole
 
 _MERGES = {
     "__operators__.add": MergeKind.ADD,
@@ -35,6 +37,8 @@ _MERGES = {
     "math.multiply": MergeKind.MULTIPLY,
     "multiply": MergeKind.MULTIPLY,
 }
+
+_JOINS: dict[str, type[Concat] | type[Stack]] = {"concat": Concat, "stack": Stack}
 
 Given = dict[str, Any]  # arguments of a call, by name
 Row = Callable[[Call, Given], Op | Several]
@@ -52,8 +56,9 @@ def _function(call: Call) -> Op | Several:
     if kind and len(call.inputs) == 2:
         return Opaque() if call.arguments else Merge(kind)
     given = _given(call)
-    if symbol == "concat" and given and whole(given.get("axis")) is not None:
-        return Concat(given["axis"] % len(call.output))
+    joins = _JOINS.get(symbol)
+    if joins and given and whole(given.get("axis")) is not None:
+        return joins(given["axis"] % len(call.output))
     describer = _TABLE.get(symbol)
     if describer is None or given is None or len(call.inputs) != 1:
         return Opaque()

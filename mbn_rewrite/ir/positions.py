@@ -1,7 +1,7 @@
 """Functions that take, move, reduce and pad positions, as operations of the neutral graph.
 
-Both Kerases have them as functions of a tensor, with constants beside it. Here they are described
-by these constants, and by the shapes of what they read and give.
+Kerases have them as functions of a tensor, with constants beside it, and TensorFlow as operations.
+Here they are described by these constants, and by the shapes of what they read and give.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from mbn_rewrite.frontends.keras_common.calls import Several
 from mbn_rewrite.ir.graph import (
     Affine,
     ChannelPreserving,
@@ -22,6 +21,7 @@ from mbn_rewrite.ir.graph import (
     Permute,
     Reshape,
     Selection,
+    Several,
     Shape,
     Total,
     ZeroPadding,
@@ -29,6 +29,7 @@ from mbn_rewrite.ir.graph import (
 
 _BATCH = "works along the batch"
 OPEN = "has arguments that are not known beforehand"
+ANY = object()  # in the place of a slice: one that is not known beforehand
 
 MINIMUM = "takes a minimum"
 
@@ -116,6 +117,15 @@ def pool(kind: Callable[..., Op], rank: int, window: Any, layout: str | None) ->
 # --------------------------------------------------------------- parts, and their order
 
 
+Taken = tuple[int, int, tuple[int, ...] | None]  # as in `Selection.axes`
+
+
+def _selection(axes: Sequence[Taken], why: str = _BATCH) -> Op:
+    """A selection along axes, of which those of the batch do not matter."""
+    left = tuple(each for each in axes if each[0] and each[1])
+    return Selection(left) if left else Opaque(why)
+
+
 def taken(shape: Shape, places: dict[int, Any], removed: Sequence[int] = ()) -> Op:
     """What takes some places along some axes.
 
@@ -124,7 +134,7 @@ def taken(shape: Shape, places: dict[int, Any], removed: Sequence[int] = ()) -> 
         places: by axis, as any index of an array.
         removed: axes that the output does not have, of those.
     """
-    axes: list[tuple[int, int, tuple[int, ...] | None]] = []
+    axes: list[Taken] = []
     for axis, size in enumerate(shape):
         after = axis - sum(other < axis for other in removed)
         if axis in removed:
@@ -133,27 +143,27 @@ def taken(shape: Shape, places: dict[int, Any], removed: Sequence[int] = ()) -> 
             axes.append((axis, after, None))
         elif size is not None:
             axes.append((axis, after, tuple(np.arange(size)[places[axis]].tolist())))
-    if 0 in places:
-        return Opaque(_BATCH)
-    return Selection(tuple(axes[1:]))
+    return _selection(axes)
 
 
 def item(shape: Shape, key: Any) -> Op:
-    """x[key], for slices, whole numbers, `...` and new axes."""
+    """x[key], for slices, whole numbers, `...`, new axes and `ANY`."""
     keys = list(key) if isinstance(key, (list, tuple)) else [key]
     used = sum(part is not None and part is not Ellipsis for part in keys)
     if keys.count(Ellipsis) > 1 or used > len(shape):
         return Opaque(OPEN)
     place = keys.index(Ellipsis) if Ellipsis in keys else len(keys)
     keys[place : place + 1] = [slice(None)] * (len(shape) - used)
-    axes: list[tuple[int, int, tuple[int, ...] | None]] = []
+    axes: list[Taken] = []
     before = after = 0
     for part in keys:
         if part is None:
             after += 1
             continue
         size = shape[before]
-        if isinstance(part, slice):
+        if part is ANY:
+            after += 1
+        elif isinstance(part, slice):
             if part == slice(None):
                 axes.append((before, after, None))
             elif not all(each is None or whole(each) is not None for each in _ends(part)):
@@ -164,9 +174,7 @@ def item(shape: Shape, key: Any) -> Op:
         elif whole(part) is None:
             return Opaque(OPEN)
         before += 1
-    if not axes or axes[0] != (0, 0, None):
-        return Opaque(_BATCH)
-    return Selection(tuple(axes[1:]))
+    return _selection(axes)
 
 
 def _ends(part: slice) -> tuple[Any, Any, Any]:
@@ -303,7 +311,10 @@ def transposed(order: Any, rank: int) -> Op:
     axes = axes_of(order, rank)
     if axes is None or sorted(axes) != list(range(rank)):
         return Opaque(OPEN)
-    return Permute(axes) if axes[0] == 0 else Opaque("moves the batch to another axis")
+    if axes[0] == 0:
+        return Permute(axes)
+    left = tuple((before, after) for after, before in enumerate(axes) if before and after)
+    return Affine(axes=left) if left else Opaque("moves the batch to another axis")
 
 
 def expanded(shape: Shape, axes: Any) -> Op:
