@@ -8,6 +8,7 @@ runs as one tf.function (a model on disk: as its served signature). Variants:
 
     original    the model as it is; always there
     fold, depthwise, auto    rewritten in that mode; auto measures for the batch at hand
+    frozen      folded, with constants in place of variables; not by default
     floor       the same network without any BatchNormalization, and nothing in its place: what it
                 would cost if BatchNormalization were free. It computes something else. It has no
                 biases that folding needs, and those it has not, it need not add. There is none
@@ -70,6 +71,7 @@ from benchmarks.common.failures import noted
 from benchmarks.common.flags import check_outputs
 from benchmarks.models.own_networks import OWN_NETWORKS
 from benchmarks.models.variants import (
+    FROZEN,
     KERAS,
     MODES,
     Calls,
@@ -89,14 +91,15 @@ MODELS = (
     *("ResNet50", "MobileNetV2", "EfficientNetB0", "InceptionV3", "DenseNet121", "ResNet50V2"),
     *OWN_NETWORKS,
 )
-VARIANTS = ("original", *MODES, "floor")
+_BY_DEFAULT = ("original", *MODES, "floor")
+VARIANTS = (*_BY_DEFAULT, FROZEN)
 DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 _MOST_REPEATS = 200
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", list(MODELS), "Networks of `applications`, or paths of models on disk.")
 flags.DEFINE_list("keras", list(KERAS), "Which Keras the networks are of.")
-flags.DEFINE_list("variants", list(VARIANTS), f"Of {', '.join(VARIANTS)}.")
+flags.DEFINE_list("variants", list(_BY_DEFAULT), f"Of {', '.join(VARIANTS)}.")
 flags.DEFINE_list("batch_sizes", ["1", "8"], "Examples in a call.")
 flags.DEFINE_enum("dtype", "float32", list(DTYPES), "The dtype policy that networks are built in.")
 flags.DEFINE_bool("xla", False, "Compile by XLA.")

@@ -31,6 +31,7 @@ def convert(
     progress: Callable[[str], None] | None = None,
     check: bool = True,
     measure: bool = False,
+    equalize: bool = False,
 ) -> Any:
     """Rewrites the BatchNormalization layers of a model, for inference or for training.
 
@@ -66,6 +67,9 @@ def convert(
         measure: whether to measure how much faster than the original the new model is, for some
             seconds, called as `batch_size`, `jit_compile`, `dtype` and `inputs` say, in any mode
             for inference. `convert_with_plan` gives the latencies, as `plan.speed`.
+        equalize: in mode "fold", whether to choose the scales between layers, which are free, so
+            that rounding weights to int8 with one step for each tensor loses least. Outputs are the
+            same. ReLU6 and the like take on bounds by channel for it, which may be slower.
 
     Returns:
         A new model of the same kind with the same inputs, outputs, names and, but for
@@ -88,6 +92,7 @@ def convert(
         inputs=inputs,
         check=check,
         measure=measure,
+        equalize=equalize,
         progress=progress,
         batch_size=batch_size,
         jit_compile=jit_compile,
@@ -107,6 +112,7 @@ def plan(
     dtype: str | None = None,
     inputs: Any = None,
     budget: float | None = None,
+    equalize: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """The plan that `convert` would carry out on a model, without carrying it out.
@@ -127,6 +133,7 @@ def plan(
         stride,
         inputs=inputs,
         check=False,
+        equalize=equalize,
         progress=progress,
         batch_size=batch_size,
         jit_compile=jit_compile,

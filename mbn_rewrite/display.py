@@ -164,6 +164,7 @@ def report_text(report: Report, full: bool = False) -> str:
         lines.append(table(_SIZES, _size_rows(report, report.after)))
     lines += _carried_over(report)
     lines += [f"verification of {name}: {c}" for name, c in report.comparisons.items()]
+    lines += ["frozen: its weights are constants"] if report.frozen else []
     lines += _caveats(report)
     lines += [f"speed: {report.speed.figure}"] if report.speed else []
     return encodable("\n".join(lines))

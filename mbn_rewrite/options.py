@@ -81,6 +81,7 @@ class Options:
         progress: called with a line when a step begins.
         check: whether to compare the result with the original.
         measure: whether to measure how much faster than the original the result is.
+        equalize: in mode "fold", whether scales between layers are chosen for int8.
     """
 
     mode: str = "auto"
@@ -91,6 +92,7 @@ class Options:
     progress: Callable[[str], None] = _silent
     check: bool = True
     measure: bool = False
+    equalize: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, (int, float)) or not self.budget > 0:
@@ -112,6 +114,7 @@ def checked_options(
     dtype: str | None = None,
     budget: float | None = None,
     measure: bool = False,
+    equalize: bool = False,
 ) -> Options:
     """The options that keyword arguments of the public functions stand for.
 
@@ -127,6 +130,8 @@ def checked_options(
         raise RewriteError(
             f'mode "{mode}" is for training, and what is measured is inference. Leave measure out'
         )
+    if equalize and mode != "fold":
+        raise RewriteError(f'only mode "fold" takes equalize, not "{mode}"')
     running = {"batch_size": batch_size, "jit_compile": jit_compile, "dtype": dtype}
     unused = {
         **({} if measure else running),
@@ -150,6 +155,7 @@ def checked_options(
         progress or _silent,
         check,
         measure,
+        equalize,
     )
 
 

@@ -31,6 +31,7 @@ class Report:
         as_it_was: functions that were carried over as they were, and why.
         left_out: functions that were not carried over, and why.
         speed: the latencies of the original and of what was written, where they were measured.
+        frozen: whether its weights are constants.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Report:
     left_out: Mapping[str, str] = field(default_factory=dict)
     by_xla: tuple[str, ...] = ()
     speed: Latencies | None = None
+    frozen: bool = False
 
     @property
     def comparison(self) -> Comparison | None:
@@ -78,6 +80,7 @@ class Report:
             "carried_over_as_it_was": dict(self.as_it_was),
             "left_out": dict(self.left_out),
             "plan": self.plan.to_dict(),
+            "frozen": self.frozen,
             "speed": self.speed and self.speed.to_dict(),
         }
 

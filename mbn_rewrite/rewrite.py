@@ -64,6 +64,8 @@ def rewrite_saved_model(
     dtype: str | None = None,
     budget: float | None = None,
     measure: bool = False,
+    equalize: bool = False,
+    freeze: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Rewrites a model on disk and writes it as SavedModel, verified.
@@ -102,6 +104,11 @@ def rewrite_saved_model(
         jit_compile: as for `convert`.
         dtype: as for `convert`.
         budget: as for `convert`.
+        equalize: as for `convert`.
+        freeze: whether weights become constants of the graphs. That may be faster, since TensorFlow
+            then computes beforehand what depends on them alone. The written model has signatures
+            and nothing else: no variables to train or to restore, no methods. Graphs hold less
+            than 2 GiB.
         measure: whether to measure at the end how much faster than the original the written model
             is, for some seconds, run as `batch_size`, `jit_compile` and `dtype` say, in any mode.
             Both are loaded for that.
@@ -124,6 +131,7 @@ def rewrite_saved_model(
         dtype=dtype,
         budget=budget,
         measure=measure,
+        equalize=equalize,
     )
     options = replace(options, inputs=None if inputs is None else as_arrays(inputs))
     _check_served(mode, tolerance)
@@ -146,6 +154,8 @@ def rewrite_saved_model(
     with output_dir.working_folder(destination) as folder:
         weights = _write(model, report.plan, folder.new, options)
         del model  # so that the two are not in memory side by side
+        if freeze:
+            report, reference = _frozen(report, reference, folder.new, options)
         report = _verified(report, weights, folder.new, reference, tolerance, options)
         output_dir.put_in_place(folder, destination, overwrite)
     if measure:
@@ -259,6 +269,23 @@ def _write(model: ModelSource, plan: Plan, directory: Path, options: Options) ->
     options.progress("writing")
     with without_saying_where():  # it is not there that it stays
         return model.write(plan, directory)
+
+
+def _frozen(
+    report: Report, reference: Reference, directory: Path, options: Options
+) -> tuple[Report, Reference]:
+    """Freezes what was written; the report on that, and what there is to compare."""
+    from mbn_rewrite.frontends.execution import without_saying_where
+    from mbn_rewrite.frontends.saved_model.freezing import freeze
+
+    options.progress("freezing")
+    with without_saying_where():
+        freeze(directory)
+    methods = [name for name, call in reference.calls.items() if call.method]
+    left = dict.fromkeys(methods, "a frozen model has signatures and nothing else")
+    calls = {name: call for name, call in reference.calls.items() if name not in left}
+    report = replace(report, left_out={**report.left_out, **left}, frozen=True)
+    return report, replace(reference, calls=calls)
 
 
 def _verified(

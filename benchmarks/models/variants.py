@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 from absl import flags
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 import mbn_rewrite as mbn
 from benchmarks.common.failures import noted
@@ -27,6 +28,7 @@ FLAGS = flags.FLAGS  # those of the program, latency.py
 
 KERAS = {"tf_keras": tf_keras, "keras_3": keras}
 MODES = ("fold", "depthwise", "auto")
+FROZEN = "frozen"  # folded, with constants for weights
 Variant = dict[str, Any]  # what a row says of a variant
 Calls = dict[str, Callable[[], object]]
 
@@ -74,9 +76,9 @@ def of_network(model: Any, wide: Any, batch: int) -> tuple[Calls, dict[str, Vari
         with noted(known, variant):
             new, facts = _varied(model, variant, run_config)
             known[variant] = facts
-            call = runner(lambda data, new=new: new(data, training=False), images, run_config)
+            call = runner(_function(new, images, variant), images, run_config)
             outputs = call()
-            if variant in MODES:
+            if variant in (*MODES, FROZEN):
                 comparison = mbn.verify(model, new, inputs=images, tolerance=tolerance)
                 facts["error"] = comparison.max_rel_error
                 timed = compare_outputs(expected, outputs, _as_timed(tolerance))
@@ -87,6 +89,14 @@ def of_network(model: Any, wide: Any, batch: int) -> tuple[Calls, dict[str, Vari
             if "note" not in facts:
                 calls[variant] = call
     return calls, known
+
+
+def _function(model: Any, images: Any, variant: str) -> Callable[[Any], Any]:
+    """A function of images that calls a model at inference."""
+    if variant != FROZEN:
+        return lambda data: model(data, training=False)
+    traced = tf.function(lambda data: model(data, training=False), autograph=False)
+    return convert_variables_to_constants_v2(traced.get_concrete_function(images))
 
 
 def _tolerance(wide: Any, images: Any, outputs: Any) -> float:
@@ -114,7 +124,8 @@ def _varied(model: Any, variant: str, run_config: RunConfig) -> tuple[Any, Varia
         return model, {"left": len(mbn.plan(model, "fold").decisions)}
     if variant == "floor":
         return without_batch_norm(model), {"left": 0}
-    new, plan = convert_with_plan(model, variant, **_measuring(variant, run_config))
+    mode = "fold" if variant == FROZEN else variant
+    new, plan = convert_with_plan(model, mode, **_measuring(mode, run_config))
     return new, _planned(plan)
 
 
@@ -168,7 +179,9 @@ def _written(path: str, variant: str, place: str, run_config: RunConfig) -> tupl
             return path, {}
         _as_saved_model(path, place)  # a file of Keras, so that all run alike
         return place, {}
-    report = mbn.rewrite_saved_model(path, place, variant, **_measuring(variant, run_config))
+    mode, freeze = ("fold", True) if variant == FROZEN else (variant, False)
+    how = _measuring(mode, run_config)
+    report = mbn.rewrite_saved_model(path, place, mode, freeze=freeze, **how)
     errors = (comparison.max_rel_error for comparison in report.comparisons.values())
     return place, _planned(report.plan) | {"error": max(errors, default=None)}
 

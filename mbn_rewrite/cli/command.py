@@ -105,6 +105,8 @@ def _rewriting(source: Path, destination: Path | None, folder: OwnFolder | None)
         "unverified": FLAGS.unverified,
         "tolerance": FLAGS.tolerance,
         "budget": FLAGS.budget,
+        "equalize": FLAGS.equalize,
+        "freeze": FLAGS.freeze,
     }
     if FLAGS.mode == "auto":
         options |= running_flags()

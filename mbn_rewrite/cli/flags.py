@@ -100,6 +100,18 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
     "chart", None, "Command measure: draw the latencies to this PNG file. Needs matplotlib."
 )
+flags.DEFINE_bool(
+    "equalize",
+    False,
+    "Mode fold: choose the scales between layers, which are free, so that rounding weights to int8 "
+    "with one step for each tensor loses least.",
+)
+flags.DEFINE_bool(
+    "freeze",
+    False,
+    "Make weights constants of graphs, which may be faster. OUT then has signatures and nothing "
+    "else: no variables to train or to restore, no methods.",
+)
 flags.DEFINE_bool("dry_run", False, "As the command plan: OUT is not needed.")
 flags.DEFINE_bool("overwrite", False, "Replace OUT if it is a SavedModel.")
 flags.DEFINE_string("report", None, "Write all results to this file, as JSON.")

@@ -16,7 +16,7 @@ _RUNNING = {"inputs", "batch_size", "jit_compile", "dtype"}
 _TAKES = {
     VERIFY: {*_ALWAYS, "inputs", "set_input", "unverified", "tolerance"},
     MEASURE: {*_ALWAYS, *_RUNNING, "seconds", "threads", "chart"},
-    PLAN: {*_ALWAYS, *_RUNNING, "mode", "budget", "set_input", "full", "dry_run"},
+    PLAN: {*_ALWAYS, *_RUNNING, "mode", "budget", "equalize", "set_input", "full", "dry_run"},
 }
 _REWRITE_LEAVES = {"seconds", "threads", "chart"}
 

@@ -123,8 +123,17 @@ class Kernel:
 
     def largest(self, array: Array) -> Array:
         """The largest magnitude among the weights of each output channel."""
-        others = tuple(i for i in range(len(self.view)) if i not in self.out_dims)
-        return np.abs(array.reshape(self.view)).max(axis=others).astype(np.float64).reshape(-1)
+        return self._largest(array, self.out_dims)
+
+    def largest_read(self, array: Array) -> Array:
+        """The largest magnitude among the weights of each input channel."""
+        return self._largest(array, self.in_dims)
+
+    def _largest(self, array: Array, dims: tuple[int, ...]) -> Array:
+        others = tuple(i for i in range(len(self.view)) if i not in dims)
+        sizes = np.abs(array.reshape(self.view)).max(axis=others, keepdims=True)
+        order = (*dims, *others)  # input channels need not be counted in the order of axes
+        return np.transpose(sizes, order).astype(np.float64).reshape(-1)
 
 
 @dataclass(frozen=True)

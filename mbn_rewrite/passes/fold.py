@@ -37,6 +37,7 @@ def plan_fold(
     borders: bool = False,
     clips: bool = False,
     stay: Mapping[str, str] = MappingProxyType({}),
+    equalize: bool = False,
 ) -> Plan:
     """Folds what can be folded.
 
@@ -50,6 +51,8 @@ def plan_fold(
         clips: whether all clips may take on bounds by channel, on both sides where scales are
             negative. That is exact too, but a ReLU may be fused that two bounds are not.
         stay: sites that do not go at these costs, each with the reason that it has without them.
+        equalize: whether scales that are left open are chosen as `equalise` says. Then clips with
+            two bounds (ReLU6) take on bounds by channel where that is what it takes.
     """
     merged = merge_branches(graph)
     work = IndexedGraph(merged.graph)
@@ -57,15 +60,16 @@ def plan_fold(
     for owner in work.sites:
         if owner in stay:
             kept.setdefault(owner, stay[owner].removesuffix("."))
+    bounded = _bounded(work) if equalize else frozenset()
     while True:
         solved = _Solved(work, kept, borders)
         able = _clips_after(work, solved.kept.keys() - kept.keys(), clips)
-        if able:
+        if able or bounded:
             first = solved.assumptions.gone
-            clipping = _Solved(work, kept, borders, able, signs=clips, first=first)
-            if len(clipping.assumptions.gone) > len(first):
+            clipping = _Solved(work, kept, borders, able | bounded, signs=clips, first=first)
+            if len(clipping.assumptions.gone) >= len(first) + (not bounded):
                 solved = clipping
-        folding = _Folding(work, solved)
+        folding = _Folding(work, solved, equalize)
         if not folding.refused:
             break
         kept.update(folding.refused)
@@ -75,7 +79,17 @@ def plan_fold(
         unseen += f": {hidden.why}" if hidden.why else ""
         why = str(hidden.op.reason or unseen)
         decisions.append(Decision(hidden.owner, Fate.KEPT, reason=sentence(why)))
-    return Plan("fold", merged.in_order(decisions), merged.actions | folding.actions)
+    notes = folding.equalised_notes() if equalize else ()
+    return Plan("fold", merged.in_order(decisions), merged.actions | folding.actions, notes=notes)
+
+
+def _bounded(work: IndexedGraph) -> frozenset[str]:
+    """Owners of the clips that are no ReLU, and that are called once."""
+    return frozenset(
+        node.owner
+        for node in work.graph.nodes
+        if isinstance(node.op, Clip) and not node.op.is_homogeneous and work.calls[node.owner] == 1
+    )
 
 
 def _why_fixed(work: IndexedGraph, owner: str) -> str:
@@ -153,18 +167,20 @@ class _Folding:
     Args:
         work: the model.
         solved: what goes.
+        equalize: whether scales that are left open are chosen as `equalise` says.
 
     Attributes:
         actions: by owner.
         refused: sites whose layers cannot hold what they would absorb, and why.
     """
 
-    def __init__(self, work: IndexedGraph, solved: _Solved) -> None:
+    def __init__(self, work: IndexedGraph, solved: _Solved, equalize: bool = False) -> None:
         self.work = work
         self.kept, self.strands, self.assumptions = solved.kept, solved.strands, solved.assumptions
         self.actions: dict[str, Action] = {}
         self.refused: dict[str, str] = {}
-        self.settled = Settled(self.assumptions)
+        read = work.graph.read_weight if equalize else None
+        self.settled = Settled(self.assumptions, read)
         broken = self.settled.broken()
         if broken:
             self.refused[broken] = "sums around it need shifts that contradict one another"
@@ -305,6 +321,13 @@ class _Folding:
         """Bundles of scales on both sides of a site."""
         edges = self.assumptions.gone[owner]
         return self._of(units for edge in edges for units in (edge.before, edge.after))
+
+    def equalised_notes(self) -> tuple[str, ...]:
+        """What to say of the layers whose weights change."""
+        count = sum(isinstance(action, Fold) for action in self.actions.values())
+        clips = sum(isinstance(action, Reclip) for action in self.actions.values())
+        said = f"Scales between layers were equalised for int8: {count} layers have other weights"
+        return (f"{said}{f', and {clips} clip by channel' if clips else ''}.",)
 
     def decision(self, owner: str) -> Decision:
         """Decision on a site."""

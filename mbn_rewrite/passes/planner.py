@@ -37,26 +37,28 @@ EXACT_AT_A_COST: dict[str, Costs] = {
 
 _SIZES = ("large", "medium", "small")  # groups of sites, by what they read
 
+
 _PLANNERS: dict[str, Callable[[Graph], Plan]] = {
     "fold": plan_fold,
     "depthwise": plan_depthwise,
 }
 
 
-def make_plan(graph: Graph, mode: str, stride: Any = None) -> Plan:
+def make_plan(graph: Graph, mode: str, stride: Any = None, equalize: bool = False) -> Plan:
     """Decides what becomes of every BatchNormalization.
 
     Args:
         graph: the model.
         mode: "fold", "depthwise", "strided" or "mbn"; for "auto" see `candidates`.
         stride: for the latter two, see `strides.for_layer`.
+        equalize: for "fold" alone, see `plan_fold`.
 
     Raises:
         RewriteError: what was given is no stride.
     """
     if mode in TRAINING_MODES:
         return plan_training(graph, mode, stride)
-    return _PLANNERS[mode](graph)
+    return plan_fold(graph, equalize=True) if equalize else _PLANNERS[mode](graph)
 
 
 def candidates(graph: Graph) -> dict[str, Plan]:

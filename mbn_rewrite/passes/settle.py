@@ -13,12 +13,13 @@ rounding of 1 / s.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from mbn_rewrite.ir.channel_map import Array, ChannelMap
+from mbn_rewrite.passes.equalise import factors
 from mbn_rewrite.passes.strands import Sum, Units
 from mbn_rewrite.passes.ties import TOLERANCE
 from mbn_rewrite.passes.units import Assumptions, Bundles, Edge
@@ -29,9 +30,13 @@ class Settled:
 
     Args:
         assumptions: what goes.
+        equalised: reads weights, by owner and name, if scales are to be chosen so that few bits
+            hold them well; None to choose the identity.
     """
 
-    def __init__(self, assumptions: Assumptions) -> None:
+    def __init__(
+        self, assumptions: Assumptions, equalised: Callable[[str, str], Array] | None = None
+    ) -> None:
         strands = assumptions.strands
         self._assumptions = assumptions
         self._strands = strands
@@ -59,7 +64,7 @@ class Settled:
         self._taken = np.zeros(count)  # how far a BatchNormalization takes what it gives
         for edge in self._edges:
             np.maximum.at(self._taken, self._origin[edge.after.origins], np.abs(edge.shift))
-        self._settle_scales()
+        self._settle_scales(equalised)
         self._settle_origins()
 
     def _without_repeats(self, total: Sum) -> Sum:
@@ -129,7 +134,7 @@ class Settled:
 
     # -- scales --------------------------------------------------------------------------
 
-    def _settle_scales(self) -> None:
+    def _settle_scales(self, equalised: Callable[[str, str], Array] | None) -> None:
         numbers = np.arange(self._strands.scales.count)
         root, _, _ = self._strands.scales.find(numbers)
         fixed = self._strands.scales.known(numbers)[0]
@@ -146,6 +151,11 @@ class Settled:
         self._identity = np.zeros(len(numbers), bool)
         self._identity[chosen] = True
         self._multiply_out()
+        if equalised:
+            scales = self._p, self._r
+            factor = factors(self._strands, self._strand, root, ~fixed, scales, equalised)
+            self._p *= factor
+            self._r /= factor
         self._assumptions.choose_scales(chosen, self._p[chosen])
 
     def _chosen(self, strands: Array, root: Array) -> Array:

@@ -33,7 +33,7 @@ def plan_for(model: OpenModel, options: Options) -> Plan:
         finally:
             model.keep_only(chosen)
     else:
-        plan = make_plan(model.graph, options.mode, options.stride)
+        plan = make_plan(model.graph, options.mode, options.stride, options.equalize)
     return replace(plan, notes=(*model.notes, *plan.notes))
 
 

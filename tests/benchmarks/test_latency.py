@@ -65,7 +65,7 @@ def test_networks_of_both_kerases_and_their_floor(tmp_path):
     report = tmp_path / "latency.json"
     code, _, err = run(
         "--models=MobileNet", "--size=32", "--batch_sizes=1", "--repeats=2", "--seconds=0",
-        "--variants=fold,floor", f"--json={report}", "--device=CPU",
+        "--variants=fold,frozen,floor", f"--json={report}", "--device=CPU",
     )  # fmt: skip
     assert code == 0, err
     rows = json.loads(report.read_text())["rows"]
@@ -73,7 +73,7 @@ def test_networks_of_both_kerases_and_their_floor(tmp_path):
     for row in rows:
         variants = row["variants"]
         assert {name: v["left"] for name, v in variants.items()} == {
-            "original": 27, "fold": 0, "floor": 0,
+            "original": 27, "fold": 0, "frozen": 0, "floor": 0,
         }  # fmt: skip
         assert variants["fold"]["error"] < 2e-4
         for facts in variants.values():

@@ -53,7 +53,7 @@ def save(
         tf.saved_model.save(root, str(directory), signatures=signatures)
     except Exception as error:
         raise RewriteError(f"the rewritten model cannot be written: {cause_of(error)}") from error
-    _finish(loaded.meta_graph, source, directory)
+    finish(loaded.meta_graph, source, directory)
     return sum(map(size_of, kept))
 
 
@@ -241,7 +241,7 @@ def _is_used(resource: Any, captured: Mapping[int, Any]) -> bool:
     return hasattr(resource, "asset_path") or id(resource.resource_handle) in captured
 
 
-def _finish(meta_graph: Any, source: Path, directory: Path) -> None:
+def finish(meta_graph: Any, source: Path, directory: Path) -> None:
     """Gives the written model the properties that `tf.saved_model.save` has no argument for."""
     if (source / "assets.extra").is_dir():
         shutil.copytree(source / "assets.extra", directory / "assets.extra")

@@ -1,0 +1,92 @@
+"""Rewritten models whose weights are constants."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import mbn_rewrite as mbn
+from mbn_rewrite.frontends.saved_model import freezing
+from tests.support import saved_models
+
+pytestmark = pytest.mark.slow
+
+WRITERS = (
+    saved_models.tf_keras_functional,
+    saved_models.keras_3_exported,
+    saved_models.module,
+    saved_models.two_signatures,
+    saved_models.frozen_fused,
+    saved_models.tf1_resource_variables,
+)
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_weights_become_constants(write, tmp_path):
+    write(tmp_path / "in")
+    original = tf.saved_model.load(str(tmp_path / "in"))
+    report = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", "fold", freeze=True)
+    assert report.ok
+    assert report.frozen
+    assert set(report.comparisons) == set(original.signatures)
+    assert "frozen: its weights are constants" in str(report)
+    new = tf.saved_model.load(str(tmp_path / "out"))
+    assert set(new.signatures) == set(original.signatures)
+    for name, function in new.signatures.items():
+        assert not function.graph.variables
+        was = original.signatures[name]
+        assert function.structured_input_signature[1] == was.structured_input_signature[1]
+        assert function.structured_outputs.keys() == was.structured_outputs.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_methods_are_left_out_and_said_to_be(tmp_path):
+    saved_models.tf_keras_functional(tmp_path / "in")
+    plain = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "plain", "fold")
+    report = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", "fold", freeze=True)
+    methods = set(plain.comparisons) - {"serving_default"}
+    assert methods
+    assert all("signatures and nothing else" in report.left_out[name] for name in methods)
+
+
+def test_signatures_that_do_the_same_share_their_constants(tmp_path):
+    class Twice(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = tf.Variable(np.ones((300, 300), np.float32))
+
+        @tf.function(input_signature=[tf.TensorSpec((None, 300), tf.float32, "x")])
+        def serve(self, x):
+            return {"y": tf.nn.relu(x @ self.kernel)}
+
+    module = Twice()
+    both = {"serving_default": module.serve, "serve": module.serve}
+    tf.saved_model.save(module, str(tmp_path / "model"), both)
+    freezing.freeze(tmp_path / "model")
+    size = (tmp_path / "model" / "saved_model.pb").stat().st_size
+    assert 4 * 300 * 300 < size < 1.5 * 4 * 300 * 300
+    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    x = tf.ones((1, 300))
+    for name in both:
+        np.testing.assert_array_equal(loaded.signatures[name](x=x)["y"], np.full((1, 300), 300.0))
+
+
+@pytest.mark.parametrize(
+    ("write", "why"),
+    [
+        (saved_models.vocabulary, "it uses tables or the like"),
+        (saved_models.counter, "it writes to its variables"),
+    ],
+    ids=["tables", "state"],
+)
+def test_what_cannot_be_frozen_says_why(write, why, tmp_path):
+    write(tmp_path / "in")
+    with pytest.raises(mbn.RewriteError, match=f"cannot be frozen: {why}"):
+        mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", "fold", freeze=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_graph_has_no_room_for_large_weights(tmp_path, monkeypatch):
+    saved_models.tf_keras_functional(tmp_path / "in")
+    monkeypatch.setattr(freezing, "_MOST_BYTES", 10)
+    with pytest.raises(mbn.RewriteError, match="a graph holds less than 2"):
+        mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", "fold", freeze=True)
