@@ -27,11 +27,11 @@ TRAINED = ("fer", "ina_male_female", "ina_speech_music")
 # With their rows and columns: small, so that hundreds of images go through them on a CPU.
 NETWORKS = {
     "WideResNet-16-4": 32,
-    "ResNet50V2": 96,
+    "ResNet50V2": 64,
     "DenseNet121": 64,
     "Conv-ReLU-BN": 32,
     "Conv-ReLU-BN padded": 32,
-    "MobileNetV2": 96,
+    "MobileNetV2": 64,
 }
 CONV_RELU_NORM = {"Conv-ReLU-BN": "valid", "Conv-ReLU-BN padded": "same"}
 MODELS = (*TRAINED, *NETWORKS)
