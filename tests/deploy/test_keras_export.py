@@ -141,7 +141,7 @@ def test_export(form, format, original, rewritten, tmp_path):
 def test_what_is_refused_is_refused_for_the_original_too(format, original, rewritten, tmp_path):
     told = []
     for model in (original, rewritten["folded"]):
-        with pytest.raises(ValueError, match="PyTorch|Unrecognized format") as error:
+        with pytest.raises(ValueError, match=r"PyTorch|Unrecognized format") as error:
             model.export(str(tmp_path / "exported.pt2"), format=format)
         told.append(str(error.value))
     assert told[0] == told[1]

@@ -67,7 +67,8 @@ class Server:
     """
 
     def __init__(self, folder):
-        self._api = api = ctypes.CDLL(str(next(Path(tf.__file__).parent.glob("libtensorflow_cc*"))))
+        (library,) = Path(tf.__file__).parent.glob("libtensorflow_cc.so*")
+        self._api = api = ctypes.CDLL(str(library))
         for name in ("NewStatus", "NewGraph", "NewSessionOptions", "LoadSessionFromSavedModel",
                      "GraphOperationByName", "AllocateTensor", "TensorData", "Message"):  # fmt: skip
             getattr(api, f"TF_{name}").restype = ctypes.c_void_p
