@@ -25,7 +25,8 @@ Columns:
     nodes         operations in what runs that depend on the inputs
     kB            size of the file
     error         root mean square of the difference from the original's outputs in TensorFlow, in
-                  float32, relative to how far outputs differ from image to image
+                  float32, relative to how far outputs differ from image to image; that of the
+                  median image
     x original    that error, relative to the original's in the same form: below 1 is better
     top-1         on how many of the test images the largest output is the same
     ms            median of the calls with one image, all variants of a form in turn

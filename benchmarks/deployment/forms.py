@@ -82,10 +82,15 @@ def _steps(path: Path) -> dict[str, int]:
 
 
 def relative_error(expected: np.ndarray, given: np.ndarray) -> float:
-    """Root mean square of the error, relative to how far outputs differ from example to example."""
-    expected = expected.astype(np.float64)
+    """Root mean square of an image's error, relative to how far outputs differ between images.
+
+    That of the median image: a few beyond the calibrated ranges, which saturate, would outweigh all
+    others in a mean.
+    """
+    expected = expected.astype(np.float64).reshape(len(expected), -1)
     spread = np.sqrt(np.mean((expected - expected.mean(axis=0)) ** 2))
-    return float(np.sqrt(np.mean((given - expected) ** 2)) / spread)
+    errors = np.sqrt(np.mean((given.reshape(expected.shape) - expected) ** 2, axis=1))
+    return float(np.median(errors) / spread)
 
 
 def ready(form: str, variant: str, path: str, work: Work, threads: int) -> Callable[[], object]:

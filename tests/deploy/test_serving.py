@@ -60,6 +60,12 @@ class _Output(ctypes.Structure):
     _fields_ = (("operation", ctypes.c_void_p), ("index", ctypes.c_int))
 
 
+_GIVING_POINTERS = (
+    *("NewStatus", "NewGraph", "NewSessionOptions", "LoadSessionFromSavedModel"),
+    *("GraphOperationByName", "AllocateTensor", "TensorData", "Message"),
+)
+
+
 class Server:
     """`serve` of a SavedModel, loaded and run by TensorFlow's C API without any of its Python.
 
@@ -69,8 +75,7 @@ class Server:
     def __init__(self, folder):
         (library,) = Path(tf.__file__).parent.glob("libtensorflow_cc.so*")
         self._api = api = ctypes.CDLL(str(library))
-        for name in ("NewStatus", "NewGraph", "NewSessionOptions", "LoadSessionFromSavedModel",
-                     "GraphOperationByName", "AllocateTensor", "TensorData", "Message"):  # fmt: skip
+        for name in _GIVING_POINTERS:
             getattr(api, f"TF_{name}").restype = ctypes.c_void_p
         self._status = ctypes.c_void_p(api.TF_NewStatus())
         self._graph = ctypes.c_void_p(api.TF_NewGraph())
