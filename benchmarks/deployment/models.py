@@ -149,7 +149,7 @@ def uneven(
     """
     known = calibrated(mean, variance, epsilon, rng)
     return Statistics(
-        gamma=np.exp(rng.standard_normal(len(mean))),
+        gamma=np.exp(0.5 * rng.standard_normal(len(mean))),
         beta=known.beta,
         mean=mean,
         variance=variance,
