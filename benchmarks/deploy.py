@@ -15,8 +15,8 @@ Each model is written as SavedModel, rewritten, and converted to each form:
 
 Variants are "original", "fold" (mbn_rewrite.rewrite_saved_model), and "equalize" (the same with the
 scales between layers chosen for int8). fer and ina_* are trained; networks have random weights and
-the BatchNormalization statistics of the calibration images. MobileNetV2 has gammas that are far
-apart, as trained MobileNets have. Forms whose packages are not installed are skipped
+the BatchNormalization statistics of the calibration images; MobileNetV2-like has channels of very
+different scales, as trained MobileNets have. Forms whose packages are not installed are skipped
 (pip install '.[deploy]').
 
 Columns:

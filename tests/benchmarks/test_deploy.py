@@ -13,7 +13,7 @@ import tf_keras
 
 from benchmarks.deployment import images
 from benchmarks.deployment.forms import relative_error
-from benchmarks.deployment.models import calibrated, conv_relu_norm, uneven
+from benchmarks.deployment.models import calibrated, conv_relu_norm, mobile, spread_scales
 from benchmarks.deployment.tables import model_table, summary
 from benchmarks.models import networks
 from benchmarks.peer_tools.bn_count import Node, per_channel
@@ -98,10 +98,15 @@ def test_statistics_are_those_of_the_images():
     np.testing.assert_allclose(last.moving_variance, reads.var((0, 1, 2)), rtol=1e-4)
 
 
-def test_uneven_gammas_are_far_apart():
-    gamma = uneven(np.zeros(99), np.ones(99), 1e-3, np.random.default_rng(0)).gamma
-    assert gamma.min() > 0
-    assert gamma.max() > 5 * gamma.min()
+def test_scales_are_spread_and_the_function_stays():
+    model, rng = mobile(16), np.random.default_rng(0)
+    data = tf.constant(rng.normal(size=(4, 16, 16, 3)), tf.float32)
+    networks.set_statistics(model, calibrated, rng, data)
+    before, kernels = model(data).numpy(), [k.numpy() for k in model.trainable_weights]
+    spread_scales(model, rng)
+    np.testing.assert_allclose(model(data), before, atol=1e-4 * np.abs(before).max())
+    changed = [np.any(k != old) for k, old in zip(model.trainable_weights, kernels, strict=True)]
+    assert sum(changed) == 8 * 3  # kernel, gamma and beta, of what is between two convolutions
 
 
 def test_errors_are_those_of_the_median_image():
