@@ -78,13 +78,18 @@ def random_images(model: Any, rng: np.random.Generator, count: int = _BATCH) -> 
 
     With noise alone all examples look alike behind the network's global average.
     """
-    _, height, width, channels = model.input_shape
-    patches = rng.standard_normal((count, 8, 8, channels))
-    images = tf.image.resize(patches, (height, width), "nearest")
-    images = np.asarray(images) + 0.5 * rng.standard_normal(images.shape)
+    images = patches(model.input_shape[1:], rng, count)
     if any(type(layer).__name__ == "Rescaling" for layer in model.layers):  # of either Keras
         images = np.clip(127.5 + 60 * images, 0, 255)
     return tf.constant(images, tf.float32)
+
+
+def patches(shape: tuple[int, int, int], rng: np.random.Generator, count: int) -> np.ndarray:
+    """Normal patches with normal noise on them; `shape` is rows, columns and channels."""
+    height, width, channels = shape
+    coarse = rng.standard_normal((count, 8, 8, channels))
+    images = np.asarray(tf.image.resize(coarse, (height, width), "nearest"))
+    return images + 0.5 * rng.standard_normal(images.shape)
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,10 @@ STATISTICS: dict[str, Callable[..., Statistics]] = {
 
 
 def set_statistics(
-    model: Any, statistics: Callable[..., Statistics], rng: np.random.Generator
+    model: Any,
+    statistics: Callable[..., Statistics],
+    rng: np.random.Generator,
+    images: Any = None,
 ) -> None:
     """Gives every BatchNormalization random weights that suit what comes into it.
 
@@ -163,12 +171,15 @@ def set_statistics(
     explode, or shrink its activations to nothing, so that its outputs are the last
     layer's bias and no error in the layers before can be seen. So each layer's values are
     drawn when data reaches it, in one pass through the network, and used from there on.
+    The data are `images`; random ones by default.
     """
+    if images is None:
+        images = random_images(model, rng, _STATISTICS_BATCH)
     layers = batch_norms(model)
     for layer in layers:
         layer.call = _setting(layer, statistics, rng)
     try:
-        model(random_images(model, rng, _STATISTICS_BATCH), training=False)
+        model(images, training=False)
     finally:
         for layer in layers:
             del layer.call

@@ -105,6 +105,16 @@ def count_nodes(nodes: Iterable[Node]) -> int:
     return sum(graph.nodes[name].kind not in ("input", "output") for name in graph.data)
 
 
+def per_channel(nodes: Iterable[Node]) -> Counter[str]:
+    """How many operations multiply (or divide) by a constant per channel, and how many add one.
+
+    Those are the operations of BatchNormalization written as arithmetic, each for itself, by their
+    kinds. Biases that are operations of their own count, too.
+    """
+    graph = Graph(nodes)
+    return Counter(node.kind for node in graph.nodes.values() if graph.is_per_channel(node))
+
+
 def one_channel(nodes: Iterable[Node]) -> int:
     """Number of fused operations that normalise a single channel."""
     graph = Graph(nodes)
@@ -149,10 +159,14 @@ class Graph:
             before = self._step_before(before)
         return before is None
 
-    def _is_scaling(self, node: Node) -> bool:
-        if node.kind not in SCALES or self._operand(node) is None:
+    def is_per_channel(self, node: Node) -> bool:
+        """Whether a step has a constant operand of one number per channel."""
+        if node.kind not in STEPS or self._operand(node) is None:
             return False
         return self.size(self._constant(node)) > 1
+
+    def _is_scaling(self, node: Node) -> bool:
+        return node.kind in SCALES and self.is_per_channel(node)
 
     def _step_before(self, node: Node) -> Node | None:
         """The step before in the same run: nothing else reads it."""

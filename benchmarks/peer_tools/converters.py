@@ -10,7 +10,7 @@ import contextlib
 import io
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,23 @@ def original(work: Work) -> Path:
     return work.original
 
 
-def ours(mode: str, batch: int) -> Callable[[Work], Path]:
-    """This package, in one of its modes; "auto" measures with so many examples."""
-    size = batch if mode == "auto" else None
+def ours(mode: str, batch: int, **options: Any) -> Callable[[Work], Path]:
+    """This package, in one of its modes; "auto" measures with so many examples.
+
+    Options are those of `rewrite_saved_model`, beside.
+    """
+    if mode == "auto":
+        options["batch_size"] = batch
+    name = "_".join(["ours", mode, *(name for name in options if name != "batch_size")])
 
     def convert(work: Work) -> Path:
         import mbn_rewrite as mbn
 
-        out = work.output(f"ours_{mode}")
+        out = work.output(name)
         if out.exists():  # it was verified before it appeared
             return out
         with np.load(work.inputs) as inputs:
-            mbn.rewrite_saved_model(work.original, out, mode, inputs=dict(inputs), batch_size=size)
+            mbn.rewrite_saved_model(work.original, out, mode, inputs=dict(inputs), **options)
         return out
 
     return convert
@@ -151,19 +156,45 @@ def openvino(make: Callable[[Work], Path]) -> Callable[[Work], Path]:
     return convert
 
 
-def litert(make: Callable[[Work], Path]) -> Callable[[Work], Path]:
-    """LiteRT's converter, which TensorFlow has, on what another converter makes."""
+# Formats of numbers that LiteRT's converter writes. In the last one scale serves all channels of a
+# kernel, as on hardware that knows no others; both take activations as int8, too.
+LITERT_FORMATS = ("float32", "float16", "int8", "int8_per_tensor")
+
+
+def litert(make: Callable[[Work], Path], numbers: str = "float32") -> Callable[[Work], Path]:
+    """LiteRT's converter, which TensorFlow has, on what another converter makes.
+
+    Args:
+        make: the other converter.
+        numbers: of `LITERT_FORMATS`. Inputs and outputs stay float32.
+    """
 
     def convert(work: Work) -> Path:
         import tensorflow as tf
 
         source = make(work)
-        out = source.with_name(f"{source.name}.tflite")
+        out = source.with_name(f"{source.name}.{numbers}.tflite")
         converter = tf.lite.TFLiteConverter.from_saved_model(str(source), ["serving_default"])
+        if numbers != "float32":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if numbers == "float16":
+            converter.target_spec.supported_types = [tf.float16]
+        if numbers.startswith("int8"):
+            converter.representative_dataset = lambda: _examples(work.calibration)
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter._experimental_disable_per_channel = numbers == "int8_per_tensor"
         out.write_bytes(converter.convert())
         return out
 
     return convert
+
+
+def _examples(path: Path) -> Iterator[dict[str, np.ndarray]]:
+    """Examples of a file one by one, in batches of 1."""
+    with np.load(path) as arrays:
+        inputs = dict(arrays)
+    for number in range(min(map(len, inputs.values()))):
+        yield {name: array[number : number + 1] for name, array in inputs.items()}
 
 
 def last_line(text: str) -> str:

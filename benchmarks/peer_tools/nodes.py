@@ -230,11 +230,12 @@ def litert_nodes(content: bytes) -> list[Node]:
     graph = model.subgraphs[0]
     ops = {code: name for name, code in vars(schema.BuiltinOperator).items()}
     types = schema.TensorType
-    floating = (types.FLOAT32, types.FLOAT64, types.FLOAT16, types.BFLOAT16)
+    # Of what was quantised, what scales a channel is a number of int8.
+    numbers = (types.FLOAT32, types.FLOAT64, types.FLOAT16, types.BFLOAT16, types.INT8)
     nodes = [Node(str(i), "input") for i in graph.inputs]
     for i, tensor in enumerate(graph.tensors):
         if model.buffers[tensor.buffer].data is not None:
-            shape = tuple(tensor.shape) if tensor.type in floating else ()
+            shape = tuple(tensor.shape) if tensor.type in numbers else ()
             nodes.append(Node(str(i), "constant", (), shape))
     producers: dict[int, str] = {}
     for op in graph.operators:

@@ -37,6 +37,11 @@ class Work:
         return self.directory / "timed.npz"
 
     @property
+    def calibration(self) -> Path:
+        """Inputs by name that the ranges of quantised values are taken from."""
+        return self.directory / "calibration.npz"
+
+    @property
     def outputs(self) -> Path:
         """Outputs of the original for them, by name."""
         return self.directory / "outputs.npz"

@@ -6,7 +6,8 @@ A fenced block of Python runs, unless a comment before it says otherwise:
     <!-- excerpt: mbn_rewrite/ir/graph.py -->     it stands in that file, line by line
 
 The blocks of a page share one namespace, which `_given` begins, in a folder with a model.keras
-and a saved_model. Shell commands are not run; their flags, files and targets must exist.
+and a saved_model. Shell commands are not run; without such a comment, their flags, files and
+targets must exist.
 """
 
 import ast
@@ -123,7 +124,11 @@ def test_code_runs(page, given):
             exec(compile(code, page, "exec"), given)
 
 
-@pytest.mark.parametrize("page", pages_with("python", "excerpt"), ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    sorted({*pages_with("python", "excerpt"), *pages_with("sh", "excerpt")}),
+    ids=name_of,
+)
 def test_excerpts_stand_in_their_files(page):
     for block in blocks_of(page.read_text()):
         if block.mark == "excerpt":
@@ -136,7 +141,7 @@ def test_excerpts_stand_in_their_files(page):
 def commands_in(page):
     """The commands of a page's shell blocks, without comments, lines joined."""
     for block in blocks_of(page.read_text()):
-        if block.language == "sh":
+        if block.language == "sh" and not block.mark:
             for line in block.code.replace("\\\n", " ").splitlines():
                 if words := shlex.split(line, comments=True):
                     yield words

@@ -1,0 +1,1 @@
+"""Parts of `deploy.py`: models and images, runtimes and number formats, tables."""
