@@ -5,8 +5,8 @@ gives it multiplied, the second reads it divided. Where weights are rounded with
 whole tensor (int8, per tensor), small channels lose most. So every scale is chosen such that the
 largest weight by which a channel is given equals the largest by which it is read (cross-layer
 equalisation: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
-Correction", 2019), for all layers at once. Factors are powers of 2, so that outputs stay what they
-are, bit for bit, but for what leaves the range of the dtype.
+Correction", 2019), for all layers at once, where channels are uneven enough. Factors are powers of
+2, so that outputs stay what they are, bit for bit, but for what leaves the range of the dtype.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from mbn_rewrite.passes.strands import End, Strands
 _ROUNDS = 40
 # A step of 1/2 would make both sides of one scale equal at once; neighbours move at the same time.
 _STEP = 0.25
+# Standard deviation of the exponents of a value's channels. Where there is less to even out, ranges
+# of activations, which become as uneven as weights become even, lose more than weights gain.
+_UNEVEN = 1.0
 _LARGEST = 16.0  # exponents: beyond that a channel does nothing that could be seen
 
 
@@ -85,7 +88,13 @@ def factors(
         with np.errstate(all="ignore"):
             step = _STEP * np.log2(taken / given)
         exponent += np.where(np.isfinite(step) & free, step, 0.0)
-    return np.exp2(np.clip(np.round(exponent), -_LARGEST, _LARGEST))[root]
+    uneven = np.zeros(len(root), bool)
+    for end in strands.ends:
+        channels = root[strand[end.units.scales]]
+        if exponent[channels].std() >= _UNEVEN:
+            uneven[channels] = True
+    exponent = np.where(uneven, np.round(exponent), 0.0)
+    return np.exp2(np.clip(exponent, -_LARGEST, _LARGEST))[root]
 
 
 def _weights(

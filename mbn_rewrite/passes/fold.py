@@ -325,6 +325,8 @@ class _Folding:
 
     def equalised_notes(self) -> tuple[str, ...]:
         """What to say of the layers whose weights change."""
+        if not self.settled.equalised:
+            return ("Scales between layers are even enough for int8: none was changed.",)
         count = sum(isinstance(action, Fold) for action in self.actions.values())
         clips = sum(isinstance(action, Reclip) for action in self.actions.values())
         said = f"Scales between layers were equalised for int8: {count} layers have other weights"

@@ -32,6 +32,9 @@ class Settled:
         assumptions: what goes.
         equalised: reads weights, by owner and name, if scales are to be chosen so that few bits
             hold them well; None to choose the identity.
+
+    Attributes:
+        equalised: whether any scale was chosen so.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Settled:
         self._taken = np.zeros(count)  # how far a BatchNormalization takes what it gives
         for edge in self._edges:
             np.maximum.at(self._taken, self._origin[edge.after.origins], np.abs(edge.shift))
+        self.equalised = False
         self._settle_scales(equalised)
         self._settle_origins()
 
@@ -154,6 +158,7 @@ class Settled:
         if equalised:
             scales = self._p, self._r
             factor = factors(self._strands, self._strand, root, ~fixed, scales, equalised)
+            self.equalised = bool(np.any(factor != 1))
             self._p *= factor
             self._r /= factor
         self._assumptions.choose_scales(chosen, self._p[chosen])

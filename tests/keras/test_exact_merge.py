@@ -220,7 +220,9 @@ def test_a_block_in_a_layer_of_the_users(rng, each_keras):
     new, plan = merged(Model(x, holding()(x)), rng)
     assert plan.left == 0
     assert len(plan.merged) == 1
-    assert classes(new.layers[-1].block) == ["InputLayer", "ReLU", "Conv2D", "ReLU"]
+    # What code may have by its number keeps it.
+    working = [name for name in classes(new.layers[-1].block) if name != "PassThrough"]
+    assert working == ["InputLayer", "ReLU", "Conv2D", "ReLU"]
 
 
 @pytest.mark.parametrize("operator", [False, True], ids=["layer", "operator"])

@@ -112,6 +112,17 @@ def test_channels_that_nothing_gives_or_reads_keep_their_scale():
     np.testing.assert_array_equal(run(graph, x, plan)[0], run(graph, x)[0])
 
 
+def test_where_channels_are_about_as_large_nothing_is_gained_and_nothing_changes():
+    b = Builder(np.random.default_rng(0))
+    first = b.linear(b.source(2), 6)
+    graph = b.graph(b.linear(b.relu(b.norm(first)), 3))
+    for name in (node.owner for node in graph.nodes if node.kind == "Conv1D"):
+        b.weights[name, "kernel"][:] = 1.0
+    plan = plan_fold(graph, equalize=True)
+    assert plan.notes == ("Scales between layers are even enough for int8: none was changed.",)
+    assert plan.actions.keys() == plan_fold(graph).actions.keys()
+
+
 def test_it_is_off_by_default_and_a_matter_of_mode_fold():
     graph = random_graph(3)
     assert make_plan(graph, "fold").to_json() == plan_fold(graph).to_json()
