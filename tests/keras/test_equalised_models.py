@@ -22,6 +22,8 @@ def inverted_residuals(activation):
         x = K.Add()([x, K.BatchNormalization()(y)])
     model = Model(inputs, K.Dense(4)(K.GlobalAveragePooling2D()(x)))
     rng = np.random.default_rng(0)
+    for layer in model.layers:
+        layer.set_weights([rng.normal(0, 0.3, array.shape) for array in layer.get_weights()])
     for norm in norms(model):
         count = norm.gamma.shape[0]
         gamma, variance = np.exp(rng.normal(0, 1.5, count)), np.exp(rng.normal(0, 1, count))
