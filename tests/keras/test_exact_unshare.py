@@ -86,7 +86,8 @@ def test_every_call_of_an_embedding_absorbs_what_follows(rng):
 def test_every_call_of_a_recurrent_layer_absorbs_what_is_before_it(rng):
     layer = K.SimpleRNN(3, activation=sign)
     inputs = [K.Input(SEQUENCE, dtype="float64") for _ in range(2)]
-    plan = assert_exact(Model(inputs, [layer(norm()(x)) for x in inputs]), rng)
+    model = Model(inputs, [layer(norm()(x)) for x in inputs])
+    plan = assert_exact(model, rng, left_when_saved=2)  # where a loop reads its weights
     assert plan.left == 0
     assert plan.unshared
 

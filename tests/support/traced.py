@@ -9,7 +9,7 @@ from mbn_rewrite.frontends.saved_model import writer
 from mbn_rewrite.frontends.saved_model.function_graph import Writes, function_graph_of
 from mbn_rewrite.frontends.saved_model.reader import read
 from mbn_rewrite.frontends.saved_model.saving import imported
-from mbn_rewrite.passes.fold import plan_fold
+from mbn_rewrite.passes.planner import make_plan
 from mbn_rewrite.plans import Plan
 from tests.support.kerases import input_structure
 
@@ -35,7 +35,7 @@ def folded(model, data) -> tuple[Plan, list[np.ndarray], list[np.ndarray]]:
     graph = function_graph_of("serve", function, lambda name: None, look_inside=True)
     writes = Writes.of(graph)
     reading = read([graph], writes)
-    plan = plan_fold(reading.graph)
+    plan = make_plan(reading.graph, "fold")
     (new,) = writer.rewritten([graph], reading, plan, writes, copies={})
     tensors = tf.nest.flatten(data)
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]

@@ -52,4 +52,6 @@ def _reader(call: LinearCall, name: str) -> tuple[Any, int]:
     if name == "kernel":
         return call.op, 0 if call.op.type in _TABLE_FIRST else 1
     *before, total = (call.op, *call.described.absorbed)
+    if total.type == "BiasAdd":
+        return total, 1
     return total, int(total.inputs[0].name == before[-1].outputs[0].name)
