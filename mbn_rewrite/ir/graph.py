@@ -207,6 +207,8 @@ class BatchNorm(Op):
         fusible: whether it runs as arithmetic, and TensorFlow's fused operation could do its
             work.
         convolvable: whether a depthwise 1x1 convolution could.
+        trains_otherwise: why no layer with statistics of a sample trains like it, whatever it does
+            at inference; or None.
     """
 
     map: ChannelMap | None
@@ -214,6 +216,7 @@ class BatchNorm(Op):
     axis: int | None = None
     fusible: bool = False
     convolvable: bool = False
+    trains_otherwise: Reason | None = None
 
     def __post_init__(self) -> None:
         if (self.map is None) != (self.why_not(Change.REPLACE) is not None):
@@ -221,6 +224,8 @@ class BatchNorm(Op):
 
     def why_not(self, change: Change) -> Reason | None:
         """Reason that rules out a change, or None."""
+        if change is Change.SAMPLE and self.trains_otherwise:
+            return self.trains_otherwise
         return self.reason if self.reason and self.reason.rules_out(change) else None
 
 

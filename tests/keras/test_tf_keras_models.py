@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from tf_keras.src.layers.normalization import batch_normalization_v1
 
 import mbn_rewrite as mbn
 from mbn_rewrite.plans import Remap
@@ -390,22 +391,44 @@ def test_norm_moved_into_another_that_stays(rng):
     assert decisions == {"stays": ("folded", ("goes",)), "goes": ("kept", ())}
 
 
-UNFIT = {
-    "renorm": ({"renorm": True}, "renormalisation"),
-    "virtual_batch": ({"virtual_batch_size": 2}, "virtual batches"),
-    "axes": ({"axis": [1, 3]}, "several axes"),
+@pytest.mark.parametrize("mode", MODES)
+def test_a_norm_over_several_axes_is_kept(mode):
+    x = K.Input((8, 8, 3))
+    y = K.BatchNormalization(axis=[1, 3])(K.Conv2D(4, 3)(x))
+    model = tf_keras.Model(x, K.ReLU()(y))
+    assert "several axes" in reason(model, mode)
+    assert len(norms(mbn.convert(model, mode))) == 1
+
+
+FirstVersion = batch_normalization_v1.BatchNormalization
+TRAINS_OTHERWISE = {
+    "renorm": (K.BatchNormalization, {"renorm": True}, "renormalisation"),
+    "renorm_v1": (
+        FirstVersion,
+        {"renorm": True, "renorm_clipping": {"rmax": 3.0}},
+        "renormalisation",
+    ),
+    "virtual_batch": (K.BatchNormalization, {"virtual_batch_size": 2}, "virtual batches"),
+    "virtual_batch_first": (FirstVersion, {"virtual_batch_size": 2, "axis": 1}, "virtual batches"),
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", UNFIT)
-def test_other_kinds_of_norm_are_kept(name, mode):
-    options, why = UNFIT[name]
+@pytest.mark.parametrize("mode", [*MODES, "strided"])
+@pytest.mark.parametrize("name", TRAINS_OTHERWISE)
+def test_what_trains_otherwise_is_a_scale_and_a_shift_at_inference(name, mode, rng):
+    kind, options, why = TRAINS_OTHERWISE[name]
     x = K.Input((8, 8, 3), batch_size=4)
-    y = K.BatchNormalization(**options)(K.Conv2D(4, 3)(x))
-    model = tf_keras.Model(x, K.ReLU()(y))
-    assert why in reason(model, mode)
-    assert len(norms(mbn.convert(model, mode))) == 1
+    model = tf_keras.Model(x, K.ReLU()(kind(**options)(K.Conv2D(6, 3)(x))))
+    for layer in model.layers:
+        layer.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in layer.get_weights()])
+    new, plan = mbn.convert_with_plan(model, mode)
+    assert plan.verification.ok
+    (decision,) = plan.decisions
+    # On the CPU's own layout, a map of rows is no map of the convolution's channels.
+    stays = mode == "strided" or (mode == "fold" and options.get("axis") == 1)
+    assert plan.left == stays
+    assert (why in decision.reason) == (mode == "strided")
+    assert len(norms(new)) == stays
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -193,6 +193,9 @@ class Keras3(KerasAdapter):
         return describe(call)
 
     def reason_to_stay(self, layer: Any) -> Reason | None:
+        return None
+
+    def trains_otherwise(self, layer: Any) -> Reason | None:
         # Releases before 3.14 lack this attribute.
         return Reason(Obstacle.RENORM) if getattr(layer, "renorm", False) else None
 

@@ -212,6 +212,10 @@ class KerasAdapter(ABC):
     def reason_to_stay(self, layer: Any) -> Reason | None:
         """Reason, specific to this Keras, why a known BatchNormalization must stay, or None."""
 
+    @abstractmethod
+    def trains_otherwise(self, layer: Any) -> Reason | None:
+        """Reason why no layer with statistics of a sample trains like a BatchNormalization."""
+
     def reason_within(self, layer: Any) -> Reason | None:
         """Reason why BatchNormalizations stay that a layer holds, if it is a toolkit's wrapper."""
         return None

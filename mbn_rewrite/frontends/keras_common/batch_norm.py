@@ -52,6 +52,7 @@ def batch_norm(
         axis=axis,
         fusible=_fusible(layer, axis, keras),
         convolvable=_convolvable(axis, shape or (None,) * layer.input_spec.ndim, keras),
+        trains_otherwise=keras.trains_otherwise(layer),
     )
 
 
@@ -66,13 +67,13 @@ def _parameters(
     layer: Any, keras: KerasAdapter
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Gamma, beta, moving mean and moving variance, each of shape [channels]."""
-    channels = layer.moving_mean.shape
+    mean, variance = (weights.read(layer, f"moving_{name}") for name in ("mean", "variance"))
     gamma, beta = affine_weights(layer, keras)
     return (
-        weights.read(layer, gamma).reshape(-1) if gamma else np.ones(channels),
-        weights.read(layer, beta) if beta else np.zeros(channels),
-        weights.read(layer, "moving_mean"),
-        weights.read(layer, "moving_variance"),
+        weights.read(layer, gamma).reshape(-1) if gamma else np.ones(mean.size),
+        weights.read(layer, beta).reshape(-1) if beta else np.zeros(mean.size),
+        mean.reshape(-1),
+        variance.reshape(-1),
     )
 
 

@@ -100,7 +100,8 @@ def remapped_layer(keras: KerasAdapter, old: Any, remap: Remap) -> tuple[Any, Ca
 def _set_map(keras: KerasAdapter, old: Any, new: Any, m: ChannelMap) -> None:
     """Makes a BatchNormalization compute a map by its gamma and beta, with another's statistics."""
     mean, variance = (
-        weights.read(old, f"moving_{name}").astype(np.float64) for name in ("mean", "variance")
+        weights.read(old, f"moving_{name}").astype(np.float64).reshape(-1)
+        for name in ("mean", "variance")
     )
     new.moving_mean.assign(old.moving_mean)
     new.moving_variance.assign(old.moving_variance)

@@ -19,6 +19,7 @@ from tf_keras.src.layers.core.tf_op_layer import (
     InstanceProperty,
     TFOpLambda,
 )
+from tf_keras.src.layers.normalization import batch_normalization_v1
 from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
 from tf_keras.src.saving.legacy.saved_model.utils import in_tf_saved_model_scope
 from tf_keras.src.saving.serialization_lib import SafeModeScope
@@ -58,6 +59,7 @@ class TfKeras(KerasAdapter):
     batch_norms = (
         tf_keras.layers.BatchNormalization,
         tf_keras.layers.experimental.SyncBatchNormalization,
+        batch_normalization_v1.BatchNormalization,
     )
     batch_norm_base = BatchNormalizationBase
     linear = staticmethod(tf_keras.activations.linear)
@@ -178,11 +180,14 @@ class TfKeras(KerasAdapter):
     def reason_within(self, layer: Any) -> Reason | None:
         return model_optimization.reason_within(layer)
 
-    def reason_to_stay(self, layer: Any) -> Reason | None:
+    def trains_otherwise(self, layer: Any) -> Reason | None:
         if layer.renorm:
             return Reason(Obstacle.RENORM)
         if layer.virtual_batch_size is not None:
             return Reason(Obstacle.VIRTUAL_BATCHES)
+        return None
+
+    def reason_to_stay(self, layer: Any) -> Reason | None:
         if layer.adjustment is not None:
             return Reason(Obstacle.ADJUSTMENT)
         if len(layer.axis) != 1:
@@ -191,7 +196,7 @@ class TfKeras(KerasAdapter):
 
     def axis_of(self, layer: Any) -> int:
         (axis,) = layer.axis
-        return int(axis)
+        return int(axis) - (layer.virtual_batch_size is not None)  # which adds an axis before it
 
     def epsilon_of(self, layer: Any) -> float:
         """Epsilon that TensorFlow uses for this layer.
