@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import keras
 from keras.src.backend.common import global_state
@@ -31,12 +33,13 @@ class _Reads(keras.StatelessScope):
 class _Caller(keras.layers.Layer):
     """Layer that calls something, as a model calls its layers: these learn of `training` by it."""
 
-    def __init__(self, function: Callable[[], Any]) -> None:
-        super().__init__(name="caller")
-        self.function = function
+    def call(self, *, function: Callable[[], Any], training: bool | None = None) -> None:
+        function()
 
-    def call(self, training: bool | None = None) -> None:
-        self.function()
+
+@cache
+def _caller() -> _Caller:
+    return _Caller(name="caller")
 
 
 def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Trace:
@@ -66,8 +69,8 @@ def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Tr
         return result
 
     set_method(probe, "symbolic_call", symbolic_call)
-    with _names_as_they_were(), _Reads() as scope:
-        _Caller(lambda: probe(*args, **kwargs))(training=False)
+    with _names_as_they_were(), _any_sizes(), _Reads() as scope:
+        _caller()(function=lambda: probe(*args, **kwargs), training=False)
     ((records, outputs),) = found
     given = {
         id(value)
@@ -93,6 +96,25 @@ def call_of(model: Any) -> Record | None:
     args = tuple(given.values()) if len(given) == 1 else ()
     kwargs = {} if args else given
     return Record(model, args, kwargs, tuple(keras.tree.flatten((args, kwargs))), ())
+
+
+@contextmanager
+def _any_sizes() -> Iterator[None]:
+    """Context manager in which Sequential models take Keras tensors of other sizes than declared.
+
+    They do so with any other tensors, since their code does not check what it is given.
+    """
+    original = keras.Sequential.compute_output_spec
+
+    def as_they_run(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        network = self._functional
+        ranks = [len(t.shape) for t in keras.tree.flatten(inputs)]
+        if network is None or ranks != [len(t.shape) for t in network.inputs]:
+            return original(self, inputs, *args, **kwargs)
+        return network._run_through_graph(inputs, lambda layer: layer.compute_output_spec)
+
+    with mock.patch.object(keras.Sequential, "compute_output_spec", as_they_run):
+        yield
 
 
 def _node_of(tensor: Any) -> Any:

@@ -139,6 +139,7 @@ class _Reader:
     untraced: dict[int, str] = field(default_factory=dict)  # id(layer) -> why it was not traced
     bindings: Bindings = field(default_factory=Bindings)
     unsure: dict[int, Any] = field(default_factory=dict)  # models whose configuration may mislead
+    called_by_code: set[int] = field(default_factory=set)  # ids of visible models, read in place
 
     def read_calls(
         self,
@@ -163,11 +164,15 @@ class _Reader:
             seen = {id(t): v for t, v in zip(model.inputs, inputs, strict=True)}
         # Sequential models accept inputs of other sizes than they declare.
         sizes_hold = not isinstance(model, self.keras.sequential)
+        given = [self.values[value].shape for value in inputs or ()]
+        at_sizes = self.keras.tensors_at(model, given) if given else {}
         for record in self.keras.calls_of(model):
             if all(id(t) in seen for t in record.outputs):
                 continue
             sources = [seen[id(t)] for t in record.inputs]
-            results = self._read_call(record, prefix, training, sources, sizes_hold)
+            outputs = tuple(at_sizes.get(id(t), t) for t in record.outputs)
+            as_called = replace(record, outputs=outputs)
+            results = self._read_call(as_called, prefix, training, sources, sizes_hold)
             seen.update(zip(map(id, record.outputs), results, strict=True))
         self._read_attributes(model, prefix, training, seen)
         return [seen[id(t)] for t in model.outputs]
@@ -197,6 +202,8 @@ class _Reader:
         layer = record.layer
         training = training_of(record, training, self.keras)
         if self.keras.is_visible(layer) and self._fits(record, sources):
+            if caller:
+                self.called_by_code.add(id(layer))
             return self.read_calls(layer, self._path(layer, prefix), training, sources)
         # A function that code calls is part of the code, and not copied.
         if id(layer) not in self.owners and (
@@ -467,6 +474,8 @@ class _Reader:
             self.bindings.held.add(id(layer))
             if not is_visible:  # in a visible parent's copy, the sublayer's copy takes its place
                 self.bindings.parents.setdefault(id(layer), who)
+            if is_seen and id(layer) in self.called_by_code:
+                continue
             if id(layer) in self.owners:
                 if is_batch_norm(layer, self.keras) and training is not False:
                     reason = batch_norm(layer, training, self.keras).reason

@@ -59,11 +59,13 @@ def probe_of(layer: Any) -> Any:
     Lists, dictionaries and sets of attributes are its own. It takes no losses and metrics.
     """
     probe: Any = object.__new__(type(layer))
-    for name, value in vars(layer).items():
-        own = next((each for each in (list, dict, set) if isinstance(value, each)), None)
-        vars(probe)[name] = own(value) if own else value
+    attributes = vars(probe)
+    attributes.update(vars(layer))
+    for name, value in attributes.items():
+        if isinstance(value, (list, dict, set)):
+            attributes[name] = next(kind for kind in (list, dict, set) if isinstance(value, kind))(value)
     for method in ("add_loss", "add_metric"):
-        vars(probe)[method] = _does_nothing
+        attributes[method] = _does_nothing
     return probe
 
 
