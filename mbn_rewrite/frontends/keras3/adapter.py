@@ -103,6 +103,9 @@ class Keras3(KerasAdapter):
     def dtype_of(self, tensor: Any) -> str:
         return str(tensor.dtype)
 
+    def is_symbolic(self, value: Any) -> bool:
+        return isinstance(value, keras.KerasTensor)
+
     def may_pass_mask(self, layer: Any) -> bool:
         # Nested models are recorded without the masks that they are called with.
         return bool(getattr(layer, "supports_masking", False))
@@ -146,6 +149,11 @@ class Keras3(KerasAdapter):
 
     def traced(self, record: Record, probe: Any) -> Trace:
         return tracing.traced(record, probe, _record)
+
+    def called_on_record(
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> Any:
+        return tracing.called_on_record(layer, args, kwargs, outputs)
 
     def call_of(self, model: Any) -> Record | None:
         return tracing.call_of(model)

@@ -10,6 +10,7 @@ from unittest import mock
 
 import keras
 from keras.src.backend.common import global_state
+from keras.src.ops.node import Node
 
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, in_order, set_method
@@ -31,7 +32,7 @@ class _Reads(keras.StatelessScope):
 
 
 class _Caller(keras.layers.Layer):
-    """Layer that calls something, as a model calls its layers: these learn of `training` by it."""
+    """Layer that calls one that takes no `training`, but whose layers learn of it."""
 
     def call(self, *, function: Callable[[], Any], training: bool | None = None) -> None:
         function()
@@ -39,7 +40,7 @@ class _Caller(keras.layers.Layer):
 
 @cache
 def _caller() -> _Caller:
-    return _Caller(name="caller")
+    return _Caller(name="caller", dtype="float32")
 
 
 def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Trace:
@@ -55,8 +56,6 @@ def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Tr
     args, kwargs = keras.tree.map_structure(
         lambda value: places.get(id(value), value), (record.args, record.kwargs)
     )
-    if probe._call_has_training_arg:
-        kwargs["training"] = False
     found: list[tuple[list[Record], list[Any]]] = []
 
     def symbolic_call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +69,10 @@ def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Tr
 
     set_method(probe, "symbolic_call", symbolic_call)
     with _names_as_they_were(), _any_sizes(), _Reads() as scope:
-        _caller()(function=lambda: probe(*args, **kwargs), training=False)
+        if probe._call_has_training_arg:
+            probe(*args, **{**kwargs, "training": False})
+        else:
+            _caller()(function=lambda: probe(*args, **kwargs), training=False)
     ((records, outputs),) = found
     given = {
         id(value)
@@ -79,6 +81,15 @@ def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Tr
         if isinstance(value, keras.Variable)  # it is not read here
     }
     return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(scope.read | given))
+
+
+def called_on_record(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+) -> Any:
+    """See `KerasAdapter.called_on_record`."""
+    new = keras.tree.map_structure(lambda t: keras.KerasTensor(t.shape, dtype=t.dtype), outputs)
+    Node(layer, args, kwargs, new)
+    return new
 
 
 def call_of(model: Any) -> Record | None:

@@ -97,6 +97,10 @@ class KerasAdapter(ABC):
     def dtype_of(self, tensor: Any) -> str:
         """Name of a Keras tensor's dtype."""
 
+    @abstractmethod
+    def is_symbolic(self, value: Any) -> bool:
+        """Whether something is a Keras tensor."""
+
     def carries_mask(self, tensor: Any) -> bool:
         """Whether a Keras tensor comes with a mask."""
         return getattr(tensor, "_keras_mask", None) is not None
@@ -141,6 +145,19 @@ class KerasAdapter(ABC):
 
         Raises:
             Exception: whatever the code raises.
+        """
+
+    @abstractmethod
+    def called_on_record(
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> Any:
+        """Has Keras record a call of a layer, without making it.
+
+        Args:
+            layer: the layer.
+            args: its positional arguments, Keras tensors among them.
+            kwargs: its keyword arguments.
+            outputs: what such a call gave; new Keras tensors of the same kind are returned.
         """
 
     @abstractmethod

@@ -46,7 +46,7 @@ from mbn_rewrite.frontends.keras_common.time_distributed import (
     examples_as_steps,
     steps_as_examples,
 )
-from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, trace
+from mbn_rewrite.frontends.keras_common.tracing import NotTraceable, Trace, Tracer
 from mbn_rewrite.ir.graph import (
     BatchNorm,
     Clip,
@@ -91,14 +91,15 @@ class Reading:
 def read(model: Any, keras: KerasAdapter) -> Reading:
     """Reads a built model of a Keras."""
     reader = _Reader(keras)
-    if keras.is_visible(model):
-        reader.owners[id(model)] = ""
-        reader.outputs.update(reader.read_calls(model, "", training=False))
-    else:
-        check_copy(model, keras)
-        reader.read_subclassed(model)
-    reader.list_not_called()
-    reader.list_unreachable(model)
+    with reader.tracer.watching():
+        if keras.is_visible(model):
+            reader.owners[id(model)] = ""
+            reader.outputs.update(reader.read_calls(model, "", training=False))
+        else:
+            check_copy(model, keras)
+            reader.read_subclassed(model)
+        reader.list_not_called()
+        reader.list_unreachable(model)
     reader.apply_bindings()
     layers = reader.layers
     graph = Graph(
@@ -137,9 +138,13 @@ class _Reader:
     with_mask: set[int] = field(default_factory=set)  # values that may come with a mask
     traced: dict[int, tuple[Any, str]] = field(default_factory=dict)  # id -> layer, its owner
     untraced: dict[int, str] = field(default_factory=dict)  # id(layer) -> why it was not traced
+    tracer: Tracer = field(init=False)
     bindings: Bindings = field(default_factory=Bindings)
     unsure: dict[int, Any] = field(default_factory=dict)  # models whose configuration may mislead
     called_by_code: set[int] = field(default_factory=set)  # ids of visible models, read in place
+
+    def __post_init__(self) -> None:
+        self.tracer = Tracer(self.keras)
 
     def read_calls(
         self,
@@ -345,7 +350,7 @@ class _Reader:
 
     def _trace(self, record: Record, outputs: tuple[Any, ...] | None) -> Trace | None:
         try:
-            return trace(record, self.keras, outputs)
+            return self.tracer.trace(record, outputs)
         except NotTraceable as why:
             self.untraced[id(record.layer)] = str(why)
             return None

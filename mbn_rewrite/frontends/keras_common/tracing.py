@@ -63,7 +63,9 @@ def probe_of(layer: Any) -> Any:
     attributes.update(vars(layer))
     for name, value in attributes.items():
         if isinstance(value, (list, dict, set)):
-            attributes[name] = next(kind for kind in (list, dict, set) if isinstance(value, kind))(value)
+            attributes[name] = next(kind for kind in (list, dict, set) if isinstance(value, kind))(
+                value
+            )
     for method in ("add_loss", "add_metric"):
         attributes[method] = _does_nothing
     return probe
@@ -78,75 +80,223 @@ def set_method(probe: Any, name: str, method: Callable[..., Any]) -> None:
     vars(probe)[name] = types.MethodType(method, probe)
 
 
-def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) -> Trace:
-    """Traces one call of a layer, at inference.
+class Tracer:
+    """Traces layers of one model, while it watches the calls that layers make.
 
     Args:
-        record: the call.
-        keras: the adapter of its Keras.
-        outputs: what it gave, flattened, if that is known.
-
-    Raises:
-        NotTraceable: its code cannot be run on Keras tensors, or gives something else on them, or
-            calls something else where other layers are in the places of those that it holds.
+        keras: the adapter of their Keras.
     """
-    layer = record.layer
-    if type(layer).__call__ is not _own_call(layer, keras):
-        raise NotTraceable("its class has a __call__ of its own")
-    exchanged: dict[int, Any] = {}
-    try:
-        with left_as_it_is(layer):
-            found = _seen(record, probe_of(layer), keras)
-            probe = _exchanged_in(probe_of(layer), layer, keras, exchanged, found.reads)
-            again = keras.traced(record, probe)
-    except NotTraceable as why:
-        raise NotTraceable(cause_of(why).removesuffix(".")) from why  # without what Keras adds
-    except Exception as error:  # the user's code may raise anything
-        told = cause_of(error).removesuffix(".")
-        raise NotTraceable(f"its code fails on Keras tensors ({told})") from error
-    given, gives = (
-        [(keras.shape_of(t), keras.dtype_of(t)) for t in tensors]
-        for tensors in (outputs or (), found.outputs)
-    )
-    if outputs is not None and given != gives:
-        raise NotTraceable("it gives something else when its code is run on Keras tensors")
-    if not _calls_the_same(found, again, exchanged):
-        raise NotTraceable("its code calls something else where it has other layers")
-    return found
+
+    def __init__(self, keras: KerasAdapter) -> None:
+        self._keras = keras
+        self._stand_ins: dict[int, tuple[Any, Any]] = {}  # id -> layer, what stands in for it
+        self._call: Callable[..., Any] = keras.layers.Layer.__call__
+        self._in_its_place: Callable[..., Any] | None = None
+        self._complete: set[int] = set()  # ids of layers that get no further weights
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Context manager in which there can be traces. It takes time, so there is one for all."""
+        base = self._keras.layers.Layer
+        self._call, add_weight = base.__call__, base.add_weight
+
+        def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            return (self._in_its_place or self._call)(layer, *args, **kwargs)
+
+        def weight_added(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            if id(layer) in self._complete:
+                raise NotTraceable(f"its layer '{layer.name}' was never called")
+            return add_weight(layer, *args, **kwargs)
+
+        with (
+            mock.patch.object(base, "__call__", called),
+            mock.patch.object(base, "add_weight", weight_added),
+        ):
+            yield
+
+    def trace(self, record: Record, outputs: tuple[Any, ...] | None) -> Trace:
+        """Traces one call of a layer, at inference.
+
+        Args:
+            record: the call.
+            outputs: what it gave, flattened, if that is known.
+
+        Raises:
+            NotTraceable: its code cannot be run on Keras tensors, or gives something else on them,
+                or calls something else where other layers are in the places of those that it holds.
+        """
+        layer, keras = record.layer, self._keras
+        if type(layer).__call__ is not _own_call(layer, keras):
+            raise NotTraceable("its class has a __call__ of its own")
+        exchanged: dict[int, Any] = {}
+        try:
+            with left_as_it_is(layer):
+                found, results = self._seen(record, probe_of(layer))
+                probe = self._with_stand_ins(probe_of(layer), layer, found.reads, exchanged)
+                by_stand_in = {
+                    id(exchanged[number]): given
+                    for number, given in results.items()
+                    if number in exchanged
+                }
+                with self._giving(by_stand_in):
+                    again = keras.traced(record, probe)
+        except NotTraceable as why:
+            raise NotTraceable(cause_of(why).removesuffix(".")) from why  # without Keras's words
+        except Exception as error:  # the user's code may raise anything
+            told = cause_of(error).removesuffix(".")
+            raise NotTraceable(f"its code fails on Keras tensors ({told})") from error
+        given, gives = (
+            [(keras.shape_of(t), keras.dtype_of(t)) for t in tensors]
+            for tensors in (outputs or (), found.outputs)
+        )
+        if outputs is not None and given != gives:
+            raise NotTraceable("it gives something else when its code is run on Keras tensors")
+        if not _calls_the_same(found, again, exchanged):
+            raise NotTraceable("its code calls something else where it has other layers")
+        return found
+
+    # -- the layers that are there ---------------------------------------------------------
+
+    def _seen(self, record: Record, probe: Any) -> tuple[Trace, dict[int, list[_Result]]]:
+        """A trace that knows what code calls unseen; and id of a layer -> results of its calls."""
+        keras = self._keras
+        with self._noting(record.layer) as calls:
+            found = keras.traced(record, probe)
+        direct = [call for call in calls if call.callers and call.callers[-1] is probe]
+        told = Counter(id(each.layer) for each in found.records)
+        made = Counter(id(call.layer) for call in direct)
+        unseen = {number for number, count in made.items() if count > told[number]}
+        within: dict[int, set[int]] = {}  # of a layer that the code calls
+        for call in calls:
+            if probe in call.callers[:-1]:
+                called = call.callers[call.callers.index(probe) + 1]
+                if id(called) not in within:
+                    within[id(called)] = set(map(id, parts(called)))
+                if id(call.layer) not in within[id(called)]:
+                    unseen.add(id(call.layer))
+        results: dict[int, list[_Result]] = {}
+        for call in direct:
+            if call.told is not None and all(map(self._is_plain, keras.flatten(call.outputs))):
+                results.setdefault(id(call.layer), []).append((call.told, call.outputs))
+        return replace(found, unseen=frozenset(unseen)), results
+
+    @contextmanager
+    def _noting(self, layer: Any) -> Iterator[list[_NotedCall]]:
+        """Context manager that lists the layers that are called, with those that call them.
+
+        None that the layer holds gets weights by it.
+        """
+        calls: list[_NotedCall] = []
+        callers: list[Any] = []
+
+        def noted(called: Any, *args: Any, **kwargs: Any) -> Any:
+            call = _NotedCall(list(callers), called)
+            calls.append(call)
+            callers.append(called)
+            try:
+                call.outputs = self._call(called, *args, **kwargs)
+            finally:
+                callers.pop()
+            call.told = self._told(args, kwargs)
+            return call.outputs
+
+        self._complete, self._in_its_place = set(map(id, parts(layer))), noted
+        try:
+            yield calls
+        finally:
+            self._complete, self._in_its_place = set(), None
+
+    # -- other layers ----------------------------------------------------------------------
+
+    def _with_stand_ins(
+        self, probe: Any, layer: Any, reads: frozenset[int], exchanged: dict[int, Any]
+    ) -> Any:
+        """A probe with others in the places of a layer's own layers: a pass-through for each norm.
+
+        Args:
+            probe: the probe.
+            layer: the layer.
+            reads: ids of variables that code reads. Layers that have them stay what they are.
+            exchanged: id of each layer -> what stands in for it, which is added to.
+        """
+        for place, inner in sublayers(layer, self._keras):
+            if id(inner) not in exchanged:
+                if len(parts(inner)) == 1:
+                    exchanged[id(inner)] = self._stand_in(inner, reads)
+                else:
+                    exchanged[id(inner)] = probe_of(inner)
+                    self._with_stand_ins(exchanged[id(inner)], inner, reads, exchanged)
+            value = vars(probe)[place.attribute]
+            vars(probe)[place.attribute] = put(value, place.keys, exchanged[id(inner)])
+        return probe
+
+    def _stand_in(self, layer: Any, reads: frozenset[int]) -> Any:
+        """What stands in for a layer that holds no others, the same in all traces."""
+        if any(id(variable) in reads for variable in layer.variables):
+            return probe_of(layer)
+        if id(layer) not in self._stand_ins:
+            make: Any = self._keras.pass_through
+            is_norm = is_batch_norm(layer, self._keras)
+            made = make(name=layer.name, dtype=layer.dtype_policy) if is_norm else probe_of(layer)
+            self._stand_ins[id(layer)] = layer, made
+        return self._stand_ins[id(layer)][1]
+
+    @contextmanager
+    def _giving(self, results: dict[int, list[_Result]]) -> Iterator[None]:
+        """Context manager in which layers are not called, but give what is known of such calls.
+
+        Args:
+            results: id of a layer -> its known results.
+        """
+
+        def given(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            known = results.get(id(layer))
+            call = self._told(args, kwargs) if known else None
+            for told, outputs in known or ():
+                if call is not None and call == told:
+                    return self._keras.called_on_record(layer, args, kwargs, outputs)
+            return self._call(layer, *args, **kwargs)
+
+        self._in_its_place = given
+        try:
+            yield
+        finally:
+            self._in_its_place = None
+
+    def _told(self, args: Any, kwargs: Any) -> _Told | None:
+        """What a layer is called with, to be compared; None where values decide."""
+        told: _Told = []
+        for value in self._keras.flatten((args, sorted(kwargs.items()))):
+            if self._is_plain(value):
+                told.append((self._keras.shape_of(value), self._keras.dtype_of(value)))
+            elif value is None or isinstance(value, (bool, int, str)):
+                told.append(value)
+            else:
+                return None
+        return told
+
+    def _is_plain(self, value: Any) -> bool:
+        """Whether something is a Keras tensor without a mask."""
+        return self._keras.is_symbolic(value) and not self._keras.carries_mask(value)
+
+
+_Told = list[Any]  # shapes and dtypes of Keras tensors, and other arguments
+_Result = tuple[_Told, Any]  # of a call: with what it was made, what it gave
+
+
+@dataclass(eq=False)
+class _NotedCall:
+    """A call of a layer: by which others, of which, with what, and what it gave."""
+
+    callers: list[Any]
+    layer: Any
+    told: _Told | None = None
+    outputs: Any = None
 
 
 def _own_call(layer: Any, keras: KerasAdapter) -> Any:
     kind = keras.model if isinstance(layer, keras.model) else keras.layers.Layer
     return kind.__call__
-
-
-# -------------------------------------------------------------------------- other layers
-
-
-def _exchanged_in(
-    probe: Any, layer: Any, keras: KerasAdapter, exchanged: dict[int, Any], reads: frozenset[int]
-) -> Any:
-    """A probe that has other layers in the places of a layer's own: a pass-through for each norm.
-
-    Args:
-        probe: the probe.
-        layer: the layer.
-        keras: the adapter of its Keras.
-        exchanged: id of each layer -> the other one, which is added to.
-        reads: ids of variables that code reads. Layers that have them stay what they are.
-    """
-    for place, inner in sublayers(layer, keras):
-        if id(inner) not in exchanged:
-            stays = any(id(variable) in reads for variable in inner.variables)
-            if is_batch_norm(inner, keras) and not stays:
-                make: Any = keras.pass_through
-                exchanged[id(inner)] = make(name=inner.name, dtype=inner.dtype_policy)
-            else:
-                exchanged[id(inner)] = probe_of(inner)
-                _exchanged_in(exchanged[id(inner)], inner, keras, exchanged, reads)
-        value = vars(probe)[place.attribute]
-        vars(probe)[place.attribute] = put(value, place.keys, exchanged[id(inner)])
-    return probe
 
 
 def _calls_the_same(first: Trace, second: Trace, exchanged: dict[int, Any]) -> bool:
@@ -160,59 +310,6 @@ def _calls_the_same(first: Trace, second: Trace, exchanged: dict[int, Any]) -> b
         elif type(one.layer) is not type(other.layer):
             return False
     return True
-
-
-# ------------------------------------------------------------------------------- one trace
-
-
-def _seen(record: Record, probe: Any, keras: KerasAdapter) -> Trace:
-    """A trace, with what its code calls where no record tells of it."""
-    with _noting_calls(record.layer, keras) as calls:
-        found = keras.traced(record, probe)
-    told = Counter(id(each.layer) for each in found.records)
-    made = Counter(id(layer) for callers, layer in calls if callers and callers[-1] is probe)
-    unseen = {number for number, count in made.items() if count > told[number]}
-    within: dict[int, set[int]] = {}  # of a layer that the code calls
-    for callers, layer in calls:
-        if probe in callers[:-1]:
-            direct = callers[callers.index(probe) + 1]
-            if id(direct) not in within:
-                within[id(direct)] = set(map(id, parts(direct)))
-            if id(layer) not in within[id(direct)]:
-                unseen.add(id(layer))
-    return replace(found, unseen=frozenset(unseen))
-
-
-@contextmanager
-def _noting_calls(layer: Any, keras: KerasAdapter) -> Iterator[list[tuple[list[Any], Any]]]:
-    """Context manager that lists the layers that are called, with those that call them.
-
-    None that the layer holds gets weights by it.
-    """
-    calls: list[tuple[list[Any], Any]] = []
-    callers: list[Any] = []
-    base = keras.layers.Layer
-    original = base.__call__
-    add_weight, own = base.add_weight, {id(part) for part in parts(layer)}
-
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append((list(callers), self))
-        callers.append(self)
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            callers.pop()
-
-    def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) in own:
-            raise NotTraceable(f"its layer '{self.name}' was never called")
-        return add_weight(self, *args, **kwargs)
-
-    with (
-        mock.patch.object(base, "__call__", noted),
-        mock.patch.object(base, "add_weight", refused),
-    ):
-        yield calls
 
 
 @contextmanager
@@ -237,9 +334,8 @@ def left_as_it_is(layer: Any) -> Iterator[None]:
             attributes.clear()
             attributes.update(kept)
         for value, items in lists:
-            list.__setitem__(
-                value, slice(None), items
-            )  # Keras's own lists track what they are given
+            # Keras's own lists track what they are given.
+            list.__setitem__(value, slice(None), items)
 
 
 def _within(value: Any) -> Any:

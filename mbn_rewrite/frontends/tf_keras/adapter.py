@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 from tf_keras.src.engine.functional import Functional, has_functional_like_constructor
+from tf_keras.src.engine.keras_tensor import KerasTensor
 from tf_keras.src.engine.sequential import Sequential
 from tf_keras.src.layers.core.tf_op_layer import (
     ClassMethod,
@@ -108,6 +109,9 @@ class TfKeras(KerasAdapter):
     def dtype_of(self, tensor: Any) -> str:
         return tensor.dtype.name
 
+    def is_symbolic(self, value: Any) -> bool:
+        return isinstance(value, KerasTensor)
+
     # -- models ----------------------------------------------------------------------------
 
     def is_visible(self, layer: Any) -> bool:
@@ -146,6 +150,11 @@ class TfKeras(KerasAdapter):
 
     def traced(self, record: Record, probe: Any) -> Trace:
         return tracing.traced(record, probe, _record)
+
+    def called_on_record(
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> Any:
+        return tracing.called_on_record(layer, args, kwargs, outputs)
 
     def call_of(self, model: Any) -> Record | None:
         return tracing.call_of(model)

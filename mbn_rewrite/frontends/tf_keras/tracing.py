@@ -10,7 +10,8 @@ import tensorflow as tf
 import tf_keras
 from tensorflow.python.framework.func_graph import FuncGraph
 from tf_keras.src import backend
-from tf_keras.src.engine.keras_tensor import KerasTensor
+from tf_keras.src.engine.keras_tensor import KerasTensor, keras_tensor_from_type_spec
+from tf_keras.src.engine.node import Node
 
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import parts
@@ -57,6 +58,15 @@ def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Tr
     given = (value for each in records for value in tf.nest.flatten((each.args, each.kwargs)))
     reads |= {id(value) for value in given if isinstance(value, tf.Variable)}
     return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(reads))
+
+
+def called_on_record(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+) -> Any:
+    """See `KerasAdapter.called_on_record`."""
+    new = tf.nest.map_structure(lambda t: keras_tensor_from_type_spec(t.type_spec), outputs)
+    Node(layer, args, kwargs, new)
+    return new
 
 
 def call_of(model: Any) -> Record | None:
