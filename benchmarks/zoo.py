@@ -9,7 +9,8 @@ installed are skipped (pip install '.[zoo]'). The columns:
 
     BN          BatchNormalizations of the network
     left        after convert(model, mode="fold")
-    saved       likewise of its SavedModel, after rewrite_saved_model (with --saved_model)
+    saved       likewise of its SavedModel, after rewrite_saved_model (with --saved_model); "-" if
+                none can be written
     error       largest difference from the original's outputs, relative to the largest of them
     copies      time of convert without its check, in times of keras.models.clone_model with a copy
                 of the weights; "-" where Keras cannot clone the network
@@ -134,12 +135,15 @@ def in_copies(model: Any) -> dict[str, float]:
     }
 
 
-def of_saved_model(model: Any) -> dict[str, int]:
+def of_saved_model(model: Any) -> dict[str, Any]:
     """What is left in a network's SavedModel, and how many sums of branches became one layer."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in", Path(folder) / "out"
-        with contextlib.redirect_stdout(io.StringIO()):
-            model.export(str(source))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                model.export(str(source))
+        except Exception as error:  # Keras's and the package's own code may raise anything
+            return {"not exported": cause_of(error)}
         plan = mbn.rewrite_saved_model(source, target, "fold").plan
         return {"saved": plan.left, "merged": len(plan.merged)}
 
@@ -184,6 +188,8 @@ def cells(package: str, name: str, row: dict[str, Any]) -> list[str]:
         return format(row[key], form) if row.get(key) is not None else "-"
 
     note = row.get("skipped") or row.get("failed") or next(iter(row.get("reasons", ())), "")
+    if not note and "not exported" in row:
+        note = f"its SavedModel cannot be written: {row['not exported']}"
     if not is_right(row):
         note = f"WRONG: {note}"
     return [

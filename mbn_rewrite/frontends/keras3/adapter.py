@@ -150,6 +150,9 @@ class Keras3(KerasAdapter):
     def traced(self, record: Record, probe: Any) -> Trace:
         return tracing.traced(record, probe, _record)
 
+    def tracing(self) -> AbstractContextManager[None]:
+        return tracing.as_with_other_tensors()
+
     def called_on_record(
         self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
     ) -> Any:

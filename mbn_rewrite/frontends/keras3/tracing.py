@@ -9,6 +9,8 @@ from typing import Any
 from unittest import mock
 
 import keras
+from keras.layers import Layer
+from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.ops.node import Node
 
@@ -31,7 +33,7 @@ class _Reads(keras.StatelessScope):
         return super().get_current_value(variable)
 
 
-class _Caller(keras.layers.Layer):
+class _Caller(Layer):
     """Layer that calls one that takes no `training`, but whose layers learn of it."""
 
     def call(self, *, function: Callable[[], Any], training: bool | None = None) -> None:
@@ -68,7 +70,7 @@ def traced(record: Record, probe: Any, record_of: Callable[[Any], Record]) -> Tr
         return result
 
     set_method(probe, "symbolic_call", symbolic_call)
-    with _names_as_they_were(), _any_sizes(), _Reads() as scope:
+    with _names_as_they_were(), _Reads() as scope:
         if probe._call_has_training_arg:
             probe(*args, **{**kwargs, "training": False})
         else:
@@ -110,21 +112,36 @@ def call_of(model: Any) -> Record | None:
 
 
 @contextmanager
-def _any_sizes() -> Iterator[None]:
-    """Context manager in which Sequential models take Keras tensors of other sizes than declared.
+def as_with_other_tensors() -> Iterator[None]:
+    """Context manager in which layers take whatever Keras tensors they take other tensors of.
 
-    They do so with any other tensors, since their code does not check what it is given.
+    Sequential models take other sizes than they declare, since their code does not check what it is
+    given. Where what a layer says of its output cannot be had, its code is asked.
     """
-    original = keras.Sequential.compute_output_spec
+    specified, symbolic_call = keras.Sequential.compute_output_spec, Layer.symbolic_call
 
-    def as_they_run(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def as_it_runs(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         network = self._functional
         ranks = [len(t.shape) for t in keras.tree.flatten(inputs)]
         if network is None or ranks != [len(t.shape) for t in network.inputs]:
-            return original(self, inputs, *args, **kwargs)
+            return specified(self, inputs, *args, **kwargs)
         return network._run_through_graph(inputs, lambda layer: layer.compute_output_spec)
 
-    with mock.patch.object(keras.Sequential, "compute_output_spec", as_they_run):
+    def by_its_code(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return symbolic_call(self, *args, **kwargs)
+        except NotTraceable:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            try:
+                return backend.compute_output_spec(self.call, *args, **kwargs)
+            except Exception:
+                raise error from None
+
+    with (
+        mock.patch.object(keras.Sequential, "compute_output_spec", as_it_runs),
+        mock.patch.object(Layer, "symbolic_call", by_its_code),
+    ):
         yield
 
 

@@ -147,6 +147,10 @@ class KerasAdapter(ABC):
             Exception: whatever the code raises.
         """
 
+    def tracing(self) -> AbstractContextManager[None]:
+        """Context manager in which there are traces, for what Keras has to do otherwise then."""
+        return nullcontext()
+
     @abstractmethod
     def called_on_record(
         self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any

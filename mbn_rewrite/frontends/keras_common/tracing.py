@@ -109,6 +109,7 @@ class Tracer:
             return add_weight(layer, *args, **kwargs)
 
         with (
+            self._keras.tracing(),
             mock.patch.object(base, "__call__", called),
             mock.patch.object(base, "add_weight", weight_added),
         ):
