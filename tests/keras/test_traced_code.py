@@ -140,3 +140,30 @@ def test_a_layer_that_cannot_say_what_it_gives(rng):
         "caller/norm": "folded",
     }
     assert_equal_bits(model, mbn.convert(model, "fold", check=False), inputs_for(model, rng))
+
+
+def test_a_batch_normalization_that_is_called_with_more(each_keras, rng):
+    """What would stand in for it takes no such argument."""
+
+    class WithFlag(K.BatchNormalization):
+        def call(self, x, training=None, mask=None, flag=None):
+            return super().call(x, training=training)
+
+    class Flagging(K.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.conv = K.Conv2D(4, 1, name="conv")
+            self.norm = WithFlag(epsilon=0.0, name="norm")
+
+        def build(self, shape):
+            self.conv.build(shape)
+            self.norm.build(shape)
+            super().build(shape)
+
+        def call(self, x):
+            return self.norm(self.conv(x), flag="on")
+
+    model = model_of(Flagging(name="flagging"))
+    randomise(model, rng, gamma="powers")
+    assert mbn.plan(model, "fold").left == 1
+    assert_equal_bits(model, mbn.convert(model, "fold", check=False), inputs_for(model, rng))

@@ -11,6 +11,7 @@ taken back.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -90,6 +91,7 @@ class Tracer:
     def __init__(self, keras: KerasAdapter) -> None:
         self._keras = keras
         self._stand_ins: dict[int, tuple[Any, Any]] = {}  # id -> layer, what stands in for it
+        self._accepted = inspect.signature(keras.pass_through.call)
         self._call: Callable[..., Any] = keras.layers.Layer.__call__
         self._in_its_place: Callable[..., Any] | None = None
         self._complete: set[int] = set()  # ids of layers that get no further weights
@@ -255,6 +257,8 @@ class Tracer:
             call = self._told(args, kwargs) if known else None
             for told, outputs in known or ():
                 if call is not None and call == told:
+                    if isinstance(layer, self._keras.pass_through):
+                        self._accepted.bind(layer, *args, **kwargs)
                     return self._keras.called_on_record(layer, args, kwargs, outputs)
             return self._call(layer, *args, **kwargs)
 
