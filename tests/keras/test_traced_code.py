@@ -104,6 +104,28 @@ def test_a_branch_that_others_may_call(each_keras, rng):
         np.testing.assert_array_equal(a, b)
 
 
+def test_models_that_a_model_has_keep_their_outputs(each_keras, rng):
+    class Coder(package().Model):
+        def __init__(self):
+            super().__init__()
+            conv = K.Conv2D(4, 1, name="conv")
+            self.encoder = package().Sequential([K.Input((SIZE, SIZE, 4)), conv])
+            head = K.Conv2D(2, 3, name="head", padding="same")
+            self.decoder = package().Sequential([K.Input((SIZE, SIZE, 4)), norm(), head])
+
+        def call(self, x):
+            return self.decoder(self.encoder(x))
+
+    model = Coder()
+    data = rng.integers(-3, 4, (2, SIZE, SIZE, 4)).astype(np.float32)
+    model(data)
+    randomise(model, rng, gamma="powers")
+    new = mbn.convert(model, "fold", check=False)
+    assert_equal_bits(model, new, data)
+    assert_equal_bits(model.encoder, new.encoder, data)
+    assert_equal_bits(model.decoder, new.decoder, data)
+
+
 class UnlikeItsCall(keras_3.layers.Layer):
     """Its `call` takes what its `compute_output_spec` does not take."""
 

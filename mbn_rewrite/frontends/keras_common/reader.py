@@ -479,7 +479,9 @@ class _Reader:
             self.bindings.held.add(id(layer))
             if not is_visible:  # in a visible parent's copy, the sublayer's copy takes its place
                 self.bindings.parents.setdefault(id(layer), who)
-            if is_seen and id(layer) in self.called_by_code:
+            # Models that a model has, an encoder and a decoder, are used by themselves, too.
+            for_itself = isinstance(parent, self.keras.model)
+            if is_seen and id(layer) in self.called_by_code and not for_itself:
                 continue
             if id(layer) in self.owners:
                 if is_batch_norm(layer, self.keras) and training is not False:
