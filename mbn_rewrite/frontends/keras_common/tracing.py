@@ -91,7 +91,8 @@ class Tracer:
     def __init__(self, keras: KerasAdapter) -> None:
         self._keras = keras
         self._stand_ins: dict[int, tuple[Any, Any]] = {}  # id -> layer, what stands in for it
-        self._accepted = inspect.signature(keras.pass_through.call)
+        pass_through: Any = keras.pass_through
+        self._accepted = inspect.signature(pass_through.call)
         self._call: Callable[..., Any] = keras.layers.Layer.__call__
         self._in_its_place: Callable[..., Any] | None = None
         self._complete: set[int] = set()  # ids of layers that get no further weights
