@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -28,6 +29,9 @@ from mbn_rewrite.frontends.keras_common.sublayers import put, sublayers
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+
+
+_ONE_AT_A_TIME = RLock()  # methods of a class of Keras are exchanged meanwhile
 
 
 class NotTraceable(Exception):  # noqa: N818 - what a layer is, not what went wrong
@@ -100,23 +104,25 @@ class Tracer:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Context manager in which there can be traces. It takes time, so there is one for all."""
-        base = self._keras.layers.Layer
-        self._call, add_weight = base.__call__, base.add_weight
+        base, thread = self._keras.layers.Layer, get_ident()
 
         def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            return (self._in_its_place or self._call)(layer, *args, **kwargs)
+            in_its_place = self._in_its_place if get_ident() == thread else None
+            return (in_its_place or self._call)(layer, *args, **kwargs)
 
         def weight_added(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            if id(layer) in self._complete:
+            if id(layer) in self._complete and get_ident() == thread:
                 raise NotTraceable(f"its layer '{layer.name}' was never called")
             return add_weight(layer, *args, **kwargs)
 
-        with (
-            self._keras.tracing(),
-            mock.patch.object(base, "__call__", called),
-            mock.patch.object(base, "add_weight", weight_added),
-        ):
-            yield
+        with _ONE_AT_A_TIME:
+            self._call, add_weight = base.__call__, base.add_weight
+            with (
+                self._keras.tracing(),
+                mock.patch.object(base, "__call__", called),
+                mock.patch.object(base, "add_weight", weight_added),
+            ):
+                yield
 
     def trace(self, record: Record, outputs: tuple[Any, ...] | None) -> Trace:
         """Traces one call of a layer, at inference.
@@ -337,7 +343,8 @@ def left_as_it_is(layer: Any) -> Iterator[None]:
         for tracker, was_locked in zip(trackers, locked, strict=True):
             tracker.locked = was_locked
         for attributes, kept in before:
-            attributes.clear()
+            for name in [name for name in attributes if name not in kept]:
+                del attributes[name]
             attributes.update(kept)
         for value, items in lists:
             # Keras's own lists track what they are given.
