@@ -3,7 +3,8 @@
 The `call` of such a layer is run on Keras tensors, and Keras records what it calls. It runs on a
 probe: an object of the layer's class with its attributes. It runs once more on a probe that has
 other layers in the places of those that the layer holds, as a rewritten copy would: code that then
-calls something else is code in which they cannot be exchanged.
+calls something else is code in which they cannot be exchanged. These others are not called where
+the first trace tells what they would give.
 
 Neither the layer nor anything in it is changed: what Keras notes at the layers that are called is
 taken back.
