@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -72,7 +73,13 @@ def pad(site: Site) -> Answer:
         value = site.number(2)
         if value is None or np.any(value != 0):
             return Opaque("pads with a constant")
-    return _untouched(site, untouched, Affine if site.op.type == "MirrorPad" else ZeroPadding)
+    if site.op.type == "MirrorPad":
+        return _untouched(site, untouched, Affine)
+    answer = _untouched(site, untouched, ZeroPadding)
+    if isinstance(answer, ZeroPadding):
+        amounts = tuple((int(before), int(after)) for before, after in paddings)
+        return replace(answer, amounts=amounts)
+    return answer
 
 
 def tile(site: Site) -> Answer:
