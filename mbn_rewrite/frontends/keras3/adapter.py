@@ -179,6 +179,22 @@ class Keras3(KerasAdapter):
         given = record.args[0] if record.args else record.kwargs.get("inputs")
         return isinstance(given, dict) == isinstance(structure, dict)
 
+    def tensors_at(self, model: Any, shapes: list[Shape]) -> dict[int, Any]:
+        declared = [tuple(t.shape) for t in model.inputs]
+        if all(map(_agree, declared, shapes)):
+            return {}
+        given = zip(model.inputs, shapes, strict=True)
+        found = {id(t): keras.KerasTensor(shape, dtype=t.dtype) for t, shape in given}
+        with tracing.at_other_sizes():
+            for record in self.calls_of(model):
+                if record.inputs:
+                    args, kwargs = keras.tree.map_structure(
+                        lambda value: found.get(id(value), value), (record.args, record.kwargs)
+                    )
+                    outputs = keras.tree.flatten(record.layer.compute_output_spec(*args, **kwargs))
+                    found.update(zip(map(id, record.outputs), outputs, strict=True))
+        return found
+
     def all_layers_in(self, layer: Any) -> list[Any]:
         return parts(layer)[1:] if isinstance(layer, keras.layers.Layer) else []
 
@@ -310,6 +326,13 @@ def _adds_along_the_last_axis() -> bool:
     bias = np.array([[[0], [1]]], np.float32)
     added = keras.ops.add(np.zeros((1, 2, 2), np.float32), bias)
     return bool(keras.ops.convert_to_numpy(added)[0, 0, 1])
+
+
+def _agree(one: Shape, other: Shape) -> bool:
+    """Whether two shapes may be those of one tensor."""
+    return len(one) == len(other) and all(
+        None in (a, b) or a == b for a, b in zip(one, other, strict=True)
+    )
 
 
 def functional_of(model: Any) -> Any:

@@ -87,8 +87,28 @@ def set_apart(note_read: Callable[[Any], None]) -> Iterator[None]:
     with (
         _names_as_they_were(),
         _without_effects(),
+        at_other_sizes(),
         mock.patch.object(keras.StatelessScope, "get_current_value", noted),
     ):
+        yield
+
+
+@contextmanager
+def at_other_sizes() -> Iterator[None]:
+    """Context manager in which Sequential models take Keras tensors of other sizes than declared.
+
+    They do so with other tensors, since their code does not check what it is given.
+    """
+    specified = keras.Sequential.compute_output_spec
+
+    def as_it_runs(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        network = self._functional
+        ranks = [len(t.shape) for t in keras.tree.flatten(inputs)]
+        if network is None or ranks != [len(t.shape) for t in network.inputs]:
+            return specified(self, inputs, *args, **kwargs)
+        return network._run_through_graph(inputs, lambda layer: layer.compute_output_spec)
+
+    with mock.patch.object(keras.Sequential, "compute_output_spec", as_it_runs):
         yield
 
 

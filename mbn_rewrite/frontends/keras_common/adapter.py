@@ -194,6 +194,18 @@ class KerasAdapter(ABC):
         """Whether a nested model is called with its inputs in the order in which it has them."""
         return True
 
+    def tensors_at(self, model: Any, shapes: list[Shape]) -> dict[int, Any]:
+        """Keras tensors to read in the place of a visible model's own where it is called.
+
+        Args:
+            model: the model.
+            shapes: of what it is called with.
+
+        Returns:
+            id of each of its tensors that has another size there -> one that has that size.
+        """
+        return {}  # where models that are called at other sizes have tensors of unknown sizes
+
     @abstractmethod
     def all_layers_in(self, layer: Any) -> list[Any]:
         """Everything that a layer is known to contain, at any depth and however it is kept."""
