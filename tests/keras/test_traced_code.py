@@ -1,5 +1,6 @@
 """Layers that code calls where Keras tensors would not do: they are read all the same."""
 
+import keras as keras_3
 import numpy as np
 import pytest
 
@@ -149,4 +150,42 @@ def test_a_batch_normalization_that_is_called_with_more(each_keras, rng):
     model = model_of(Flagging(name="flagging"))
     randomise(model, rng, gamma="powers")
     assert mbn.plan(model, "fold").left == 1
+    assert_equal_bits(model, mbn.convert(model, "fold", check=False), inputs_for(model, rng))
+
+
+class UnlikeItsCall(keras_3.layers.Layer):
+    """Its `call` takes what its `compute_output_spec` does not take."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.conv = keras_3.layers.Conv2D(4, 3, padding="same", name="conv")
+        self.norm = keras_3.layers.BatchNormalization(epsilon=0.0, name="norm")
+
+    def call(self, x, training=None):
+        return self.norm(self.conv(x), training=training)
+
+    def compute_output_spec(self, x):
+        return keras_3.KerasTensor(x.shape, dtype=x.dtype)
+
+
+class Caller(keras_3.layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = UnlikeItsCall(name="inner")
+        self.norm = keras_3.layers.BatchNormalization(epsilon=0.0, name="norm")
+
+    def call(self, x):
+        return self.norm(keras_3.ops.relu(self.inner(x)))
+
+
+def test_a_layer_that_cannot_say_what_it_gives(rng):
+    x = keras_3.Input((SIZE, SIZE, 4))
+    y = keras_3.layers.Conv2D(2, 1)(Caller(name="caller")(x))
+    model = keras_3.Model(x, y)
+    randomise(model, rng, gamma="powers")
+    plan = mbn.plan(model, "fold")
+    assert {d.name: d.action for d in plan.decisions} == {
+        "caller/inner/norm": "folded",
+        "caller/norm": "folded",
+    }
     assert_equal_bits(model, mbn.convert(model, "fold", check=False), inputs_for(model, rng))

@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import keras
@@ -164,7 +164,7 @@ class Keras3(KerasAdapter):
         return id(variable)
 
     def give_outputs_of(self, layer: Any, probe: Any) -> None:
-        vars(probe)["compute_output_spec"] = layer.compute_output_spec
+        vars(probe)["compute_output_spec"] = partial(tracing.outputs_of, layer)
 
     def call_of(self, model: Any) -> Record | None:
         return tracing.call_of(model)
