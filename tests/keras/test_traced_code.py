@@ -1,5 +1,7 @@
 """Layers that code calls where Keras tensors would not do: they are read all the same."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras as keras_3
 import numpy as np
 import pytest
@@ -189,3 +191,16 @@ def test_a_layer_that_cannot_say_what_it_gives(rng):
         "caller/norm": "folded",
     }
     assert_equal_bits(model, mbn.convert(model, "fold", check=False), inputs_for(model, rng))
+
+
+def test_models_that_are_read_at_once_and_meanwhile_run(each_keras, rng):
+    model = model_of(branched(), branched(name="second"))
+    randomise(model, rng, gamma="powers")
+    data, expected = inputs_for(model, rng), mbn.plan(model, "fold")
+    call = K.Layer.__call__
+    with ThreadPoolExecutor(4) as threads:
+        results = [threads.submit(outputs, model, data) for _ in range(4)]
+        plans = [threads.submit(mbn.plan, model, "fold") for _ in range(4)]
+        assert all(each.result().decisions == expected.decisions for each in plans)
+        assert all(each.result() for each in results)
+    assert K.Layer.__call__ is call

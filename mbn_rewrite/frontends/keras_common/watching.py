@@ -11,6 +11,7 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -21,6 +22,9 @@ from mbn_rewrite.frontends.keras_common.custom_models import BUILT_IN, FRAMEWORK
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+
+
+_ONE_AT_A_TIME = RLock()  # methods of Keras's classes are exchanged meanwhile
 
 
 class NeverCalled(Exception):  # noqa: N818 - what a layer is, not what went wrong
@@ -38,6 +42,12 @@ class Watch:
         self.calls: list[tuple[list[Any], Any]] = []
         self._callers: list[Any] = []
         self._reads: list[tuple[Any, Any]] = []
+        self._thread = get_ident()
+
+    @property
+    def is_in_this_thread(self) -> bool:
+        """Whether what runs is the code that is watched, and not that of another thread."""
+        return get_ident() == self._thread
 
     @contextmanager
     def calling(self, layer: Any) -> Iterator[None]:
@@ -51,7 +61,7 @@ class Watch:
 
     def note_read(self, key: Any) -> None:
         """Notes that a variable is read, by what the Keras at hand knows it by."""
-        if self._callers:
+        if self._callers and self.is_in_this_thread:
             self._reads.append((self._callers[-1], key))
 
     def read_by_others(self, keys_of: Callable[[Any], set[int]], probe: Any) -> set[int]:
@@ -77,9 +87,16 @@ class Watch:
 def watched(layer: Any, keras: KerasAdapter) -> Iterator[Watch]:
     """Context manager in which the code of a layer may run, without any effect that lasts.
 
+    One thread watches at a time; the code of others goes on as it was.
+
     Raises:
         NeverCalled: a layer in it would be given weights.
     """
+    with _ONE_AT_A_TIME:
+        yield from _watched(layer, keras)
+
+
+def _watched(layer: Any, keras: KerasAdapter) -> Iterator[Watch]:
     watch, kept = Watch(), _Kept()
     base = keras.layers.Layer
     call, add_weight = base.__call__, base.add_weight
@@ -87,12 +104,14 @@ def watched(layer: Any, keras: KerasAdapter) -> Iterator[Watch]:
     kept.keep_layers_of(layer)
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not watch.is_in_this_thread:
+            return call(self, *args, **kwargs)
         kept.keep_layers_of(self)
         with watch.calling(self):
             return call(self, *args, **kwargs)
 
     def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) in own:
+        if id(self) in own and watch.is_in_this_thread:
             raise NeverCalled(f"its layer '{self.name}' was never called")
         return add_weight(self, *args, **kwargs)
 
