@@ -61,7 +61,7 @@ from benchmarks.common.flags import check_known, check_usage
 from benchmarks.common.timing import median_ratio, time_rounds
 from benchmarks.models.zoos import ZOOS
 from mbn_rewrite.errors import RewriteError, cause_of
-from mbn_rewrite.frontends.keras_common import code_reader
+from mbn_rewrite.frontends.keras_common.tracing import Tracer
 from mbn_rewrite.tables import table
 
 TOLERANCE = 1e-3  # of random networks, some of which amplify what rounding leaves
@@ -118,7 +118,7 @@ def in_copies(model: Any) -> dict[str, float]:
         traces.append(0.0)
         mbn.convert(model, mode="fold", check=False)
 
-    trace = code_reader.trace
+    trace = Tracer.trace
 
     def timed(*args: Any) -> Any:
         start = time.perf_counter()
@@ -127,7 +127,7 @@ def in_copies(model: Any) -> dict[str, float]:
         finally:
             traces[-1] += time.perf_counter() - start
 
-    with mock.patch.object(code_reader, "trace", timed):
+    with mock.patch.object(Tracer, "trace", timed):
         seconds = time_rounds({"convert": convert, "copy": clone}, 3, 1, prepare=gc.collect)
     seconds["tracing"] = traces[1:]
     return {

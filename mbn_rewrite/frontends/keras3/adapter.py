@@ -110,6 +110,9 @@ class Keras3(KerasAdapter):
     def dtype_of(self, tensor: Any) -> str:
         return str(tensor.dtype)
 
+    def is_symbolic(self, value: Any) -> bool:
+        return isinstance(value, keras.KerasTensor)
+
     def tensor_like(self, shape: Shape, dtype: str) -> Any:
         return keras.KerasTensor(shape, dtype=dtype, name="traced")
 
@@ -162,6 +165,11 @@ class Keras3(KerasAdapter):
 
     def read_as(self, variable: Any) -> int:
         return id(variable)
+
+    def called_on_record(
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> Any:
+        return tracing.called_on_record(layer, args, kwargs, outputs)
 
     def give_outputs_of(self, layer: Any, probe: Any) -> None:
         vars(probe)["compute_output_spec"] = partial(tracing.outputs_of, layer)

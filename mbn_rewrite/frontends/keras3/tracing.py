@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
 import keras
 from keras.src import backend
 from keras.src.backend.common import global_state
+from keras.src.ops.node import Node
 
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import stock_call
@@ -17,14 +19,15 @@ from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace, in_o
 
 
 class _Caller(keras.layers.Layer):
-    """Layer that calls something, as a model calls its layers: these learn of `training` by it."""
+    """Layer that calls one that takes no `training`, but whose layers learn of it."""
 
-    def __init__(self, function: Callable[[], Any]) -> None:
-        super().__init__(name="caller")
-        self.function = function
+    def call(self, *, function: Callable[[], Any], training: bool | None = None) -> None:
+        function()
 
-    def call(self, training: bool | None = None) -> None:
-        self.function()
+
+@cache
+def _caller() -> _Caller:
+    return _Caller(name="caller", dtype="float32")
 
 
 def traced(
@@ -65,7 +68,11 @@ def traced(
 
     set_method(probe, "symbolic_call", symbolic_call)
     with keras.StatelessScope():
-        _Caller(lambda: stock_call(probe)(probe, *args, **kwargs))(training=False)
+        if probe._call_has_training_arg:
+            stock_call(probe)(probe, *args, **kwargs)
+        else:
+            call = partial(stock_call(probe), probe, *args, **kwargs)
+            _caller()(function=call, training=False)
     ((records, outputs),) = found
     given = {
         id(value)
@@ -138,6 +145,15 @@ def _without_effects() -> AbstractContextManager[Any]:
 
         return torch.random.fork_rng(devices=[])
     return nullcontext()
+
+
+def called_on_record(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+) -> Any:
+    """See `KerasAdapter.called_on_record`."""
+    new = keras.tree.map_structure(lambda t: keras.KerasTensor(t.shape, dtype=t.dtype), outputs)
+    Node(layer, args, kwargs, new)
+    return new
 
 
 def call_of(model: Any) -> Record | None:

@@ -102,6 +102,10 @@ class KerasAdapter(ABC):
     def tensor_like(self, shape: Shape, dtype: str) -> Any:
         """A Keras tensor, to stand for an input."""
 
+    @abstractmethod
+    def is_symbolic(self, value: Any) -> bool:
+        """Whether something is a Keras tensor."""
+
     def carries_mask(self, tensor: Any) -> bool:
         """Whether a Keras tensor comes with a mask."""
         return getattr(tensor, "_keras_mask", None) is not None
@@ -169,6 +173,19 @@ class KerasAdapter(ABC):
     @abstractmethod
     def read_as(self, variable: Any) -> int:
         """Id of what `set_apart` notes where code reads a variable."""
+
+    @abstractmethod
+    def called_on_record(
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> Any:
+        """Has Keras record a call of a layer, without making it.
+
+        Args:
+            layer: the layer.
+            args: its positional arguments, Keras tensors among them.
+            kwargs: its keyword arguments.
+            outputs: what such a call gave; new Keras tensors of the same kind are returned.
+        """
 
     @abstractmethod
     def give_outputs_of(self, layer: Any, probe: Any) -> None:
