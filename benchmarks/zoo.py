@@ -9,10 +9,12 @@ installed are skipped (pip install '.[zoo]'). The columns:
 
     BN          BatchNormalizations of the network
     left        after convert(model, mode="fold")
-    saved       likewise of its SavedModel, after rewrite_saved_model (with --saved_model)
+    saved       likewise of its SavedModel, after rewrite_saved_model (with --saved_model); "-" if
+                none can be written
     error       largest difference from the original's outputs, relative to the largest of them
     copies      time of convert without its check, in times of keras.models.clone_model with a copy
                 of the weights; "-" where Keras cannot clone the network
+    tracing     time of tracing alone, which is part of convert, likewise
     note        the commonest reason of what stays, or what failed
 
 Examples:
@@ -27,9 +29,10 @@ Exit codes:
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -37,12 +40,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # The repository's own package comes first, so that the tool runs without installation.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # what keras_cv_attention_models needs
+if "tensorflow" not in sys.modules:  # which looks at it once
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # what keras_cv_attention_models needs
 
 import keras
 import numpy as np
@@ -53,8 +58,10 @@ import mbn_rewrite as mbn
 from benchmarks.common import results
 from benchmarks.common.console import progress
 from benchmarks.common.flags import check_known, check_usage
+from benchmarks.common.timing import median_ratio, time_rounds
 from benchmarks.models.zoos import ZOOS
 from mbn_rewrite.errors import RewriteError, cause_of
+from mbn_rewrite.frontends.keras_common.tracing import Tracer
 from mbn_rewrite.tables import table
 
 TOLERANCE = 1e-3  # of random networks, some of which amplify what rounding leaves
@@ -91,19 +98,11 @@ def outputs_of(model: Any, data: Any) -> list[np.ndarray]:
     return [np.asarray(t) for t in keras.tree.flatten(model(data, training=False))]
 
 
-def seconds_of(call: Callable[[], Any], times: int = 3) -> float:
-    """Median seconds of a call."""
-    taken = []
-    for _ in range(times):
-        gc.collect()
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+def in_copies(model: Any) -> dict[str, float]:
+    """Times of converting and of the tracing in it, in times of cloning and copying the weights.
 
-
-def copies(model: Any) -> float | None:
-    """Time of converting in times of cloning and copying the weights; None if Keras cannot."""
+    Empty if Keras cannot clone the network.
+    """
     package = tf_keras if isinstance(model, tf_keras.Model) else keras
 
     def clone() -> None:
@@ -112,16 +111,42 @@ def copies(model: Any) -> float | None:
     try:
         clone()
     except Exception:  # Keras's and the package's own code may raise anything
-        return None
-    convert = seconds_of(lambda: mbn.convert(model, mode="fold", check=False))
-    return convert / seconds_of(clone)
+        return {}
+    traces: list[float] = []  # seconds, one item for each conversion
+
+    def convert() -> None:
+        traces.append(0.0)
+        mbn.convert(model, mode="fold", check=False)
+
+    trace = Tracer.trace
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return trace(*args)
+        finally:
+            traces[-1] += time.perf_counter() - start
+
+    with mock.patch.object(Tracer, "trace", timed):
+        seconds = time_rounds({"convert": convert, "copy": clone}, 3, 1, prepare=gc.collect)
+    seconds["tracing"] = traces[1:]
+    return {
+        "copies": median_ratio(seconds, "convert", "copy"),
+        "tracing": median_ratio(seconds, "tracing", "copy"),
+    }
 
 
-def left_in_saved_model(model: Any) -> int:
+def of_saved_model(model: Any) -> dict[str, Any]:
+    """What is left in a network's SavedModel, and how many sums of branches became one layer."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in", Path(folder) / "out"
-        model.export(str(source))
-        return mbn.rewrite_saved_model(source, target, "fold").plan.left
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                model.export(str(source))
+        except Exception as error:  # Keras's and the package's own code may raise anything
+            return {"not exported": cause_of(error)}
+        plan = mbn.rewrite_saved_model(source, target, "fold").plan
+        return {"saved": plan.left, "merged": len(plan.merged)}
 
 
 def measured(build: Callable[[], Any]) -> dict[str, Any]:
@@ -144,9 +169,10 @@ def measured(build: Callable[[], Any]) -> dict[str, Any]:
         row["error"] = max(
             float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-12)) for a, b in pairs
         )
-        row["copies"] = copies(model)
+        row |= in_copies(model)
+        del new
         if FLAGS.saved_model:
-            row["saved"] = left_in_saved_model(model)
+            row |= of_saved_model(model)
     except RewriteError as error:
         row["failed"] = str(error)
     except Exception as error:  # a network that this package did not foresee
@@ -163,6 +189,8 @@ def cells(package: str, name: str, row: dict[str, Any]) -> list[str]:
         return format(row[key], form) if row.get(key) is not None else "-"
 
     note = row.get("skipped") or row.get("failed") or next(iter(row.get("reasons", ())), "")
+    if not note and "not exported" in row:
+        note = f"its SavedModel cannot be written: {row['not exported']}"
     if not is_right(row):
         note = f"WRONG: {note}"
     return [
@@ -173,6 +201,7 @@ def cells(package: str, name: str, row: dict[str, Any]) -> list[str]:
         shown("saved", "d"),
         shown("error", ".1e"),
         shown("copies", ".1f"),
+        shown("tracing", ".2f"),
         note if len(note) < 120 else f"{note[:117]}...",
     ]
 
@@ -196,7 +225,8 @@ def main(arguments: list[str]) -> int:
     rows = [
         cells(package, name, row) for package, zoo in found.items() for name, row in zoo.items()
     ]
-    print(table(["package", "network", "BN", "left", "saved", "error", "copies", "note"], rows))
+    titles = ["package", "network", "BN", "left", "saved", "error", "copies", "tracing", "note"]
+    print(table(titles, rows))
     return int(not all(is_right(row) for zoo in found.values() for row in zoo.values()))
 
 

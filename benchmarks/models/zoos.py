@@ -2,7 +2,8 @@
 
 Every builder imports its package itself, so that those that are not installed cost nothing. The
 networks are those that have BatchNormalization; sizes are the smallest that their packages allow
-or that still have every kind of block.
+or that still have every kind of block. Classifiers give logits: probabilities of random networks
+are all ones and zeros, whatever became of the network.
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ def _over(name: str, encoder: Callable[[], Any], **arguments: Any) -> Callable[[
 def _kimm(name: str, **arguments: Any) -> Callable[[], Any]:
     def build() -> Any:
         models = importlib.import_module("kimm.models")
-        kind = getattr(models, name)
-        return kind(
-            input_shape=(SIZE, SIZE, 3), weights=None, include_preprocessing=False, **arguments
+        return getattr(models, name)(
+            input_shape=(SIZE, SIZE, 3),
+            weights=None,
+            include_preprocessing=False,
+            classifier_activation=None,
+            **arguments,
         )
 
     return build
@@ -46,16 +50,23 @@ def _kimm(name: str, **arguments: Any) -> Callable[[], Any]:
 def _kecam(family: str, name: str, size: int = SIZE, **arguments: Any) -> Callable[[], Any]:
     def build() -> Any:
         models = importlib.import_module(f"keras_cv_attention_models.{family}")
+        if family not in _DETECTORS:
+            arguments["classifier_activation"] = None
         return getattr(models, name)(input_shape=(size, size, 3), pretrained=None, **arguments)
 
     return build
 
 
-def _segmentation(name: str, backbone: str) -> Callable[[], Any]:
+def _segmentation(name: str, backbone: str, size: int = SIZE) -> Callable[[], Any]:
     def build() -> Any:
         models = importlib.import_module("segmentation_models")
         models.set_framework("tf.keras")
-        return getattr(models, name)(backbone, encoder_weights=None, input_shape=(SIZE, SIZE, 3))
+        return getattr(models, name)(
+            backbone,
+            encoder_weights=None,
+            input_shape=(size, size, 3),
+            activation="linear",
+        )
 
     return build
 
@@ -78,7 +89,85 @@ _EFFICIENT_NET: dict[str, Any] = {
     "stackwise_strides": [1, 2],
     "dropout": 0.2,
 }
+_CSP_NET: dict[str, Any] = {
+    "stem_filters": 8,
+    "stem_kernel_size": 3,
+    "stem_strides": 1,
+    "stackwise_depth": [1, 2],
+    "stackwise_strides": [1, 2],
+    "stackwise_num_filters": [16, 32],
+}
+_MOBILE_NET: dict[str, Any] = {"input_num_filters": 16, "last_layer_filter": 64}
+_HGNET_V2: dict[str, Any] = {
+    "depths": [1, 1, 2, 1],
+    "hidden_act": "relu",
+    "use_learnable_affine_block": True,
+    "apply_downsample": [False, True, True, True],
+    "use_lightweight_conv_block": [False, False, True, True],
+}
 _ENCODER = _keras_hub("ResNetBackbone", **_RESNET, block_type="basic_block")
+
+
+def _d_fine() -> Any:
+    encoder = _keras_hub(
+        "HGNetV2Backbone",
+        **_HGNET_V2,
+        embedding_size=8,
+        hidden_sizes=[8, 16, 16, 16],
+        stem_channels=[3, 8, 8],
+        stackwise_stage_filters=[
+            [8, 8, 8, 1, 3, 3],
+            [8, 8, 16, 1, 3, 3],
+            [16, 8, 16, 2, 3, 5],
+            [16, 8, 16, 1, 3, 5],
+        ],
+        out_features=["stage3", "stage4"],
+    )
+    return _keras_hub(
+        "DFineBackbone",
+        backbone=encoder(),
+        decoder_in_channels=[16, 16],
+        encoder_hidden_dim=16,
+        num_denoising=0,
+        num_labels=4,
+        hidden_dim=16,
+        learn_initial_query=False,
+        num_queries=6,
+        anchor_image_size=(SIZE, SIZE),
+        feat_strides=[16, 32],
+        num_feature_levels=2,
+        encoder_in_channels=[16, 16],
+        encode_proj_layers=[1],
+        num_attention_heads=2,
+        encoder_ffn_dim=16,
+        num_encoder_layers=1,
+        hidden_expansion=0.5,
+        depth_multiplier=0.5,
+        eval_idx=-1,
+        num_decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        decoder_n_points=[2, 2],
+        lqe_hidden_dim=8,
+        num_lqe_layers=2,
+        out_features=["stage3", "stage4"],
+        seed=0,
+    )()
+
+
+def _basnet() -> Any:
+    models = importlib.import_module("keras_hub.models")
+    encoder = models.ResNetBackbone(
+        **_RESNET
+        | {
+            "stackwise_num_filters": [64] * 4,
+            "stackwise_num_blocks": [2] * 4,
+            "stackwise_num_strides": [1, 2, 2, 2],
+        },
+        block_type="basic_block",
+    )
+    return _keras_hub("BASNetBackbone", image_encoder=encoder, num_classes=1)()
+
 
 KERAS_HUB = {
     "ResNet": _ENCODER,
@@ -90,8 +179,27 @@ KERAS_HUB = {
         **_RESNET | {"input_conv_filters": [32, 32, 64], "input_conv_kernel_sizes": [3, 3, 3]},
         block_type="bottleneck_block_vd",
     ),
+    "MobileNetV1": _keras_hub(
+        "MobileNetBackbone",
+        **_MOBILE_NET,
+        stackwise_expansion=[[16], [24]],
+        stackwise_num_blocks=[1, 1],
+        stackwise_num_filters=[[16], [24]],
+        stackwise_kernel_size=[[3], [3]],
+        stackwise_num_strides=[[2], [1]],
+        stackwise_se_ratio=[[None], [None]],
+        stackwise_activation=[["relu6"], ["relu6"]],
+        stackwise_padding=[[1], [1]],
+        depthwise_stride=1,
+        depthwise_residual=True,
+        depthwise_filters=16,
+        output_num_filters=None,
+        input_activation="relu6",
+        output_activation="relu6",
+    ),
     "MobileNetV3": _keras_hub(
         "MobileNetBackbone",
+        **_MOBILE_NET,
         stackwise_expansion=[[40, 56], [64, 144, 144]],
         stackwise_num_blocks=[2, 3],
         stackwise_num_filters=[[16, 16], [24, 24, 24]],
@@ -102,13 +210,36 @@ KERAS_HUB = {
         stackwise_padding=[[1, 1], [2, 2, 2]],
         depthwise_stride=2,
         depthwise_residual=False,
+        depthwise_filters=8,
         output_num_filters=64,
         input_activation="hard_swish",
         output_activation="hard_swish",
-        input_num_filters=16,
-        depthwise_filters=8,
         squeeze_and_excite=0.5,
-        last_layer_filter=64,
+    ),
+    # Its blocks of types "ir" and "mha" cannot be built: keras-hub's own code fails.
+    "MobileNetV5": _keras_hub(
+        "MobileNetV5Backbone",
+        stackwise_block_types=[["er"], ["uir", "uir"], ["uir", "mqa"]],
+        stackwise_num_blocks=[1, 2, 2],
+        stackwise_num_filters=[[16], [24, 24], [32, 32]],
+        stackwise_strides=[[2], [2, 1], [2, 1]],
+        stackwise_act_layers=[["relu"], ["relu"] * 2, ["relu"] * 2],
+        stackwise_exp_ratios=[[4.0], [4.0] * 2, [4.0, 0]],
+        stackwise_se_ratios=[[0], [0] * 2, [0] * 2],
+        stackwise_dw_kernel_sizes=[[0], [5, 5], [3, 0]],
+        stackwise_dw_start_kernel_sizes=[[0], [3, 0], [0, 0]],
+        stackwise_dw_end_kernel_sizes=[[0], [0, 3], [0, 0]],
+        stackwise_exp_kernel_sizes=[[3], [0, 0], [0, 0]],
+        stackwise_pw_kernel_sizes=[[1], [0, 0], [0, 0]],
+        stackwise_num_heads=[[0], [0, 0], [0, 2]],
+        stackwise_key_dims=[[0], [0, 0], [0, 8]],
+        stackwise_value_dims=[[0], [0, 0], [0, 8]],
+        stackwise_kv_strides=[[0], [0, 0], [0, 1]],
+        stackwise_use_cpe=[[False], [False] * 2, [False, True]],
+        norm_layer="batch_norm",
+        num_features=32,
+        msfa_output_resolution=4,
+        stem_bias=False,
     ),
     "EfficientNet": _keras_hub(
         "EfficientNetBackbone",
@@ -122,17 +253,39 @@ KERAS_HUB = {
         stackwise_squeeze_and_excite_ratios=[0, 0],
         stackwise_block_types=["fused", "unfused"],
     ),
+    "EfficientNetLite": _keras_hub(
+        "EfficientNetBackbone",
+        **_EFFICIENT_NET,
+        stackwise_squeeze_and_excite_ratios=[0, 0],
+        stackwise_block_types=["v1", "v1"],
+        activation="relu6",
+    ),
     "CSPDarkNet": _keras_hub(
         "CSPNetBackbone",
-        stem_filters=8,
-        stem_kernel_size=3,
-        stem_strides=1,
-        stackwise_depth=[1, 1],
-        stackwise_strides=[2, 2],
-        stackwise_num_filters=[16, 16],
+        **_CSP_NET,
         block_type="dark_block",
         stage_type="csp",
+        block_ratio=[0.5],
+        bottle_ratio=[0.5],
     ),
+    "CSPResNeXt": _keras_hub(
+        "CSPNetBackbone",
+        **_CSP_NET,
+        block_type="bottleneck_block",
+        stage_type="csp",
+        groups=2,
+        block_ratio=[0.5],
+        bottle_ratio=[0.5],
+    ),
+    "CSPEdgeNet": _keras_hub(
+        "CSPNetBackbone",
+        **_CSP_NET,
+        block_type="edge_block",
+        stage_type="cs3",
+        block_ratio=[0.5],
+        bottle_ratio=[0.5],
+    ),
+    "DarkNet": _keras_hub("CSPNetBackbone", **_CSP_NET, block_type="dark_block", stage_type="dark"),
     "DenseNet": _keras_hub("DenseNetBackbone", stackwise_num_repeats=[2, 2]),
     "Xception": _keras_hub(
         "XceptionBackbone",
@@ -141,21 +294,18 @@ KERAS_HUB = {
     ),
     "HGNetV2": _keras_hub(
         "HGNetV2Backbone",
-        depths=[1, 1, 2, 1],
+        **_HGNET_V2,
         embedding_size=16,
         hidden_sizes=[16, 32, 32, 32],
         stem_channels=[3, 8, 16],
-        hidden_act="relu",
-        use_learnable_affine_block=True,
         stackwise_stage_filters=[
             [16, 8, 16, 1, 3, 3],
             [16, 8, 32, 1, 3, 3],
             [32, 8, 32, 2, 3, 5],
             [32, 16, 32, 1, 3, 5],
         ],
-        apply_downsample=[False, True, True, True],
-        use_lightweight_conv_block=[False, False, True, True],
     ),
+    "DFine": _d_fine,
     "DeepLabV3": _over(
         "DeepLabV3Backbone",
         _ENCODER,
@@ -179,7 +329,15 @@ KERAS_HUB = {
         ),
         projection_filters=32,
     ),
-    "RetinaNet": _over("RetinaNetBackbone", _ENCODER, min_level=3, max_level=4, use_p5=False),
+    "RetinaNet": _over(
+        "RetinaNetBackbone",
+        _ENCODER,
+        min_level=3,
+        max_level=4,
+        use_p5=False,
+        use_fpn_batch_norm=True,
+    ),
+    "BASNet": _basnet,
 }
 KIMM = {
     name: _kimm(name)
@@ -193,31 +351,48 @@ KIMM = {
         "Xception",
     )
 }
+_DETECTORS = ("efficientdet", "yolov8", "yolox")  # which have no classifier
 KECAM = {
     name: _kecam(family, name, *size)
     for family, name, *size in (
+        ("botnet", "BotNet50", 128),
+        ("cmt", "CMTTiny", 160),
+        ("coatnet", "CoAtNet0"),
+        ("cotnet", "CotNet50"),
         ("cspnext", "CSPNeXtTiny"),
+        ("efficientdet", "EfficientDetD0", 128),
         ("efficientnet", "EfficientNetV2B0"),
         ("efficientformer", "EfficientFormerV2S0"),
         ("efficientvit", "EfficientViT_B0"),
         ("fasternet", "FasterNetT0"),
         ("fastvit", "FastViT_T8"),
         ("ghostnet", "GhostNet_050"),
+        ("inceptionnext", "InceptionNeXtTiny"),
         ("levit", "LeViT128S", 224),
         ("mobilenetv3_family", "MobileNetV3Small050"),
+        ("mobilenetv3_family", "LCNet050"),
         ("mobilevit", "MobileViT_XXS"),
-        ("repvit", "RepViT_M09"),
-        ("resnet_family", "RegNetY040"),
         ("moganet", "MogaNetXtiny"),
+        ("repvit", "RepViT_M09"),
+        ("resnest", "ResNest50"),
+        ("resnet_family", "RegNetY040"),
+        ("resnet_family", "ResNet50D"),
+        ("tinyvit", "TinyViT_5M", 224),
         ("vanillanet", "VanillaNet5"),
         ("yolov8", "YOLOV8_N", 128),
+        ("yolov8", "YOLO_NAS_S", 128),
         ("yolox", "YOLOXNano", 128),
-        ("edgenext", "EdgeNeXt_XX_Small"),
     )
 }
 SEGMENTATION = {
-    f"{name}_{backbone}": _segmentation(name, backbone)
-    for name, backbone in (("Unet", "resnet18"), ("FPN", "mobilenetv2"), ("Linknet", "resnet18"))
+    f"{name}_{backbone}": _segmentation(name, backbone, *size)
+    for name, backbone, *size in (
+        ("Unet", "resnet18"),
+        ("FPN", "mobilenetv2"),
+        ("Linknet", "resnet18"),
+        ("PSPNet", "resnet18", 48),
+        ("Unet", "efficientnetb0"),
+    )
 }
 
 ZOOS: dict[str, dict[str, Callable[[], Any]]] = {

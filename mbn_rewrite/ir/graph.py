@@ -321,8 +321,16 @@ class ConstantMap(ChannelPreserving):
     shift: Array = field(default_factory=lambda: np.zeros(()))
 
 
+@dataclass(frozen=True)
 class ZeroPadding(ChannelPreserving):
-    """Zeros around the tensor: f(s x) = s f(x)."""
+    """Zeros around the tensor: f(s x) = s f(x).
+
+    Attributes:
+        amounts: for each axis of the tensor, how many are put before and after; none where that is
+            not known.
+    """
+
+    amounts: tuple[tuple[int, int], ...] = ()
 
 
 class PositivelyHomogeneous(ChannelPreserving):

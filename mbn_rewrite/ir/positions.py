@@ -351,7 +351,12 @@ def padded(rank: int, amounts: Any, mode: Any, value: Any) -> Op:
     elif str(mode).lower() not in ("reflect", "symmetric", "edge"):
         return Opaque(OPEN)
     left = _at_others(rank, along)
-    return kind(axes=left) if left else Opaque("works along every axis")
+    if not left:
+        return Opaque("works along every axis")
+    if kind is ZeroPadding:
+        amounts = tuple((before, after) for before, after in filter(None, pairs))
+        return ZeroPadding(axes=left, amounts=amounts)
+    return kind(axes=left)
 
 
 def resized(rank: int, method: Any, layout: str | None = None) -> Op:

@@ -87,7 +87,7 @@ class PathFinder:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._producer = {value: node for node in graph.nodes for value in node.outputs}
+        self.producer = {value: node for node in graph.nodes for value in node.outputs}
         self._reads: dict[int, int] = {}
         for value in chain.from_iterable(node.inputs for node in graph.nodes):
             self._reads[value] = self._reads.get(value, 0) + 1
@@ -133,7 +133,7 @@ class PathFinder:
         steps: list[Step] = []
         seen_linear = False
         while value not in self._graph.outputs and self._reads[value] == 1:
-            node = self._producer[value]
+            node = self.producer[value]
             ends = isinstance(node.op, (Linear, Merge)) and seen_linear
             if ends or depth >= _MAX_DEPTH or not self.passes(node):
                 break

@@ -185,7 +185,7 @@ def _joined(graph: Graph, alike: list[Block], op: Linear) -> Iterator[Node]:
     gone = {id(node) for node in _nodes(alike)}
     stay: dict[int, Node] = {}
     for block in alike:
-        value = block.paths[0].source
+        value = block.paths[block.kept].source
         *_, last = staying = _staying(block)
         for node in staying:
             new = replace(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from mbn_rewrite.ir.graph import (
     Node,
     Reshape,
     Shape,
+    ZeroPadding,
 )
 from mbn_rewrite.ir.kernels import Window
 from mbn_rewrite.passes.branch_paths import Path, PathFinder, Step, coefficients
@@ -105,17 +106,37 @@ class _Finder:
         """The block that ends in a sum, if it is one."""
         paths = tuple(self.paths.to(node))
         wide = [i for i, path in enumerate(paths) if path.linear is not None]
-        one_source = len({path.source for path in paths}) == 1
-        if len(paths) < 2 or not wide or not one_source or not self._keep_values(paths):
+        value = self._read_by(paths)
+        if len(paths) < 2 or not wide or value is None or not self._keep_values(paths):
             return None
-        kept = max(wide, key=lambda i: _places_of(paths[i]))
+        kept = max(wide, key=lambda i: (paths[i].source != value, _places_of(paths[i])))
+        if paths[kept].source == value and any(path.source != value for path in paths):
+            return None
         branches = []
         for path in paths:
-            branch = self._branch(path, paths[kept])
+            branch = self._branch(path, paths[kept], value)
             if branch is None:
                 return None
             branches.append(branch)
         return Block(paths, kept, tuple(branches))
+
+    def _read_by(self, paths: Sequence[Path]) -> int | None:
+        """The value that all paths read, some of them perhaps once zeros are put around it."""
+        sources = {path.source for path in paths}
+        if len(sources) == 1:
+            return paths[0].source
+        padded = [source for source in sources if self._zeros_around(source)]
+        if len(sources) != 2 or len(padded) != 1:
+            return None
+        (value,) = self.paths.producer[padded[0]].inputs
+        return value if value in sources else None
+
+    def _zeros_around(self, value: int) -> tuple[tuple[int, int], ...]:
+        """How many zeros are put around a value, for each axis; none where that is not known."""
+        node = self.paths.producer.get(value)
+        if node is None or not isinstance(node.op, ZeroPadding) or len(node.inputs) != 1:
+            return ()
+        return node.op.amounts
 
     def _keep_values(self, paths: Sequence[Path]) -> bool:
         """Whether nothing on the paths turns a dtype into another, or passes a mask on.
@@ -123,26 +144,27 @@ class _Finder:
         Only what has weights may, since the one that stays does it too.
         """
         values = self.graph.values
-        source, given = values[paths[0].source], values[paths[0].steps[-1][0].outputs[0]]
+        given = values[paths[0].steps[-1][0].outputs[0]]
         for path in paths:
-            if path.linear is None and source.dtype != given.dtype:
+            source = values[path.source]
+            if source.masked or (path.linear is None and source.dtype != given.dtype):
                 return False
             weighted = [] if path.linear is None else [(path.linear[0], 0)]
             for steps, like in ((path.before, source), ((*weighted, *path.after), given)):
                 outputs = [values[node.outputs[0]] for node, _ in steps]
                 if any(value.masked or value.dtype != like.dtype for value in outputs):
                     return False
-        return not source.masked
+        return True
 
-    def _branch(self, path: Path, kept: Path) -> Branch | None:
+    def _branch(self, path: Path, kept: Path, value: int) -> Branch | None:
         """What a path does, as a branch of what another has the layer for; None if it cannot be."""
         assert kept.linear is not None
-        layer, op = kept.linear
-        places = self._places(path, layer, op)
+        _, op = kept.linear
+        places = self._places(path, kept, value)
         if op.in_axis is None or places is None:
             return None
         if path.linear is not None:
-            return self._weighted(path, layer, op, places)
+            return self._weighted(path, kept, places)
         (kernel,) = op.kernels
         axis = self._axis_before(kept.before, op.in_axis, kernel.in_channels)
         given = self._shape(path.steps[-1][0].outputs[0])
@@ -151,16 +173,20 @@ class _Finder:
         after = self._along(path.after, axis, kernel.in_channels)
         return None if after is None else Branch("", None, None, None, after, places)
 
-    def _weighted(self, path: Path, layer: Node, op: Linear, places: Places) -> Branch | None:
+    def _weighted(self, path: Path, kept: Path, places: Places) -> Branch | None:
         """As `_branch`, of a path with weights."""
         assert path.linear is not None
+        assert kept.linear is not None
         own, own_op = path.linear
+        layer, op = kept.linear
         (kernel,), (wide,) = own_op.kernels, op.kernels
         axes_differ = (own_op.in_axis, own_op.out_axis) != (op.in_axis, op.out_axis)
         if axes_differ or own.dtype != layer.dtype or not alike(kernel, wide):
             return None
-        values = zip((*own.inputs, *own.outputs), (*layer.inputs, *layer.outputs), strict=True)
-        if any(self._shape(value) != self._shape(other) for value, other in values):
+        if self._shape(own.outputs[0]) != self._shape(layer.outputs[0]):
+            return None
+        one_source = path.source == kept.source
+        if one_source and self._shape(own.inputs[0]) != self._shape(layer.inputs[0]):
             return None
         if own_op.out_axis is None:
             return None
@@ -172,23 +198,55 @@ class _Finder:
         first = before if has_map else None
         return Branch(own.owner, kernel, own_op.bias, first, after, places)
 
-    def _places(self, path: Path, layer: Node, op: Linear) -> Places | None:
+    def _places(self, path: Path, kept: Path, value: int) -> Places | None:
         """The places in a layer's window at which a path reads."""
+        assert kept.linear is not None
+        layer, op = kept.linear
         windows: tuple[Window, ...] = (_ONE_PLACE,) * len(op.windows)
         if path.linear is not None:
             _, own = path.linear
             windows = own.windows
             if own.position_alone != op.position_alone or len(windows) != len(op.windows):
                 return None
-        shape = self._shape(layer.inputs[0])
+        own_windows = self._over(value, path, windows, op.in_axis)
+        its_windows = self._over(value, kept, op.windows, op.in_axis)
+        if own_windows is None or its_windows is None:
+            return None
+        shape = self._shape(layer.inputs[0] if kept.source == value else value)
         sizes = [size for axis, size in enumerate(shape) if axis != op.in_axis]
         positions = sizes[len(sizes) - len(windows) :]
         places = [
             window.places_in(wider, size)
-            for window, wider, size in zip(windows, op.windows, positions, strict=True)
+            for window, wider, size in zip(own_windows, its_windows, positions, strict=True)
         ]
         found = tuple(place for place in places if place is not None)
         return found if len(found) == len(places) else None
+
+    def _over(
+        self, value: int, path: Path, windows: Sequence[Window], axis: int | None
+    ) -> list[Window] | None:
+        """Windows on a path as windows over a value; None where that is not known.
+
+        Args:
+            value: the value that all paths read, some once zeros are put around it.
+            path: the path.
+            windows: its windows.
+            axis: the axis of the channels.
+        """
+        if path.source == value:
+            return list(windows)
+        around = self._zeros_around(path.source)
+        moves = any(isinstance(node.op, Reshape) for node, _ in path.before)
+        if moves or axis is None or any(around[axis]) or any(around[0]):
+            return None
+        amounts = [pair for number, pair in enumerate(around) if number != axis]
+        found = []
+        for window, zeros in zip(windows, amounts[len(amounts) - len(windows) :], strict=True):
+            if isinstance(window.padding, str):
+                return None
+            before, after = (a + b for a, b in zip(window.padding, zeros, strict=True))
+            found.append(replace(window, padding=(before, after)))
+        return found
 
     # -- maps --------------------------------------------------------------------------
 

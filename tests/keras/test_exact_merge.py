@@ -120,6 +120,39 @@ def test_merges(name, rng):
     assert len(new.layers) == 4  # an input, two ReLU, and it
 
 
+def beside_zeros(rank, size, strides, *others, separate=False):
+    """Branches of which one puts zeros around the value first, as those of RepVGG with strides."""
+
+    def wire(x):
+        convolution = getattr(K, "DepthwiseConv2D" if separate else f"Conv{rank}D")
+        how = {} if separate else {"filters": 4}
+        zeros = getattr(K, f"ZeroPadding{rank}D")(size // 2)
+        wide = convolution(kernel_size=size, strides=strides, use_bias=False, **how)
+        narrow = convolution(kernel_size=1, strides=strides, **how)
+        return K.Add()([norm()(wide(zeros(x))), norm()(narrow(x)), *(f(x) for f in others)])
+
+    return wire
+
+
+ZEROS = {
+    "conv1d": lambda: (LINE, beside_zeros(1, 3, 1, norm())),
+    "conv2d": lambda: (IMAGE, beside_zeros(2, 3, 1, norm())),
+    "conv2d_strided": lambda: (IMAGE, beside_zeros(2, 3, 2)),
+    "conv2d_strided_odd": lambda: (ODD, beside_zeros(2, 5, 2)),
+    "conv2d_open_sizes": lambda: ((None, None, 4), beside_zeros(2, 3, 2)),
+    "conv3d": lambda: ((*VOLUME[:-1], 4), beside_zeros(3, 3, 1)),
+    "depthwise": lambda: (IMAGE, beside_zeros(2, 3, 2, separate=True)),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_merges_where_zeros_are_put_around_the_value_for_one(name, rng):
+    new, plan = merged(net(*ZEROS[name]()), rng)
+    assert plan.left == 0
+    assert len(plan.merged) == 1
+    assert len(new.layers) == 5  # an input, two ReLU, the zeros, and it
+
+
 KEEPS = {
     "dilation": lambda: joined(K.Conv2D(4, 3, dilation_rate=2, **SAME), K.Conv2D(4, 3, **SAME)),
     "groups": lambda: joined(K.Conv2D(4, 3, groups=2, **SAME), K.Conv2D(4, 1)),
@@ -220,9 +253,9 @@ def test_a_block_in_a_layer_of_the_users(rng, each_keras):
     new, plan = merged(Model(x, holding()(x)), rng)
     assert plan.left == 0
     assert len(plan.merged) == 1
-    # What code may have by its number keeps it.
-    working = [name for name in classes(new.layers[-1].block) if name != "PassThrough"]
-    assert working == ["InputLayer", "ReLU", "Conv2D", "ReLU"]
+    # Code may have the layers of the block by their numbers.
+    kept = ["InputLayer", "ReLU", "Conv2D", "PassThrough", "PassThrough", "ReLU"]
+    assert classes(new.layers[-1].block) == kept
 
 
 @pytest.mark.parametrize("operator", [False, True], ids=["layer", "operator"])

@@ -65,7 +65,16 @@ def widest_last(x, w):
     return normalised(x, w) + biased(conv(x, w), w) + conv(x, w, 3, padding="SAME")
 
 
+def beside_zeros(x, w, stride=2):
+    """A block of RepVGG with strides: zeros are put around what one branch reads."""
+    kernels = w.kernel(3, 3, CHANNELS, CHANNELS), w.kernel(1, 1, CHANNELS, CHANNELS)
+    zeros = tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]])
+    wide = tf.nn.conv2d(zeros, kernels[0], stride, "VALID")
+    return normalised(wide, w) + normalised(tf.nn.conv2d(x, kernels[1], stride, "VALID"), w)
+
+
 MERGES = {
+    "beside_zeros": (beside_zeros, IMAGE, "Conv2D"),
     "block": (block, IMAGE, "Conv2D"),
     "widest_last": (widest_last, IMAGE, "Conv2D"),
     "python_sum": (lambda x, w: sum([x, conv(x, w), conv(x, w, 3, padding="SAME")]),

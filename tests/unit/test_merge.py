@@ -23,6 +23,7 @@ from mbn_rewrite.ir.graph import (
     Opaque,
     Reshape,
     Value,
+    ZeroPadding,
 )
 from mbn_rewrite.ir.kernels import Window
 from mbn_rewrite.ir.reasons import Obstacle, Reason
@@ -281,7 +282,32 @@ def test_another_sum_has_another_checksum(w):
 
 # ---------------------------------------------------------------------- which branches line up
 
+
+def zeros(w, x, before=1, after=1, owner="zeros", known=True, channels=0):
+    """A value with zeros around its positions."""
+    around = (before, after)
+    amounts = ((0, 0), around, around, (0, channels))
+    size = SIZE + before + after
+    op = ZeroPadding(3, 3, amounts=amounts if known else ())
+    return w.add(owner, op, x, shape=(None, size, size, C))
+
+
+def of_zeros(w, x, *convolutions, **how):
+    """Convolutions, each given by its owner and size, of a value with zeros around it."""
+    value = zeros(w, x, **how)
+    return [w.conv(owner, value, size, padding=(0, 0)) for owner, size in convolutions]
+
+
 MERGE = {
+    "zeros_first": lambda w, x: (
+        *of_zeros(w, x, ("a", 3)), w.conv("b", x, 1), w.norm("bn", w.conv("c", x)), x),
+    "zeros_first_for_several": lambda w, x: (
+        *of_zeros(w, x, ("a", 3), ("b", 3)), w.conv("c", x, 1)),
+    "zeros_on_one_side": lambda w, x: (*of_zeros(w, x, ("a", 3), before=2, after=0), x),
+    "zeros_for_all": lambda w, x: of_zeros(w, x, ("a", 3), ("b", 3)),
+    "zeros_first_strided": lambda w, x: (
+        w.conv("a", zeros(w, x), 3, stride=2, padding=(0, 0)),
+        w.conv("b", x, 1, stride=2, padding=(0, 0))),
     "strided": lambda w, x: (w.conv("a", x, 3, stride=2), w.conv("b", x, 1, stride=2)),
     "valid": lambda w, x: (w.conv("a", x, 3, padding=(0, 0)), w.conv("b", x, 3, padding=(0, 0))),
     "padded_alike": lambda w, x: (w.conv("a", x, 3), w.conv("b", x, 1, padding=(0, 0))),
@@ -295,7 +321,7 @@ MERGE = {
     "dropout": lambda w, x: (w.conv("a", x), w.add("drop", Affine(), w.conv("b", x))),
     "twice_itself": lambda w, x: (w.conv("a", x), x, x),
     "two_norms": lambda w, x: (w.conv("a", x), w.norm("bn", w.norm("first", x))),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MERGE)
@@ -319,6 +345,14 @@ def masked(w, x):
 
 
 KEEP = {
+    "zeros_unknown": lambda w, x: (*of_zeros(w, x, ("a", 3), known=False), x),
+    "zeros_of_two_kinds": lambda w, x: (
+        *of_zeros(w, x, ("a", 3)), *of_zeros(w, x, ("b", 3), before=2, after=0, owner="others")),
+    "zeros_on_channels": lambda w, x: (*of_zeros(w, x, ("a", 3), channels=1), x),
+    "zeros_around_the_narrower": lambda w, x: (*of_zeros(w, x, ("a", 3)), w.conv("b", x, 5)),
+    "zeros_around_another": lambda w, x: (*of_zeros(w, w.source(), ("a", 3)), x),
+    "zeros_behind_a_norm": lambda w, x: (
+        *of_zeros(w, w.norm("bn", x), ("a", 3)), w.conv("b", x)),
     "strides": lambda w, x: (w.conv("a", x, 3, padding=(1, 1)),
                              w.conv("b", x, 1, stride=2, shape=w.values[x].shape)),
     "dilation": lambda w, x: (w.conv("a", x, 3), w.conv("b", x, 3, dilation=2)),

@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import keras
@@ -110,6 +110,9 @@ class Keras3(KerasAdapter):
     def dtype_of(self, tensor: Any) -> str:
         return str(tensor.dtype)
 
+    def is_symbolic(self, value: Any) -> bool:
+        return isinstance(value, keras.KerasTensor)
+
     def tensor_like(self, shape: Shape, dtype: str) -> Any:
         return keras.KerasTensor(shape, dtype=dtype, name="traced")
 
@@ -163,8 +166,13 @@ class Keras3(KerasAdapter):
     def read_as(self, variable: Any) -> int:
         return id(variable)
 
+    def called_on_record(
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> Any:
+        return tracing.called_on_record(layer, args, kwargs, outputs)
+
     def give_outputs_of(self, layer: Any, probe: Any) -> None:
-        vars(probe)["compute_output_spec"] = layer.compute_output_spec
+        vars(probe)["compute_output_spec"] = partial(tracing.outputs_of, layer)
 
     def call_of(self, model: Any) -> Record | None:
         return tracing.call_of(model)
@@ -178,6 +186,22 @@ class Keras3(KerasAdapter):
         structure = functional_of(model)._inputs_struct
         given = record.args[0] if record.args else record.kwargs.get("inputs")
         return isinstance(given, dict) == isinstance(structure, dict)
+
+    def tensors_at(self, model: Any, shapes: list[Shape]) -> dict[int, Any]:
+        declared = [tuple(t.shape) for t in model.inputs]
+        if all(map(_agree, declared, shapes)):
+            return {}
+        given = zip(model.inputs, shapes, strict=True)
+        found = {id(t): keras.KerasTensor(shape, dtype=t.dtype) for t, shape in given}
+        with tracing.at_other_sizes():
+            for record in self.calls_of(model):
+                if record.inputs:
+                    args, kwargs = keras.tree.map_structure(
+                        lambda value: found.get(id(value), value), (record.args, record.kwargs)
+                    )
+                    outputs = keras.tree.flatten(record.layer.compute_output_spec(*args, **kwargs))
+                    found.update(zip(map(id, record.outputs), outputs, strict=True))
+        return found
 
     def all_layers_in(self, layer: Any) -> list[Any]:
         return parts(layer)[1:] if isinstance(layer, keras.layers.Layer) else []
@@ -313,6 +337,13 @@ def _adds_along_the_last_axis() -> bool:
     bias = np.array([[[0], [1]]], np.float32)
     added = keras.ops.add(np.zeros((1, 2, 2), np.float32), bias)
     return bool(keras.ops.convert_to_numpy(added)[0, 0, 1])
+
+
+def _agree(one: Shape, other: Shape) -> bool:
+    """Whether two shapes may be those of one tensor."""
+    return len(one) == len(other) and all(
+        None in (a, b) or a == b for a, b in zip(one, other, strict=True)
+    )
 
 
 def functional_of(model: Any) -> Any:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
 import keras
+from keras.src import backend
 from keras.src.backend.common import global_state
+from keras.src.ops.node import Node
 
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import stock_call
@@ -16,14 +19,15 @@ from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace, in_o
 
 
 class _Caller(keras.layers.Layer):
-    """Layer that calls something, as a model calls its layers: these learn of `training` by it."""
+    """Layer that calls one that takes no `training`, but whose layers learn of it."""
 
-    def __init__(self, function: Callable[[], Any]) -> None:
-        super().__init__(name="caller")
-        self.function = function
+    def call(self, *, function: Callable[[], Any], training: bool | None = None) -> None:
+        function()
 
-    def call(self, training: bool | None = None) -> None:
-        self.function()
+
+@cache
+def _caller() -> _Caller:
+    return _Caller(name="caller", dtype="float32")
 
 
 def traced(
@@ -64,7 +68,11 @@ def traced(
 
     set_method(probe, "symbolic_call", symbolic_call)
     with keras.StatelessScope():
-        _Caller(lambda: stock_call(probe)(probe, *args, **kwargs))(training=False)
+        if probe._call_has_training_arg:
+            stock_call(probe)(probe, *args, **kwargs)
+        else:
+            call = partial(stock_call(probe), probe, *args, **kwargs)
+            _caller()(function=call, training=False)
     ((records, outputs),) = found
     given = {
         id(value)
@@ -87,9 +95,43 @@ def set_apart(note_read: Callable[[Any], None]) -> Iterator[None]:
     with (
         _names_as_they_were(),
         _without_effects(),
+        at_other_sizes(),
         mock.patch.object(keras.StatelessScope, "get_current_value", noted),
+        mock.patch.object(keras.layers.Layer, "symbolic_call", outputs_of),
     ):
         yield
+
+
+@contextmanager
+def at_other_sizes() -> Iterator[None]:
+    """Context manager in which Sequential models take Keras tensors of other sizes than declared.
+
+    They do so with other tensors, since their code does not check what it is given.
+    """
+    specified = keras.Sequential.compute_output_spec
+
+    def as_it_runs(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        network = self._functional
+        ranks = [len(t.shape) for t in keras.tree.flatten(inputs)]
+        if network is None or ranks != [len(t.shape) for t in network.inputs]:
+            return specified(self, inputs, *args, **kwargs)
+        return network._run_through_graph(inputs, lambda layer: layer.compute_output_spec)
+
+    with mock.patch.object(keras.Sequential, "compute_output_spec", as_it_runs):
+        yield
+
+
+def outputs_of(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a layer gives on Keras tensors, by its code where its own word cannot be had."""
+    try:
+        return layer.compute_output_spec(*args, **kwargs)
+    except NotTraceable:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        try:
+            return backend.compute_output_spec(layer.call, *args, **kwargs)
+        except Exception:
+            raise error from None
 
 
 def _without_effects() -> AbstractContextManager[Any]:
@@ -103,6 +145,15 @@ def _without_effects() -> AbstractContextManager[Any]:
 
         return torch.random.fork_rng(devices=[])
     return nullcontext()
+
+
+def called_on_record(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+) -> Any:
+    """See `KerasAdapter.called_on_record`."""
+    new = keras.tree.map_structure(lambda t: keras.KerasTensor(t.shape, dtype=t.dtype), outputs)
+    Node(layer, args, kwargs, new)
+    return new
 
 
 def call_of(model: Any) -> Record | None:

@@ -106,6 +106,10 @@ class KerasAdapter(ABC):
     def tensor_like(self, shape: Shape, dtype: str) -> Any:
         """A Keras tensor, to stand for an input."""
 
+    @abstractmethod
+    def is_symbolic(self, value: Any) -> bool:
+        """Whether something is a Keras tensor."""
+
     def carries_mask(self, tensor: Any) -> bool:
         """Whether a Keras tensor comes with a mask."""
         return getattr(tensor, "_keras_mask", None) is not None
@@ -175,6 +179,19 @@ class KerasAdapter(ABC):
         """Id of what `set_apart` notes where code reads a variable."""
 
     @abstractmethod
+    def called_on_record(
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> Any:
+        """Has Keras record a call of a layer, without making it.
+
+        Args:
+            layer: the layer.
+            args: its positional arguments, Keras tensors among them.
+            kwargs: its keyword arguments.
+            outputs: what such a call gave; new Keras tensors of the same kind are returned.
+        """
+
+    @abstractmethod
     def give_outputs_of(self, layer: Any, probe: Any) -> None:
         """Has a probe give on Keras tensors what a layer gives, by running the layer's code."""
 
@@ -197,6 +214,18 @@ class KerasAdapter(ABC):
     def takes_inputs_in_order(self, model: Any, record: Record) -> bool:
         """Whether a nested model is called with its inputs in the order in which it has them."""
         return True
+
+    def tensors_at(self, model: Any, shapes: list[Shape]) -> dict[int, Any]:
+        """Keras tensors to read in the place of a visible model's own where it is called.
+
+        Args:
+            model: the model.
+            shapes: of what it is called with.
+
+        Returns:
+            id of each of its tensors that has another size there -> one that has that size.
+        """
+        return {}  # where models that are called at other sizes have tensors of unknown sizes
 
     @abstractmethod
     def all_layers_in(self, layer: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from mbn_rewrite.frontends.keras_common.layer_reader import LayerReader
 from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace
 from mbn_rewrite.frontends.keras_common.references import referred_to
 from mbn_rewrite.frontends.keras_common.sublayers import all_sublayers, sublayers
-from mbn_rewrite.frontends.keras_common.tracing import trace
+from mbn_rewrite.frontends.keras_common.tracing import Tracer
 from mbn_rewrite.ir.graph import (
     BatchNorm,
     Clip,
@@ -30,6 +30,10 @@ from mbn_rewrite.ir.reasons import Obstacle, Reason
 
 class CodeReader(LayerReader):
     """Reader of layers, and models, that call others in Python code."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tracer = Tracer(self.keras)
 
     @abstractmethod
     def _read_call(
@@ -91,7 +95,7 @@ class CodeReader(LayerReader):
         if self.leaves_code:
             return None
         try:
-            return trace(record, self.keras, outputs)
+            return self.tracer.trace(record, outputs)
         except NotTraceable as why:
             self.untraced[id(record.layer)] = str(why)
             return None

@@ -7,6 +7,7 @@ does something else, or fails, it asks what its layers are.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,32 +19,51 @@ from mbn_rewrite.frontends.keras_common.calls import Record, other_arguments
 from mbn_rewrite.frontends.keras_common.cloning import parts
 from mbn_rewrite.frontends.keras_common.probing import Trace, probe_of
 from mbn_rewrite.frontends.keras_common.sublayers import layers_of, put, sublayers
+from mbn_rewrite.frontends.keras_common.watching import Watch
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 
 
-def with_others(record: Record, found: Trace, keras: KerasAdapter) -> Trace:
+class Others:
+    """Layers that take the places of those that code calls, the same in all traces."""
+
+    def __init__(self) -> None:
+        self.originals: dict[int, Any] = {}
+        self.others: dict[int, Any] = {}
+
+
+def with_others(
+    record: Record, found: Trace, keras: KerasAdapter, watch: Watch, others: Others
+) -> Trace:
     """A trace, with the layers that cannot be exchanged.
 
     Args:
         record: the call.
         found: its trace.
         keras: the adapter of its Keras.
+        watch: what watches the code.
+        others: layers to take, to which more are added.
     """
-    again = _Exchange(record, found, keras)
+    read = found.reads and any(map(found.reads.__contains__, map(id, record.layer.variables)))
+    # Where code reads weights, their layers stay what they are.
+    again = _Exchange(record, found, keras, watch, Others() if read else others)
     if again.is_the_same:
         return replace(found, unseen=found.unseen | again.not_exchanged)
-    asked = _asked(record, found, keras, lambda layer: is_batch_norm(layer, keras))
-    asked |= _asked(record, found, keras, lambda layer: not is_batch_norm(layer, keras))
+    asked = _asked(record, found, keras, watch, lambda layer: is_batch_norm(layer, keras))
+    asked |= _asked(record, found, keras, watch, lambda layer: not is_batch_norm(layer, keras))
     return replace(found, asked=frozenset(asked))
 
 
 def _asked(
-    record: Record, found: Trace, keras: KerasAdapter, chosen: Callable[[Any], bool]
+    record: Record,
+    found: Trace,
+    keras: KerasAdapter,
+    watch: Watch,
+    chosen: Callable[[Any], bool],
 ) -> set[int]:
     """Ids of layers of a kind, if code does something else where it has others of it."""
-    again = _Exchange(record, found, keras, chosen)
+    again = _Exchange(record, found, keras, watch, Others(), chosen)
     return set() if again.is_the_same else {each for each in again.others if again.is_one(each)}
 
 
@@ -54,6 +74,8 @@ class _Exchange:
         record: the call.
         found: its trace, as it is.
         keras: the adapter of its Keras.
+        watch: what watches the code.
+        others: layers to take, to which more are added.
         chosen: tells which layers to exchange; of what holds one, there is another, too.
 
     Attributes:
@@ -67,22 +89,46 @@ class _Exchange:
         record: Record,
         found: Trace,
         keras: KerasAdapter,
+        watch: Watch,
+        others: Others,
         chosen: Callable[[Any], bool] = lambda layer: True,
     ) -> None:
         self._keras = keras
         self._found = found
         self._chosen = chosen
-        self._originals: dict[int, Any] = {}
-        self.others: dict[int, Any] = {}
+        self._known = watch.results
+        self._originals, self.others = others.originals, others.others
+        pass_through: Any = keras.pass_through
+        self._accepted = inspect.signature(pass_through.call)
         self.not_exchanged: frozenset[int] = frozenset()
         try:
             probe = probe_of(record.layer)
             self._exchange_in(probe, record.layer)
+            self._replaced = {
+                id(other): self._originals[number]
+                for number, other in self.others.items()
+                if other is not self._originals[number]
+            }
+            for _, other in sublayers(probe, keras):
+                watch.keep_other(other)
+            watch.probe, watch.instead = probe, self._as_is_known
             again = keras.traced(record, probe)
         except Exception:  # the user's code may raise anything
             self.is_the_same = False
         else:
             self.is_the_same = self._does_the_same(again)
+        finally:
+            watch.instead = None
+
+    def _as_is_known(self, layer: Any, args: Any, kwargs: Any) -> Any:
+        """What a call of another layer gives, if it is known what the first one gave."""
+        original = self._replaced.get(id(layer))
+        outputs = None if original is None else self._known.of(original, args, kwargs)
+        if outputs is None:
+            return None
+        if isinstance(layer, self._keras.pass_through):
+            self._accepted.bind(layer, *args, **kwargs)
+        return self._keras.called_on_record(layer, args, kwargs, outputs)
 
     def is_one(self, number: int) -> bool:
         """Whether a layer that was exchanged is one of those chosen, or of what these hold."""

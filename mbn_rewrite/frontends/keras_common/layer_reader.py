@@ -45,6 +45,7 @@ class LayerReader(ABC):
         untraced: id(layer) -> why it was not traced.
         bindings: what binds layers to be as they are.
         unsure: models whose configuration may mislead, by their id.
+        called_by_code: ids of visible models that were read where code calls them, and only there.
     """
 
     keras: KerasAdapter
@@ -62,6 +63,7 @@ class LayerReader(ABC):
     untraced: dict[int, str] = field(default_factory=dict)
     bindings: Bindings = field(default_factory=Bindings)
     unsure: dict[int, Any] = field(default_factory=dict)
+    called_by_code: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.calls = RecordedCalls(self.keras)
@@ -161,7 +163,9 @@ class LayerReader(ABC):
                 self.bindings.in_code |= {id(model) for model in visible}
             if not is_visible:  # in a visible parent's copy, the sublayer's copy takes its place
                 self.bindings.parents.setdefault(id(layer), who)
-            if id(layer) in self.owners:
+            # Models that a model has, an encoder and a decoder, are used by themselves, too.
+            for_itself = isinstance(parent, self.keras.model) and id(layer) in self.called_by_code
+            if id(layer) in self.owners and not for_itself:
                 if is_batch_norm(layer, self.keras) and training is not False:
                     reason = batch_norm(layer, training, self.keras).reason
                     self.bindings.reasons |= {id(layer): reason} if reason else {}
@@ -176,6 +180,7 @@ class LayerReader(ABC):
             elif self.keras.is_visible(layer):
                 path = self._path(layer, prefix)
                 self.owners[id(layer)] = path
+                self.called_by_code.discard(id(layer))
                 self.outputs.update(self.read_calls(layer, path, training, seen=seen))
             else:
                 self.untraced.setdefault(id(layer), self.untraced.get(id(parent), ""))

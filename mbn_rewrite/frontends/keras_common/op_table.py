@@ -62,13 +62,25 @@ def _always(op: Op) -> Describer:
 
 
 def _spatial(
-    kind: type[Affine] | type[Monotone] | type[ZeroPadding],
+    kind: type[Affine] | type[Monotone],
 ) -> Callable[[Call], Op]:
     def describer(call: Call) -> Op:
         axis = channel_axis(call.layer, len(call.inputs[0]))
         return kind(axis, axis)
 
     return describer
+
+
+def _zero_padding(call: Call) -> Op:
+    axis = channel_axis(call.layer, len(call.inputs[0]))
+    amounts = [(int(before), int(after)) for before, after in _pairs(call.layer.padding)]
+    amounts.insert(axis - 1, (0, 0))
+    return ZeroPadding(axis, axis, amounts=((0, 0), *amounts))
+
+
+def _pairs(padding: Any) -> Any:
+    """Amounts for each axis of positions; layers for one such axis have a single pair."""
+    return padding if np.ndim(padding) == 2 else [padding]
 
 
 def _global_pool(kind: type[Affine] | type[Monotone]) -> Describer:
@@ -207,7 +219,7 @@ _TABLE: dict[str, Describer] = {
     "AveragePooling1D AveragePooling2D AveragePooling3D": _spatial(Affine),
     "Cropping1D Cropping2D Cropping3D": _spatial(Affine),
     "MaxPooling1D MaxPooling2D MaxPooling3D": _spatial(Monotone),
-    "ZeroPadding1D ZeroPadding2D ZeroPadding3D": _spatial(ZeroPadding),
+    "ZeroPadding1D ZeroPadding2D ZeroPadding3D": _zero_padding,
     "GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D": _global_pool(Affine),
     "GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D": _global_pool(Monotone),
     "UpSampling1D UpSampling2D UpSampling3D": _upsampling,

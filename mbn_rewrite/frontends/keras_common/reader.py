@@ -126,11 +126,15 @@ class _Reader(TimeStepReader):
             seen = {id(t): v for t, v in zip(model.inputs, inputs, strict=True)}
         # Sequential models accept inputs of other sizes than they declare.
         sizes_hold = not isinstance(model, self.keras.sequential)
+        given = [self.values[value].shape for value in inputs or ()]
+        at_sizes = self.keras.tensors_at(model, given) if given else {}
         for record in self.keras.calls_of(model):
             if all(id(t) in seen for t in record.outputs):
                 continue
             sources = [seen[id(t)] for t in record.inputs]
-            results = self._read_call(record, prefix, training, sources, sizes_hold)
+            outputs = tuple(at_sizes.get(id(t), t) for t in record.outputs)
+            as_called = replace(record, outputs=outputs)
+            results = self._read_call(as_called, prefix, training, sources, sizes_hold)
             self.calls.add(results[0], record, model)
             seen.update(zip(map(id, record.outputs), results, strict=True))
         self._read_attributes(model, prefix, training, seen)
@@ -164,6 +168,7 @@ class _Reader(TimeStepReader):
             path = self.owners.get(id(layer), self._path(layer, prefix))
             if caller:  # there is no other part of it to be read
                 self.owners[id(layer)] = path
+                self.called_by_code.add(id(layer))
             return self.read_calls(layer, path, training, sources)
         # A function that code calls is part of the code, and not copied.
         if id(layer) not in self.owners and (

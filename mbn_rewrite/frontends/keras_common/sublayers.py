@@ -30,19 +30,29 @@ class Place:
 
 def sublayers(layer: Any, keras: KerasAdapter) -> Iterator[tuple[Place, Any]]:
     """Layers in the attributes of a layer, with their places."""
-    for attribute, value in own_attributes(layer, keras).items():
+    kinds = (keras.layers.Layer, dict, list, tuple)
+    for attribute, value in own_attributes(layer, keras, kinds).items():
         for keys, inner in _layers_in(value, (), keras.layers.Layer):
             yield Place(attribute, keys), inner
 
 
-def own_attributes(layer: Any, keras: KerasAdapter) -> dict[str, Any]:
-    """Attributes of a layer, or whatever else is called, in which Keras does not list layers."""
+def own_attributes(
+    layer: Any, keras: KerasAdapter, kinds: tuple[type, ...] = (object,)
+) -> dict[str, Any]:
+    """Attributes of a layer, or whatever else is called, in which Keras does not list layers.
+
+    Args:
+        layer: the layer.
+        keras: the adapter of its Keras.
+        kinds: of which classes they are.
+    """
     # A Functional model with a `call` of its own keeps its recorded calls in private attributes.
     calls_itself = keras.has_calls_on_record(layer) and not keras.is_visible(layer)
     return {
         name: value
         for name, value in vars(layer).items()
-        if not (name.startswith("_") if calls_itself else keras.is_private(name))
+        if isinstance(value, kinds)
+        and not (name.startswith("_") if calls_itself else keras.is_private(name))
     }
 
 

@@ -15,47 +15,59 @@ from typing import TYPE_CHECKING, Any
 from mbn_rewrite.errors import cause_of
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import is_stock, parts
-from mbn_rewrite.frontends.keras_common.exchanging import with_others
+from mbn_rewrite.frontends.keras_common.exchanging import Others, with_others
 from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace, probe_of
 from mbn_rewrite.frontends.keras_common.references import referred_to
 from mbn_rewrite.frontends.keras_common.sublayers import sublayers
-from mbn_rewrite.frontends.keras_common.watching import NeverCalled, Watch, watched
+from mbn_rewrite.frontends.keras_common.watching import NeverCalled, Snapshots, Watch, watched
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 
 
-def trace(record: Record, keras: KerasAdapter, outputs: tuple[Any, ...] | None) -> Trace:
-    """Traces one call of a layer, at inference.
+class Tracer:
+    """Traces layers of one model.
 
     Args:
-        record: the call.
         keras: the adapter of its Keras.
-        outputs: what it gave, flattened, if that is known.
-
-    Raises:
-        NotTraceable: its code cannot be run on Keras tensors, or does something else on them.
     """
-    try:
-        with watched(record.layer, keras) as watch:
-            probe = probe_of(record.layer)
-            found = keras.traced(record, probe)
-            _check_layers(record.layer, probe, keras)
-            found = _with_what_is_noted(found, probe, watch, keras)
-            _check_sizes(record, found, keras)
-            found = with_others(record, found, keras)
-    except (NotTraceable, NeverCalled) as why:
-        raise NotTraceable(cause_of(why).removesuffix(".")) from why  # without what Keras adds
-    except Exception as error:  # the user's code may raise anything
-        told = cause_of(error).removesuffix(".")
-        raise NotTraceable(f"its code fails on Keras tensors ({told})") from error
-    given, gives = (
-        [(keras.shape_of(t), keras.dtype_of(t)) for t in tensors]
-        for tensors in (outputs or (), found.outputs)
-    )
-    if outputs is not None and given != gives:
-        raise NotTraceable("it gives something else when its code is run on Keras tensors")
-    return found
+
+    def __init__(self, keras: KerasAdapter) -> None:
+        self._keras = keras
+        self._snapshots = Snapshots()
+        self._others = Others()
+
+    def trace(self, record: Record, outputs: tuple[Any, ...] | None) -> Trace:
+        """Traces one call of a layer, at inference.
+
+        Args:
+            record: the call.
+            outputs: what it gave, flattened, if that is known.
+
+        Raises:
+            NotTraceable: its code cannot be run on Keras tensors, or does something else on them.
+        """
+        keras = self._keras
+        try:
+            with watched(record.layer, keras, self._snapshots) as watch:
+                watch.probe = probe = probe_of(record.layer)
+                found = keras.traced(record, probe)
+                _check_layers(record.layer, probe, keras)
+                found = _with_what_is_noted(found, probe, watch, keras)
+                _check_sizes(record, found, keras)
+                found = with_others(record, found, keras, watch, self._others)
+        except (NotTraceable, NeverCalled) as why:
+            raise NotTraceable(cause_of(why).removesuffix(".")) from why  # without what Keras adds
+        except Exception as error:  # the user's code may raise anything
+            told = cause_of(error).removesuffix(".")
+            raise NotTraceable(f"its code fails on Keras tensors ({told})") from error
+        given, gives = (
+            [(keras.shape_of(t), keras.dtype_of(t)) for t in tensors]
+            for tensors in (outputs or (), found.outputs)
+        )
+        if outputs is not None and given != gives:
+            raise NotTraceable("it gives something else when its code is run on Keras tensors")
+        return found
 
 
 def _check_layers(layer: Any, probe: Any, keras: KerasAdapter) -> None:

@@ -11,6 +11,9 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from threading import RLock, get_ident
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -18,9 +21,13 @@ import numpy as np
 
 from mbn_rewrite.frontends.keras_common.cloning import parts
 from mbn_rewrite.frontends.keras_common.custom_models import BUILT_IN, FRAMEWORKS, is_of
+from mbn_rewrite.frontends.keras_common.known_results import KnownResults
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+
+
+_ONE_AT_A_TIME = RLock()  # methods of Keras's classes are exchanged meanwhile
 
 
 class NeverCalled(Exception):  # noqa: N818 - what a layer is, not what went wrong
@@ -32,26 +39,49 @@ class Watch:
 
     Attributes:
         calls: the layers that were called, each with those that called it, outermost first.
+        results: what calls gave that the code of `probe` made.
+        probe: a layer.
+        instead: called with a layer and its arguments; what it gives, if that is not None, stands
+            for what a call would give, which is then not made.
+        keep_other: keeps what a layer has that stands for one that is watched.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, results: KnownResults) -> None:
         self.calls: list[tuple[list[Any], Any]] = []
+        self.results = results
+        self.probe: Any = None
+        self.instead: Callable[[Any, Any, Any], Any] | None = None
+        self.keep_other: Callable[[Any], None]
         self._callers: list[Any] = []
         self._reads: list[tuple[Any, Any]] = []
+        self._thread = get_ident()
 
-    @contextmanager
-    def calling(self, layer: Any) -> Iterator[None]:
-        """Context manager in which a layer is called."""
+    @property
+    def is_in_this_thread(self) -> bool:
+        """Whether what runs is the code that is watched, and not that of another thread."""
+        return get_ident() == self._thread
+
+    def called(
+        self, call: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Calls a layer."""
+        outputs = self.instead(layer, args, kwargs) if self.instead else None
+        if outputs is not None:
+            return outputs
+        is_direct = bool(self._callers) and self._callers[-1] is self.probe
         self.calls.append((list(self._callers), layer))
         self._callers.append(layer)
         try:
-            yield
+            outputs = call(layer, *args, **kwargs)
         finally:
             self._callers.pop()
+        if is_direct:
+            self.results.note(layer, args, kwargs, outputs)
+        return outputs
 
     def note_read(self, key: Any) -> None:
         """Notes that a variable is read, by what the Keras at hand knows it by."""
-        if self._callers:
+        if self._callers and self.is_in_this_thread:
             self._reads.append((self._callers[-1], key))
 
     def read_by_others(self, keys_of: Callable[[Any], set[int]], probe: Any) -> set[int]:
@@ -74,25 +104,40 @@ class Watch:
 
 
 @contextmanager
-def watched(layer: Any, keras: KerasAdapter) -> Iterator[Watch]:
+def watched(layer: Any, keras: KerasAdapter, snapshots: Snapshots) -> Iterator[Watch]:
     """Context manager in which the code of a layer may run, without any effect that lasts.
+
+    One thread watches at a time; the code of others goes on as it was.
+
+    Args:
+        layer: the layer.
+        keras: the adapter of its Keras.
+        snapshots: of its layers, to which more are added.
 
     Raises:
         NeverCalled: a layer in it would be given weights.
     """
-    watch, kept = Watch(), _Kept()
+    with _ONE_AT_A_TIME:
+        yield from _watched(layer, keras, snapshots)
+
+
+def _watched(layer: Any, keras: KerasAdapter, snapshots: Snapshots) -> Iterator[Watch]:
+    watch, kept = Watch(KnownResults(keras)), _KeptLayers(snapshots)
     base = keras.layers.Layer
     call, add_weight = base.__call__, base.add_weight
     own = {id(part) for part in parts(layer)}
-    kept.keep_layers_of(layer)
+    kept.keep_layers_of(layer, is_lasting=True)
+    watch.keep_other = partial(kept.keep_layers_of, is_lasting=True)
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept.keep_layers_of(self)
-        with watch.calling(self):
+        if not watch.is_in_this_thread:
             return call(self, *args, **kwargs)
+        if self is not watch.probe:  # it has what is kept, and is used no more
+            kept.keep_layers_of(self)
+        return watch.called(call, self, args, kwargs)
 
     def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) in own:
+        if id(self) in own and watch.is_in_this_thread:
             raise NeverCalled(f"its layer '{self.name}' was never called")
         return add_weight(self, *args, **kwargs)
 
@@ -127,46 +172,79 @@ def objects_left_alone(layer: Any) -> Iterator[None]:
         kept.restore()
 
 
+class Snapshots:
+    """What layers have. It is put back whenever they are watched, so one of each layer will do."""
+
+    def __init__(self) -> None:
+        self._taken: dict[int, tuple[Any, _Kept]] = {}
+
+    def of(self, layer: Any, is_lasting: bool) -> _Kept:
+        """A snapshot of a layer: the one that was taken, or one of what it has now.
+
+        Args:
+            layer: the layer.
+            is_lasting: whether that is to be put back in other watches, too.
+        """
+        if id(layer) in self._taken:
+            return self._taken[id(layer)][1]
+        kept = _Kept()
+        kept.keep_layer(layer)
+        if is_lasting:
+            self._taken[id(layer)] = layer, kept
+        return kept
+
+
+class _KeptLayers:
+    """What layers have, to be put back."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+        self._kept: dict[int, _Kept] = {}
+
+    def restore(self) -> None:
+        for each in reversed(self._kept.values()):  # what was kept first was as it was before
+            each.restore()
+
+    def keep_layers_of(self, layer: Any, is_lasting: bool = False) -> None:
+        """Keeps what a layer has, and what all layers in it have; see `Snapshots.of`."""
+        if id(layer) not in self._kept:
+            for part in parts(layer):
+                if id(part) not in self._kept:
+                    self._kept[id(part)] = self._snapshots.of(part, is_lasting)
+
+
 class _Kept:
-    """What layers have, and containers and objects among that, to be put back."""
+    """What a layer has, and containers and objects among that, to be put back."""
 
     def __init__(self) -> None:
         self._restore: list[Callable[[], None]] = []
+        self._contents: list[tuple[Any, Any]] = []  # containers, and what was in them
         self._seen: dict[int, Any] = {}
 
     def restore(self) -> None:
         for restore in self._restore:
             restore()
+        for container, items in self._contents:
+            is_changed = len(container) != len(items) or any(map(operator.is_not, container, items))
+            if isinstance(items, dict) and not is_changed:
+                is_changed = any(map(operator.is_not, container.values(), items.values()))
+            if is_changed:
+                _fill(container, items)
 
-    def keep_layers_of(self, layer: Any) -> None:
-        """Keeps what a layer has, and what all layers in it have."""
-        if id(layer) not in self._seen:
-            for part in parts(layer):
-                self._keep_layer(part)
-
-    def _keep_layer(self, layer: Any) -> None:
-        if id(layer) not in self._seen:
-            self._seen[id(layer)] = layer
-            tracker = vars(layer).get("_tracker")
-            if hasattr(tracker, "locked"):
-                was_locked = tracker.locked
-                self._restore.append(lambda: setattr(tracker, "locked", was_locked))
-            self._keep_contents(vars(layer))
+    def keep_layer(self, layer: Any) -> None:
+        tracker = vars(layer).get("_tracker")
+        if hasattr(tracker, "locked"):
+            was_locked = tracker.locked
+            self._restore.append(lambda: setattr(tracker, "locked", was_locked))
+        self._keep_contents(vars(layer))
 
     def _keep_contents(self, container: Any) -> None:
-        kind: Any = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+        kind = _kind_of(container)
         items: Any = kind(container) if kind is not deque else list(container)
-        fill = kind.update if kind in (OrderedDict, dict, set) else kind.extend
-
-        def restore() -> None:
-            now, before = _contents(container), _contents(items)
-            if len(now) != len(before) or any(map(operator.is_not, now, before)):
-                kind.clear(container)  # not its own methods, which may track what they are given
-                fill(container, items)
-
-        self._restore.append(restore)
+        self._contents.append((container, items))
         for value in items.values() if isinstance(items, dict) else items:
-            self.keep(value)
+            if type(value) not in _UNCHANGING:
+                self.keep(value)
 
     def keep(self, value: Any) -> None:
         if is_of(value, FRAMEWORKS):
@@ -193,11 +271,23 @@ class _Kept:
             self._keep_contents(vars(value))
 
 
+_UNCHANGING = frozenset({type(None), bool, int, float, str, bytes, type, FunctionType, MethodType})
 _CONTAINERS = (OrderedDict, dict, list, set, deque)
 
 
-def _contents(container: Any) -> list[Any]:
-    return [*container, *container.values()] if isinstance(container, dict) else [*container]
+def _kind_of(container: Any) -> Any:
+    kind = type(container)
+    if kind in _CONTAINERS:
+        return kind
+    return next(each for each in _CONTAINERS if isinstance(container, each))
+
+
+def _fill(container: Any, items: Any) -> None:
+    """Puts back what was in a container."""
+    kind = _kind_of(container)
+    kind.clear(container)  # not its own methods, which may track what they are given
+    fill = kind.update if kind in (OrderedDict, dict, set) else kind.extend
+    fill(container, items)
 
 
 def _is_users(value: Any) -> bool:

@@ -114,6 +114,9 @@ class TfKeras(KerasAdapter):
     def dtype_of(self, tensor: Any) -> str:
         return "none" if _is_none(tensor) else tensor.dtype.name
 
+    def is_symbolic(self, value: Any) -> bool:
+        return isinstance(value, KerasTensor)
+
     def tensor_like(self, shape: Shape, dtype: str) -> Any:
         return KerasTensor(tf.TensorSpec(shape, dtype))
 
@@ -161,6 +164,11 @@ class TfKeras(KerasAdapter):
 
     def read_as(self, variable: Any) -> int:
         return id(variable.handle) if isinstance(variable, tf.Variable) else id(variable)
+
+    def called_on_record(
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> Any:
+        return tracing.called_on_record(layer, args, kwargs, outputs)
 
     def give_outputs_of(self, layer: Any, probe: Any) -> None:
         vars(probe)["_infer_output_signature"] = layer._infer_output_signature

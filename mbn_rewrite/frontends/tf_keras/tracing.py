@@ -11,7 +11,8 @@ import tensorflow as tf
 import tf_keras
 from tensorflow.python.framework.func_graph import FuncGraph
 from tf_keras.src import backend
-from tf_keras.src.engine.keras_tensor import KerasTensor
+from tf_keras.src.engine.keras_tensor import KerasTensor, keras_tensor_from_type_spec
+from tf_keras.src.engine.node import Node
 
 from mbn_rewrite.frontends.keras_common.calls import Record
 from mbn_rewrite.frontends.keras_common.cloning import stock_call
@@ -73,6 +74,15 @@ def set_apart(note_read: Callable[[Any], None]) -> Iterator[None]:
         FuncGraph("trace").as_default(),
     ):
         yield
+
+
+def called_on_record(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+) -> Any:
+    """See `KerasAdapter.called_on_record`."""
+    new = tf.nest.map_structure(lambda t: keras_tensor_from_type_spec(t.type_spec), outputs)
+    Node(layer, args, kwargs, new)
+    return new
 
 
 def call_of(model: Any) -> Record | None:
