@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import flags, logging  # noqa: F401 - which defines --verbosity
 
 import mbn_rewrite
 from mbn_rewrite.cli.console import say
@@ -57,81 +57,104 @@ Exit codes:
 
 EXIT_ERROR = 1
 
-FLAGS = flags.FLAGS
+# Its own: programs that use the package may have flags of these names.
+FLAGS = flags.FlagValues()  # type: ignore[no-untyped-call]
+FLAGS["verbosity"] = flags.FLAGS["verbosity"]  # of absl's log
 _SERVING = {mode: what for mode, what in MODES.items() if mode not in TRAINING_MODES}
 flags.DEFINE_enum(
-    "mode", "auto", list(_SERVING), "; ".join(f"{mode}: {what}" for mode, what in _SERVING.items())
+    "mode",
+    "auto",
+    list(_SERVING),
+    "; ".join(f"{mode}: {what}" for mode, what in _SERVING.items()),
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer(
-    "batch_size", None, "Measure calls of so many examples. 1 by default.", lower_bound=1
+    "batch_size",
+    None,
+    "Measure calls of so many examples. 1 by default.",
+    lower_bound=1,
+    flag_values=FLAGS,
 )
-flags.DEFINE_bool("jit_compile", None, "Measure models compiled by XLA.")
+flags.DEFINE_bool("jit_compile", None, "Measure models compiled by XLA.", flag_values=FLAGS)
 flags.DEFINE_enum(
     "dtype",
     None,
     list(DTYPES),
     "Measure with TensorFlow's automatic mixed precision (float16 on GPUs, bfloat16 on "
     "CPUs). By default the model computes in the dtypes that it says.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_float(
     "budget",
     None,
     f"Mode auto: the most seconds to take for measuring, about. {DEFAULT_BUDGET:g} by default.",
     lower_bound=0.0,
+    flag_values=FLAGS,
 )
 flags.DEFINE_bool(
     "keep_shared",
     False,
     "Modes auto and fold: give no call of a shared layer weights of its own. By default calls get "
     "them where that lets more fold and they are few; the report says how many.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_bool(
     "measure",
     True,
     "Measure at the end, for some seconds, how much faster than IN OUT is here. --nomeasure leaves "
     "it out.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_float(
     "seconds",
     None,
     f"Command measure: how long to measure, about. {DEFAULT_SECONDS:g} by default.",
     lower_bound=0.1,
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer(
     "threads",
     None,
     "Command measure: how many threads of the CPU an operation may use. One a core by default.",
     lower_bound=1,
+    flag_values=FLAGS,
 )
 flags.DEFINE_string(
-    "chart", None, "Command measure: draw the latencies to this PNG file. Needs matplotlib."
+    "chart",
+    None,
+    "Command measure: draw the latencies to this PNG file. Needs matplotlib.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_bool(
     "equalize",
     False,
     "Mode fold: choose the scales between layers, which are free, so that rounding weights to int8 "
     "with one step for each tensor loses least.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_bool(
     "freeze",
     False,
     "Make weights constants of graphs, which may be faster. OUT then has signatures and nothing "
     "else: no variables to train or to restore, no methods.",
+    flag_values=FLAGS,
 )
-flags.DEFINE_bool("dry_run", False, "As the command plan: OUT is not needed.")
-flags.DEFINE_bool("overwrite", False, "Replace OUT if it is a SavedModel.")
-flags.DEFINE_string("report", None, "Write all results to this file, as JSON.")
+flags.DEFINE_bool("dry_run", False, "As the command plan: OUT is not needed.", flag_values=FLAGS)
+flags.DEFINE_bool("overwrite", False, "Replace OUT if it is a SavedModel.", flag_values=FLAGS)
+flags.DEFINE_string("report", None, "Write all results to this file, as JSON.", flag_values=FLAGS)
 flags.DEFINE_string(
     "inputs",
     None,
     "Verify and measure with these inputs: an .npz file with an array for each input, by its name, "
     "or by SIGNATURE/NAME where signatures differ. By default inputs are made up.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_list(
     "unverified",
     [],
     "Carry over these signatures and methods without comparing what they give: where no inputs can "
     "be made up and none are at hand, or outputs differ from call to call.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_float(
     "tolerance",
@@ -139,12 +162,14 @@ flags.DEFINE_float(
     "The largest error to accept, relative to the largest output. By default what rounding "
     "in the model's dtype explains.",
     lower_bound=0.0,
+    flag_values=FLAGS,
 )
 flags.DEFINE_list(
     "signatures",
     None,
     "Carry over, or compare, these signatures of a SavedModel only; measure takes the one to run. "
     "By default all, and the methods that the loaded object has; measure runs the served one.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_multi_string(
     "set_input",
@@ -153,9 +178,13 @@ flags.DEFINE_multi_string(
     "be given several times. A flag that says whether the model trains then decides its branches: "
     "--set-input=phase_train=False. The signature has the input no more, and what is written is "
     "compared with the original at that value.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_list(
-    "tags", None, 'The tags of the graph in a SavedModel that has several. By default "serve".'
+    "tags",
+    None,
+    'The tags of the graph in a SavedModel that has several. By default "serve".',
+    flag_values=FLAGS,
 )
 flags.DEFINE_bool(
     "trusted",
@@ -163,9 +192,13 @@ flags.DEFINE_bool(
     "Do all that IN says: run code that a Keras file holds (Lambda layers), and operations that "
     "write or read files or run Python. A model is a program; by default only what is known to "
     "compute is run, and what is not run is not verified.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_list(
-    "import_modules", [], "Python modules that define the custom layers or operations of IN."
+    "import_modules",
+    [],
+    "Python modules that define the custom layers or operations of IN.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_float(
     "timeout",
@@ -173,9 +206,14 @@ flags.DEFINE_float(
     "The most seconds that one step may take: opening, planning, running the original, writing or "
     "verifying. Measuring may take the budget beside. 0 for no limit.",
     lower_bound=0.0,
+    flag_values=FLAGS,
 )
-flags.DEFINE_bool("full", False, "Print every row of long tables, which are grouped otherwise.")
-flags.DEFINE_bool("quiet", False, "Print errors only, and what was not verified.")
+flags.DEFINE_bool(
+    "full", False, "Print every row of long tables, which are grouped otherwise.", flag_values=FLAGS
+)
+flags.DEFINE_bool(
+    "quiet", False, "Print errors only, and what was not verified.", flag_values=FLAGS
+)
 
 
 class _Shown(flags.BooleanFlag):
@@ -196,28 +234,30 @@ def _help() -> str:
     return f"{_USAGE}\nFlags, with underscores or dashes:\n{FLAGS.module_help(__name__)}"
 
 
-# absl's own help would show what the main module says of itself, which is a script of pip's, and
-# end like an error.
-app.define_help_flags()
-flags.DEFINE_flag(_Shown("help", _help, "Print this; so do -h and --helpshort.", "?"))
-flags.DEFINE_flag(_Shown("helpshort", _help, ""), module_name="absl.app")
 flags.DEFINE_flag(
-    _Shown("version", lambda: f"mbn-rewrite {mbn_rewrite.__version__}", "Print the version.")
+    _Shown("help", _help, "Print this; so do -h and --helpshort.", "?"), flag_values=FLAGS
 )
-flags.DEFINE_alias("h", "help", module_name="absl.app")
-flags.DEFINE_alias("verify_inputs", "inputs", module_name="absl.app")
-flags.DEFINE_alias("json", "report", module_name="absl.app")
+for _name in ("helpshort", "helpfull"):
+    flags.DEFINE_flag(_Shown(_name, _help, ""), module_name="absl.app", flag_values=FLAGS)
+flags.DEFINE_flag(
+    _Shown("version", lambda: f"mbn-rewrite {mbn_rewrite.__version__}", "Print the version."),
+    flag_values=FLAGS,
+)
+flags.DEFINE_alias("h", "help", module_name="absl.app", flag_values=FLAGS)
+flags.DEFINE_alias("verify_inputs", "inputs", module_name="absl.app", flag_values=FLAGS)
+flags.DEFINE_alias("json", "report", module_name="absl.app", flag_values=FLAGS)
 for _flag in FLAGS.get_flags_for_module(__name__):
     if "_" in _flag.name:
-        flags.DEFINE_alias(_flag.name.replace("_", "-"), _flag.name, module_name="absl.app")
+        flags.DEFINE_alias(
+            _flag.name.replace("_", "-"), _flag.name, module_name="absl.app", flag_values=FLAGS
+        )
 
 
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags; returns the rest. Ends the program where one is wrong, or asks for help."""
+    flags.FLAGS.mark_as_parsed()  # absl looks at its own
     try:
-        return FLAGS(argv)
+        return list(FLAGS(argv))
     except flags.Error as error:
         say(f"error: {error}; --help lists the flags")
         sys.exit(EXIT_ERROR)
-    except SystemExit:  # absl has printed more help than ours, and takes it for an error
-        sys.exit(0)
