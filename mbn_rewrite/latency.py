@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,11 +193,40 @@ def on_disk(
         if options.inputs is not None:
             opened[0].check_inputs(options.inputs)
         inputs = opened[0].inputs_to_measure(options)
+        config = _as_run(options.run_config, inputs, models[0].path)
         for name, model, source in zip(names, models, opened, strict=True):
             inputs = _as_named(inputs, source.inputs_to_measure(options), model.path)
-            run = source.running(None, replace(options, inputs=inputs))
+            with _naming(name):
+                run = source.running(None, replace(options, inputs=inputs))
             runs[name] = stack.enter_context(run)
-        return _timed(runs, opened[0], options, seconds)
+        return _timed(runs, opened[0], replace(options, run_config=config), seconds)
+
+
+def _as_run(config: RunConfig, inputs: Mapping[str, np.ndarray], path: Path) -> RunConfig:
+    """The conditions with the batch size that inputs have: a model may take one alone.
+
+    Raises:
+        RewriteError: another was asked for.
+    """
+    sizes = {array.shape[0] for array in inputs.values() if array.ndim}
+    if len(sizes) != 1 or sizes == {config.batch_size}:
+        return config
+    (size,) = sizes
+    if config.batch_size != 1:
+        raise RewriteError(
+            f"{path} takes batches of {size} alone, not of {config.batch_size}. Leave the batch "
+            "size out"
+        )
+    return replace(config, batch_size=int(size))
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Context manager that names a model in what is wrong with it."""
+    try:
+        yield
+    except RewriteError as error:
+        raise RewriteError(f"{name} cannot be measured: {error}") from error
 
 
 def _as_named(
@@ -223,7 +252,8 @@ def _timed(
     names = list(runs)
     options.progress(f"{MEASURING} {len(runs)} models: {options.run_config}")
     for name, run in runs.items():
-        _first_call(name, run)
+        with _naming(name):
+            _first_call(run)
     times = time_calls(runs, seconds)
     first = times[names[0]]
     timings = tuple(
@@ -233,7 +263,7 @@ def _timed(
     return Latencies(model.device(), options.run_config, timings)
 
 
-def _first_call(name: str, run: Run) -> None:
+def _first_call(run: Run) -> None:
     """Runs a model once, which may show that it cannot be run.
 
     Raises:
@@ -241,11 +271,11 @@ def _first_call(name: str, run: Run) -> None:
     """
     try:
         run()
-    except RewriteError as error:
-        raise RewriteError(f"{name} cannot be measured: {error}") from error
+    except RewriteError:
+        raise
     except Exception as error:
         said = "not enough memory" if is_out_of_memory(error) else cause_of(error)
-        raise RewriteError(f"{name} cannot be measured: {said}") from error
+        raise RewriteError(said) from error
 
 
 def _short_paths(paths: Sequence[Path]) -> list[str]:

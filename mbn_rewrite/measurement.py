@@ -24,6 +24,9 @@ LEAST_ROUNDS = 6
 
 UNCHANGED = "nothing was changed, so that it is as fast as it was"  # why not to measure it
 
+# Two instances of one model may differ by as much, beyond what repeated calls show.
+_ALIKE = 1.02
+
 CONFIDENCE = 0.95  # of intervals
 
 
@@ -150,7 +153,7 @@ class Latencies:
         if calls < LEAST_ROUNDS:
             return f"{ratio.median:.2f} times as fast here, by {calls} calls only ({self.where})"
         measured = f"(95% {ratio}; {self.where})"
-        if ratio.low <= 1 <= ratio.high:
+        if ratio.low <= _ALIKE and ratio.high >= 1 / _ALIKE:
             return f"no difference beyond noise here {measured}{self.why and f': {self.why}'}"
         return f"{ratio.median:.2f} times as fast here {measured}"
 
@@ -175,6 +178,8 @@ class Latencies:
 
     def __str__(self) -> str:
         columns = ["model", "p50 ms", "p90 ms", "p99 ms", "calls", "times as fast", "95%", ""]
+        if not self.timings:
+            return f"speed: {self.figure}"
         rows = table(columns, map(self._cells, self.timings))
         last = f"speed: {self.figure}" if len(self.timings) == 2 else self.where
         return f"{rows}\n{last}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +75,8 @@ def with_speed(ending: Ending, job: Job, do: Callable[[Job], Ending]) -> Ending:
 
 def _unchanged(ending: Ending) -> str:
     plan = ending.report["plan"]
-    return UNCHANGED if set(plan["counts"]) <= {"kept"} and not plan["edits"] else ""
+    is_unchanged = set(plan["counts"]) <= {"kept"} and not plan["edits"]
+    return UNCHANGED if is_unchanged and not ending.report.get("frozen") else ""
 
 
 def _measuring(ending: Ending, job: Job) -> Job:
@@ -100,7 +102,8 @@ def next_steps(written: Path) -> str:
     """What was written, and what can be done with it."""
     return (
         f"wrote {written}\n"
-        f"to serve it: tf.saved_model.load('{written}'), or a copy as version 1 of a model of "
+        f"to serve it: tf.saved_model.load({str(written)!r}), or a copy as version 1 of a model of "
         "TensorFlow Serving\n"
-        f"to convert it: python -m tf2onnx.convert --saved-model {written} --output model.onnx"
+        f"to convert it: python -m tf2onnx.convert --saved-model {shlex.quote(str(written))} "
+        "--output model.onnx"
     )

@@ -6,7 +6,7 @@ whole tensor (int8, per tensor), small channels lose most. So every scale is cho
 largest weight by which a channel is given equals the largest by which it is read (cross-layer
 equalisation: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
 Correction", 2019), for all layers at once, where channels are uneven enough. Factors are powers of
-2, so that outputs stay what they are, bit for bit, but for what leaves the range of the dtype.
+2, which round nothing but what leaves the range of the dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _STEP = 0.25
 # Standard deviation of the exponents of a value's channels. Where there is less to even out, ranges
 # of activations, which become as uneven as weights become even, lose more than weights gain.
 _UNEVEN = 1.0
-_LARGEST = 16.0  # exponents: beyond that a channel does nothing that could be seen
+# Exponents, from the median of the value's channels: a channel that little but a bias gives must not
+# come to rule the range of activations.
+_LARGEST = 3.0
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,12 @@ def factors(
     uneven = np.zeros(len(root), bool)
     for end in strands.ends:
         channels = root[strand[end.units.scales]]
-        if exponent[channels].std() >= _UNEVEN:
-            uneven[channels] = True
-    exponent = np.where(uneven, np.round(exponent), 0.0)
-    return np.exp2(np.clip(exponent, -_LARGEST, _LARGEST))[root]
+        fresh = channels[~uneven[channels]]
+        if len(fresh) and exponent[channels].std() >= _UNEVEN:
+            middle = np.median(exponent[channels])
+            exponent[fresh] = np.clip(exponent[fresh] - middle, -_LARGEST, _LARGEST)
+            uneven[fresh] = True
+    return np.exp2(np.where(uneven & free, np.round(exponent), 0.0))[root]
 
 
 def _weights(

@@ -65,12 +65,20 @@ def plan_fold(
     while True:
         solved = _Solved(work, kept, borders)
         able = _clips_after(work, solved.kept.keys() - kept.keys(), clips)
-        if able or bounded:
+        if able:
             first = solved.assumptions.gone
-            clipping = _Solved(work, kept, borders, able | bounded, signs=clips, first=first)
-            if len(clipping.assumptions.gone) >= len(first) + (not bounded):
+            clipping = _Solved(work, kept, borders, able, signs=clips, first=first)
+            if len(clipping.assumptions.gone) > len(first):
                 solved = clipping
         folding = _Folding(work, solved, equalize)
+        if bounded and not folding.refused:
+            # The same goes, and nothing else; only scales may pass more.
+            gone, clip = solved.assumptions.gone, able | bounded
+            free = _Solved(work, solved.kept, borders, clip, signs=clips, first=gone)
+            through = _Folding(work, free, equalize)
+            is_as_good = free.assumptions.gone.keys() == gone.keys() and not through.refused
+            if is_as_good and through.settled.equalised:
+                folding = through
         if not folding.refused:
             break
         kept.update(folding.refused)

@@ -137,6 +137,32 @@ def test_a_model_that_counts_its_calls_is_not_measured(tmp_path, capsys):
     assert "running it changes its state" in capsys.readouterr().err
 
 
+class Branching(tf.Module):
+    """Control flow around a variable that is only read, for two examples at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = tf.Variable(np.ones((3, 2), np.float32))
+
+    @tf.function(input_signature=[tf.TensorSpec((2, 3), tf.float32, "x")])
+    def serve(self, x):
+        tf.debugging.assert_less(tf.reduce_max(x), 1e6)
+        if tf.reduce_sum(x) > 0.0:
+            return {"y": x @ self.kernel}
+        return {"y": -x @ self.kernel}
+
+
+def test_control_flow_and_batches_of_one_size(tmp_path, capsys):
+    module = Branching()
+    tf.saved_model.save(module, str(tmp_path / "in"), {"serving_default": module.serve})
+    assert run("measure", tmp_path / "in", "--seconds=0.1") == 0
+    assert "batch 2, " in capsys.readouterr().out
+    assert run("measure", tmp_path / "in", "--batch-size=5") == 1
+    assert "takes batches of 2 alone, not of 5" in capsys.readouterr().err
+    assert run(tmp_path / "in", tmp_path / "out", "--mode=fold", "--freeze", "--measure") == 0
+    assert re.search(FIGURE, capsys.readouterr().out)
+
+
 def test_a_plan_needs_no_flag(folder, capsys):
     assert run("plan", folder / "m.keras", "--mode=fold") == 0
     assert capsys.readouterr().out.endswith("dry run: wrote nothing\n")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
+from tensorflow.python.framework import op_def_registry
 
 from mbn_rewrite.frontends.saved_model.inlining import inlined
 from mbn_rewrite.frontends.saved_model.ref_variables import variables_in, without_references
@@ -109,7 +110,8 @@ class FunctionGraph:
     @property
     def changes_state(self) -> bool:
         """Whether a call changes what later calls read."""
-        return any(has_side_effect(op) and op.type not in _ONLY_SPEAK for op in self.operations)
+        library = {f.signature.name: f.node_def for f in self.graph_def.library.function}
+        return any(_changes_state(op.node_def, library) for op in self.operations)
 
     @property
     def draws_random_numbers(self) -> bool:
@@ -181,6 +183,18 @@ class Writes:
 def has_side_effect(op: Any) -> bool:
     """Whether an operation runs for more than its outputs."""
     return bool(op.op_def.is_stateful) and op.type not in _HARMLESS
+
+
+def _changes_state(node: Any, library: Mapping[str, Any]) -> bool:
+    """Whether a node changes what later calls read, by itself or in the functions that it calls."""
+    called = [value.func.name for value in node.attr.values() if value.HasField("func")]
+    called += [func.name for value in node.attr.values() for func in value.list.func]
+    known = [name for name in called if name in library]
+    if known:
+        return any(_changes_state(inner, library) for name in known for inner in library[name])
+    op_def = op_def_registry.get(node.op)
+    is_stateful = op_def is None or op_def.is_stateful
+    return bool(is_stateful) and node.op not in _HARMLESS and node.op not in _ONLY_SPEAK
 
 
 def source_of(tensor: Any) -> Any:
