@@ -29,7 +29,7 @@ _STEP = 0.25
 # Standard deviation of the exponents of a value's channels. Where there is less to even out, ranges
 # of activations, which become as uneven as weights become even, lose more than weights gain.
 _UNEVEN = 1.0
-# Exponents, from the median of the value's channels: a channel that little but a bias gives must not
+# Exponents, from the median of the value's channels: one that little but a bias gives must not
 # come to rule the range of activations.
 _LARGEST = 3.0
 
