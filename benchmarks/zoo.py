@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
         cells(package, name, row) for package, zoo in found.items() for name, row in zoo.items()
     ]
     titles = ["package", "network", "BN", "left", "saved", "error", "copies", "tracing", "note"]
-    print(table(titles, rows))
+    print(table(titles, rows, width=200))
     return int(not all(is_right(row) for zoo in found.values() for row in zoo.values()))
 
 
