@@ -92,18 +92,13 @@ def _rewrite(
                 ending = with_speed(
                     ending, job, lambda job: _done(job, interrupts, temporary, None, carry_out)
                 )
-    return _ended(ending, source, destination, interrupts)
+    return _ended(ending, destination, interrupts)
 
 
 def _rewriting(source: Path, destination: Path | None, folder: OwnFolder | None) -> Job:
     options = {
+        **_verifying_options(),
         "mode": FLAGS.mode,
-        "tags": FLAGS.tags,
-        "signatures": FLAGS.signatures,
-        "set_input": set_inputs_in(FLAGS.set_input),
-        "trusted": FLAGS.trusted,
-        "unverified": FLAGS.unverified,
-        "tolerance": FLAGS.tolerance,
         "budget": FLAGS.budget,
         "equalize": FLAGS.equalize,
         "freeze": FLAGS.freeze,
@@ -166,7 +161,7 @@ def _supervised(
     return supervised(job, _begin, pass_on, interrupts, limits)
 
 
-def _ended(ending: Ending, source: Path, destination: Path | None, interrupts: Interrupts) -> int:
+def _ended(ending: Ending, destination: Path | None, interrupts: Interrupts) -> int:
     """Reports how a job ended; returns the exit code."""
     written = destination is not None and ending.how == DONE
     what = f"{destination} was written" if written else "nothing was written"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mbn_rewrite.cli.flags import FLAGS
-from mbn_rewrite.cli.flags import __name__ as flags_module
+from mbn_rewrite.cli import flags
 from mbn_rewrite.cli.job import MEASURE, REWRITE, VERIFY
 from mbn_rewrite.errors import RewriteError
 
@@ -40,7 +39,7 @@ def command_of(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 def check_flags(command: str) -> None:
     """Raises RewriteError where flags were given that a command does not take."""
-    given = [flag.name for flag in FLAGS.get_flags_for_module(flags_module) if flag.present]
+    given = [flag.name for flag in flags.FLAGS.get_flags_for_module(flags.__name__) if flag.present]
     takes = _TAKES.get(command)
     wrong = [
         f"--{name}"

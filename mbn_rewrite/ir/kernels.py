@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,11 +134,16 @@ class Kernel:
         """The largest magnitude among the weights of each input channel."""
         return self._largest(array, self.in_dims)
 
-    def _largest(self, array: Array, dims: tuple[int, ...]) -> Array:
+    def largest_by(self, array: Array, dims: Collection[int]) -> Array:
+        """The largest magnitudes by some axes of the view, float64; the others have one place."""
         others = tuple(i for i in range(len(self.view)) if i not in dims)
         sizes = np.abs(array.reshape(self.view)).max(axis=others, keepdims=True)
+        return np.asarray(sizes, np.float64)
+
+    def _largest(self, array: Array, dims: tuple[int, ...]) -> Array:
+        others = (i for i in range(len(self.view)) if i not in dims)
         order = (*dims, *others)  # input channels need not be counted in the order of axes
-        return np.transpose(sizes, order).astype(np.float64).reshape(-1)
+        return np.transpose(self.largest_by(array, dims), order).reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mbn_rewrite.ir.channel_map import Array
-from mbn_rewrite.ir.graph import BatchNorm, Linear, Op
+from mbn_rewrite.ir.graph import BatchNorm
 from mbn_rewrite.ir.kernels import Kernel
 from mbn_rewrite.passes.indexed_graph import Side
 from mbn_rewrite.passes.strands import End, Strands
@@ -117,18 +117,6 @@ def _weights(
                 before = numbers.get(Side.BEFORE) if i == 0 and op.reads(place) else None
                 is_last = i == len(kernels) - 1
                 after = numbers.get(Side.AFTER) if is_last and op.gives(place) else None
-                array = _array(op, owner, kernel.name, read)
-                yield _reduced(kernel, array, before, after)
-
-
-def _array(op: Op, owner: str, name: str, read: Callable[[str, str], Array]) -> Array:
-    return op.weight(owner, name, read) if isinstance(op, Linear) else read(owner, name)
-
-
-def _reduced(kernel: Kernel, array: Array, before: Array | None, after: Array | None) -> _Weights:
-    """The largest weights of a kernel for each pair of channels."""
-    others = tuple(
-        i for i in range(len(kernel.view)) if i not in (*kernel.in_dims, *kernel.out_dims)
-    )
-    sizes = np.abs(array.reshape(kernel.view)).max(axis=others, keepdims=True).astype(np.float64)
-    return _Weights(replace(kernel, view=sizes.shape), sizes, before, after)
+                array = op.weight(owner, kernel.name, read)
+                sizes = kernel.largest_by(array, {*kernel.in_dims, *kernel.out_dims})
+                yield _Weights(replace(kernel, view=sizes.shape), sizes, before, after)

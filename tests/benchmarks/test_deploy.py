@@ -1,9 +1,7 @@
 """`benchmarks/deploy.py`, as a program, and the pieces that decide what its table says."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +15,14 @@ from benchmarks.deployment.models import calibrated, conv_relu_norm, mobile, spr
 from benchmarks.deployment.tables import model_table, summary
 from benchmarks.models import networks
 from benchmarks.peer_tools.bn_count import Node, per_channel
+from tests.support.programs import run_program
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / "deploy.py"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    return result.returncode, result.stdout, result.stderr
+run = partial(run_program, "deploy")
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """`benchmarks/latency.py`, as a program: it takes seconds to start, so it is started twice."""
 
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,14 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+from tests.support.programs import run_program
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / "latency.py"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    return result.returncode, result.stdout, result.stderr
+run = partial(run_program, "latency")
 
 
 @pytest.fixture

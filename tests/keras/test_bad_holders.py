@@ -11,16 +11,11 @@ import tf_keras
 import mbn_rewrite as mbn
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.frontends.keras_common.cloning import parts
-from tests.support.holders import assert_same, holders, images, state_of
+from tests.support.holders import assert_same, images, state_of
 from tests.support.kerases import K
 from tests.support.random_models import randomise
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def own(each_keras):
-    return holders(each_keras.__name__)
 
 
 class Counter:

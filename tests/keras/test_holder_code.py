@@ -13,7 +13,6 @@ from tests.support.holders import (
     assert_same,
     blocked,
     folded,
-    holders,
     images,
     model_with,
     state_of,
@@ -27,11 +26,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def rng():
     return np.random.default_rng(11)
-
-
-@pytest.fixture
-def own(each_keras):
-    return holders(each_keras.__name__)
 
 
 def test_code_that_refuses_keras_tensors(own, rng):

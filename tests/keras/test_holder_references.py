@@ -8,7 +8,6 @@ from tests.support.holders import (
     assert_same,
     blocked,
     folded,
-    holders,
     images,
     model_with,
     state_of,
@@ -22,11 +21,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def rng():
     return np.random.default_rng(11)
-
-
-@pytest.fixture
-def own(each_keras):
-    return holders(each_keras.__name__)
 
 
 def test_layers_of_a_sequential_model_by_their_number(own, each_keras, rng):

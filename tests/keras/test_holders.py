@@ -11,7 +11,6 @@ from mbn_rewrite.frontends.keras_common.cloning import parts
 from tests.support.holders import (
     assert_same,
     folded,
-    holders,
     images,
     model_with,
     state_of,
@@ -26,11 +25,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def rng():
     return np.random.default_rng(11)
-
-
-@pytest.fixture
-def own(each_keras):
-    return holders(each_keras.__name__)
 
 
 # -------------------------------------------------------------------------- reading and writing
