@@ -26,7 +26,8 @@ def verify(
 
     Where outputs differ by more than the tolerance, it is looked at more closely why: whether
     they jump (class maps, masks, rounded pictures) and what they are computed from agrees; and
-    whether the original is as far from itself in float32, if it computes in a narrower dtype.
+    whether the original is as far from itself in float32, if it computes in a narrower dtype, or
+    in float64.
 
     Args:
         model: the original model, of tf_keras or Keras 3.

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import mbn_rewrite as mbn
 from mbn_rewrite import api
+from mbn_rewrite.comparison import TOLERANCES
 from mbn_rewrite.errors import UnverifiedWarning
 from tests.support.kerases import K, Model, package
 from tests.support.random_models import randomise
@@ -85,6 +86,38 @@ def test_a_wrong_model_is_an_error(each_keras, mode, monkeypatch):
     assert caught.value.report is None
     for old, now in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, now)
+
+
+def sensitive_model(rest):
+    """A network whose output is what is left of two that all but cancel out."""
+    x = K.Input((4, 4, 32))
+    y = K.BatchNormalization(epsilon=0.1)(K.Conv2D(2, 1, use_bias=False)(x))
+    model = Model(x, K.Conv2D(1, 1, use_bias=False)(y))
+    kernel = np.random.default_rng(0).uniform(0.1, 1, (1, 1, 32, 1))
+    gamma, variance = np.float32([0.7, 1.9]), np.float32([1.3, 0.9])
+    scale = gamma / np.sqrt(variance + 0.1)
+    last = np.reshape([1 / scale[0], (rest - 1) / scale[1]], (1, 1, 2, 1))
+    zero = np.zeros(2)
+    model.set_weights([kernel.repeat(2, -1), gamma, zero, zero, variance, last])
+    return model
+
+
+def test_rounding_that_a_network_magnifies_is_no_mistake(each_keras, monkeypatch):
+    model = sensitive_model(rest=3e-4)
+    new, plan = mbn.convert_with_plan(model, "fold")
+    verification = plan.verification
+    assert not [layer for layer in new.layers if isinstance(layer, K.BatchNormalization)]
+    assert verification.max_rel_error > TOLERANCES["float32"]
+    assert "the original's own rounding explains it: in float64" in verification.note
+    assert not mbn.verify(model, new, tolerance=TOLERANCES["float32"]).ok
+    wrong(monkeypatch, with_other_weights)
+    with pytest.raises(mbn.VerificationError):
+        mbn.convert(model, "fold")
+
+
+def test_a_network_that_is_nothing_but_rounding_proves_nothing(each_keras):
+    model = sensitive_model(rest=1e-7)
+    assert not mbn.verify(model, mbn.convert(model, "fold", check=False)).ok
 
 
 def test_the_check_can_be_left_out(each_keras, monkeypatch):

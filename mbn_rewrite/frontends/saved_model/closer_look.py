@@ -13,7 +13,8 @@ after it or beside it lies in one of the segments.
 
 In narrow dtypes each segment may differ from the original by a few times as much as the original
 differs from itself in float32. Both are then computed in float32 too, where they have to agree
-within the tolerance of float32 if their weights are kept in it.
+within the tolerance of float32 if their weights are kept in it. Likewise in float32, where nothing
+else explains a difference: a network may be so sensitive that it is as far from itself in float64.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ import tensorflow as tf
 
 from mbn_rewrite.comparison import (
     FLIPS,
-    NARROW,
     SINGULAR,
     Comparison,
     rounding_tolerance,
@@ -39,15 +39,15 @@ from mbn_rewrite.frontends.reference_io import ReferenceIO
 from mbn_rewrite.frontends.saved_model.discontinuities import Cuts, can_be_cut, cuts_between
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, function_graph_of
 from mbn_rewrite.frontends.saved_model.loaded_model import Loaded
-from mbn_rewrite.frontends.saved_model.runnable_graph import (
-    RunnableGraph,
-    as_wide,
-    is_narrow,
-    runnable_graph_of,
-    weight_dtypes,
-    widened,
-)
+from mbn_rewrite.frontends.saved_model.runnable_graph import RunnableGraph, runnable_graph_of
 from mbn_rewrite.frontends.saved_model.served import Call, loaded_call
+from mbn_rewrite.frontends.saved_model.widening import (
+    TO_FLOAT32,
+    TO_FLOAT64,
+    Widening,
+    is_narrow,
+    weight_dtypes,
+)
 from mbn_rewrite.output_pairs import Pair, compare_pair
 
 
@@ -118,6 +118,11 @@ def _compared_by_segments(
         found = _SegmentComparison(original, new, runnable, deeper, names, plain).result(narrow)
         if found.ok:
             return found
+    if rounding and not narrow and not plain.ok:
+        with suppress(RewriteError):  # of a graph that cannot be computed in float64
+            found = compared.by_rounding(TO_FLOAT64)
+            if found.ok:
+                return found
     return None if cuts.missed else at_cuts
 
 
@@ -230,7 +235,7 @@ class _SegmentComparison:
             return self._plain
         if narrow:
             with suppress(RewriteError):  # of a graph that cannot be computed in float32
-                return self._by_rounding(pairs)
+                return self.by_rounding(TO_FLOAT32)
         tolerances = [self._plain.tolerance] * len(pairs)
         if not self._cuts.cuts:
             return self._plain
@@ -239,11 +244,14 @@ class _SegmentComparison:
         decides = "" if self._plain.ok else ", so that rounding decides"
         return self._explained(pairs, tolerances, f"what they are computed from agrees{decides}")
 
-    def _by_rounding(self, pairs: list[Pair]) -> Comparison:
-        """The comparison where the original may differ much from itself in float32."""
-        cuts, wide = self._cuts.cuts, [as_wide(tensor) for tensor in self._given]
-        inputs = [[as_wide(tensor) for tensor in side.inputs] for side in self._sides]
-        original, new = map(widened, self._runnable)
+    def by_rounding(self, widening: Widening) -> Comparison:
+        """The comparison where the original may be far from itself in a wider dtype."""
+        pairs = self._pairs
+        if pairs is None:
+            return self._plain
+        cuts, wide = self._cuts.cuts, [widening.tensor(tensor) for tensor in self._given]
+        inputs = [[widening.tensor(tensor) for tensor in side.inputs] for side in self._sides]
+        original, new = map(widening.applied, self._runnable)
         places = [(cut.original_node, cut.index) for cut in cuts]
         exact = original.run(inputs[0], self._fetched[0], dict(zip(places, wide, strict=True)))
         run = _Run(exact, self._rewritten(new, inputs[1], wide))
@@ -251,17 +259,20 @@ class _SegmentComparison:
         if any(a.shape != b.shape for a, b in arrays):
             return self._plain
         allowed = [rounding_tolerance([a], [b], self._plain.tolerance) for a, b in arrays]
+        if max(allowed) > widening.most:
+            return self._plain
         kept = set().union(*map(weight_dtypes, self._runnable))
         # Weights that are kept in a narrow dtype are rounded as often as values are.
-        in_float32 = allowed if kept & set(NARROW) else [tolerance_for({"float32"})] * len(allowed)
-        exact_pairs = self._compared(run, in_float32)
+        narrow, name = bool(kept & widening.narrow), widening.wide.name
+        in_wide = allowed if narrow else [tolerance_for({name})] * len(allowed)
+        exact_pairs = self._compared(run, in_wide)
         if exact_pairs is None:
             return self._plain
-        for each, tolerances in ((exact_pairs, in_float32), (pairs, allowed)):
+        for each, tolerances in ((exact_pairs, in_wide), (pairs, allowed)):
             if not self._hold(each, tolerances):
                 return self._unexplained(each, tolerances)
         error = max((pair.rel_error for pair in exact_pairs if not pair.discrete), default=0.0)
-        why = f"the original's own rounding explains it: in float32 max rel error {error:.3g}"
+        why = f"the original's own rounding explains it: in {name} max rel error {error:.3g}"
         return self._explained(pairs, allowed, why)
 
     def _hold(self, pairs: list[Pair], tolerances: Sequence[float]) -> bool:

@@ -1,7 +1,4 @@
-"""Graphs of functions that can be run in part, with given values in place of computed ones.
-
-They can also be widened, so that they compute in float32 instead of narrower dtypes.
-"""
+"""Graphs of functions that can be run in part, with given values in place of computed ones."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ import tensorflow as tf
 from tensorflow.core.framework import node_def_pb2
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
-from mbn_rewrite.comparison import NARROW
 from mbn_rewrite.frontends.execution import compiled as run_by_xla
 from mbn_rewrite.frontends.execution import plain
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph
@@ -24,9 +20,7 @@ from mbn_rewrite.frontends.saved_model.graph_editor import Rewritten
 from mbn_rewrite.frontends.saved_model.saving import imported
 from mbn_rewrite.frontends.saved_model.variable_writes import writes_in
 
-_WIDE = tf.float32
 _NUMBERS = itertools.count()  # of graphs that are run in part
-_NARROW = frozenset(tf.as_dtype(name).as_datatype_enum for name in NARROW)
 
 
 @dataclass(frozen=True)
@@ -133,62 +127,6 @@ def runnable_graph_of(graph: FunctionGraph, by_xla: bool = False) -> RunnableGra
     _with_own_names(graph_def)
     captures = {**graph.captures, **graph.variables}
     return RunnableGraph(graph_def, graph.arguments, captures, graph.compiled or by_xla)
-
-
-def is_narrow(graph: RunnableGraph) -> bool:
-    """Whether a graph computes in a dtype narrower than float32."""
-    return any(
-        attribute.type in _NARROW
-        for node in graph.graph_def.node
-        for attribute in node.attr.values()
-    )
-
-
-def weight_dtypes(graph: RunnableGraph) -> set[str]:
-    """The names of the dtypes in which a graph's weights are kept."""
-    stored = {tf.as_dtype(x.dtype).name for x in graph.captures.values() if hasattr(x, "dtype")}
-    return stored | {
-        tf.as_dtype(node.attr["dtype"].type).name
-        for node in graph.graph_def.node
-        if node.op == "Const" and len(node.attr["value"].tensor.tensor_shape.dim)
-    }
-
-
-def widened(graph: RunnableGraph) -> RunnableGraph:
-    """The same graph with float32 in place of every narrower dtype, with the same weights."""
-    graph_def = GraphDef()
-    graph_def.CopyFrom(graph.graph_def)
-    for node in graph_def.node:
-        _widen(node)
-    for function in graph_def.library.function:
-        for argument in (*function.signature.input_arg, *function.signature.output_arg):
-            if argument.type in _NARROW:
-                argument.type = _WIDE.as_datatype_enum
-        for node in function.node_def:
-            _widen(node)
-    captures = {name: as_wide(external) for name, external in graph.captures.items()}
-    return RunnableGraph(graph_def, graph.arguments, captures, graph.compiled)
-
-
-def as_wide(value: Any) -> Any:
-    """A tensor or variable as one of float32, if its dtype is narrower."""
-    dtype = tf.as_dtype(value.dtype)
-    if dtype.name not in NARROW:
-        return value
-    wide = tf.cast(value, _WIDE)
-    return tf.Variable(wide, trainable=False) if isinstance(value, tf.Variable) else wide
-
-
-def _widen(node: Any) -> None:
-    for attribute in node.attr.values():
-        if attribute.type in _NARROW:
-            attribute.type = _WIDE.as_datatype_enum
-        for i, dtype in enumerate(attribute.list.type):
-            if dtype in _NARROW:
-                attribute.list.type[i] = _WIDE.as_datatype_enum
-        if attribute.HasField("tensor") and attribute.tensor.dtype in _NARROW:
-            array = tf.make_ndarray(attribute.tensor).astype(_WIDE.as_numpy_dtype)
-            attribute.tensor.CopyFrom(tf.make_tensor_proto(array))
 
 
 def _placeholder(name: str, dtype: Any) -> Any:
