@@ -19,7 +19,7 @@ from benchmarks.models import training_networks
 # Digests of programs that train alike; the last is this one's. Where code that trains changes, its
 # digest is added if results stay the same, and stands here alone if they do not. The first two were
 # taken in another way, of files.
-TRAIN_ALIKE = ("3c482476c619b332", "fa8880dd70377ef1", "e7768f0f3e74f678")
+TRAIN_ALIKE = ("3c482476c619b332", "fa8880dd70377ef1", "e7768f0f3e74f678", "8a8d64cf8d4ac602")
 
 
 def digest() -> str:
@@ -44,6 +44,7 @@ def _files() -> list[Path]:
     return [
         *(here / f"{name}.py" for name in ("models", "pipeline", "recipes", "training")),
         *package.glob("training/*.py"),
+        *package.glob("training/tensorflow/*.py"),
         *package.glob("frontends/*/training_layers.py"),
         Path(training_networks.__file__),
     ]

@@ -2,9 +2,10 @@
 
 A layer of one Keras cannot be used in the other, so each has its own pair of classes, derived
 from its own BatchNormalization. The two classes here hold what the pairs share, and are the public
-names: calling one of them gives a layer of the Keras that is in use.
+names: calling one of them gives a layer of the Keras that is in use. The mathematics is that of
+`training.backends`.
 
-Nothing here loads TensorFlow or Keras.
+Nothing here loads Keras or a backend.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.training import strides
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
-    from mbn_rewrite.training.moments import Moments, Sampling
+from mbn_rewrite.training import backends, strides
+from mbn_rewrite.training.backends import Backend, Tensor
+from mbn_rewrite.training.sampling import Moments, Sampling
 
 
 class _SampledBatchNormalization:
     """Mixin before a BatchNormalization in a class's bases: statistics of a sample."""
 
     _DEPTHWISE = False
+
+    # Of each Keras: what has its `cast`, `reshape`, `ones` and `zeros`, and its backend's name.
+    _ops: Any
+    _backend_name: Callable[[], str]
 
     # Attributes of the BatchNormalization that follows in the bases.
     name: str
@@ -39,6 +41,7 @@ class _SampledBatchNormalization:
     beta: Any
     moving_mean: Any
     moving_variance: Any
+    compute_dtype: str
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__ == __name__:
@@ -65,12 +68,19 @@ class _SampledBatchNormalization:
                     f"{type(self).__name__} has no {name}. Where it is needed, keep "
                     "BatchNormalization"
                 )
+        backends.named(type(self)._backend_name(), type(self).__name__)  # which may refuse
         super().__init__(**kwargs)
         self.stride = stride
         self.min_samples = min_samples
+        self._implementation: str | None = None
         # Set by build, from the axis and the shape of the input.
         self._channel_axis = -1
         self._built_for: tuple[int | None, ...] = ()
+
+    @property
+    def implementation(self) -> str | None:
+        """What the last call of the layer ran, or traced, in words; None before the first."""
+        return self._implementation
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -110,12 +120,14 @@ class _SampledBatchNormalization:
         self._built_for = shape
 
     @property
+    def _backend(self) -> Backend:
+        return backends.named(type(self)._backend_name(), type(self).__name__)
+
+    @property
     def _label(self) -> str:
         return f"{type(self).__name__} '{self.name}'"
 
-    def _sampling(self, inputs: tf.Tensor) -> Sampling:
-        from mbn_rewrite.training.moments import Sampling
-
+    def _sampling(self, inputs: Tensor) -> Sampling:
         return Sampling(
             axis=self._channel_axis,
             strides=self._strides_for(tuple(inputs.shape)),
@@ -124,45 +136,43 @@ class _SampledBatchNormalization:
             depthwise=self._DEPTHWISE,
         )
 
-    def _scale_and_offset(self, dtype: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        """Gamma and beta, or the weights in their place, as tensors of shape [C]."""
-        import tensorflow as tf
-
-        gamma, beta = self._affine_weights()
-        channels = self.moving_mean.shape
-        return (
-            tf.ones(channels, dtype) if gamma is None else _vector(gamma, dtype),
-            tf.zeros(channels, dtype) if beta is None else _vector(beta, dtype),
-        )
-
     def _affine_weights(self) -> tuple[Any, Any]:
         return self.gamma, self.beta
 
-    def _by_sample(self, inputs: tf.Tensor, mask: Any) -> tuple[tf.Tensor, Moments]:
+    def _by_sample(self, inputs: Tensor, mask: Any) -> tuple[Tensor, Moments]:
         """The output in training, and the statistics of the batch."""
-        from mbn_rewrite.training.sampled_batch_norm import normalize_by_sample
-
-        gamma, beta = self._scale_and_offset(_wide(inputs))
-        return normalize_by_sample(inputs, gamma, beta, self._sampling(inputs), mask)
-
-    def _by_moving_statistics(self, inputs: tf.Tensor) -> tf.Tensor:
-        """The output at inference."""
-        from mbn_rewrite.training.sampled_batch_norm import normalize
-
-        dtype = _wide(inputs)
-        statistics = (self.moving_mean, self.moving_variance)
-        mean, variance = (_vector(statistic, dtype) for statistic in statistics)
+        if self.synchronized:
+            self._backend.check_synchronized(self._label)
         sampling = self._sampling(inputs)
-        return normalize(inputs, *self._scale_and_offset(dtype), mean, variance, sampling)
+        self._implementation = self._backend.implementation(inputs, sampling, mask, training=True)
+        gamma, beta = self._scale_and_offset()
+        return self._backend.normalize_by_sample(inputs, gamma, beta, sampling, mask)
 
-    def _check_dense(self, inputs: Any) -> None:
-        import tensorflow as tf
+    def _by_moving_statistics(self, inputs: Tensor) -> Tensor:
+        """The output at inference."""
+        sampling = self._sampling(inputs)
+        self._implementation = self._backend.implementation(inputs, sampling, training=False)
+        statistics = (self.moving_mean, self.moving_variance)
+        mean, variance = (self._vector(statistic) for statistic in statistics)
+        gamma, beta = self._scale_and_offset()
+        return self._backend.normalize(inputs, gamma, beta, mean, variance, sampling)
 
-        if isinstance(inputs, (tf.RaggedTensor, tf.SparseTensor)):
-            raise RewriteError(
-                f"{self._label} was given a {type(inputs).__name__}. Dense tensors are needed: "
-                "call its to_tensor(), or tf.sparse.to_dense, before this layer"
-            )
+    def _scale_and_offset(self) -> tuple[Tensor, Tensor]:
+        """Gamma and beta, or the weights in their place, as tensors of shape [C]."""
+        gamma, beta = self._affine_weights()
+        channels = tuple(self.moving_mean.shape)
+        return (
+            self._ops.ones(channels, self._wide) if gamma is None else self._vector(gamma),
+            self._ops.zeros(channels, self._wide) if beta is None else self._vector(beta),
+        )
+
+    def _vector(self, weight: Any) -> Tensor:
+        return self._ops.cast(self._ops.reshape(weight, [-1]), self._wide)
+
+    @property
+    def _wide(self) -> str:
+        """The dtype of statistics."""
+        return "float64" if self.compute_dtype == "float64" else "float32"
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
@@ -184,7 +194,7 @@ class StridedBatchNormalization(_SampledBatchNormalization):
     """BatchNormalization whose statistics, in training, are those of every stride-th position.
 
     Mean and variance are taken over x[:, ::s, ::s, :], the output is computed everywhere, and the
-    gradient is the exact one of just that (see `training.sampled_batch_norm`). At inference it is a
+    gradient is the exact one of just that (see `training.backends`). At inference it is a
     BatchNormalization, and its weights are those of one. With stride 1 it is exact in training
     too, and runs the fused operation, which BatchNormalization of Keras 3 does not.
 
@@ -197,9 +207,10 @@ class StridedBatchNormalization(_SampledBatchNormalization):
             would be sampled, and to 1 where the sample would then be more than a fifth of all.
             In a graph whose inputs leave their sizes open it stays as it is.
         **kwargs: as for BatchNormalization: `axis` (that of the channels, the last or 1),
-            `synchronized` (under tf.distribute, take the statistics over all replicas),
-            `momentum`, `epsilon`, `center`, `scale`, initializers, regularizers, constraints,
-            `trainable`, `name` and `dtype`.
+            `synchronized` (take the statistics over all replicas: on TensorFlow under
+            tf.distribute, on JAX under keras.distribution, on torch not at all), `momentum`,
+            `epsilon`, `center`, `scale`, initializers, regularizers, constraints, `trainable`,
+            `name` and `dtype`.
 
     Input: rank 2 to 5, dense; float16, bfloat16, float32 (fused operations) or float64 (not
         fused). Output: the same shape, in the layer's compute dtype.
@@ -212,7 +223,7 @@ class StridedBatchNormalization(_SampledBatchNormalization):
 
     Raises:
         RewriteError: the stride is not positive or not whole, the axis or the input cannot be
-            served, or Keras 3 runs on another backend than TensorFlow.
+            served, or Keras 3 runs on another backend than TensorFlow, JAX and torch.
     """
 
 
@@ -253,8 +264,8 @@ class ModifiedBatchNormalization(_SampledBatchNormalization):
             name=name,
             shape=shape,
             initializer=getattr(self, f"{like}_initializer"),
-            regularizer=_of_channels(getattr(self, f"{like}_regularizer")),
-            constraint=_of_channels(getattr(self, f"{like}_constraint")),
+            regularizer=_of_channels(getattr(self, f"{like}_regularizer"), self._ops.reshape),
+            constraint=_of_channels(getattr(self, f"{like}_constraint"), self._ops.reshape),
             **self._weight_options(),
         )
 
@@ -284,28 +295,13 @@ def _plain(stride: Any) -> strides.Stride:
     return stride if isinstance(stride, int) else (stride[0], stride[1])
 
 
-def _of_channels(function: Any) -> Any:
+def _of_channels(function: Any, reshape: Callable[[Any, Any], Any]) -> Any:
     """A regularizer or constraint of vectors, for weights that are vectors in more dimensions."""
     if function is None:
         return None
 
     def applied(weight: Any) -> Any:
-        import tensorflow as tf
-
-        tensor = tf.convert_to_tensor(weight)
-        result = function(tf.reshape(tensor, [-1]))
-        return tf.reshape(result, tf.shape(tensor)) if len(result.shape) else result
+        result = function(reshape(weight, [-1]))
+        return reshape(result, tuple(weight.shape)) if len(result.shape) else result
 
     return applied
-
-
-def _wide(inputs: tf.Tensor) -> tf.DType:
-    import tensorflow as tf
-
-    return tf.float64 if inputs.dtype == tf.float64 else tf.float32
-
-
-def _vector(weight: Any, dtype: Any) -> tf.Tensor:
-    import tensorflow as tf
-
-    return tf.cast(tf.reshape(tf.convert_to_tensor(weight), [-1]), dtype)

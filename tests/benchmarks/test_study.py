@@ -707,7 +707,7 @@ def test_code_that_runs_in_training_is_in_the_digest():
     names = {"/".join(file.parts[-2:]) for file in program._files()}
     assert names >= {
         *("study/models.py", "study/pipeline.py", "study/recipes.py", "study/training.py"),
-        *("training/layers.py", "training/sampled_batch_norm.py", "training/strides.py"),
+        *("training/layers.py", "tensorflow/sampled_batch_norm.py", "training/strides.py"),
         *("keras3/training_layers.py", "tf_keras/training_layers.py"),
         "models/training_networks.py",
     }

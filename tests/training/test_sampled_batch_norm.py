@@ -11,8 +11,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbn_rewrite.training.moments import Sampling
-from mbn_rewrite.training.sampled_batch_norm import normalize, normalize_by_sample
+from mbn_rewrite.training.sampling import Sampling
+from mbn_rewrite.training.tensorflow.sampled_batch_norm import normalize, normalize_by_sample
 
 pytestmark = pytest.mark.slow
 

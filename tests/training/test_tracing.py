@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from mbn_rewrite.training.xla import will_be_compiled
+from mbn_rewrite.training.tensorflow.xla import will_be_compiled
 
 
 def seen_in(jit_compile, body=will_be_compiled):

@@ -680,11 +680,46 @@ def test_public_names_give_layers_of_keras_3_where_it_is_alone():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("backend", ["numpy", "openvino"])
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.of == "keras"], ids=str)
-def test_other_backends_are_refused(kind, monkeypatch):
-    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(mbn.RewriteError, match="needs Keras 3 on TensorFlow; it runs on jax"):
+def test_other_backends_are_refused(kind, backend, monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: backend)
+    expected = f"needs Keras 3 on tensorflow, jax or torch; it runs on {backend}. Set KERAS_BACKEND"
+    with pytest.raises(mbn.RewriteError, match=expected):
         kind()
+
+
+def test_a_backend_that_cannot_be_imported_is_refused(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    monkeypatch.setitem(sys.modules, "mbn_rewrite.training.jax.sampled_batch_norm", None)
+    with pytest.raises(mbn.RewriteError, match="backend jax, whose package cannot be imported"):
+        keras_layers.StridedBatchNormalization()
+
+
+# What runs by stride, at inference and for channels first.
+RAN = {
+    "StridedBatchNormalization": {
+        1: "FusedBatchNormV3, with its own gradient",
+        2: "FusedBatchNormV3 of the sample and of everything, FusedBatchNormGradV3, InplaceAdd",
+        "inference": "FusedBatchNormV3, by given statistics",
+        "channels_first": "arithmetic",
+    },
+    "ModifiedBatchNormalization": {
+        1: "FusedBatchNormV3's statistics and gradient, DepthwiseConv2dNative",
+        2: "FusedBatchNormV3 of the sample, DepthwiseConv2dNative, FusedBatchNormGradV3, "
+        "InplaceAdd",
+        "inference": "FusedBatchNormV3, by given statistics",
+        "channels_first": "arithmetic",
+    },
+}
+
+
+@pytest.mark.parametrize("how", [1, 2, "inference", "channels_first"])
+def test_what_ran_can_be_asked(kind, how):
+    layer = kind(how if isinstance(how, int) else 2, axis=1 if how == "channels_first" else -1)
+    assert layer.implementation is None
+    layer(images(), training=how != "inference")
+    assert layer.implementation == RAN[kind.name][how]
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -1,4 +1,4 @@
-"""The training layers for Keras 3 on TensorFlow; see `mbn_rewrite.training.layers`."""
+"""The training layers for Keras 3, on any of the backends; see `mbn_rewrite.training.layers`."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from typing import Any
 
 import keras
 
-from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.training import layers
 
 
 class _Keras3Layer(keras.layers.BatchNormalization):
     """Part of both layers that is specific to the BatchNormalization of Keras 3."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        backend = keras.backend.backend()
-        if backend != "tensorflow":
-            raise RewriteError(
-                f"{type(self).__name__} needs Keras 3 on TensorFlow; it runs on {backend}. Set "
-                "KERAS_BACKEND=tensorflow before Keras is imported"
-            )
+    _ops = keras.ops
+
+    def __init__(self, *, synchronized: bool = False, **kwargs: Any) -> None:
+        # The BatchNormalization of Keras refuses it on other backends than TensorFlow.
         super().__init__(**kwargs)
+        self.synchronized = synchronized
+
+    @staticmethod
+    def _backend_name() -> str:
+        return str(keras.backend.backend())
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self._prepare(tuple(input_shape))
         super().build(input_shape)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        self._check_dense(inputs)
+        self._backend.check_input(inputs, self.moving_mean, self._label)
         inputs = keras.ops.cast(inputs, self.compute_dtype)
         if not training or not self.trainable:
             return self._by_moving_statistics(inputs)

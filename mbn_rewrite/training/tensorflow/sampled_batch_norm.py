@@ -1,45 +1,25 @@
-"""Batch normalisation by statistics of a sample, with its exact gradient.
-
-With S the sampled positions, |S| their number (over the whole batch), mu and var the mean and
-the population variance of x over S, and r = 1 / sqrt(var + epsilon), the output is, everywhere,
-
-    xhat = (x - mu) r          y = gamma xhat + beta
-
-and the gradient, with sums over all positions,
-
-    dbeta = sum dy             dgamma = sum dy xhat
-    dx = gamma r dy            everywhere, and in S also
-    dx -= gamma r / |S| (dbeta + xhat dgamma)
-
-which is that of Ioffe and Szegedy (2015, section 3) where S is everything. A mask takes
-positions out of S. Across replicas, |S|, mu and var are those of all replicas together, and so
-are dbeta and dgamma in the last line.
+"""Batch normalisation by statistics of a sample, with its exact gradient, on TensorFlow.
 
 Two forms compute the same. The *kernel* form moves few bytes, through fused operations where there
 are any: on the CPU or a GPU, channels last, in 16 or 32 bits. The *plain* form is arithmetic, for
 everything else and for XLA, which fuses it itself and has no in-place addition.
-
-Only x is kept for the gradient; the sample is taken again.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.framework import config
 
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.training import kernel_form, plain_form
-from mbn_rewrite.training.image_shapes import as_images, shaped_like
-from mbn_rewrite.training.kernel_form import FUSED_DTYPES, fused_gradient, fused_training
-from mbn_rewrite.training.moments import (
-    Moments,
-    Sampling,
-    of_all_replicas,
-    summed_over_replicas,
-)
-from mbn_rewrite.training.xla import will_be_compiled
+from mbn_rewrite.training.sampling import Moments, Sampling
+from mbn_rewrite.training.tensorflow import kernel_form, plain_form
+from mbn_rewrite.training.tensorflow.image_shapes import as_images, shaped_like
+from mbn_rewrite.training.tensorflow.kernel_form import FUSED_DTYPES, fused_gradient, fused_training
+from mbn_rewrite.training.tensorflow.moments import of_all_replicas, summed_over_replicas
+from mbn_rewrite.training.tensorflow.xla import will_be_compiled
 
 
 def normalize_by_sample(
@@ -49,23 +29,12 @@ def normalize_by_sample(
     sampling: Sampling,
     mask: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, Moments]:
-    """Batch normalisation in training.
-
-    Args:
-        x: shape [N, ..., C] or [N, C, ...], of rank 2 to 5; float16, bfloat16, float32 or
-            float64.
-        gamma, beta: shape [C], float32 (float64 for such an input).
-        sampling: where statistics are taken.
-        mask: true where positions count, of shape [N, ...], without the channels; or None.
-
-    Returns:
-        y, of the shape and dtype of x, and the statistics, through which no gradient flows.
-    """
-    if _is_stock(x, sampling, mask):
-        if not sampling.depthwise:
-            return _stock(x, gamma, beta, sampling)
-        if _by_kernels(x, sampling):
-            return _stock_statistics(x, gamma, beta, sampling)
+    """See `backends.Backend`."""
+    form = _form(x, sampling, mask)
+    if form is _Form.STOCK:
+        return _stock(x, gamma, beta, sampling)
+    if form is _Form.STOCK_STATISTICS:
+        return _stock_statistics(x, gamma, beta, sampling)
 
     @tf.custom_gradient
     def normalized(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
@@ -91,23 +60,73 @@ def normalize(
     variance: tf.Tensor,
     sampling: Sampling,
 ) -> tf.Tensor:
-    """Batch normalisation by given statistics, as at inference; see `normalize_by_sample`.
+    """See `backends.Backend`.
 
     It is one fused operation where there is one, which other tools know too, and whose gradient
     is TensorFlow's own.
     """
     moments = Moments(mean, variance, tf.ones([], mean.dtype))
-    fused = x.dtype in FUSED_DTYPES and sampling.axis == x.shape.rank - 1
-    form = kernel_form.normalized if fused else plain_form.normalized
+    form = kernel_form.normalized if _has_kernels(x, sampling) else plain_form.normalized
     return form(x, gamma, beta, moments, sampling)
+
+
+def implementation(
+    x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None = None, *, training: bool
+) -> str:
+    """See `backends.Backend`."""
+    if training:
+        return _form(x, sampling, mask).value
+    return _Form.INFERENCE.value if _has_kernels(x, sampling) else _Form.PLAIN.value
+
+
+def check_input(x: Any, moving_mean: Any, label: str) -> None:
+    """See `backends.Backend`."""
+    if isinstance(x, (tf.RaggedTensor, tf.SparseTensor)):
+        raise RewriteError(
+            f"{label} was given a {type(x).__name__}. Dense tensors are needed: "
+            "call its to_tensor(), or tf.sparse.to_dense, before this layer"
+        )
+
+
+def check_synchronized(label: str) -> None:
+    """See `backends.Backend`; without a distribution strategy there is one replica."""
 
 
 # --------------------------------------------------------------------- choosing the form
 
 
+class _Form(Enum):
+    """What may run, in words."""
+
+    STOCK = "FusedBatchNormV3, with its own gradient"
+    STOCK_STATISTICS = "FusedBatchNormV3's statistics and gradient, DepthwiseConv2dNative"
+    KERNELS = "FusedBatchNormV3 of the sample and of everything, FusedBatchNormGradV3, InplaceAdd"
+    DEPTHWISE = (
+        "FusedBatchNormV3 of the sample, DepthwiseConv2dNative, FusedBatchNormGradV3, InplaceAdd"
+    )
+    PLAIN = "arithmetic"
+    INFERENCE = "FusedBatchNormV3, by given statistics"
+
+
+def _form(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None) -> _Form:
+    by_kernels = _by_kernels(x, sampling, mask)
+    if _is_stock(x, sampling, mask):
+        if not sampling.depthwise:
+            return _Form.STOCK
+        if by_kernels:
+            return _Form.STOCK_STATISTICS
+    if not by_kernels:
+        return _Form.PLAIN
+    return _Form.DEPTHWISE if sampling.depthwise else _Form.KERNELS
+
+
+def _has_kernels(x: tf.Tensor, sampling: Sampling) -> bool:
+    return x.dtype in FUSED_DTYPES and sampling.axis == x.shape.rank - 1
+
+
 def _by_kernels(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None = None) -> bool:
     """Whether kernels can compute this, here and now."""
-    fused = x.dtype in FUSED_DTYPES and sampling.axis == x.shape.rank - 1 and mask is None
+    fused = _has_kernels(x, sampling) and mask is None
     # The gradient of the fused operation with given statistics refuses to be deterministic.
     return fused and not config.is_op_determinism_enabled() and not will_be_compiled()
 
@@ -178,7 +197,7 @@ def _differentiated_by_kernels(
 
 def _is_stock(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None) -> bool:
     """Whether the statistics and the gradient are those of TensorFlow's fused operation."""
-    whole = max(sampling.strides, default=1) == 1 and mask is None
+    whole = sampling.everything and mask is None
     return whole and not sampling.synchronized and x.dtype in FUSED_DTYPES
 
 

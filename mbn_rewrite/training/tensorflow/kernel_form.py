@@ -8,13 +8,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mbn_rewrite.training.image_shapes import as_images, product, shaped_like, sizes_of
-from mbn_rewrite.training.moments import (
-    Moments,
-    Sampling,
-    gamma_r_per_sample,
-    scale_and_shift,
-)
+from mbn_rewrite.training.sampling import Moments, Sampling
+from mbn_rewrite.training.tensorflow.image_shapes import as_images, product, shaped_like, sizes_of
+from mbn_rewrite.training.tensorflow.moments import gamma_r_per_sample, scale_and_shift
 
 FUSED_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from mbn_rewrite.training.image_shapes import sizes_of
-from mbn_rewrite.training.moments import Moments, Sampling, gamma_r, gamma_r_per_sample
+from mbn_rewrite.training.sampling import Moments, Sampling
+from mbn_rewrite.training.tensorflow.image_shapes import sizes_of
+from mbn_rewrite.training.tensorflow.moments import gamma_r, gamma_r_per_sample
 
 
 def sample_moments(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None) -> Moments:
@@ -68,20 +69,14 @@ def correction(
     return tf.cast(_widened(dx) - _spread(due, x, sampling), x.dtype)
 
 
-def _slices(x: tf.Tensor, sampling: Sampling) -> list[int]:
-    """The stride along every axis of x."""
-    strides = list(sampling.strides)
-    return [1, *strides, 1] if sampling.axis == x.shape.rank - 1 else [1, 1, *strides]
-
-
 def _sampled(x: tf.Tensor, sampling: Sampling) -> tf.Tensor:
-    steps = _slices(x, sampling)
+    steps = sampling.steps(x.shape.rank)
     return x[tuple(slice(None, None, step) for step in steps)] if max(steps) > 1 else x
 
 
 def _spread(sample: tf.Tensor, x: tf.Tensor, sampling: Sampling) -> tf.Tensor:
     """A tensor of x's shape with the sample in its places, and zeros elsewhere."""
-    steps = _slices(x, sampling)
+    steps = sampling.steps(x.shape.rank)
     if max(steps) == 1:
         return sample
     rank = x.shape.rank

@@ -1,49 +1,15 @@
-"""Moments of a sample, per channel, and their sum over replicas."""
+"""What follows from the moments of a sample, and their sum over replicas."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import tensorflow as tf
 
-
-@dataclass(frozen=True)
-class Moments:
-    """Statistics of a sample, per channel, in float32 (float64 for such an input).
-
-    Attributes:
-        mean: shape [C].
-        variance: the population variance, shape [C].
-        count: how many positions they are of, a scalar.
-    """
-
-    mean: tf.Tensor
-    variance: tf.Tensor
-    count: tf.Tensor
-
-    @property
-    def unbiased_variance(self) -> tf.Tensor:
-        """The variance with Bessel's correction, that of the fused operation."""
-        return self.variance * (self.count / tf.maximum(self.count - 1, 1))
+from mbn_rewrite.training.sampling import Moments
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Where statistics are taken, and how the result is applied.
-
-    Attributes:
-        axis: that of the channels, from 0: 1 or the last.
-        strides: one for each spatial axis; () for none.
-        epsilon: what is added to the variance.
-        synchronized: whether the statistics are those of all replicas together.
-        depthwise: apply scale and shift by a depthwise 1x1 convolution.
-    """
-
-    axis: int
-    strides: tuple[int, ...]
-    epsilon: float
-    synchronized: bool = False
-    depthwise: bool = False
+def unbiased_variance(moments: Moments) -> tf.Tensor:
+    """The variance with Bessel's correction, that of the fused operation."""
+    return moments.variance * (moments.count / tf.maximum(moments.count - 1, 1))
 
 
 def scale_and_shift(

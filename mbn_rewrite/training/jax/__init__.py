@@ -1,0 +1,1 @@
+"""Sampled batch normalisation on JAX; see `training.backends`."""

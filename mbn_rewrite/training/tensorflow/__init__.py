@@ -1,0 +1,1 @@
+"""Sampled batch normalisation on TensorFlow; see `training.backends`."""

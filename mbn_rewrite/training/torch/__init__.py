@@ -1,0 +1,1 @@
+"""Sampled batch normalisation on torch; see `training.backends`."""
