@@ -29,6 +29,7 @@ import tensorflow as tf
 
 from mbn_rewrite.comparison import (
     FLIPS,
+    ROUNDINGS,
     SINGULAR,
     Comparison,
     rounding_tolerance,
@@ -259,7 +260,7 @@ class _SegmentComparison:
         if any(a.shape != b.shape for a, b in arrays):
             return self._plain
         allowed = [rounding_tolerance([a], [b], self._plain.tolerance) for a, b in arrays]
-        if max(allowed) > widening.most:
+        if max(allowed) > ROUNDINGS * widening.most:
             return self._plain
         kept = set().union(*map(weight_dtypes, self._runnable))
         # Weights that are kept in a narrow dtype are rounded as often as values are.
