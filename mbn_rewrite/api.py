@@ -33,6 +33,7 @@ def convert(
     measure: bool = False,
     equalize: bool = False,
     keep_shared: bool = False,
+    keep_compiled: bool = False,
 ) -> Any:
     """Rewrites the BatchNormalization layers of a model, for inference or for training.
 
@@ -76,6 +77,9 @@ def convert(
         keep_shared: whether a layer that is called several times keeps one set of weights for all
             calls. By default "fold" and "auto" give calls that are followed by BatchNormalizations
             of their own also weights of their own, where these are few; the plan says how many.
+        keep_compiled: for training modes: whether the new model is compiled as the original is,
+            with an optimizer of the same class, configuration and state, so that training goes on
+            where it was. Metrics begin anew, as they do at the start of an epoch.
 
     Returns:
         A new model of the same kind with the same inputs, outputs, names and, but for
@@ -83,14 +87,16 @@ def convert(
         weights. Layers that did lose their kernel and bias regularizers and constraints,
         which were meant for the weights as they were; a model for training keeps all of them,
         and its trainable weights are in the order of the original's, so that the state of an
-        optimizer fits. The new model is not compiled, and losses and metrics added by
-        `add_loss` and `add_metric` are left out.
+        optimizer fits. Without `keep_compiled` the new model is not compiled. Losses and
+        metrics added by `add_loss` and `add_metric` are left out.
 
     Raises:
         VerificationError: the new model does not give the original's outputs.
         RewriteError: the model is of a kind that cannot be rewritten, or holds a layer
             that cannot be copied; the mode is unknown or does not take what was given; or what
-            was given is no stride, batch size, dtype or budget.
+            was given is no stride, batch size, dtype or budget; or, with `keep_compiled`, the
+            model is not compiled, compiles itself in another way, or has an optimizer or a metric
+            that cannot be copied.
     """
     options = checked_options(
         mode,
@@ -105,6 +111,7 @@ def convert(
         dtype=dtype,
         budget=budget,
         keep_shared=keep_shared,
+        keep_compiled=keep_compiled,
     )
     return _converted(model, options)[0]
 
@@ -174,7 +181,10 @@ def convert_with_plan(
 
 
 def _converted(model: Any, options: Options) -> tuple[Any, Plan]:
-    opened = ModelInMemory(front_end_of(model), model)
+    front_end = front_end_of(model)
+    if options.keep_compiled:
+        front_end.check_compiled(model)
+    opened = ModelInMemory(front_end, model)
     made = plan_for(opened, options)
     try:
         new, made = _written(opened, made, options)
@@ -196,6 +206,8 @@ def _converted(model: Any, options: Options) -> tuple[Any, Plan]:
 def _written(opened: ModelInMemory, made: Plan, options: Options) -> tuple[Any, Plan]:
     """A rewritten model, compared with the original if options say so, and its plan."""
     new = opened.write(made)
+    if options.keep_compiled:
+        opened.front_end.compile_like(opened.model, new)
     if options.check:
         options.progress("comparing with the original")
         made = checked(opened.front_end, opened.model, new, made, options.inputs)

@@ -83,6 +83,8 @@ class Options:
         measure: whether to measure how much faster than the original the result is.
         equalize: in mode "fold", whether scales between layers are chosen for int8.
         keep_shared: whether no call of a shared layer may get weights of its own.
+        keep_compiled: in modes of training, whether the result is compiled as the original is, and
+            its optimizer has the state of the original's.
     """
 
     mode: str = "auto"
@@ -95,6 +97,7 @@ class Options:
     measure: bool = False
     equalize: bool = False
     keep_shared: bool = False
+    keep_compiled: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, (int, float)) or not self.budget > 0:
@@ -118,6 +121,7 @@ def checked_options(
     measure: bool = False,
     equalize: bool = False,
     keep_shared: bool = False,
+    keep_compiled: bool = False,
 ) -> Options:
     """The options that keyword arguments of the public functions stand for.
 
@@ -135,6 +139,11 @@ def checked_options(
         )
     if equalize and mode != "fold":
         raise RewriteError(f'only mode "fold" takes equalize, not "{mode}"')
+    if keep_compiled and mode not in TRAINING_MODES:
+        raise RewriteError(
+            f'mode "{mode}" is for inference, so it takes no keep_compiled. Leave that out; modes '
+            f"that train on: {' and '.join(TRAINING_MODES)}"
+        )
     running = {"batch_size": batch_size, "jit_compile": jit_compile, "dtype": dtype}
     unused = {
         **({} if measure else running),
@@ -160,6 +169,7 @@ def checked_options(
         measure,
         equalize,
         keep_shared,
+        keep_compiled,
     )
 
 

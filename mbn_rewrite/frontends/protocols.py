@@ -67,6 +67,15 @@ class FrontEnd(Protocol):
     def write(self, model: Any, reading: Any, plan: Plan) -> Any:
         """A copy of the model with the plan carried out."""
 
+    def check_compiled(self, model: Any) -> None:
+        """Raises RewriteError where a copy of a model cannot be compiled as the model is."""
+
+    def compile_like(self, model: Any, new: Any) -> None:
+        """Compiles a copy for training as the model is compiled, with its optimizer's state.
+
+        Raises RewriteError where that cannot be done.
+        """
+
     def recipe_for(self, model: Any, batch: int | None = None) -> InputRecipe:
         """The recipe for inputs that suit the model."""
 

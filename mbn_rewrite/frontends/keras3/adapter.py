@@ -86,6 +86,7 @@ class Keras3(KerasAdapter):
         }
     )
     metric = keras.Metric
+    optimizers = (keras.Optimizer,)
     how_to_export = "write a SavedModel (export)"
     export_call = 'model.export("saved_model")'
 
@@ -329,6 +330,34 @@ class Keras3(KerasAdapter):
     def assign(self, target: Any, source: Any) -> None:
         target.assign(source)
         target.trainable = source.trainable
+
+    # -- compiled models -------------------------------------------------------------------
+
+    def is_compiled(self, model: Any) -> bool:
+        return bool(model.compiled)
+
+    def compile_arguments(self, model: Any) -> dict[str, Any]:
+        given = {k: v for k, v in model._compile_config.config.items() if k != "optimizer"}
+        now = ("run_eagerly", "steps_per_execution", "jit_compile")  # which may be set later
+        # The optimizer scales losses already if it is to.
+        return given | {name: getattr(model, name) for name in now} | {"auto_scale_loss": False}
+
+    def inner_optimizer(self, optimizer: Any) -> Any:
+        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        return optimizer.inner_optimizer if scales else optimizer
+
+    def functions_of(self, optimizer: Any) -> dict[str, Any]:
+        rate = getattr(optimizer, "_learning_rate", None)
+        return {"learning_rate": rate} if callable(rate) else {}
+
+    def known_variables(self, optimizer: Any, variables: list[Any]) -> list[Any] | None:
+        return list(optimizer._trainable_variables) if optimizer.built else None
+
+    def build_optimizer(self, optimizer: Any, variables: list[Any]) -> None:
+        optimizer.build(variables)
+
+    def optimizer_state(self, optimizer: Any) -> list[Any]:
+        return list(optimizer.variables)
 
 
 @cache

@@ -46,6 +46,7 @@ class KerasAdapter(ABC):
         model_attributes: attributes that Keras sets on a Functional or Sequential model when it
             is compiled or run, and those in which it keeps its inputs and outputs.
         metric: the base class of metrics.
+        optimizers: the base classes of optimizers.
         how_to_export: advice on writing a SavedModel, in words.
         export_call: the call that writes one.
         describers: the table of known layer classes; see `op_table.layer_table`.
@@ -72,6 +73,7 @@ class KerasAdapter(ABC):
     layer_lists: tuple[str, ...]
     model_attributes: frozenset[str]
     metric: type
+    optimizers: tuple[type, ...]
     how_to_export: str
     export_call: str
     describers: dict[type, Describer]
@@ -371,3 +373,46 @@ class KerasAdapter(ABC):
     def is_traced(self, layer: Any) -> bool:
         """Whether a layer's call goes on calling the sublayers with which it was traced."""
         return hasattr(type(layer).call, "get_concrete_function")
+
+    # -- compiled models -------------------------------------------------------------------
+
+    @abstractmethod
+    def is_compiled(self, model: Any) -> bool:
+        """Whether a model is compiled."""
+
+    @abstractmethod
+    def compile_arguments(self, model: Any) -> dict[str, Any]:
+        """The arguments for `compile` that make another model train as this one, which is compiled.
+
+        The optimizer is left out. Metrics are as the user gave them.
+        """
+
+    def name_given(self, model: Any, metric: Any) -> str:
+        """The name that the user gave a metric of a compiled model."""
+        return str(metric.name)
+
+    def inner_optimizer(self, optimizer: Any) -> Any:
+        """The optimizer that one holds that scales losses; of others, the optimizer itself."""
+        return optimizer
+
+    @abstractmethod
+    def functions_of(self, optimizer: Any) -> dict[str, Any]:
+        """The schedules and functions that an optimizer has for arguments of its constructor."""
+
+    @abstractmethod
+    def known_variables(self, optimizer: Any, variables: list[Any]) -> list[Any] | None:
+        """Those that an optimizer was built for, in its order; None if it is not built.
+
+        Args:
+            optimizer: the optimizer.
+            variables: those of its model; for one that is not among them there is a None, or
+                what it is.
+        """
+
+    @abstractmethod
+    def build_optimizer(self, optimizer: Any, variables: list[Any]) -> None:
+        """Builds an optimizer for variables."""
+
+    @abstractmethod
+    def optimizer_state(self, optimizer: Any) -> list[Any]:
+        """All variables of a built optimizer, in an order that depends on its class alone."""

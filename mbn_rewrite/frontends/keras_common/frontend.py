@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mbn_rewrite.errors import CopyError
-from mbn_rewrite.frontends.keras_common import reader
+from mbn_rewrite.frontends.keras_common import compile_state, reader
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.cloning import parts
 from mbn_rewrite.frontends.keras_common.custom_models import leaves
@@ -46,6 +46,12 @@ class KerasFrontEnd(ABC):
     def write(self, model: Any, reading: Reading, plan: Plan) -> Any:
         with self._with_way_around():
             return self._writer(self._keras, reading, plan).write(model)
+
+    def check_compiled(self, model: Any) -> None:
+        compile_state.check_compiled(model, self._keras)
+
+    def compile_like(self, model: Any, new: Any) -> None:
+        compile_state.compile_like(model, new, self._keras)
 
     @contextmanager
     def _with_way_around(self) -> Iterator[None]:

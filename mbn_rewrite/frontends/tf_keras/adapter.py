@@ -21,6 +21,11 @@ from tf_keras.src.layers.core.tf_op_layer import (
 )
 from tf_keras.src.layers.normalization import batch_normalization_v1
 from tf_keras.src.layers.normalization.batch_normalization import BatchNormalizationBase
+from tf_keras.src.mixed_precision.loss_scale_optimizer import (
+    LossScaleOptimizer,
+    LossScaleOptimizerV3,
+)
+from tf_keras.src.optimizers.legacy.optimizer_v2 import _var_key as legacy_key
 from tf_keras.src.saving.legacy.saved_model.utils import in_tf_saved_model_scope
 from tf_keras.src.saving.serialization_lib import SafeModeScope
 
@@ -44,6 +49,8 @@ from mbn_rewrite.frontends.tf_keras.training_layers import (
 from mbn_rewrite.ir.graph import Affine, Op, Opaque, Several, Shape
 from mbn_rewrite.ir.reasons import Obstacle, Reason
 
+# Both classes of optimizers that scale losses, for legacy optimizers and for others.
+_SCALING = (LossScaleOptimizer, LossScaleOptimizerV3)
 # Layers that Keras makes of TensorFlow functions have their `call` set by their constructor.
 _CALL_IS_MADE = (TFOpLambda, ClassMethod, InstanceMethod, InstanceProperty)
 
@@ -91,6 +98,7 @@ class TfKeras(KerasAdapter):
         }
     )
     metric = tf_keras.metrics.Metric
+    optimizers = (tf_keras.optimizers.Optimizer, tf_keras.optimizers.legacy.Optimizer)
     how_to_export = 'write a SavedModel (save_format="tf"; tf.saved_model.load takes it)'
     export_call = 'model.save("saved_model", save_format="tf")'
 
@@ -294,6 +302,58 @@ class TfKeras(KerasAdapter):
 
     def assign(self, target: Any, source: Any) -> None:
         target.assign(source)
+
+    # -- compiled models -------------------------------------------------------------------
+
+    def is_compiled(self, model: Any) -> bool:
+        return bool(model._is_compiled)
+
+    def compile_arguments(self, model: Any) -> dict[str, Any]:
+        given = {k: v for k, v in model._compile_config.config.items() if k != "optimizer"}
+        # Which may be set later.
+        now = {"run_eagerly": model._run_eagerly, "jit_compile": model.jit_compile}
+        if given["steps_per_execution"] != "auto":
+            now["steps_per_execution"] = int(model.steps_per_execution)
+        return given | now
+
+    def name_given(self, model: Any, metric: Any) -> str:
+        # Where there are several outputs, Keras puts their names before those of metrics.
+        outputs = sorted(model.output_names or (), key=len, reverse=True)
+        several = len(outputs) > 1 and model.compiled_metrics.built
+        before = [f"{name}_" for name in outputs if metric.name.startswith(f"{name}_")]
+        return str(metric.name.removeprefix(before[0]) if several and before else metric.name)
+
+    def inner_optimizer(self, optimizer: Any) -> Any:
+        return optimizer.inner_optimizer if isinstance(optimizer, _SCALING) else optimizer
+
+    def functions_of(self, optimizer: Any) -> dict[str, Any]:
+        if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
+            held = dict(optimizer._hyper)
+        else:
+            held = {"learning_rate": getattr(optimizer, "_learning_rate", None)}
+        return {name: value for name, value in held.items() if callable(value)}
+
+    def known_variables(self, optimizer: Any, variables: list[Any]) -> list[Any] | None:
+        optimizer = self.inner_optimizer(optimizer)
+        if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
+            built, keys, key_of = bool(optimizer._weights), optimizer._slots, legacy_key
+        else:
+            built = bool(getattr(optimizer, "_built", False))
+            keys, key_of = getattr(optimizer, "_index_dict", {}), optimizer._var_key
+        by_key = {key_of(variable): variable for variable in variables}
+        return [by_key.get(key) for key in keys] if built else None
+
+    def build_optimizer(self, optimizer: Any, variables: list[Any]) -> None:
+        optimizer = self.inner_optimizer(optimizer)
+        is_legacy = isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer)
+        with tf.init_scope():
+            (optimizer._create_all_weights if is_legacy else optimizer.build)(variables)
+
+    def optimizer_state(self, optimizer: Any) -> list[Any]:
+        state = list(self.inner_optimizer(optimizer).variables())
+        if isinstance(optimizer, _SCALING) and optimizer.dynamic:
+            return [*state, optimizer._loss_scale.current_loss_scale, optimizer.dynamic_counter]
+        return state
 
     def naming_like(self, layer: Any) -> AbstractContextManager[Any]:
         if not layer.variables:
