@@ -27,7 +27,7 @@ class Sampling:
     @property
     def everything(self) -> bool:
         """Whether the sample is every position."""
-        return max(self.strides, default=1) == 1
+        return all(stride == 1 for stride in self.strides)
 
     def steps(self, rank: int) -> list[int]:
         """The stride along every axis of an input of this rank."""
