@@ -73,7 +73,8 @@ def convert(
             for inference. `convert_with_plan` gives the latencies, as `plan.speed`.
         equalize: in mode "fold", whether to choose the scales between layers, which are free, so
             that rounding weights to int8 with one step for each tensor loses least. Outputs are the
-            same. ReLU6 and the like take on bounds by channel for it, which may be slower.
+            same. ReLU6 and the like take on bounds by channel for it, which may be slower. A
+            BatchNormalization that stays for its shift leaves its scale to the layers around it.
         keep_shared: whether a layer that is called several times keeps one set of weights for all
             calls. By default "fold" and "auto" give calls that are followed by BatchNormalizations
             of their own also weights of their own, where these are few; the plan says how many.
@@ -217,5 +218,7 @@ def _written(opened: ModelInMemory, made: Plan, options: Options) -> tuple[Any, 
 def _speed(model: Any, new: Any, plan: Plan, options: Options) -> Latencies:
     names = ("original", "rewritten")
     return figure(
-        lambda: in_memory((model, new), options, FIGURE_SECONDS, names), bool(plan.actions), options
+        lambda: in_memory((model, new), options, FIGURE_SECONDS, names),
+        plan.changes_something,
+        options,
     )

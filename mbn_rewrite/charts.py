@@ -12,6 +12,20 @@ from mbn_rewrite.errors import RewriteError, cause_of
 _SHOWN = ("p50", "p90", "p99")
 
 
+def check_matplotlib(what: str, brought_by: str = "pip install matplotlib") -> None:
+    """Looks for matplotlib, without loading it.
+
+    Args:
+        what: needs it.
+        brought_by: how to get it.
+
+    Raises:
+        RewriteError: it is not there.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RewriteError(f"{what} needs matplotlib: {brought_by}")
+
+
 def check(path: str | None) -> None:
     """Finds what is wrong with the path of a chart, without loading matplotlib.
 
@@ -25,8 +39,7 @@ def check(path: str | None) -> None:
         raise RewriteError(f"a chart is a .png file, not {path!r}")
     if not place.absolute().parent.is_dir():
         raise RewriteError(f"there is no directory for the chart {path}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RewriteError("a chart needs matplotlib: pip install matplotlib")
+    check_matplotlib("a chart")
 
 
 def draw_latencies(report: Mapping[str, Any], path: str) -> None:

@@ -162,7 +162,9 @@ def in_memory(
     names = _told_apart(names or [model.name for model in models])
     config = options.run_config
     with first.set_up(config), ExitStack() as stack:
-        inputs = first.inputs_of_batch(models[0], options.inputs, config.batch_size)
+        # What is made up for the model that leaves fewest sizes open fits the others.
+        least_open = min(models, key=_open_sizes)
+        inputs = first.inputs_of_batch(least_open, options.inputs, config.batch_size)
 
         def run_of(model: Any) -> AbstractContextManager[Run]:
             return first.running(model, inputs, config)
@@ -172,6 +174,12 @@ def in_memory(
             for name, model in zip(names, models, strict=True)
         }
         return _timed(runs, first, options, seconds)
+
+
+def _open_sizes(model: Any) -> int:
+    """How many sizes of its inputs a model leaves open, as far as it says."""
+    inputs = getattr(model, "inputs", None) or ()
+    return sum(size is None for tensor in inputs for size in tensor.shape)
 
 
 # ------------------------------------------------------------------------- models on disk
@@ -192,14 +200,51 @@ def on_disk(
     with opened[0].set_up(options.run_config), ExitStack() as stack:
         if options.inputs is not None:
             opened[0].check_inputs(options.inputs)
-        inputs = opened[0].inputs_to_measure(options)
-        config = _as_run(options.run_config, inputs, models[0].path)
-        for name, model, source in zip(names, models, opened, strict=True):
-            inputs = _as_named(inputs, source.inputs_to_measure(options), model.path)
+        taken, config = _inputs_of_each(models, opened, options)
+        for name, source, inputs in zip(names, opened, taken, strict=True):
             with _naming(name):
                 run = source.running(None, replace(options, inputs=inputs))
             runs[name] = stack.enter_context(run)
         return _timed(runs, opened[0], replace(options, run_config=config), seconds)
+
+
+def _inputs_of_each(
+    models: Sequence[OnDisk], opened: Sequence[ModelSource], options: Options
+) -> tuple[list[dict[str, np.ndarray]], RunConfig]:
+    """What to call each model with, the same for all but for names, and conditions with its size.
+
+    That is made up for the first model, or, since it may leave sizes open that others do not, for
+    the first whose inputs all take.
+    """
+    made = [source.inputs_to_measure(options) for source in opened]
+    by_model = [
+        [_as_named(inputs, own, model.path) for model, own in zip(models, made, strict=True)]
+        for inputs in (made if options.inputs is None else made[:1])
+    ]
+
+    def fits(inputs: Sequence[Mapping[str, np.ndarray]]) -> bool:
+        return all(_takes(*each, options) for each in zip(opened, inputs, made, strict=True))
+
+    # Where none fits, the model that does not take the first says so.
+    chosen = next((i for i, inputs in enumerate(by_model) if fits(inputs)), 0)
+    config = _as_run(options.run_config, by_model[chosen][chosen], models[chosen].path)
+    return by_model[chosen], config
+
+
+def _takes(
+    source: ModelSource,
+    inputs: Mapping[str, np.ndarray],
+    own: Mapping[str, np.ndarray],
+    options: Options,
+) -> bool:
+    """Whether a model takes inputs; it does if they have the shapes of its own."""
+    if all(inputs[name].shape == array.shape for name, array in own.items()):
+        return True
+    try:
+        source.inputs_to_measure(replace(options, inputs=inputs))
+    except RewriteError:
+        return False
+    return True
 
 
 def _as_run(config: RunConfig, inputs: Mapping[str, np.ndarray], path: Path) -> RunConfig:

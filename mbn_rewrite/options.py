@@ -81,7 +81,8 @@ class Options:
         progress: called with a line when a step begins.
         check: whether to compare the result with the original.
         measure: whether to measure how much faster than the original the result is.
-        equalize: in mode "fold", whether scales between layers are chosen for int8.
+        equalize: in mode "fold", whether scales between layers are chosen for int8, and what
+            stays leaves its scale to them.
         keep_shared: whether no call of a shared layer may get weights of its own.
         keep_compiled: in modes of training, whether the result is compiled as the original is, and
             its optimizer has the state of the original's.

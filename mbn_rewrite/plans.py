@@ -254,6 +254,11 @@ class Plan:
         return self.counts.get(Fate.KEPT, 0) + self.counts.get(Fate.FUSED, 0)
 
     @property
+    def changes_something(self) -> bool:
+        """Whether the model becomes another one by it."""
+        return bool(self.actions)
+
+    @property
     def merged(self) -> dict[str, tuple[str, ...]]:
         """For each layer that does the work of parallel branches, the others that go for it."""
         folds = self.of(Fold).items()

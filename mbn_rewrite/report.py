@@ -12,6 +12,7 @@ from mbn_rewrite.comparison import Comparison
 from mbn_rewrite.frontends.footprint import Footprint
 from mbn_rewrite.measurement import Latencies
 from mbn_rewrite.plans import Plan
+from mbn_rewrite.verification_on_disk import Verification
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Report:
         return all(comparison.ok for comparison in self.comparisons.values())
 
     @property
+    def changed(self) -> bool:
+        """Whether the written model is another one than the original."""
+        return self.plan.changes_something or self.frozen
+
+    @property
     def after_operations(self) -> int:
         """How many operations the rewritten model has, in the signature that is counted."""
         return sum(self.after.ops.values()) if self.after else 0
@@ -72,15 +78,14 @@ class Report:
             "before": asdict(self.before),
             "after": asdict(self.after) if self.after else None,
             "verification": {
-                "ok": self.ok and bool(self.comparisons),
-                "signatures": {name: c.to_dict() for name, c in self.comparisons.items()},
-                "unverified": dict(self.unverified),
+                **Verification(self.comparisons, self.unverified).to_dict(),
                 "by_xla": list(self.by_xla),
             },
             "carried_over_as_it_was": dict(self.as_it_was),
             "left_out": dict(self.left_out),
             "plan": self.plan.to_dict(),
             "frozen": self.frozen,
+            "changed": self.changed,
             "speed": self.speed and self.speed.to_dict(),
         }
 

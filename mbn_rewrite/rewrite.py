@@ -163,8 +163,9 @@ def rewrite_saved_model(
         output_dir.put_in_place(folder, destination, overwrite)
     if measure:
         original = OnDisk(source, trusted, tags, set_input, report.before.signature or None)
-        changed = bool(report.plan.actions) or freeze
-        speed = figure_on_disk(original, destination, options, changed, report.after_operations)
+        speed = figure_on_disk(
+            original, destination, options, report.changed, report.after_operations
+        )
         report = replace(report, speed=speed)
     return report
 

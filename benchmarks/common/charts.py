@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mbn_rewrite.charts import check_matplotlib
+from mbn_rewrite.errors import RewriteError
 
 _DOWN, _ACROSS = 6, 4  # panels: one column of so many, then another, up to so many
 
@@ -27,8 +29,10 @@ def check_available(what: str) -> None:
     Raises:
         ValueError: it is not there.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"{what} needs matplotlib; pip install '.[benchmarks]' brings it")
+    try:
+        check_matplotlib(what, "pip install '.[benchmarks]'")
+    except RewriteError as error:
+        raise ValueError(str(error)) from None
 
 
 def speeds(panels: Mapping[str, Sequence[Bar]], axis: str, title: str, path: str | Path) -> None:

@@ -129,7 +129,7 @@ flags.DEFINE_bool(
     "equalize",
     False,
     "Mode fold: choose the scales between layers, which are free, so that rounding weights to int8 "
-    "with one step for each tensor loses least.",
+    "with one step for each tensor loses least; what stays for its shift only adds.",
     flag_values=FLAGS,
 )
 flags.DEFINE_bool(

@@ -55,7 +55,7 @@ def with_speed(ending: Ending, job: Job, do: Callable[[Job], Ending]) -> Ending:
         job: the rewrite. What it has written is in its place.
         do: does a job.
     """
-    why, measured = _unchanged(ending), None
+    why, measured = "" if ending.report["changed"] else UNCHANGED, None
     if not why:
         try:
             measured = do(_measuring(ending, job))
@@ -71,12 +71,6 @@ def with_speed(ending: Ending, job: Job, do: Callable[[Job], Ending]) -> Ending:
     return replace(
         ending, text=f"{ending.text}\nspeed: {line}", report={**ending.report, "speed": report}
     )
-
-
-def _unchanged(ending: Ending) -> str:
-    plan = ending.report["plan"]
-    is_unchanged = set(plan["counts"]) <= {"kept"} and not plan["edits"]
-    return UNCHANGED if is_unchanged and not ending.report.get("frozen") else ""
 
 
 def _measuring(ending: Ending, job: Job) -> Job:

@@ -53,7 +53,9 @@ def plan_fold(
             negative. That is exact too, but a ReLU may be fused that two bounds are not.
         stay: sites that do not go at these costs, each with the reason that it has without them.
         equalize: whether scales that are left open are chosen as `equalise` says. Then clips with
-            two bounds (ReLU6) take on bounds by channel where that is what it takes.
+            two bounds (ReLU6) take on bounds by channel where that is what it takes, and sites that
+            stay leave their scales to the layers around them wherever these can take them on: the
+            shift is left, one rounding to int8 in place of two.
     """
     merged = merge_branches(graph)
     work = IndexedGraph(merged.graph)
@@ -62,6 +64,7 @@ def plan_fold(
         if owner in stay:
             kept.setdefault(owner, stay[owner].removesuffix("."))
     bounded = _bounded(work) if equalize else frozenset()
+    only_shift = equalize
     while True:
         solved = _Solved(work, kept, borders)
         able = _clips_after(work, solved.kept.keys() - kept.keys(), clips)
@@ -70,11 +73,18 @@ def plan_fold(
             clipping = _Solved(work, kept, borders, able, signs=clips, first=first)
             if len(clipping.assumptions.gone) > len(first):
                 solved = clipping
+        if only_shift:
+            solved.leave_only_shifts()
         folding = _Folding(work, solved, equalize)
+        if folding.refused and solved.assumptions.only_shift:
+            only_shift = False  # which may be what asks for too much
+            continue
         if bounded and not folding.refused:
             # The same goes, and nothing else; only scales may pass more.
             gone, clip = solved.assumptions.gone, able | bounded
             free = _Solved(work, solved.kept, borders, clip, signs=clips, first=gone)
+            if only_shift:
+                free.leave_only_shifts()
             through = _Folding(work, free, equalize)
             is_as_good = free.assumptions.gone.keys() == gone.keys() and not through.refused
             if is_as_good and through.settled.equalised:
@@ -169,6 +179,12 @@ class _Solved:
                 if why:
                     self.kept[owner] = why
 
+    def leave_only_shifts(self) -> None:
+        """Has layers do the scales of sites that stay, wherever that can be."""
+        for owner in self.kept:
+            if not _why_fixed(self.strands.graph, owner):
+                self.assumptions.assume_only_shift(owner)
+
 
 class _Folding:
     """What layers absorb in one solution.
@@ -233,6 +249,8 @@ class _Folding:
             m = self.work.maps[owner]
             m = before.then(m) if before else m
             m = m.then(after) if after else m
+            # A scale that is off 1 by its last digit would take a multiplication.
+            m = replace(m, scale=np.where(np.abs(m.scale - 1) <= TOLERANCE, 1.0, m.scale))
             why = map_out_of_range(m, node.dtype)
             self.actions[owner] = Remap(m)
         else:
@@ -333,12 +351,18 @@ class _Folding:
 
     def equalised_notes(self) -> tuple[str, ...]:
         """What to say of the layers whose weights change."""
+        notes = []
+        shifts = len(self.assumptions.only_shift)
+        if shifts:
+            which = "1 that stays only adds" if shifts == 1 else f"{shifts} that stay only add"
+            notes.append(f"For int8, {which}: layers around have taken on the scale.")
         if not self.settled.equalised:
-            return ("Scales between layers are even enough for int8: none was changed.",)
+            even = "Scales between layers are even enough for int8: none was changed."
+            return (*notes, even)
         count = sum(isinstance(action, Fold) for action in self.actions.values())
         clips = sum(isinstance(action, Reclip) for action in self.actions.values())
         said = f"Scales between layers were equalised for int8: {count} layers have other weights"
-        return (f"{said}{f', and {clips} clip by channel' if clips else ''}.",)
+        return (*notes, f"{said}{f', and {clips} clip by channel' if clips else ''}.")
 
     def decision(self, owner: str) -> Decision:
         """Decision on a site."""

@@ -44,6 +44,8 @@ class Settled:
         self._assumptions = assumptions
         self._strands = strands
         self._edges = [edge for edges in assumptions.gone.values() for edge in edges]
+        only_shift = assumptions.only_shift.values()
+        self._scale_edges = [*self._edges, *(edge for edges in only_shift for edge in edges)]
         self._strand = assumptions.strand  # of each scale: equal numbers are equal scales
         count = strands.scales.count
         self._p, self._r, self._p_known = np.ones(count), np.ones(count), np.zeros(count, bool)
@@ -187,7 +189,7 @@ class Settled:
 
     def _multiply_out(self) -> None:
         """Sweeps over the edges, forward and backward, until every scale is known."""
-        edges = self._edges
+        edges = self._scale_edges
         while True:
             moved = [self._multiplied(edge) for edge in edges]
             moved += [self._multiplied(edge) for edge in reversed(edges)]

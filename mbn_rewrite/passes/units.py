@@ -54,11 +54,16 @@ class Assumptions:
 
     Args:
         strands: the units of the graph.
+
+    Attributes:
+        gone: the calls of what goes.
+        only_shift: the calls of what stays without its scale.
     """
 
     def __init__(self, strands: Strands) -> None:
         self.strands = strands
         self.gone: dict[str, list[Edge]] = {}
+        self.only_shift: dict[str, list[Edge]] = {}
         # What is equal before anything is assumed has one number.
         self.strand = strands.scales.find(np.arange(strands.scales.count))[0]
         self.origin = strands.origins.find(np.arange(strands.origins.count))[0]
@@ -96,6 +101,35 @@ class Assumptions:
         scales.keep()
         origins.keep()
         return reason
+
+    def assume_only_shift(self, owner: str) -> None:
+        """Lets the scale of a BatchNormalization that stays go, if that contradicts nothing."""
+        calls = self.strands.graph.sites[owner]
+        if not all(self.strands.fits(call) and np.all(_map(call).scale != 0) for call in calls):
+            return
+        scales, origins = self.strands.scales, self.strands.origins
+        marks = scales.mark(), origins.mark()
+        edges = [self._plain_edge(call) for call in calls]
+        self._solved.clear()
+        conflicts = (
+            scales.tie(edge.before.scales, edge.after.scales, edge.scale, np.zeros(1))
+            for edge in edges
+        )
+        if any(conflicts) or self._sums(self._scaled):
+            scales.roll_back(marks[0])
+            origins.roll_back(marks[1])
+        else:
+            self.only_shift[owner] = edges
+            self._blocks.drop(self._solved)
+        scales.keep()
+        origins.keep()
+
+    def _plain_edge(self, call: Node) -> Edge:
+        """The tie of a call none of whose scales is 0."""
+        m, units = _map(call), self.strands.units
+        none = np.zeros(m.channels, bool)
+        sides = units[call.inputs[0]], units[call.outputs[0]]
+        return Edge(call, *sides, m.scale, m.shift, dead=none, blind=none)
 
     def choose(self, numbers: Array) -> None:
         """Sets origins that nothing has told so far to zero.

@@ -137,6 +137,44 @@ def test_a_model_that_counts_its_calls_is_not_measured(tmp_path, capsys):
     assert "running it changes its state" in capsys.readouterr().err
 
 
+def test_one_signature_is_measured_whatever_another_one_changes(tmp_path, capsys):
+    module = tf.Module()
+    module.calls = tf.Variable(0.0)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3))])
+    def count(x):
+        return {"count": tf.reduce_sum(x) + module.calls.assign_add(1.0)}
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3))])
+    def serve(x):
+        return {"y": x + module.calls}
+
+    signatures = {"serving_default": serve, "count": count}
+    tf.saved_model.save(module, str(tmp_path / "in"), signatures)
+    assert run("measure", tmp_path / "in", "--seconds=0.1") == 0
+    assert run("measure", tmp_path / "in", "--signatures=count") == 1
+    assert "running it changes its state" in capsys.readouterr().err
+
+
+def of_size(size, folder):
+    module = tf.Module()
+    spec = tf.TensorSpec((None, size, size, 3), tf.float32, "x")
+    serve = tf.function(lambda x: {"y": tf.reduce_mean(x, (1, 2))}, input_signature=[spec])
+    path = folder / f"size_{size}"
+    tf.saved_model.save(module, str(path), {"serving_default": serve})
+    return path
+
+
+def test_what_one_leaves_open_is_as_the_other_has_it_in_either_order(tmp_path, capsys):
+    models = [of_size(size, tmp_path) for size in (None, 20)]
+    for order in (models, models[::-1]):
+        assert run("measure", *order, "--seconds=0.1") == 0
+    other = of_size(30, tmp_path)
+    capsys.readouterr()
+    assert run("measure", models[1], other, "--seconds=0.1") == 1
+    assert "size_30 cannot be measured" in capsys.readouterr().err
+
+
 class Branching(tf.Module):
     """Control flow around a variable that is only read, for two examples at a time."""
 
@@ -190,9 +228,9 @@ def test_verification_of_what_another_tool_has_written(folder, tmp_path, capsys)
 REWRITE = Job("in", "out", "folder", {"trusted": False, "tags": None, "set_input": {}})
 
 
-def ending(counts, edits=()):
+def ending(changed):
     report = {
-        "plan": {"counts": counts, "edits": list(edits)},
+        "changed": changed,
         "before": {"signature": "serving_default"},
         "after": {"ops": {"AddV2": 3}},
     }
@@ -218,7 +256,7 @@ def failing_with(error):
     ],
 )
 def test_what_was_written_is_there_whatever_happens_while_measuring(do, why):
-    result = with_speed(ending({"folded": 1}), REWRITE, do)
+    result = with_speed(ending(True), REWRITE, do)
     assert result.how == DONE
     assert result.text.startswith("a table\nspeed: not measured: ")
     assert why in result.text
@@ -226,5 +264,5 @@ def test_what_was_written_is_there_whatever_happens_while_measuring(do, why):
 
 
 def test_a_model_that_stays_as_it_was_is_not_measured():
-    result = with_speed(ending({"kept": 2}), REWRITE, failing_with(AssertionError))
+    result = with_speed(ending(False), REWRITE, failing_with(AssertionError))
     assert result.text == f"a table\nspeed: not measured: {UNCHANGED}"

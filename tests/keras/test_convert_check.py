@@ -276,3 +276,13 @@ def test_models_are_measured_beside_the_first(each_keras):
         mbn.measure(model, seconds=0)
     with pytest.raises(mbn.RewriteError, match="no signatures"):
         mbn.measure(model, signature="serve")
+
+
+def test_what_one_leaves_open_is_as_the_other_has_it_in_either_order(each_keras):
+    def of_size(size):
+        x = K.Input((size, size, 3))
+        return Model(x, K.GlobalAveragePooling2D()(x))
+
+    models = [of_size(size) for size in (None, 20)]
+    for order in (models, models[::-1]):
+        assert len(mbn.measure(*order, seconds=0.1).timings) == 2

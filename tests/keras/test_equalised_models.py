@@ -76,3 +76,35 @@ def test_in_a_saved_model(tmp_path):
     assert report.ok
     assert report.plan.left == 0
     assert any("equalised" in note for note in report.plan.notes)
+
+
+def padded():
+    """A network in which zero padding keeps two of three BatchNormalizations."""
+    x = inputs = K.Input((8, 8, 3))
+    for _ in range(3):
+        x = K.BatchNormalization()(K.Conv2D(6, 3, padding="same", activation="relu")(x))
+    model = Model(inputs, K.Dense(4)(K.GlobalAveragePooling2D()(x)))
+    rng = np.random.default_rng(0)
+    for norm in norms(model):
+        gamma, variance = rng.uniform(0.5, 1.5, (2, 6))
+        norm.set_weights([gamma, *rng.normal(0, 0.3, (2, 6)), variance])
+    return model
+
+
+def test_what_stays_only_adds(each_keras, tmp_path):
+    model = padded()
+    new, plan = mbn.convert_with_plan(model, "fold", equalize=True)
+    assert plan.left == 2
+    assert plan.verification.ok
+    for norm in norms(new):
+        gamma, beta, mean, variance = norm.get_weights()
+        assert np.all(gamma / np.sqrt(variance + np.float32(norm.epsilon)) == 1)
+        assert not mean.any()
+        assert beta.any()
+    tf.saved_model.save(model, str(tmp_path / "in"))
+    report = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", "fold", equalize=True)
+    assert report.ok
+    assert report.plan.left == 2
+    ops = report.after.ops
+    assert not any(kind.startswith("FusedBatchNorm") or kind == "Mul" for kind in ops)
+    assert "2 that stay only add" in str(report)

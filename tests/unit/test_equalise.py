@@ -9,7 +9,7 @@ from mbn_rewrite.ir.algebra import fold
 from mbn_rewrite.options import checked_options
 from mbn_rewrite.passes.fold import plan_fold
 from mbn_rewrite.passes.planner import make_plan
-from mbn_rewrite.plans import Fold, Reclip
+from mbn_rewrite.plans import Fold, Reclip, Remap
 from tests.support.neutral import POSITIONS, Builder, random_graph, run
 
 
@@ -135,6 +135,35 @@ def test_a_channel_that_a_bias_alone_gives_does_not_come_to_rule_the_others():
     for action in plan.of(Fold).values():
         for m in (action.before, action.after):
             assert m is None or np.all(np.abs(np.log2(np.abs(m.scale))) <= 5)
+
+
+def padded(b, image, last_window=3):
+    """A convolution, ReLU and BatchNormalization whose shift cannot pass what pads with zeros."""
+    x = b.norm(b.relu(b.linear(image, 6)))
+    return b.graph(b.linear(x, 3, window=last_window))
+
+
+def test_what_stays_only_shifts():
+    b = Builder(np.random.default_rng(0))
+    graph, x = padded(b, b.source(2)), inputs_of(5)
+    plain, plan = plan_fold(graph), plan_fold(graph, equalize=True)
+    assert plain.left == plan.left == 1
+    assert not plain.of(Remap)
+    (remap,) = plan.of(Remap).values()
+    np.testing.assert_array_equal(remap.map.scale, 1.0)
+    assert remap.map.has_shift
+    assert "1 that stays only adds" in plan.notes[0]
+    np.testing.assert_array_equal(run(graph, x, plan)[0], run(graph, x)[0])
+
+
+def test_a_scale_that_something_fixes_stays():
+    b = Builder(np.random.default_rng(0))
+    value = b.norm(b.relu(b.tanh(b.linear(b.source(2), 6))))
+    graph = b.graph(b.linear(value, 3, window=3), value)
+    plan = plan_fold(graph, equalize=True)
+    assert plan.left == 1
+    assert not plan.of(Remap)
+    assert "only add" not in "".join(plan.notes)
 
 
 def test_where_nothing_is_equalised_the_fold_is_the_plain_one():

@@ -98,14 +98,23 @@ def remapped_layer(keras: KerasAdapter, old: Any, remap: Remap) -> tuple[Any, Ca
 
 
 def _set_map(keras: KerasAdapter, old: Any, new: Any, m: ChannelMap) -> None:
-    """Makes a BatchNormalization compute a map by its gamma and beta, with another's statistics."""
+    """Makes a BatchNormalization compute a map by its gamma and beta, with another's statistics.
+
+    A map that only shifts has statistics with which the scale is 1 to the last digit.
+    """
+    gamma, beta = affine_weights(new, keras)
+    if np.all(m.scale == 1):
+        weights.write(new, "moving_mean", np.zeros(m.channels))
+        weights.write(new, "moving_variance", np.full(m.channels, 1 - keras.epsilon_of(old)))
+        _set_affine(new, gamma, m.scale)
+        _set_affine(new, beta, m.shift)
+        return
     mean, variance = (
         weights.read(old, f"moving_{name}").astype(np.float64).reshape(-1)
         for name in ("mean", "variance")
     )
     new.moving_mean.assign(old.moving_mean)
     new.moving_variance.assign(old.moving_variance)
-    gamma, beta = affine_weights(new, keras)
     _set_affine(new, gamma, m.scale * np.sqrt(variance + keras.epsilon_of(old)))
     _set_affine(new, beta, m.shift + mean * m.scale)
 

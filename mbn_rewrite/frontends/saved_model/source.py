@@ -248,7 +248,7 @@ class SavedModelDirectory:
             raise RewriteError("there is no signature to measure")
         if name in self._acting:
             raise RewriteError(f"it was not run, since it {self._acting[name]}")
-        if any(graph.changes_state for graph in self._graphs.values()):
+        if self._graphs[name].changes_state:
             raise RewriteError("running it changes its state, so that no two calls are alike")
         return entry
 

@@ -152,9 +152,11 @@ class _Writer:
         scale = self._new(owner, "scale", m.scale.reshape(shape), dtype)
         shift = self._new(owner, "shift", m.shift.reshape(shape), dtype)
         place = norm.sink.op.name
-        name = editor.add(
-            f"{place}/scale", "Mul", [norm.source.name, editor.read(scale, stored)], T=dtype
-        )
+        name = norm.source.name
+        if np.any(m.scale != 1):
+            name = editor.add(
+                f"{place}/scale", "Mul", [norm.source.name, editor.read(scale, stored)], T=dtype
+            )
         return editor.add(f"{place}/shift", "AddV2", [name, editor.read(shift, stored)], T=dtype)
 
     def _fused(self, owner: str, call: NormCall, m: ChannelMap, stored: bool) -> str:
@@ -192,7 +194,7 @@ class _Writer:
         editor, norm, m = self._editor(call.function), call.norm, action.map
         stored = _is_stored_in_variables(norm)
         op = norm.ops[0]
-        if not op.type.startswith("FusedBatchNorm"):
+        if not op.type.startswith("FusedBatchNorm") or np.all(m.scale == 1):
             editor.redirect(norm.sink.name, self._scaled_and_shifted(owner, call, m, stored))
             return
         parameters = _parameters(m, op.get_attr("epsilon"))
