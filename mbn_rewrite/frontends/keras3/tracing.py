@@ -84,36 +84,50 @@ def traced(
 
 
 @contextmanager
-def set_apart(note_read: Callable[[Any], None]) -> Iterator[None]:
-    """See `KerasAdapter.set_apart`."""
+def watched(is_watched: Callable[[], bool], note_read: Callable[[Any], None]) -> Iterator[None]:
+    """See `KerasAdapter.watched`."""
     get_current_value = keras.StatelessScope.get_current_value
+    symbolic_call = keras.layers.Layer.symbolic_call
 
     def noted(self: Any, variable: Any) -> Any:
-        note_read(variable)
+        if is_watched():
+            note_read(variable)
         return get_current_value(self, variable)
 
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (outputs_of if is_watched() else symbolic_call)(self, *args, **kwargs)
+
     with (
-        _names_as_they_were(),
-        _without_effects(),
-        at_other_sizes(),
+        at_other_sizes(is_watched),
         mock.patch.object(keras.StatelessScope, "get_current_value", noted),
-        mock.patch.object(keras.layers.Layer, "symbolic_call", outputs_of),
+        mock.patch.object(keras.layers.Layer, "symbolic_call", called),
     ):
         yield
 
 
 @contextmanager
-def at_other_sizes() -> Iterator[None]:
+def set_apart() -> Iterator[None]:
+    """See `KerasAdapter.set_apart`."""
+    with _names_as_they_were(), _without_effects():
+        yield
+
+
+@contextmanager
+def at_other_sizes(is_meant: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Context manager in which Sequential models take Keras tensors of other sizes than declared.
 
     They do so with other tensors, since their code does not check what it is given.
+
+    Args:
+        is_meant: whether they are to do so where they are called.
     """
     specified = keras.Sequential.compute_output_spec
 
     def as_it_runs(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         network = self._functional
         ranks = [len(t.shape) for t in keras.tree.flatten(inputs)]
-        if network is None or ranks != [len(t.shape) for t in network.inputs]:
+        is_alike = network is not None and ranks == [len(t.shape) for t in network.inputs]
+        if not is_alike or not is_meant():
             return specified(self, inputs, *args, **kwargs)
         return network._run_through_graph(inputs, lambda layer: layer.compute_output_spec)
 

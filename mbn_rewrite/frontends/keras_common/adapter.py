@@ -169,16 +169,24 @@ class KerasAdapter(ABC):
         """
 
     @abstractmethod
-    def set_apart(self, note_read: Callable[[Any], None]) -> AbstractContextManager[None]:
-        """Context manager in which code has no effect on variables, seeds and names.
+    def watched(
+        self, is_watched: Callable[[], bool], note_read: Callable[[Any], None]
+    ) -> AbstractContextManager[None]:
+        """Context manager in which methods of Keras's classes tell what code reads.
 
         Args:
+            is_watched: whether what runs is code that is being watched; all other code runs as it
+                always does.
             note_read: called with what `read_as` is the id of where code reads a variable.
         """
 
     @abstractmethod
+    def set_apart(self) -> AbstractContextManager[None]:
+        """Context manager in which code has no effect on variables, seeds and names."""
+
+    @abstractmethod
     def read_as(self, variable: Any) -> int:
-        """Id of what `set_apart` notes where code reads a variable."""
+        """Id of what `watched` notes where code reads a variable."""
 
     @abstractmethod
     def called_on_record(

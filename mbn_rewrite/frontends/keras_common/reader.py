@@ -68,12 +68,13 @@ def read(model: Any, keras: KerasAdapter, leaves_code: bool = False) -> Reading:
         leaves_code: whether what code calls is to stay as it is, and is not traced.
     """
     reader = _Reader(keras, leaves_code)
-    if keras.is_visible(model):
-        reader.owners[id(model)] = ""
-        reader.outputs.update(reader.read_calls(model, "", training=False))
-    else:
-        check_copy(model, keras)
-        reader.read_subclassed(model)
+    with reader.tracer.at_work():
+        if keras.is_visible(model):
+            reader.owners[id(model)] = ""
+            reader.outputs.update(reader.read_calls(model, "", training=False))
+        else:
+            check_copy(model, keras)
+            reader.read_subclassed(model)
     reader.list_not_called()
     reader.list_unreachable(model)
     reader.apply_bindings()

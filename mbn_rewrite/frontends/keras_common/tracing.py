@@ -9,6 +9,7 @@ Neither the layer nor anything in it is changed; see `watching`.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from mbn_rewrite.frontends.keras_common.exchanging import Others, with_others
 from mbn_rewrite.frontends.keras_common.probing import NotTraceable, Trace, probe_of
 from mbn_rewrite.frontends.keras_common.references import referred_to
 from mbn_rewrite.frontends.keras_common.sublayers import sublayers
-from mbn_rewrite.frontends.keras_common.watching import NeverCalled, Snapshots, Watch, watched
+from mbn_rewrite.frontends.keras_common.watching import NeverCalled, Watch, Watcher
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
@@ -34,8 +35,12 @@ class Tracer:
 
     def __init__(self, keras: KerasAdapter) -> None:
         self._keras = keras
-        self._snapshots = Snapshots()
+        self._watcher = Watcher(keras)
         self._others = Others()
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Context manager in which layers can be traced."""
+        return self._watcher.at_work()
 
     def trace(self, record: Record, outputs: tuple[Any, ...] | None) -> Trace:
         """Traces one call of a layer, at inference.
@@ -49,7 +54,7 @@ class Tracer:
         """
         keras = self._keras
         try:
-            with watched(record.layer, keras, self._snapshots) as watch:
+            with self._watcher.watched(record.layer) as watch:
                 watch.probe = probe = probe_of(record.layer)
                 found = keras.traced(record, probe)
                 _check_layers(record.layer, probe, keras)

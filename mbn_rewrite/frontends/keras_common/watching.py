@@ -81,7 +81,7 @@ class Watch:
 
     def note_read(self, key: Any) -> None:
         """Notes that a variable is read, by what the Keras at hand knows it by."""
-        if self._callers and self.is_in_this_thread:
+        if self._callers:
             self._reads.append((self._callers[-1], key))
 
     def read_by_others(self, keys_of: Callable[[Any], set[int]], probe: Any) -> set[int]:
@@ -103,56 +103,80 @@ class Watch:
         return found
 
 
-@contextmanager
-def watched(layer: Any, keras: KerasAdapter, snapshots: Snapshots) -> Iterator[Watch]:
-    """Context manager in which the code of a layer may run, without any effect that lasts.
-
-    One thread watches at a time; the code of others goes on as it was.
+class Watcher:
+    """Watches the code of layers, one at a time.
 
     Args:
-        layer: the layer.
-        keras: the adapter of its Keras.
-        snapshots: of its layers, to which more are added.
-
-    Raises:
-        NeverCalled: a layer in it would be given weights.
+        keras: the adapter of their Keras.
     """
-    with _ONE_AT_A_TIME:
-        yield from _watched(layer, keras, snapshots)
 
+    def __init__(self, keras: KerasAdapter) -> None:
+        self._keras = keras
+        self._snapshots = _Snapshots()
+        self._watch: Watch | None = None
+        self._kept = _KeptLayers(self._snapshots)
+        self._own: set[int] = set()
 
-def _watched(layer: Any, keras: KerasAdapter, snapshots: Snapshots) -> Iterator[Watch]:
-    watch, kept = Watch(KnownResults(keras)), _KeptLayers(snapshots)
-    base = keras.layers.Layer
-    call, add_weight = base.__call__, base.add_weight
-    own = {id(part) for part in parts(layer)}
-    kept.keep_layers_of(layer, is_lasting=True)
-    watch.keep_other = partial(kept.keep_layers_of, is_lasting=True)
+    def _is_watched(self) -> bool:
+        """Whether what runs is the code that is watched, and not that of another thread."""
+        return self._watch is not None and self._watch.is_in_this_thread
 
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not watch.is_in_this_thread:
-            return call(self, *args, **kwargs)
-        if self is not watch.probe:  # it has what is kept, and is used no more
-            kept.keep_layers_of(self)
-        return watch.called(call, self, args, kwargs)
+    def _note_read(self, key: Any) -> None:
+        assert self._watch is not None
+        self._watch.note_read(key)
 
-    def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) in own and watch.is_in_this_thread:
-            raise NeverCalled(f"its layer '{self.name}' was never called")
-        return add_weight(self, *args, **kwargs)
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Context manager in which layers can be watched; one thread's at a time.
 
-    numbers, generator = np.random.get_state(), random.getstate()
-    try:
+        Methods of Keras's base class are exchanged in it. That is done once for all layers, since
+        it takes as long as tracing a small one. The code of other threads goes on as it was.
+        """
+        base = self._keras.layers.Layer
+        call, add_weight = base.__call__, base.add_weight
+
+        def noted(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            watch = self._watch
+            if watch is None or not watch.is_in_this_thread:
+                return call(layer, *args, **kwargs)
+            if layer is not watch.probe:  # it has what is kept, and is used no more
+                self._kept.keep_layers_of(layer)
+            return watch.called(call, layer, args, kwargs)
+
+        def refused(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            if id(layer) in self._own and self._is_watched():
+                raise NeverCalled(f"its layer '{layer.name}' was never called")
+            return add_weight(layer, *args, **kwargs)
+
         with (
+            _ONE_AT_A_TIME,
             mock.patch.object(base, "__call__", noted),
             mock.patch.object(base, "add_weight", refused),
-            keras.set_apart(watch.note_read),
+            self._keras.watched(self._is_watched, self._note_read),
         ):
-            yield watch
-    finally:
-        kept.restore()
-        np.random.set_state(numbers)
-        random.setstate(generator)
+            yield
+
+    @contextmanager
+    def watched(self, layer: Any) -> Iterator[Watch]:
+        """Context manager in which the code of a layer may run, without any effect that lasts.
+
+        Raises:
+            NeverCalled: a layer in it would be given weights.
+        """
+        watch, self._kept = Watch(KnownResults(self._keras)), _KeptLayers(self._snapshots)
+        self._own = {id(part) for part in parts(layer)}
+        self._kept.keep_layers_of(layer, is_lasting=True)
+        watch.keep_other = partial(self._kept.keep_layers_of, is_lasting=True)
+        numbers, generator = np.random.get_state(), random.getstate()
+        self._watch = watch
+        try:
+            with self._keras.set_apart():
+                yield watch
+        finally:
+            self._watch = None
+            self._kept.restore()
+            np.random.set_state(numbers)
+            random.setstate(generator)
 
 
 @contextmanager
@@ -172,7 +196,7 @@ def objects_left_alone(layer: Any) -> Iterator[None]:
         kept.restore()
 
 
-class Snapshots:
+class _Snapshots:
     """What layers have. It is put back whenever they are watched, so one of each layer will do."""
 
     def __init__(self) -> None:
@@ -197,7 +221,7 @@ class Snapshots:
 class _KeptLayers:
     """What layers have, to be put back."""
 
-    def __init__(self, snapshots: Snapshots) -> None:
+    def __init__(self, snapshots: _Snapshots) -> None:
         self._snapshots = snapshots
         self._kept: dict[int, _Kept] = {}
 
@@ -206,7 +230,7 @@ class _KeptLayers:
             each.restore()
 
     def keep_layers_of(self, layer: Any, is_lasting: bool = False) -> None:
-        """Keeps what a layer has, and what all layers in it have; see `Snapshots.of`."""
+        """Keeps what a layer has, and what all layers in it have; see `_Snapshots.of`."""
         if id(layer) not in self._kept:
             for part in parts(layer):
                 if id(part) not in self._kept:

@@ -167,8 +167,13 @@ class TfKeras(KerasAdapter):
     def traced(self, record: Record, probe: Any, size: int | None = None) -> Trace:
         return tracing.traced(record, probe, _record, size)
 
-    def set_apart(self, note_read: Callable[[Any], None]) -> AbstractContextManager[None]:
-        return tracing.set_apart(note_read)
+    def watched(
+        self, is_watched: Callable[[], bool], note_read: Callable[[Any], None]
+    ) -> AbstractContextManager[None]:
+        return tracing.watched(is_watched, note_read)
+
+    def set_apart(self) -> AbstractContextManager[None]:
+        return tracing.set_apart()
 
     def read_as(self, variable: Any) -> int:
         return id(variable.handle) if isinstance(variable, tf.Variable) else id(variable)

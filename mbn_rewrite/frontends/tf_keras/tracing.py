@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -56,23 +56,26 @@ def traced(
     return Trace(tuple(inputs), tuple(records), tuple(outputs), frozenset(reads))
 
 
-@contextmanager
-def set_apart(note_read: Callable[[Any], None]) -> Iterator[None]:
-    """See `KerasAdapter.set_apart`."""
+def watched(
+    is_watched: Callable[[], bool], note_read: Callable[[Any], None]
+) -> AbstractContextManager[Any]:
+    """See `KerasAdapter.watched`."""
     capture = FuncGraph.capture
 
     def noted(self: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        note_read(tensor)
+        if is_watched():
+            note_read(tensor)
         return capture(self, tensor, *args, **kwargs)
 
+    return mock.patch.object(FuncGraph, "capture", noted)
+
+
+@contextmanager
+def set_apart() -> Iterator[None]:
+    """See `KerasAdapter.set_apart`."""
     # In a graph, nothing is assigned to variables and no numbers are drawn. It captures the handles
     # of variables that code reads, and so do the graphs in it in which layers run.
-    with (
-        _names_as_they_were(),
-        _seeds_as_they_were(),
-        mock.patch.object(FuncGraph, "capture", noted),
-        FuncGraph("trace").as_default(),
-    ):
+    with _names_as_they_were(), _seeds_as_they_were(), FuncGraph("trace").as_default():
         yield
 
 
