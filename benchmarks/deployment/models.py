@@ -25,11 +25,15 @@ from tools import real_models
 
 TRAINED = ("fer", "ina_male_female", "ina_speech_music")
 _MOBILE = "MobileNetV2-like"
+_DENSE = "DenseNet-like"
+_PRE_ACTIVATION = "Pre-activation"
 # With their rows and columns: small, so that hundreds of images go through them on a CPU.
 NETWORKS = {
     "WideResNet-16-4": 32,
     "ResNet50V2": 64,
     "DenseNet121": 64,
+    _DENSE: 32,
+    _PRE_ACTIVATION: 32,
     "Conv-ReLU-BN": 32,
     "Conv-ReLU-BN padded": 32,
     _MOBILE: 32,
@@ -86,6 +90,10 @@ def _model(name: str, folder: str | None, calibrating: int) -> Any:
         model = conv_relu_norm(size, CONV_RELU_NORM[name])
     elif name == _MOBILE:
         model = mobile(size)
+    elif name == _DENSE:
+        model = dense(size)
+    elif name == _PRE_ACTIVATION:
+        model = pre_activation(size)
     else:
         model = networks.build(name, 0, size)
     data = _scaled(images.load(folder, model.input_shape[1:], calibrating), _range(name))
@@ -127,6 +135,40 @@ def conv_relu_norm(size: int, padding: str) -> Any:
         x = layers.MaxPooling2D(padding=padding)(x)
     x = layers.GlobalAveragePooling2D()(x)
     return tf_keras.Model(image, layers.Dense(10)(x))
+
+
+def dense(size: int) -> Any:
+    """Blocks of DenseNet, whose trunks are read by all that follows in the block."""
+    layers = tf_keras.layers
+    x = image = tf_keras.Input((size, size, 3))
+    x = layers.Conv2D(16, 3, padding="same", use_bias=False)(x)
+    for block in range(3):
+        if block:
+            x = layers.AveragePooling2D()(_conv(_activated(x), x.shape[-1] // 2, 1))
+        for _ in range(4):
+            y = _conv(_activated(_conv(_activated(x), 32, 1)), 8)
+            x = layers.Concatenate()([x, y])
+    x = layers.GlobalAveragePooling2D()(_activated(x))
+    return tf_keras.Model(image, layers.Dense(10)(x))
+
+
+def pre_activation(size: int) -> Any:
+    """Residual blocks whose BatchNormalizations and ReLUs come before their convolutions."""
+    layers = tf_keras.layers
+    x = image = tf_keras.Input((size, size, 3))
+    x = layers.Conv2D(16, 3, 2, padding="same", use_bias=False)(x)
+    for _ in range(4):
+        x = layers.Add()([x, _conv(_activated(_conv(_activated(x), 16)), 16)])
+    x = layers.GlobalAveragePooling2D()(_activated(x))
+    return tf_keras.Model(image, layers.Dense(10)(x))
+
+
+def _activated(x: Any) -> Any:
+    return tf_keras.layers.ReLU()(tf_keras.layers.BatchNormalization()(x))
+
+
+def _conv(x: Any, width: int, window: int = 3) -> Any:
+    return tf_keras.layers.Conv2D(width, window, padding="same", use_bias=False)(x)
 
 
 def calibrated(
