@@ -31,7 +31,8 @@ def normalize_by_sample(
 ) -> tuple[torch.Tensor, Moments]:
     """Batch normalisation in training; see `training.backends.Backend`."""
     y, *statistics = _BySample.apply(x, gamma, beta, mask, sampling)
-    return y, Moments(*statistics)
+    # Not in the function: torch forbids changes in place of a view that a function returns.
+    return _shaped_like(y, x, sampling), Moments(*statistics)
 
 
 def normalize(
@@ -139,7 +140,7 @@ def _depthwise(
 
 
 class _BySample(torch.autograd.Function):
-    """y, mean, variance and count; of tensors of x's size only x is kept for the gradient."""
+    """y as images, mean, variance and count; of what is large only x is kept for the gradient."""
 
     @staticmethod
     def forward(
@@ -156,9 +157,9 @@ class _BySample(torch.autograd.Function):
             moments = _sample_moments(x, gamma, mask, sampling)
             given = moments.mean, moments.variance
             y = _by_statistics(images, gamma, beta, *given, epsilon)
-        if sampling.depthwise:
+        if sampling.depthwise and images.numel():  # a convolution of no positions is an error
             y = _depthwise(images, gamma, beta, moments, epsilon)
-        return _shaped_like(y, x, sampling), moments.mean, moments.variance, moments.count
+        return y, moments.mean, moments.variance, moments.count
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -185,14 +186,14 @@ def _gradient(
     mask: torch.Tensor | None,
     sampling: Sampling,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx, dgamma and dbeta."""
+    """dx, dgamma and dbeta, from dy as images."""
     if not x.numel():  # for which torch's kernel divides by zero, and ends the process
         return torch.zeros_like(x), torch.zeros_like(gamma), torch.zeros_like(gamma)
     whole = _is_whole(sampling, mask)
     mean, variance, epsilon = moments.mean, moments.variance, sampling.epsilon
     inverse = torch.rsqrt(variance + epsilon)
     images = _as_images(x, sampling)
-    slopes = _as_images(dy, sampling).contiguous(memory_format=_layout(images))
+    slopes = dy.contiguous(memory_format=_layout(images))
     dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
         slopes, images, gamma, mean, variance, mean, inverse, whole, epsilon, [True, True, True]
     )
@@ -228,7 +229,7 @@ def _differentiable_gradient(
         _along(vector, x, sampling) for vector in (moments.mean, inverse, gamma, beta)
     )
     y = ((wide - mean) * inverse * gamma_ + beta_).to(x.dtype)
-    needs = ctx.needs_input_grad[:3]
+    dy, needs = _shaped_like(dy, x, sampling), ctx.needs_input_grad[:3]
     wanted = [t for t, needed in zip((x, gamma, beta), needs, strict=True) if needed]
     gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(gradients) if needed else None for needed in needs]
