@@ -244,14 +244,27 @@ def test_everything_masked():
     assert results[-1] == 0
 
 
+@pytest.mark.parametrize("run", ["eager", "xla"])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
-def test_large_mean(strides):
+def test_large_mean(strides, run):
     """A mean of a thousand standard deviations does not spoil the variance."""
     case = Case((4, 16, 16, 4), 3, strides)
     x, dy, gamma, beta, _ = case.tensors()
-    *_, variance, _ = ours(case)(x + 2000, dy, gamma, beta, None)
+    *_, variance, _ = RUNS[run](ours(case))(x + 2000, dy, gamma, beta, None)
     *_, expected, _ = reference(case, x + 2000, dy, gamma, beta, None)
     np.testing.assert_allclose(variance, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("apart", [0, 3, 1e4])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_sums_of_one_pass_do_not_cancel(strides, apart):
+    """The variance loses the rounding of sums once for each example, wherever the first lies."""
+    case = Case((8, 16, 16, 4), 3, strides)
+    x, dy, gamma, beta, _ = case.tensors()
+    x = x + 1e5 + apart * np.eye(8, 1, dtype=np.float32)[:, :, None, None]
+    *_, variance, _ = RUNS["xla"](ours(case))(x, dy, gamma, beta, None)
+    *_, expected, _ = reference(case, x, dy, gamma, beta, None)
+    np.testing.assert_allclose(variance, expected, rtol=8 * TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("case", [CASES[n] for n in ("rank_2", "rank_4", "channels_first")])

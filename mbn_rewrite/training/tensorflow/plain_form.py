@@ -26,6 +26,28 @@ def sample_moments(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None) -> 
     return Moments(mean, variance, count)
 
 
+def sample_moments_at_once(x: tf.Tensor, sampling: Sampling) -> Moments:
+    """The moments of the sample, in one pass over it where its two sums are one kernel, as in XLA.
+
+    With k any number,
+
+        mu = k + E[x - k]          var = E[(x - k)^2] - E[x - k]^2
+
+    where the difference magnifies the rounding of the sums by 1 + (mu - k)^2 / var. The k of a
+    channel is its mean over the first of n examples, for which that is at most n, whatever the
+    values are: the variance is at least what the distance of that one mean from mu makes of it.
+    """
+    axis, axes = sampling.axis, _all_but(sampling.axis, x)
+    sample = _widened(_sampled(x, sampling))
+    count = tf.cast(tf.size(sample) // sample.shape[axis], sample.dtype)
+    first = sample[:1]
+    positions = tf.cast(tf.size(first) // sample.shape[axis], sample.dtype)
+    origin = tf.math.divide_no_nan(tf.reduce_sum(first, axes), positions)
+    moved = sample - _along(origin, axis, x)
+    offset, square = tf.reduce_mean(moved, axes), tf.reduce_mean(tf.square(moved), axes)
+    return Moments(origin + offset, tf.maximum(square - tf.square(offset), 0), count)
+
+
 def normalized(
     x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, moments: Moments, sampling: Sampling
 ) -> tf.Tensor:

@@ -133,11 +133,12 @@ def _by_kernels(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None = None)
 
 def _moments(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None) -> Moments:
     """The statistics of the sample, of all replicas where they are synchronized."""
-    moments = (
-        kernel_form.sample_moments(x, sampling)
-        if _by_kernels(x, sampling, mask)
-        else plain_form.sample_moments(x, sampling, mask)
-    )
+    if _by_kernels(x, sampling, mask):
+        moments = kernel_form.sample_moments(x, sampling)
+    elif mask is None and will_be_compiled():
+        moments = plain_form.sample_moments_at_once(x, sampling)
+    else:
+        moments = plain_form.sample_moments(x, sampling, mask)
     return of_all_replicas(moments) if sampling.synchronized else moments
 
 
@@ -196,9 +197,12 @@ def _differentiated_by_kernels(
 
 
 def _is_stock(x: tf.Tensor, sampling: Sampling, mask: tf.Tensor | None) -> bool:
-    """Whether the statistics and the gradient are those of TensorFlow's fused operation."""
-    whole = sampling.everything and mask is None
-    return whole and not sampling.synchronized and x.dtype in FUSED_DTYPES
+    """Whether the statistics and the gradient are those of TensorFlow's fused operation.
+
+    XLA would make arithmetic of it, with the variance as E[x^2] - E[x]^2, which may cancel.
+    """
+    whole = sampling.everything and mask is None and not sampling.synchronized
+    return whole and x.dtype in FUSED_DTYPES and not will_be_compiled()
 
 
 def _stock(
