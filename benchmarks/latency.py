@@ -159,7 +159,7 @@ def rows() -> Iterator[dict[str, Any]]:
                     keras_name,
                     batch,
                     lambda b=batch, n=name, k=keras_name: of_network(
-                        network(n, k), wide_network(n), b
+                        network(n, k, FLAGS.dtype, FLAGS.size), wide_network(n, FLAGS.size), b
                     ),
                 )
             network.cache_clear()

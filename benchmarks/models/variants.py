@@ -34,23 +34,31 @@ Calls = dict[str, Callable[[], object]]
 
 
 @cache
-def wide_network(name: str) -> Any:
-    """A network of tf_keras with typical statistics, in float32."""
-    model = networks.build(name, 0, FLAGS.size)
-    networks.set_statistics(model, networks.typical_statistics, np.random.default_rng(0))
+def wide_network(name: str, size: int | None, statistics: str = "typical") -> Any:
+    """A network of tf_keras in float32, with statistics of a kind of `networks.STATISTICS`.
+
+    Args:
+        name: as `networks.build` knows it.
+        size: pixels of images, or None for those of the network.
+        statistics: "typical" or "hard".
+    """
+    model = networks.build(name, 0, size)
+    networks.set_statistics(model, networks.STATISTICS[statistics], np.random.default_rng(0))
     return model
 
 
 @cache
-def network(name: str, keras_name: str) -> Any:
-    """The same network, of any Keras, in the dtype policy that was asked for."""
-    model = wide_network(name)
+def network(
+    name: str, keras_name: str, dtype: str, size: int | None, statistics: str = "typical"
+) -> Any:
+    """The same network, of any Keras, in a dtype policy."""
+    model = wide_network(name, size, statistics)
     package = KERAS[keras_name]
-    if package is tf_keras and FLAGS.dtype == "float32":
+    if package is tf_keras and dtype == "float32":
         return model
-    package.mixed_precision.set_global_policy(FLAGS.dtype)
+    package.mixed_precision.set_global_policy(dtype)
     try:
-        other = networks.build(name, 0, FLAGS.size, package)
+        other = networks.build(name, 0, size, package)
     finally:
         package.mixed_precision.set_global_policy("float32")
     other.set_weights(model.get_weights())
@@ -76,7 +84,7 @@ def of_network(model: Any, wide: Any, batch: int) -> tuple[Calls, dict[str, Vari
         with noted(known, variant):
             new, facts = _varied(model, variant, run_config)
             known[variant] = facts
-            call = runner(_function(new, images, variant), images, run_config)
+            call = runner(function_of(new, images, variant), images, run_config)
             outputs = call()
             if variant in (*MODES, FROZEN):
                 comparison = mbn.verify(model, new, inputs=images, tolerance=tolerance)
@@ -91,7 +99,7 @@ def of_network(model: Any, wide: Any, batch: int) -> tuple[Calls, dict[str, Vari
     return calls, known
 
 
-def _function(model: Any, images: Any, variant: str) -> Callable[[Any], Any]:
+def function_of(model: Any, images: Any, variant: str) -> Callable[[Any], Any]:
     """A function of images that calls a model at inference."""
     if variant != FROZEN:
         return lambda data: model(data, training=False)
