@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
 import mbn_rewrite as mbn
 from mbn_rewrite.errors import RewriteError
@@ -889,6 +890,25 @@ def rewrite_tf1(tmp_path, build, mode="fold", control_flow_v2=False):
     assert report.ok
     assert report.as_it_was == {}
     return report, model, new
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("names", [["in-1"], ["in-1", "in-2/x"]])
+def test_names_of_inputs_that_are_no_identifiers(names, freeze, tmp_path, rng):
+    def build():
+        inputs = {name: v1.placeholder(tf.float32, [None, INPUTS]) for name in names}
+        weights, *norm = tf1_variables(rng)
+        return inputs, {"out-1": arithmetic_norm(sum(inputs.values()) @ weights, *norm)}
+
+    save_tf1(tmp_path / "in", build)
+    report = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", "fold", freeze=freeze)
+    assert report.ok
+    assert actions(report) == ["folded"]
+    (meta_graph,) = parse_saved_model(str(tmp_path / "out")).meta_graphs
+    assert sorted(meta_graph.signature_def["serving_default"].inputs) == names
+    given = {name: np.ones((2, INPUTS), np.float32) for name in names}
+    found = mbn.verify_saved_model(tmp_path / "in", tmp_path / "out", inputs=given)
+    assert found.ok
 
 
 @pytest.mark.parametrize("control_flow_v2", [True, False])

@@ -92,7 +92,10 @@ class _Frozen:
 
 def _with_interface_of(function: Any, frozen: Any, arguments: Sequence[str]) -> Any:
     specs, names = specs_of(function), sorted(function.structured_outputs)
-    by_node = {as_node_name(name): name for name in specs}
+    keys = function.structured_input_signature[1]  # names as the loader has them
+    by_node = {
+        as_node_name(key): name for of in (keys, specs) for key, name in zip(of, specs, strict=True)
+    }
 
     def signature(*tensors: Any) -> dict[str, Any]:
         given = dict(zip(specs, tensors, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -35,7 +36,16 @@ from mbn_rewrite.frontends.saved_model.signature_inputs import input_recipes
 
 def specs_of(function: Any) -> dict[str, Any]:
     """The inputs of a signature: name -> tf.TensorSpec."""
-    return dict(function.structured_input_signature[1])
+    return {
+        _declared_name(key, spec): spec
+        for key, spec in function.structured_input_signature[1].items()
+    }
+
+
+def _declared_name(key: str, spec: Any) -> str:
+    """The name of an input, in whose key TensorFlow's loader replaces what is in no identifier."""
+    name = spec.name
+    return name if name and re.sub(r"[^A-Za-z0-9_]", "_", name) == key else key
 
 
 def _interface_of(function: Any) -> dict[str, Any]:
