@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """Whole training steps of networks, timed in turn, with each kind of BatchNormalization.
 
-    python benchmarks/train_step.py [FLAGS]
+    [KERAS_BACKEND=jax] python benchmarks/train_step.py [FLAGS]
 
 A step is forward, loss, backward and update (SGD, Nesterov momentum) of a batch of noise that
-lies on the device, in one tf.function. Variants, for each network and Keras:
+lies on the device. KERAS_BACKEND names the backend of Keras: on tensorflow, the default, a step is
+one tf.function; on jax one function under jit, which takes and gives all state; on torch it is
+what `fit` does, operation by operation. Jax and torch run Keras 3 alone. Variants, for each network
+and Keras:
 
     original    BatchNormalization of that Keras; always there, others are compared with it
     stridedS    StridedBatchNormalization with stride S in its place
@@ -21,8 +24,9 @@ turns. Before they are timed, it is checked what they are:
                 so. The learning rate is one at which a step changes the loss by 5%
     operations  where a layer takes a sample, or a depthwise convolution, or a fused operation
                 that the original has not, other operations have run for it than in the original:
-                seen by TensorFlow's profiler; with --xla, those that were compiled. (With stride
-                1, tf_keras runs the same fused operation: that is expected, and noted)
+                seen by the profiler of TensorFlow or torch; with --xla, and on jax, those that
+                were compiled. (With stride 1, tf_keras runs the same fused operation, and jax
+                the same kinds of sums: that is expected, and noted)
 
 What fails a check is not timed.
 
@@ -41,13 +45,14 @@ Columns:
 writes how long each BatchNormalization takes, forward and backward: as a table, and with all of
 their operations as DIR/MODEL_KERAS.json, and as a chart, DIR/MODEL_KERAS.png. The times are those
 of operations (kernels on a GPU) alone, and of steps under the profiler; see training/profiles.py.
-Not with --xla, which fuses operations of several layers.
+Not with --xla and not on jax, where operations of several layers are fused.
 
 Examples:
     python benchmarks/train_step.py --models=ResNet9 --batch=16 --repeats=10
     python benchmarks/train_step.py --keras=tf_keras --variants=strided4,none --json=steps.json
     python benchmarks/train_step.py --device=GPU --dtype=mixed_float16 --batch=256 --calls=5
     python benchmarks/train_step.py --models=ResNet9 --profile=profiles --chart=steps.png
+    KERAS_BACKEND=torch python benchmarks/train_step.py --models=ResNet9 --variants=strided1
 
 Exit codes:
     0  every row was measured, whatever it shows
@@ -66,26 +71,18 @@ from typing import Any
 # The repository's own package comes first, so that the program runs without installation.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ["KERAS_BACKEND"] = "tensorflow"
 
 from absl import app, flags
 
-from mbn_rewrite.cli.quiet import import_tensorflow
-
-import_tensorflow()
-
-import keras
-import tensorflow as tf
-import tf_keras
-
-from benchmarks.common import charts, devices, results
+from benchmarks.common import charts, results
 from benchmarks.common.console import progress
 from benchmarks.common.failures import described
 from benchmarks.common.flags import check_no_arguments, check_outputs
-from benchmarks.models.training_networks import KERAS, NETWORKS, check_variant
+from benchmarks.models.training_networks import NETWORKS, check_variant
 from benchmarks.training import measuring, profile_tables
 from benchmarks.training import rows as training_rows
-from benchmarks.training.attribution import ByLayer
+from benchmarks.training.backends import in_use
+from benchmarks.training.operations import ByLayer
 from benchmarks.training.rows import CLASSES, DTYPES, SIZES, Row, Settings
 from mbn_rewrite.errors import RewriteError
 from mbn_rewrite.measurement import quartiles
@@ -97,7 +94,7 @@ WAYS = ("forward", "backward")
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", list(NETWORKS), f"Of {', '.join(NETWORKS)}.")
 flags.DEFINE_list("variants", list(VARIANTS), "As above; the original is there anyway.")
-flags.DEFINE_list("keras", list(KERAS), f"Of {', '.join(KERAS)}.")
+flags.DEFINE_list("keras", None, "Of tf_keras, keras_3; by default all that the backend runs.")
 flags.DEFINE_string("dtype", "float32", f"Policy of the models: {', '.join(DTYPES)}.")
 flags.DEFINE_bool("xla", False, "Compile the whole step with XLA.")
 flags.DEFINE_integer("batch", 32, "Images in a batch.", lower_bound=1)
@@ -223,10 +220,11 @@ def check_flags(arguments: Sequence[str]) -> Settings:
         RewriteError: there is no such variant.
     """
     check_no_arguments(arguments)
+    if FLAGS.keras is None:
+        FLAGS.keras = list(in_use().kerases)
     training_rows.check_names(FLAGS.models, FLAGS.keras, FLAGS.variants, FLAGS.dtype)
     check_outputs(FLAGS.json, FLAGS.chart)
-    if FLAGS.profile and FLAGS.xla:
-        raise ValueError("no --profile with --xla: it fuses operations of several layers into one")
+    in_use().check_settings(FLAGS.xla, FLAGS.profile)
     if FLAGS.profile and Path(FLAGS.profile).exists():
         if not Path(FLAGS.profile).is_dir():
             raise ValueError(f"{FLAGS.profile} is no directory")
@@ -235,14 +233,15 @@ def check_flags(arguments: Sequence[str]) -> Settings:
         results.check_writable(FLAGS.profile)
     if FLAGS.profile:
         charts.check_available("--profile")
-    device = devices.chosen(FLAGS.device)
+    device = in_use().chosen(FLAGS.device)
     if FLAGS.device is None and device == "CPU":
-        progress(f"no GPU: running on CPU {devices.name_of(device)}")
+        progress(f"no GPU: running on CPU {in_use().name_of(device)}")
     names = (
-        *("dtype", "xla", "batch", "size", "width", "classes"),
+        *("dtype", "batch", "size", "width", "classes"),
         *("repeats", "calls", "memory", "profiled_steps"),
     )
-    return Settings(device=device, **{name: FLAGS[name].value for name in names})
+    xla = FLAGS.xla or in_use().compiles_always
+    return Settings(device=device, xla=xla, **{name: FLAGS[name].value for name in names})
 
 
 def main(argv: list[str]) -> int:
@@ -251,19 +250,16 @@ def main(argv: list[str]) -> int:
     except (ValueError, RewriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if settings.device == "GPU":
-        # Otherwise one process takes all memory, and none is left for those that measure it.
-        tf.config.experimental.set_memory_growth(tf.config.list_physical_devices("GPU")[0], True)
     if FLAGS.memory_of:
         return measure_memory(settings)
-    return Run(settings, devices.name_of(settings.device)).run()
+    return Run(settings, in_use().name_of(settings.device)).run()
 
 
 def measure_memory(settings: Settings) -> int:
     """Prints the peak memory of one variant."""
     row = Row(FLAGS.models[0], FLAGS.keras[0], FLAGS.memory_of)
     try:
-        with tf.device(f"/{settings.device}:0"):
+        with in_use().on(settings.device):
             print(measuring.peak_memory(row, settings))
     except Exception as error:
         print(f"error: {described(error)}", file=sys.stderr)
@@ -303,7 +299,7 @@ class Run:
         """Measures one network and one Keras, and says what it found, however far it came."""
         layers: dict[str, ByLayer] = {}
         try:
-            with tf.device(f"/{self.settings.device}:0"):
+            with in_use().on(self.settings.device):
                 measuring.measure(rows, self.settings, layers, FLAGS.profile, self.keep)
         except Exception as error:  # a device that is gone, or images that do not fit
             for row in (row for row in rows if not row.failure and not row.measured):
@@ -328,9 +324,8 @@ class Run:
         settings = {key: value for key, value in vars(self.settings).items() if value is not None}
         return settings | {
             "device": self.device,
-            "tensorflow": tf.__version__,
-            "tf_keras": tf_keras.__version__,
-            "keras": keras.__version__,
+            "backend": in_use().name,
+            **in_use().versions(),
         }
 
     def keep(self) -> None:

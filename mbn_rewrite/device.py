@@ -1,7 +1,9 @@
-"""Names of the processors that models run on."""
+"""The processor that models run on: its name, and its memory."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import re
@@ -25,3 +27,11 @@ def cpu_name() -> str:
         text = ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def give_back_memory() -> None:
+    """Gives freed memory back to the system, which the allocator otherwise keeps."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others do not
+    if trim is not None:
+        trim(0)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite import output_dir
+from mbn_rewrite.device import give_back_memory
 from mbn_rewrite.errors import RewriteError, VerificationError
 from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import ModelSource
@@ -257,8 +258,6 @@ def _planned(model: ModelSource, options: Options, source: Path) -> Report:
 
 def _run(model: ModelSource, options: Options) -> Reference:
     """Outputs of the original, to compare with."""
-    from mbn_rewrite.frontends.execution import give_back_memory
-
     options.progress("running the original")
     give_back_memory()
     calls = model.reference_io(options.inputs)
@@ -301,8 +300,6 @@ def _verified(
     options: Options,
 ) -> Report:
     """The report with what was written, once that gives the original's outputs."""
-    from mbn_rewrite.frontends.execution import give_back_memory
-
     give_back_memory()
     options.progress("verifying what was written")
     counted = report.before.signature

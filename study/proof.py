@@ -5,8 +5,8 @@ its layer in it, forward and backward. Only the gradients of this library's laye
 those kinds of operations, each such layer has one, or each with a stride, and the gradients are
 made from the last layer to the first.
 
-Profiles are read by `benchmarks.training.profiles`; this is all that the study knows of the
-profiler.
+Profiles are read by `benchmarks.training.tensorflow.profiles`; this is all that the study knows of
+the profiler.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from benchmarks.training import profiles
-from benchmarks.training.profiles import OpTime
+from benchmarks.training.operations import OpTime
+from benchmarks.training.tensorflow import profiles
 from study.errors import StudyError
 
 # What gradients without a layer's name are made of, as far as nothing else is made of it: the
@@ -124,8 +124,8 @@ class Profiler:
 def attributed(operations: Iterable[OpTime], layers: Mapping[str, bool]) -> Iterator[Executed]:
     """The operations that belong to layers.
 
-    `benchmarks.training.attribution` finds more, from the graph. What `fit` traces is not to be
-    had, so that here names have to do.
+    `benchmarks.training.tensorflow.attribution` finds more, from the graph. What `fit` traces is
+    not to be had, so that here names have to do.
 
     Args:
         operations: all that ran.

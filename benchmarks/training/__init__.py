@@ -5,10 +5,13 @@ rows.py             what is known of a variant; the settings of all
 candidates.py       variants, built
 checks.py           their losses and operations
 measuring.py        their memory and time
-profiles.py         what ran, by TensorFlow's profiler
-attribution.py      for which BatchNormalization it ran
+operations.py       what ran, as data
 profile_tables.py   how long each took
 layer_variants.py   single layers: variants, and functions that run them
 layer_checks.py     their outputs and operations
 layer_tables.py     their times
+backends.py         what each backend of Keras has to offer to all that; its rooms:
+tensorflow/ jax/ torch/
+keras_devices.py    devices of the latter two
+hlo.py              modules that XLA has compiled
 """

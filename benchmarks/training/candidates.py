@@ -11,8 +11,9 @@ from typing import Any
 from benchmarks.common.console import progress
 from benchmarks.common.failures import described
 from benchmarks.models.training_networks import NETWORKS, check_variant
-from benchmarks.training.attribution import ByLayer, norms_of
-from benchmarks.training.rows import PACKAGES, Row, Settings
+from benchmarks.training.backends import in_use
+from benchmarks.training.operations import ByLayer, norms_of
+from benchmarks.training.rows import Row, Settings
 from benchmarks.training.steps import Trainer, trainer
 
 
@@ -27,7 +28,7 @@ class Candidate:
 
 def build(row: Row, settings: Settings) -> Trainer:
     """The variant of a row, with the same first weights as the others."""
-    package = PACKAGES[row.keras]
+    package = in_use().kerases[row.keras]
     package.utils.set_random_seed(0)
     options: dict[str, Any] = {
         "classes": settings.classes_for(row.model),

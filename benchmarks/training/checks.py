@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.common.console import progress
 from benchmarks.models.training_networks import check_variant
-from benchmarks.training import attribution, profiles
+from benchmarks.training import operations
+from benchmarks.training.backends import in_use
 from benchmarks.training.candidates import Candidate, guarded
 from benchmarks.training.rows import Row, Settings
 from benchmarks.training.steps import Batch
@@ -37,7 +38,7 @@ def check_losses(
             own = one.trainer.settle(batch, CHANGE)
             shared = rate if one.row.variant != "none" else None
             one.row.learning_rate = shared or own
-            one.trainer.optimizer.learning_rate = one.row.learning_rate
+            one.trainer.set_learning_rate(one.row.learning_rate)
             one.row.losses = one.trainer.losses(batch, CHECKED_STEPS)
             if one.row is original:
                 rate, tolerances = own, loss_tolerances(one, settings, batch)
@@ -50,7 +51,7 @@ def check_losses(
 def calm(one: Candidate) -> None:
     """Has a variant begin again, with a learning rate at which it may go on for long."""
     one.trainer.restart()
-    one.trainer.optimizer.learning_rate = one.row.learning_rate * CALMER
+    one.trainer.set_learning_rate(one.row.learning_rate * CALMER)
 
 
 def loss_tolerances(original: Candidate, settings: Settings, batch: Batch) -> list[float]:
@@ -91,17 +92,15 @@ def differences(losses: Sequence[float], expected: Sequence[float]) -> list[floa
 
 def note_operations(one: Candidate, settings: Settings, batch: Batch, directory: Any) -> None:
     """Notes what runs for each BatchNormalization; profiles are kept in a directory, if any."""
-    step = one.trainer
-    if settings.xla:
-        ran = profiles.compiled(step.step, batch.images, batch.labels)
-    else:
-        ran = profiles.profiled(lambda: step(batch), settings.profiled_steps, directory)
-    one.layers = attribution.by_layer(ran, step.model, step.concrete(batch))
+    trainer = one.trainer
+    one.layers = in_use().ran_in_step(
+        trainer.step, trainer.model, batch, settings.profiled_steps, settings.xla, directory
+    )
     layers = one.layers.layers.values()
-    one.row.ops = attribution.bn_ops_of(one.layers)
+    one.row.ops = operations.bn_ops_of(one.layers)
     one.row.counts = {
-        "forward": profiles.counted(op for layer in layers for op in layer.forward),
-        "backward": profiles.counted(op for layer in layers for op in layer.backward),
+        "forward": operations.counted(op for layer in layers for op in layer.forward),
+        "backward": operations.counted(op for layer in layers for op in layer.backward),
     }
     stray = {op.op for op in one.layers.unattributed if "BatchNorm" in op.op}
     if stray:
@@ -131,8 +130,8 @@ def check_operations(row: Row, original: Row) -> str:
 
 def _to_differ(row: Row, mode: str) -> list[str]:
     """The layers in which other operations have to run than in the original."""
-    if mode == "strided" and row.keras == "tf_keras":
-        # Where all positions are sampled, the fused operation is all there is to run.
+    if mode == "strided" and (row.keras == "tf_keras" or in_use().compiles_always):
+        # Where all positions are sampled, the fused operation is all there is to run; on JAX, sums.
         return [name for name, used in row.strides.items() if max(used) > 1]
     return list(row.ops)
 
@@ -164,4 +163,4 @@ def check(
         if one.row.failure:
             progress(f"  {one.row.variant}: {one.row.failure}")
         elif one.row.ops == original.ops and one.row is not original:
-            one.row.notes.append("runs the original's fused operation, as it should")
+            one.row.notes.append("runs the original's operations, as it should")

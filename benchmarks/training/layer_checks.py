@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-import tensorflow as tf
 from absl import flags
 
 from benchmarks.common.console import progress
 from benchmarks.common.failures import described
+from benchmarks.training.backends import in_use
 from benchmarks.training.layer_variants import EPSILON, Candidate, Data
-from benchmarks.training.profiles import UNLISTED, profiled
 from mbn_rewrite.comparison import TOLERANCES
 from mbn_rewrite.errors import RewriteError
 
 FLAGS = flags.FLAGS  # those of the program, layer.py
 
-PROFILED_CALLS = 5  # the profiler now and then misses an event
-# Instructions of XLA that compute nothing.
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
-
 
 def reference(data: Data, used: tuple[int, ...]) -> list[np.ndarray]:
     """y, dx, dgamma and dbeta in float64 by a sample with these strides; y and dx of no layer."""
-    x, dy = (tensor.numpy().astype(np.float64) for tensor in (data.x, data.dy))
+    x, dy = (in_use().array(tensor).astype(np.float64) for tensor in (data.x, data.dy))
     if not used:
         return [x, dy]
     gamma, beta = (vector.astype(np.float64) for vector in (data.gamma, data.beta))
@@ -55,11 +48,9 @@ def check(candidates: Iterable[Candidate], data: Data) -> None:
 
 
 def _check(one: Candidate, data: Data, wanted: Sequence[np.ndarray]) -> None:
-    for name, function in one.functions.items():
-        one.concrete[name] = function.get_concrete_function(data.x, data.dy)
-    (y,), (*outputs,) = (one.concrete[name](data.x, data.dy) for name in ("forward", "both"))
+    (y,), (*outputs,) = (one.functions[name](data.x, data.dy) for name in ("forward", "both"))
     pairs = [(y, wanted[0]), *zip(outputs, wanted, strict=True)]
-    one.error = max(relative_error(got.numpy(), want) for got, want in pairs)
+    one.error = max(relative_error(in_use().array(got), want) for got, want in pairs)
     if not one.error <= TOLERANCES[FLAGS.dtype]:  # true for NaN
         one.failure = f"WRONG {one.error:.1e}"
 
@@ -79,7 +70,7 @@ def guarded(one: Candidate, call: Callable[[], object]) -> None:
         return
     try:
         call()
-    except (MemoryError, tf.errors.OpError, RewriteError) as error:
+    except (MemoryError, RewriteError, *in_use().errors) as error:
         one.failure = described(error)
         progress(f"  {one.variant.label}: {one.failure}")
 
@@ -87,8 +78,7 @@ def guarded(one: Candidate, call: Callable[[], object]) -> None:
 def note_operations(candidates: Sequence[Candidate], data: Data) -> None:
     """Notes what really runs, and which strided layer runs just what BatchNormalization does."""
     for one in candidates:
-        find = _note_compiled if one.variant.compiled else _note_profiled
-        guarded(one, lambda one=one, find=find: find(one, data))
+        guarded(one, lambda one=one: _note(one, data))
     stock = [one.ops for one in candidates if one.variant.layer == "BatchNormalization"]
     for one in candidates:
         sampled = one.variant.stride is not None and max(one.strides) > 1
@@ -96,25 +86,6 @@ def note_operations(candidates: Sequence[Candidate], data: Data) -> None:
             one.failure = "RUNS WHAT BN RUNS"
 
 
-def _note_profiled(one: Candidate, data: Data) -> None:
-    """Operations by TensorFlow's profiler; on a GPU, too, those that the host starts."""
-    ran = profiled(lambda: one.concrete["both"](data.x, data.dy), PROFILED_CALLS, device=False)
-    milliseconds: dict[str, list[float]] = {}
-    for op in ran:
-        milliseconds.setdefault(op.op, []).extend(op.times)
-    for name, times in sorted(milliseconds.items()):
-        one.op_milliseconds[name] = sum(times) / PROFILED_CALLS
-        if name not in UNLISTED:
-            one.ops[name] = round(len(times) / PROFILED_CALLS)
-
-
-def _note_compiled(one: Candidate, data: Data) -> None:
-    """Instructions that XLA made, by their names, which say what is fused."""
-    module = one.functions["both"].experimental_get_compiler_ir(data.x, data.dy)(
-        stage="optimized_hlo"
-    )
-    entry = module[module.index("\nENTRY") :]
-    # %name.1 = f32[64]{0} fusion(..., where a type may be a tuple of types.
-    lines = re.findall(r"^\s+(?:ROOT )?%?([\w.-]+) = .*?[\])}] ([\w-]+)\(", entry, re.MULTILINE)
-    names = [re.sub(r"[.\d]+$", "", name) for name, kind in lines if kind not in FREE]
-    one.ops = dict(sorted(Counter(names).items()))
+def _note(one: Candidate, data: Data) -> None:
+    both = one.functions["both"]
+    one.ops, one.op_milliseconds = in_use().ran(both, data.x, data.dy, one.variant.compiled)

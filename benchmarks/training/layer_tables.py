@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tensorflow as tf
+import ml_dtypes
 from absl import flags
 
 from benchmarks.common.timing import median_ratio
@@ -85,7 +85,7 @@ def _median(seconds: list[float]) -> float:
 
 
 def _bytes(shape: str) -> int:
-    return FLAGS.batch * math.prod(shape_of(shape)) * tf.as_dtype(FLAGS.dtype).size
+    return FLAGS.batch * math.prod(shape_of(shape)) * (ml_dtypes.finfo(FLAGS.dtype).bits // 8)
 
 
 def shape_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import keras
 import numpy as np
-import tensorflow as tf
-import tf_keras
 from absl import flags
 
-from mbn_rewrite.frontends.keras3 import training_layers as keras_layers
-from mbn_rewrite.frontends.tf_keras import training_layers as tf_keras_layers
+import mbn_rewrite as mbn
+from benchmarks.training.backends import Function, Tensor, in_use
 from mbn_rewrite.training import strides
 
 FLAGS = flags.FLAGS  # those of the program, layer.py
 
 MODIFIED_STRIDE = 4
-KERAS = {"tf_keras": (tf_keras, tf_keras_layers), "keras_3": (keras, keras_layers)}
 EPSILON = 1e-3  # that of both Kerases
 
 
@@ -32,7 +29,7 @@ class Variant:
         keras: whose it is, or "" for no layer at all.
         layer: the name of its class.
         stride: its stride, or None for what has none.
-        compiled: whether XLA compiles it.
+        compiled: whether XLA compiles it, because it was asked to.
     """
 
     keras: str = ""
@@ -57,8 +54,7 @@ class Candidate:
         variant: which.
         strides: those in use, (1, 1) for all positions, () for no layer.
         lowered: whether they are less than what was asked for.
-        functions: "forward" and "both", as tf.functions.
-        concrete: the same for x and dy, once traced.
+        functions: "forward" and "both", of x and dy; see `backends.Backend.functions`.
         ops: how often each operation ran forward and backward.
         op_milliseconds: how long all operations ran, by kind, in a call under the profiler.
         error: of the outputs.
@@ -68,8 +64,7 @@ class Candidate:
     variant: Variant
     strides: tuple[int, ...]
     lowered: bool
-    functions: dict[str, Any]
-    concrete: dict[str, Any] = field(default_factory=dict)
+    functions: dict[str, Function]
     ops: dict[str, int] = field(default_factory=dict)
     op_milliseconds: dict[str, float] = field(default_factory=dict)
     error: float | None = None
@@ -80,8 +75,8 @@ class Candidate:
 class Data:
     """Inputs and weights of one shape, the same for all variants."""
 
-    x: tf.Tensor
-    dy: tf.Tensor
+    x: Tensor
+    dy: Tensor
     gamma: np.ndarray
     beta: np.ndarray
 
@@ -101,13 +96,15 @@ class Data:
         dy = rng.standard_normal(size, np.float32) + 0.25 + 0.25 * noise
         gamma = rng.uniform(0.5, 1.5, channels).astype(np.float32)
         beta = rng.standard_normal(channels, np.float32)
-        return cls(tf.cast(x, FLAGS.dtype), tf.cast(dy, FLAGS.dtype), gamma, beta)
+        tensor = in_use().tensor
+        return cls(tensor(x, FLAGS.dtype), tensor(dy, FLAGS.dtype), gamma, beta)
 
 
 def variants() -> list[Variant]:
     """All that is compared; the first is what the others are compared with."""
-    fused = Variant("tf_keras", "BatchNormalization")
-    result = [fused]
+    result = []
+    if in_use().has_fused_operation:
+        result.append(Variant("tf_keras", "BatchNormalization"))
     for name in FLAGS.keras:
         result.append(Variant(name, "BatchNormalization", None, FLAGS.xla))
         result += [
@@ -121,8 +118,8 @@ def variants() -> list[Variant]:
 def candidate(variant: Variant, data: Data) -> Candidate:
     """The variant's functions, with weights of their own."""
     if not variant.keras:
-        return Candidate(variant, (), False, _functions(tf.identity, [], variant.compiled))
-    stock, own = KERAS[variant.keras]
+        return Candidate(variant, (), False, in_use().functions(None, variant.compiled))
+    stock = in_use().kerases[variant.keras]
     # Weights stay in float32, as in training.
     options: dict[str, Any] = {"epsilon": EPSILON, "dtype": FLAGS.dtype}
     if FLAGS.dtype != "float32":
@@ -131,34 +128,21 @@ def candidate(variant: Variant, data: Data) -> Candidate:
         layer, asked, used = stock.layers.BatchNormalization(**options), (1, 1), (1, 1)
         layer.build(data.x.shape)
     else:
-        layer = getattr(own, variant.layer)(variant.stride, **options)
+        layer = own_layers(variant.keras)[variant.layer](variant.stride, **options)
         layer.build(data.x.shape)
         asked, used = strides.along_axes(variant.stride, 2), layer.strides
     for weight, value in zip(layer.trainable_weights, (data.gamma, data.beta), strict=True):
         weight.assign(np.reshape(value, weight.shape))
-    # A tape does not know the variables of Keras 3.
-    keras_3 = variant.keras == "keras_3"
-    weights = [weight.value if keras_3 else weight for weight in layer.trainable_weights]
-
-    def call(x: tf.Tensor) -> tf.Tensor:
-        return layer(x, training=True)
-
-    return Candidate(variant, used, used != asked, _functions(call, weights, variant.compiled))
+    functions = in_use().functions(layer, variant.compiled)
+    return Candidate(variant, used, used != asked, functions)
 
 
-def _functions(call: Callable[[tf.Tensor], tf.Tensor], weights: list[Any], compiled: bool) -> Any:
-    def forward(x: tf.Tensor, dy: tf.Tensor) -> list[tf.Tensor]:
-        return [call(x)]
-
-    def both(x: tf.Tensor, dy: tf.Tensor) -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = call(x)
-        # y is given too: the next layer needs it, so no forward pass may be pruned.
-        return [y, *tape.gradient(y, [x, *weights], dy)]
-
-    options = {"jit_compile": True} if compiled else {}
-    return {f.__name__: tf.function(f, **options) for f in (forward, both)}
+def own_layers(keras: str) -> dict[str, Any]:
+    """The layer classes of this library for a Keras, by their names."""
+    home = {"tf_keras": "tf_keras", "keras_3": "keras3"}[keras]
+    module = importlib.import_module(f"mbn_rewrite.frontends.{home}.training_layers")
+    names = (mbn.StridedBatchNormalization.__name__, mbn.ModifiedBatchNormalization.__name__)
+    return {name: getattr(module, name) for name in names}
 
 
 def shape_of(text: str) -> tuple[int, int, int]:

@@ -21,19 +21,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import tensorflow as tf
-
 from benchmarks.common.console import progress
-from benchmarks.common.devices import synchronize
 from benchmarks.common.failures import OUT_OF_MEMORY
 from benchmarks.common.memory import forget_peak, resident
 from benchmarks.common.timing import time_rounds
-from benchmarks.training.attribution import ByLayer
+from benchmarks.training.backends import Tensor, in_use
 from benchmarks.training.candidates import Candidate, build, guarded, prepare
 from benchmarks.training.checks import check
-from benchmarks.training.rows import PACKAGES, Row, Settings
+from benchmarks.training.operations import ByLayer
+from benchmarks.training.rows import Row, Settings
 from benchmarks.training.steps import Batch
-from mbn_rewrite.frontends.execution import give_back_memory
+from mbn_rewrite.device import give_back_memory
 
 PROGRAM = Path(__file__).parents[1] / "train_step.py"
 MEMORY_STEPS = 3
@@ -46,7 +44,7 @@ def note_memory(row: Row, settings: Settings) -> None:
         *(sys.executable, str(PROGRAM), f"--memory_of={row.variant}"),
         *(f"--models={row.model}", f"--keras={row.keras}", f"--device={settings.device}"),
         *(f"--dtype={settings.dtype}", f"--batch={settings.batch}", f"--width={settings.width}"),
-        f"--{'' if settings.xla else 'no'}xla",
+        f"--{'' if settings.xla and not in_use().compiles_always else 'no'}xla",
         *(
             f"--{name}={value}"
             for name, value in (("size", settings.size), ("classes", settings.classes))
@@ -73,37 +71,33 @@ def peak_memory(row: Row, settings: Settings) -> int:
         RuntimeError: the system does not count it.
     """
     batch = settings.batch_for(row.model)
-    tf.function(lambda x: tf.reduce_sum(x * x))(batch.images)  # what TensorFlow sets up once
+    in_use().begin_memory(settings.device)
     on_gpu = settings.device == "GPU"
     give_back_memory()
-    before = _gpu_memory("current") if on_gpu else resident("VmRSS")
+    before = in_use().gpu_memory("current") if on_gpu else resident("VmRSS")
     step = replace(build(row, settings), start=())  # no copy of the first weights
     give_back_memory()
     if on_gpu:
-        tf.config.experimental.reset_memory_stats("GPU:0")
+        in_use().begin_memory(settings.device)
     else:
         forget_peak()
     for _ in range(MEMORY_STEPS):
         float(step(batch))
-    synchronize()
-    return (_gpu_memory("peak") if on_gpu else resident("VmHWM")) - before
-
-
-def _gpu_memory(key: str) -> int:
-    return int(tf.config.experimental.get_memory_info("GPU:0")[key])
+    in_use().synchronize()
+    return (in_use().gpu_memory("peak") if on_gpu else resident("VmHWM")) - before
 
 
 def time_steps(candidates: Sequence[Candidate], settings: Settings, batch: Batch) -> None:
     """Times what has not failed; every finished round of repeats is in the rows."""
     by_variant = {one.row.variant: one for one in candidates}
-    losses: dict[str, tf.Tensor] = {}
+    losses: dict[str, Tensor] = {}
 
     def steps(variant: str, count: int) -> None:
         one = by_variant[variant]
         with guarded(one.row):
             for _ in range(count):
                 losses[variant] = one.trainer(batch)
-            synchronize()
+            in_use().synchronize(losses[variant])
 
     def going(count: int) -> dict[str, Callable[[], None]]:
         left = (variant for variant, one in by_variant.items() if not one.row.failure)
@@ -148,7 +142,7 @@ def measure(
             keep()
     if all(row.failure for row in rows):
         return
-    PACKAGES[first.keras].backend.clear_session()
+    in_use().kerases[first.keras].backend.clear_session()
     batch = settings.batch_for(first.model)
     candidates: list[Candidate] = []
     for row in rows:

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.training.attribution import ByLayer, LayerTime
-from benchmarks.training.profiles import OpTime
+from benchmarks.training.operations import ByLayer, LayerTime, OpTime
 from mbn_rewrite.tables import table
 
 

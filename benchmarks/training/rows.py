@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import keras
-import tf_keras
-
 from benchmarks.common.flags import check_known
-from benchmarks.models.training_networks import KERAS, NETWORKS, check_variant
+from benchmarks.models.training_networks import NETWORKS, check_variant
+from benchmarks.training.backends import in_use
 from benchmarks.training.steps import Batch
 from mbn_rewrite.measurement import quartiles
 
-PACKAGES = {"tf_keras": tf_keras, "keras_3": keras}
 DTYPES = ("float32", "mixed_float16", "mixed_bfloat16")
 SIZES = {"ResNet9": 32, "ResNet50": 224}
 CLASSES = {"ResNet9": 10, "ResNet50": 1000}
@@ -32,7 +29,7 @@ def check_names(
     """
     for what, names, known in (
         ("model", models, tuple(NETWORKS)),
-        ("Keras", kerases, KERAS),
+        ("Keras", kerases, tuple(in_use().kerases)),
         ("dtype", [dtype], DTYPES),
     ):
         if not names:

@@ -1,4 +1,4 @@
-"""A training step as people write it: forward, loss, backward and update, in one tf.function."""
+"""A model with its optimizer, trained step by step as people write it; see `backends.Step`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tensorflow as tf
+
+from benchmarks.training.backends import Step, Tensor, in_use
 
 MOMENTUM = 0.9
 MOST_SKIPPED = 30  # steps that a loss scale of 2**15 may take to fall to what a network can bear
@@ -23,22 +24,24 @@ class Batch:
         labels: int32, [N].
     """
 
-    images: tf.Tensor
-    labels: tf.Tensor
+    images: Tensor
+    labels: Tensor
 
     @classmethod
     def random(cls, examples: int, size: int, classes: int) -> Batch:
         """Noise, with labels at random; always the same."""
         rng = np.random.default_rng(0)
         images = rng.standard_normal((examples, size, size, 3), np.float32)
-        return cls(tf.constant(images), tf.constant(rng.integers(0, classes, examples, np.int32)))
+        labels = rng.integers(0, classes, examples, np.int32)
+        return cls(in_use().tensor(images, "float32"), in_use().tensor(labels, "int32"))
 
     def rounded_otherwise(self, dtype: str) -> Batch:
         """The same batch, but for a unit in the last place of a dtype, up or down at random."""
         rng = np.random.default_rng(1)
         unit = float(ml_dtypes.finfo(dtype).eps)
-        signs = rng.choice(np.array([-1, 1], np.float32), self.images.shape)
-        return Batch(self.images * (1 + unit * signs), self.labels)
+        images = in_use().array(self.images)
+        signs = rng.choice(np.array([-1, 1], np.float32), images.shape)
+        return Batch(in_use().tensor(images * (1 + unit * signs), "float32"), self.labels)
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,18 @@ class Trainer:
     Attributes:
         model: of either Keras; gives logits.
         optimizer: built for it.
-        step: a tf.function of images and labels that trains once and returns the loss before.
+        step: trains once and returns the loss before.
         start: the values of the model's variables to begin from.
     """
 
     model: Any
     optimizer: Any
-    step: Any
+    step: Step
     start: tuple[np.ndarray, ...]
 
-    def __call__(self, batch: Batch) -> tf.Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """One step; returns the loss before it, a scalar in float32."""
         return self.step(batch.images, batch.labels)
-
-    def concrete(self, batch: Batch) -> Any:
-        """The function that runs for a batch."""
-        return self.step.get_concrete_function(batch.images, batch.labels)
 
     def restart(self) -> None:
         """Gives the model its first weights again, and has the optimizer forget its steps.
@@ -74,6 +73,7 @@ class Trainer:
             variable.assign(value)
         for variable in self._momenta:
             variable.assign(np.zeros(variable.shape, np.float32))
+        self.step.take_variables()
 
     def losses(self, batch: Batch, steps: int) -> list[float]:
         """Losses of some steps from the first weights on."""
@@ -94,6 +94,7 @@ class Trainer:
         rate = float(self.optimizer.learning_rate.numpy())
         for _ in range(MOST_SKIPPED):
             loss = float(self(batch))
+            self.step.give_variables()
             momenta = (v.numpy().astype(np.float64) for v in self._momenta)
             squares = sum(float(np.sum(np.square(momentum))) for momentum in momenta)
             if squares > 0:
@@ -106,9 +107,16 @@ class Trainer:
         # The first momentum is the rate times the gradient; Nesterov's step is 1.9 times that.
         return change * loss * rate**2 / squares / (1 + MOMENTUM)
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Has the steps to come take this learning rate."""
+        self.step.give_variables()
+        self.optimizer.learning_rate = rate
+        self.step.take_variables()
+
     @property
     def updates(self) -> int:
         """Number of updates of the weights; less than there were steps if a loss overflowed."""
+        self.step.give_variables()
         inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         return int(inner.iterations.numpy())
 
@@ -129,38 +137,10 @@ def trainer(keras: Any, model: Any, learning_rate: float = 1e-3, xla: bool = Fal
         xla: compile the whole step with XLA.
     """
     optimizer = keras.optimizers.SGD(learning_rate, momentum=MOMENTUM, nesterov=True)
-    # tf_keras would compile the update by itself on a GPU, and only there.
-    optimizer.jit_compile = False
     if any(layer.compute_dtype == "float16" for layer in model.layers):
         optimizer = keras.mixed_precision.LossScaleOptimizer(optimizer)
     optimizer.build(model.trainable_variables)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-    @tf.function(jit_compile=xla or None)
-    def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            logits = model(images, training=True)
-            # A loss in 16 bits would overflow once it is scaled.
-            loss = loss_of(labels, tf.cast(logits, tf.float32))
-            scaled = _scaled(optimizer, loss)
-        gradients = tape.gradient(scaled, model.trainable_variables)
-        # A scope tells the update from gradients without one in profiles.
-        with tf.name_scope("update"):
-            _update(optimizer, gradients, model.trainable_variables)
-        return loss
-
-    return Trainer(model, optimizer, step, tuple(variable.numpy() for variable in model.variables))
-
-
-def _scaled(optimizer: Any, loss: tf.Tensor) -> tf.Tensor:
-    """The loss times the loss scale, where an optimizer has one."""
-    for name in ("get_scaled_loss", "scale_loss"):  # of tf_keras, of Keras 3
-        if hasattr(optimizer, name):
-            return getattr(optimizer, name)(loss)
-    return loss
-
-
-def _update(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
-    if hasattr(optimizer, "get_unscaled_gradients"):  # Keras 3 does it itself
-        gradients = optimizer.get_unscaled_gradients(gradients)
-    optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    step = in_use().step(keras, model, optimizer, loss_of, xla)
+    start = tuple(variable.numpy() for variable in model.variables)
+    return Trainer(model, optimizer, step, start)

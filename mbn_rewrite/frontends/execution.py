@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,14 +22,6 @@ from mbn_rewrite.frontends.sample_inputs import (
     uncallable,
 )
 from mbn_rewrite.options import RunConfig
-
-
-def give_back_memory() -> None:
-    """Gives freed memory back to the system, which the allocator otherwise keeps."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others do not
-    if trim is not None:
-        trim(0)
 
 
 @contextmanager

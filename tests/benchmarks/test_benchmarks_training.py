@@ -12,10 +12,12 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from benchmarks.common import charts, devices, results
 from benchmarks.models.training_networks import KERAS, NETWORKS
-from benchmarks.training import attribution, candidates, checks, measuring, profiles
+from benchmarks.training import candidates, checks, measuring, operations
 from benchmarks.training import rows as training_rows
-from benchmarks.training.rows import PACKAGES, Row, Settings
+from benchmarks.training.backends import in_use
+from benchmarks.training.rows import Row, Settings
 from benchmarks.training.steps import Batch
+from benchmarks.training.tensorflow import attribution, profiles
 from mbn_rewrite.errors import RewriteError
 
 pytestmark = pytest.mark.slow
@@ -40,7 +42,7 @@ def _fresh_keras():
 @pytest.fixture(autouse=True, scope="module")
 def _fresh_keras_afterwards():
     yield
-    for package in PACKAGES.values():
+    for package in in_use().kerases.values():
         package.backend.clear_session()
 
 
@@ -72,7 +74,7 @@ def measured(request, tmp_path_factory):
 @pytest.mark.parametrize("keras", KERAS)
 def test_variants_have_their_layers(keras, variant, kind, strides):
     model = candidates.build(Row("ResNet9", keras, variant), SETTINGS).model
-    norms = attribution.norms_of(model)
+    norms = operations.norms_of(model)
     assert [norm.name for norm in norms] == LAYERS
     assert {type(norm).__name__ for norm in norms} == {kind}
     assert getattr(norms[0], "strides", None) == strides
@@ -81,7 +83,7 @@ def test_variants_have_their_layers(keras, variant, kind, strides):
 @pytest.mark.parametrize("keras", KERAS)
 def test_without_batch_norm_there_is_none(keras):
     model = candidates.build(Row("ResNet9", keras, "none"), SETTINGS).model
-    assert attribution.norms_of(model) == []
+    assert operations.norms_of(model) == []
 
 
 def test_all_is_measured(measured):
@@ -220,7 +222,7 @@ def test_all_time_is_attributed(measured, variant):
         scoped = [op.name for op in (*layer.forward, *layer.backward) if "/" in op.name]
         assert scoped
         assert all(f"/{layer.name}" in name for name in scoped)
-    shares = [layers.bn_milliseconds, profiles.total(layers.elsewhere)]
+    shares = [layers.bn_milliseconds, operations.total(layers.elsewhere)]
     assert sum(shares) == pytest.approx(layers.milliseconds)
 
 
@@ -234,7 +236,7 @@ def test_gradients_of_several_uses_belong_to_their_layer(measured):
 @pytest.mark.parametrize("keras", KERAS)
 def test_names_that_count_up_are_told_apart(keras):
     """As Keras names layers, "bn_1" may be the scope of "bn", and is that of "bn_1" in tf_keras."""
-    package = PACKAGES[keras]
+    package = in_use().kerases[keras]
     layers = package.layers
     x = package.Input((4, 4, 3))
     y = x
@@ -266,8 +268,9 @@ def test_a_model_that_is_not_called_is_refused():
 def test_operations_that_xla_compiles(keras):
     settings = Settings(batch=4, size=32, width=0.0625, classes=4, xla=True)
     step = candidates.build(Row("ResNet9", keras, "strided4"), settings)
-    ran = profiles.compiled(step.step, BATCH.images, BATCH.labels)
-    kinds = attribution.bn_ops_of(attribution.by_layer(ran, step.model, step.concrete(BATCH)))
+    kinds = operations.bn_ops_of(
+        in_use().ran_in_step(step.step, step.model, BATCH, 1, xla=True, directory=None)
+    )
     assert list(kinds) == LAYERS
     assert "StridedSlice" in kinds["prep_bn"]["forward"]
     assert "StridedSliceGrad" in kinds["prep_bn"]["backward"]

@@ -17,7 +17,7 @@ import tensorflow as tf
 from scipy import stats
 
 from benchmarks.models import training_networks
-from benchmarks.training.profiles import OpTime
+from benchmarks.training.operations import OpTime
 from study import data, image_folder, models, program, proof, report, running, statistics, training
 from study.errors import StudyError, exit_code
 from study.pipeline import Pipeline

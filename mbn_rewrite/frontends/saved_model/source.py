@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from mbn_rewrite.device import give_back_memory
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends import effects
-from mbn_rewrite.frontends.execution import device, give_back_memory, set_up
+from mbn_rewrite.frontends.execution import device, set_up
 from mbn_rewrite.frontends.execution import runner as run_of
 from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import Run

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import itertools
 import re
-import statistics
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.devices import synchronize
+from benchmarks.training.operations import OpTime
 
 # Kernels that are not listed: what moves nothing, what looks after variables, and plain arithmetic,
 # most of which is of vectors with one element for each channel.
@@ -39,41 +37,6 @@ _CONTAINERS = {
     *("If", "StatelessIf", "Case", "StatelessCase", "While", "StatelessWhile"),
     *("PartitionedCall", "StatefulPartitionedCall"),
 }
-
-
-@dataclass(frozen=True)
-class OpTime:
-    """An operation as it ran under the profiler, or one of its kernels on a GPU.
-
-    Attributes:
-        name: that in the graph; "" where a kernel has none.
-        op: its kind, as FusedBatchNormV3; that of oneDNN is so marked.
-        kernel: the name of the kernel on a GPU, else "".
-        times: how long each of its runs took, in milliseconds, over all calls; () for what was
-            compiled and not profiled.
-        calls: how many calls were profiled.
-    """
-
-    name: str
-    op: str
-    kernel: str = ""
-    times: tuple[float, ...] = ()
-    calls: int = 1
-
-    @property
-    def count(self) -> int:
-        """Number of runs in a call. The profiler now and then misses an event."""
-        return round(len(self.times) / self.calls)
-
-    @property
-    def milliseconds(self) -> float:
-        """Its time in a call: the median of a run, times the runs."""
-        return statistics.median(self.times) * self.count if self.times else 0.0
-
-    @property
-    def listed(self) -> bool:
-        """True if it is worth listing; see UNLISTED."""
-        return self.op not in UNLISTED
 
 
 def profiled(
@@ -132,7 +95,7 @@ def read(space: Any, calls: int) -> list[OpTime]:
     times: dict[tuple[str, str, str], list[float]] = {}
     for key, milliseconds in found:
         times.setdefault(key, []).append(milliseconds)
-    return [OpTime(*key, tuple(each), calls) for key, each in times.items()]
+    return [OpTime(*key, tuple(each), calls, key[1] not in UNLISTED) for key, each in times.items()]
 
 
 def _host_operations(plane: Any) -> Iterator[tuple[tuple[str, str, str], float]]:
@@ -170,18 +133,8 @@ def compiled(function: Any, *arguments: Any) -> list[OpTime]:
     """
     module = function.experimental_get_compiler_ir(*arguments)(stage="hlo")
     pairs = re.findall(r'op_type="([^"]+)" op_name="([^"]+)"', module)
-    return [OpTime(name, op) for op, name in dict.fromkeys(pairs) if op not in _CONTAINERS]
-
-
-def total(ops: Iterable[OpTime]) -> float:
-    """Milliseconds of operations in a call."""
-    return sum(op.milliseconds for op in ops)
-
-
-def counted(ops: Iterable[OpTime]) -> dict[str, int]:
-    """Number of runs in a call of each listed kind of operation, or kernel of a GPU, sorted."""
-    counts: Counter[str] = Counter()
-    for op in ops:
-        if op.listed:
-            counts[op.kernel or op.op] += op.count
-    return dict(sorted(counts.items()))
+    return [
+        OpTime(name, op, listed=op not in UNLISTED)
+        for op, name in dict.fromkeys(pairs)
+        if op not in _CONTAINERS
+    ]

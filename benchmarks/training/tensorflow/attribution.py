@@ -2,7 +2,6 @@
 
     layers = by_layer(times, model, step.get_concrete_function(x, y))   # ByLayer
     layers["conv1_bn"].forward_milliseconds
-    bn_ops_of(layers)["conv1_bn"]                                    # the kinds that ran
 
 To which layer an operation belongs is read from the graph that was traced:
 
@@ -29,76 +28,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.training.profiles import OpTime, total
+from benchmarks.training.operations import ByLayer, LayerTime, OpTime, norms_of
 
 _SUM = "AddN"  # as a tape sums gradients
 _BACKWARD_SCOPE = "gradient_tape"
-
-
-@dataclass(frozen=True)
-class LayerTime:
-    """Operations that ran for one BatchNormalization.
-
-    Attributes:
-        name: that of the layer.
-        forward, backward: what ran; see the module's docstring.
-    """
-
-    name: str
-    forward: tuple[OpTime, ...]
-    backward: tuple[OpTime, ...]
-
-    @property
-    def forward_milliseconds(self) -> float:
-        """Milliseconds forward in a call."""
-        return total(self.forward)
-
-    @property
-    def backward_milliseconds(self) -> float:
-        """Milliseconds backward in a call."""
-        return total(self.backward)
-
-
-@dataclass(frozen=True)
-class ByLayer:
-    """Operations by the BatchNormalization that they belong to.
-
-    Attributes:
-        layers: by name, in the order of the model, each with what ran for it, if only nothing.
-        elsewhere: what belongs to no BatchNormalization.
-        unattributed: what may or may not belong to one.
-    """
-
-    layers: Mapping[str, LayerTime]
-    elsewhere: tuple[OpTime, ...]
-    unattributed: tuple[OpTime, ...]
-
-    def __getitem__(self, name: str) -> LayerTime:
-        return self.layers[name]
-
-    @property
-    def milliseconds(self) -> float:
-        """All operations in a call."""
-        return self.bn_milliseconds + total(self.elsewhere) + total(self.unattributed)
-
-    @property
-    def bn_milliseconds(self) -> float:
-        """All that belongs to a BatchNormalization, in a call."""
-        return sum(
-            layer.forward_milliseconds + layer.backward_milliseconds
-            for layer in self.layers.values()
-        )
-
-    @property
-    def unattributed_share(self) -> float:
-        """The part of all time that may or may not belong to a BatchNormalization."""
-        return total(self.unattributed) / self.milliseconds if self.milliseconds else 0.0
-
-
-def norms_of(model: Any) -> list[Any]:
-    """The BatchNormalization layers of a Keras model, of whatever class, in its order."""
-    layers = model._flatten_layers(include_self=False, recursive=True)
-    return [layer for layer in layers if hasattr(layer, "moving_mean")]
 
 
 def by_layer(ops: Iterable[OpTime], model: Any, function: Any) -> ByLayer:
@@ -127,22 +60,6 @@ def by_layer(ops: Iterable[OpTime], model: Any, function: Any) -> ByLayer:
             (backward if is_backward else forward)[owner].append(op)
     layers = {name: LayerTime(name, tuple(forward[name]), tuple(backward[name])) for name in names}
     return ByLayer(layers, tuple(elsewhere), tuple(unattributed))
-
-
-def bn_ops_of(layers: ByLayer) -> dict[str, dict[str, list[str]]]:
-    """The kinds of operations that ran, by layer, "forward" and "backward", sorted.
-
-    Plain arithmetic is left out: it is mostly of one element for each channel, and the same work
-    may be written in many ways.
-    """
-    return {
-        name: {"forward": _kinds(layer.forward), "backward": _kinds(layer.backward)}
-        for name, layer in layers.layers.items()
-    }
-
-
-def _kinds(ops: Iterable[OpTime]) -> list[str]:
-    return sorted({op.op for op in ops if op.listed})
 
 
 _UNKNOWN = ""  # an owner that cannot be told; no layer is called so
