@@ -48,7 +48,7 @@ from benchmarks.common.console import progress
 from benchmarks.common.flags import check_usage
 from benchmarks.common.memory import forget_peak, resident
 from benchmarks.common.timing import time_rounds
-from mbn_rewrite.frontends.execution import give_back_memory
+from mbn_rewrite.device import give_back_memory
 from mbn_rewrite.tables import table
 
 PLAN_SECONDS = 0.3  # for ResNet50

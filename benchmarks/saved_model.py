@@ -127,7 +127,7 @@ def rewrite(source: str, destination: str) -> dict[str, Any]:
     """Rewrites a model; its time and its peak memory above the import."""
     import_tensorflow()
     import mbn_rewrite as mbn
-    from mbn_rewrite.frontends.execution import give_back_memory
+    from mbn_rewrite.device import give_back_memory
 
     inputs = _images_for(source)
     give_back_memory()

@@ -44,7 +44,7 @@ Columns:
 --profile=DIR keeps a profile of each variant for TensorBoard in DIR/MODEL_KERAS_VARIANT, and
 writes how long each BatchNormalization takes, forward and backward: as a table, and with all of
 their operations as DIR/MODEL_KERAS.json, and as a chart, DIR/MODEL_KERAS.png. The times are those
-of operations (kernels on a GPU) alone, and of steps under the profiler; see training/profiles.py.
+of operations (kernels on a GPU) alone, and of steps under the profiler; see training/operations.py.
 Not with --xla and not on jax, where operations of several layers are fused.
 
 Examples:
