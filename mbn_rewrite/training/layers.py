@@ -26,7 +26,8 @@ class _SampledBatchNormalization:
 
     _DEPTHWISE = False
 
-    # Of each Keras: what has its `cast`, `reshape`, `ones` and `zeros`, and its backend's name.
+    # Of each Keras: what has its `convert_to_tensor`, `cast`, `reshape`, `ones` and `zeros`, and the
+    # name of its backend.
     _ops: Any
     _backend_name: Callable[[], str]
 
@@ -167,7 +168,8 @@ class _SampledBatchNormalization:
         )
 
     def _vector(self, weight: Any) -> Tensor:
-        return self._ops.cast(self._ops.reshape(weight, [-1]), self._wide)
+        tensor = self._ops.convert_to_tensor(weight)
+        return self._ops.cast(self._ops.reshape(tensor, [-1]), self._wide)
 
     @property
     def _wide(self) -> str:
@@ -264,8 +266,8 @@ class ModifiedBatchNormalization(_SampledBatchNormalization):
             name=name,
             shape=shape,
             initializer=getattr(self, f"{like}_initializer"),
-            regularizer=_of_channels(getattr(self, f"{like}_regularizer"), self._ops.reshape),
-            constraint=_of_channels(getattr(self, f"{like}_constraint"), self._ops.reshape),
+            regularizer=_of_channels(getattr(self, f"{like}_regularizer"), self._ops),
+            constraint=_of_channels(getattr(self, f"{like}_constraint"), self._ops),
             **self._weight_options(),
         )
 
@@ -295,13 +297,13 @@ def _plain(stride: Any) -> strides.Stride:
     return stride if isinstance(stride, int) else (stride[0], stride[1])
 
 
-def _of_channels(function: Any, reshape: Callable[[Any, Any], Any]) -> Any:
+def _of_channels(function: Any, ops: Any) -> Any:
     """A regularizer or constraint of vectors, for weights that are vectors in more dimensions."""
     if function is None:
         return None
 
     def applied(weight: Any) -> Any:
-        result = function(reshape(weight, [-1]))
-        return reshape(result, tuple(weight.shape)) if len(result.shape) else result
+        result = function(ops.reshape(ops.convert_to_tensor(weight), [-1]))
+        return ops.reshape(result, tuple(weight.shape)) if len(result.shape) else result
 
     return applied

@@ -42,9 +42,10 @@ class _Keras3Layer(keras.layers.BatchNormalization):
 
     def _move(self, moving: Any, value: Any, count: Any) -> None:
         """Moves a statistic towards that of a batch, unless the batch is empty."""
+        old = keras.ops.convert_to_tensor(moving)
         value = keras.ops.cast(value, moving.dtype)
-        moved = moving * self.momentum + value * (1.0 - self.momentum)
-        moving.assign(keras.ops.where(count > 0, moved, moving))
+        moved = old * self.momentum + value * (1.0 - self.momentum)
+        moving.assign(keras.ops.where(count > 0, moved, old))
 
 
 @keras.saving.register_keras_serializable(package="mbn_rewrite")
