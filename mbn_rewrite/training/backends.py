@@ -57,8 +57,7 @@ class Backend(Protocol):
 
         Returns:
             y, of the shape and dtype of x, and the statistics, through which no gradient flows.
-            Of no positions (an empty batch, everything masked) the statistics are finite, and
-            their count is 0.
+            Of no positions (an empty batch, everything masked) their count is 0.
         """
 
     def normalize(

@@ -26,8 +26,8 @@ class _SampledBatchNormalization:
 
     _DEPTHWISE = False
 
-    # Of each Keras: what has its `convert_to_tensor`, `cast`, `reshape`, `ones` and `zeros`, and the
-    # name of its backend.
+    # Of each Keras: what has its `convert_to_tensor`, `cast`, `reshape`, `ones` and `zeros`, and
+    # the name of its backend.
     _ops: Any
     _backend_name: Callable[[], str]
 

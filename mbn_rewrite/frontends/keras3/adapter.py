@@ -318,7 +318,7 @@ class Keras3(KerasAdapter):
 
     def copy_seeds(self, value: Any) -> Any:
         new = keras.random.SeedGenerator.from_config(value.get_config())
-        new.state.assign(value.state)
+        _set(new.state, value.state)
         return new
 
     def own_variables(self, layer: Any) -> list[Any]:
@@ -333,7 +333,7 @@ class Keras3(KerasAdapter):
         return [*seeds, *keras.tree.flatten(kept or [])]
 
     def assign(self, target: Any, source: Any) -> None:
-        target.assign(source)
+        _set(target, source)
         target.trainable = source.trainable
 
     # -- compiled models -------------------------------------------------------------------
@@ -363,6 +363,11 @@ class Keras3(KerasAdapter):
 
     def optimizer_state(self, optimizer: Any) -> list[Any]:
         return list(optimizer.variables)
+
+
+def _set(target: Any, source: Any) -> None:
+    # On JAX both would hold one array, which training either of them takes from the other.
+    target.assign(keras.ops.copy(keras.ops.convert_to_tensor(source)))
 
 
 @cache

@@ -160,7 +160,7 @@ class AttributeCopier:
         except Exception:  # the user's class may raise anything
             return value
         for old_state, state in zip(value.variables, new.variables, strict=False):
-            state.assign(old_state)
+            self._keras.assign(state, old_state)
         return new
 
     def _frozen(self, value: Any) -> Any:

@@ -113,8 +113,8 @@ def _set_map(keras: KerasAdapter, old: Any, new: Any, m: ChannelMap) -> None:
         weights.read(old, f"moving_{name}").astype(np.float64).reshape(-1)
         for name in ("mean", "variance")
     )
-    new.moving_mean.assign(old.moving_mean)
-    new.moving_variance.assign(old.moving_variance)
+    keras.assign(new.moving_mean, old.moving_mean)
+    keras.assign(new.moving_variance, old.moving_variance)
     _set_affine(new, gamma, m.scale * np.sqrt(variance + keras.epsilon_of(old)))
     _set_affine(new, beta, m.shift + mean * m.scale)
 
