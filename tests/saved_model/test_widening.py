@@ -58,6 +58,24 @@ def test_fused_operations_are_exact_in_float64(data_format, nested):
     np.testing.assert_allclose(y, expected(x), rtol=1e-12, atol=1e-12)
 
 
+def test_loops_run_in_both_dtypes():
+    def looped(x):
+        return tf.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, y / 3), [0, x])[1]
+
+    concrete = tf.function(looped).get_concrete_function(tf.TensorSpec([2]))
+    graph = function_graph_of("f", concrete, lambda name: None)
+    narrow, x = runnable_graph_of(graph), tf.constant([1.0, 2.0])
+    for runnable, given in (
+        (narrow, x),
+        (TO_FLOAT64.applied(narrow), TO_FLOAT64.tensor(x)),
+        (narrow, x),
+    ):
+        (y,) = runnable.run([given], graph.results)
+        assert y.dtype == given.dtype.as_numpy_dtype
+        rtol = 4 * np.finfo(y.dtype).eps
+        np.testing.assert_allclose(y, np.array([1, 2]) / 27, rtol=rtol)
+
+
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "in_a_function"])
 @pytest.mark.parametrize("kinds", [{"output": 1}, {"is_training": True}], ids=str)
 def test_what_has_no_arithmetic_is_not_widened(kinds, nested):

@@ -96,7 +96,7 @@ def _traced(function: Rewritten, tensors: Sequence[Any]) -> Any:
     return tf.compat.v1.wrap_function(lambda *data: imported(function, None, list(data)), specs)
 
 
-def _with_own_names(graph_def: GraphDef) -> None:
+def with_own_names(graph_def: GraphDef) -> None:
     """Gives the functions of a graph names that no other graph uses.
 
     TensorFlow keeps functions by name, and drops a name once the graph that brought it is gone.
@@ -124,7 +124,7 @@ def runnable_graph_of(graph: FunctionGraph, by_xla: bool = False) -> RunnableGra
     graph_def.CopyFrom(graph.graph_def)
     for node in graph_def.node:
         node.attr.pop("_class", None)  # wants to be placed with nodes that may be gone
-    _with_own_names(graph_def)
+    with_own_names(graph_def)
     captures = {**graph.captures, **graph.variables}
     return RunnableGraph(graph_def, graph.arguments, captures, graph.compiled or by_xla)
 

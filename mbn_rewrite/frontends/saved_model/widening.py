@@ -12,7 +12,7 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from mbn_rewrite.comparison import NARROW, TOLERANCES
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.frontends.saved_model.runnable_graph import RunnableGraph
+from mbn_rewrite.frontends.saved_model.runnable_graph import RunnableGraph, with_own_names
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Widening:
                 self._widen(node)
         if self.wide == tf.float64:
             _unfuse_batch_norms(graph_def)
+        with_own_names(graph_def)  # its functions are not those of the narrow graph
         captures = {name: self.tensor(external) for name, external in graph.captures.items()}
         return RunnableGraph(graph_def, graph.arguments, captures, graph.compiled)
 
