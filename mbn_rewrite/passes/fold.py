@@ -335,10 +335,11 @@ class _Folding:
             self._edited.setdefault(bundle, []).append(node.owner)
 
     def _refuse(self, units: Iterable[Units], why: str) -> None:
-        """Keeps the site that asks most of a layer."""
+        """Keeps the site that asks most of a layer, of those that go if any do."""
         near = {o for b in self._of(units) for o in self._sites.get(b, ())}
-        near = near or set(self.assumptions.gone)
-        asked = {owner: max(map(_size, self.assumptions.gone[owner])) for owner in sorted(near)}
+        edges = {**self.assumptions.only_shift, **self.assumptions.gone}
+        near = near or set(self.assumptions.gone) or set(edges)
+        asked = {owner: max(map(_size, edges[owner])) for owner in sorted(near)}
         self.refused[max(asked, key=asked.__getitem__)] = why
 
     def _of(self, units: Iterable[Units]) -> list[int]:

@@ -1,5 +1,7 @@
 """Scales between layers chosen for int8: outputs bit for bit, and how even weights become."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -154,6 +156,20 @@ def test_what_stays_only_shifts():
     assert remap.map.has_shift
     assert "1 that stays only adds" in plan.notes[0]
     np.testing.assert_array_equal(run(graph, x, plan)[0], run(graph, x)[0])
+
+
+def test_a_scale_that_a_dtype_cannot_hold_stays():
+    b = Builder(np.random.default_rng(0))
+    x = b.norm(b.relu(b.linear(b.source(2), 6)))
+    i, norm = len(b.nodes) - 1, b.nodes[-1]
+    m = norm.op.map
+    b.nodes[i] = replace(norm, op=replace(norm.op, map=replace(m, scale=m.scale * 1e39)))
+    graph = b.graph(b.linear(x, 3, window=3))
+    graph = replace(graph, nodes=tuple(replace(node, dtype="float16") for node in graph.nodes))
+    plan = plan_fold(graph, equalize=True)
+    assert plan.left == 1
+    assert not plan.of(Remap)
+    assert "only add" not in "".join(plan.notes)
 
 
 def test_a_scale_that_something_fixes_stays():
