@@ -188,6 +188,17 @@ def test_changed_in_place(kind, training):
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_outputs_keep_their_dtype(kind):
+    layer = kind(1)
+    x = torch.randn(4, 6, 6, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, training=True)
+    assert y.dtype == torch.float32
+    y.square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
 # ---------------------------------------------------------------------------------- what ran
 
 OPERATIONS = {

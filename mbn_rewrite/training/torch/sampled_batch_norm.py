@@ -129,11 +129,12 @@ def _by_statistics(
 def _depthwise(
     images: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, moments: Moments, epsilon: float
 ) -> torch.Tensor:
-    """y by a depthwise 1x1 convolution with a bias."""
+    """y by a depthwise 1x1 convolution with a bias, in the dtype of the images."""
     scale = gamma * torch.rsqrt(moments.variance + epsilon)
     shift = beta - moments.mean * scale
     kernel = scale.to(images.dtype).reshape(-1, 1, 1, 1)
-    return torch.conv2d(images, kernel, shift.to(images.dtype), groups=kernel.shape[0])
+    with torch.autocast(images.device.type, enabled=False):  # would have it in a narrow dtype
+        return torch.conv2d(images, kernel, shift.to(images.dtype), groups=kernel.shape[0])
 
 
 # ------------------------------------------------------------- statistics of a sample
