@@ -100,7 +100,7 @@ def lowered(
     to be long enough.
     """
     strides = tuple(
-        stride if size is None else min(stride, size)
+        stride if size is None else min(stride, max(size, 1))
         for stride, size in zip(strides, sizes, strict=True)
     )
     if positions(strides, sizes) >= min_samples:

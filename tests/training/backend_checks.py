@@ -322,11 +322,12 @@ def test_mask_as_the_original(kind, functional):
     )
 
 
-def test_an_empty_batch_moves_nothing(kind):
+@pytest.mark.parametrize("shape", [(0, 8, 8, 3), (2, 0, 8, 3)])
+def test_an_empty_batch_moves_nothing(kind, shape):
     layer = kind(2)
-    layer.build((None, 8, 8, 3))
+    layer.build((None, None, 8, 3))
     before = [array(w) for w in layer.weights]
-    assert layer(np.zeros((0, 8, 8, 3), "float32"), training=True).shape == (0, 8, 8, 3)
+    assert layer(np.zeros(shape, "float32"), training=True).shape == shape
     for weight, old in zip(layer.weights, before, strict=True):
         np.testing.assert_array_equal(array(weight), old)
 
