@@ -98,6 +98,7 @@ OPTIMIZERS = {
     "average": lambda: optimizers().Adam(
         0.01, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=4
     ),
+    "nadam": lambda: optimizers().Nadam(0.05),
 }
 
 

@@ -355,7 +355,10 @@ class TfKeras(KerasAdapter):
             (optimizer._create_all_weights if is_legacy else optimizer.build)(variables)
 
     def optimizer_state(self, optimizer: Any) -> list[Any]:
-        state = list(self.inner_optimizer(optimizer).variables())
+        inner = self.inner_optimizer(optimizer)
+        state = list(inner.variables())
+        if hasattr(inner, "_u_product"):  # which Nadam does not count among them
+            state.append(inner._u_product)
         if isinstance(optimizer, _SCALING) and optimizer.dynamic:
             return [*state, optimizer._loss_scale.current_loss_scale, optimizer.dynamic_counter]
         return state
