@@ -204,3 +204,32 @@ def test_models_that_are_read_at_once_and_meanwhile_run(each_keras, rng):
         assert all(each.result().decisions == expected.decisions for each in plans)
         assert all(each.result() for each in results)
     assert K.Layer.__call__ is call
+
+
+def test_layers_that_another_thread_makes_meanwhile_have_names_of_their_own(each_keras):
+    with ThreadPoolExecutor(1) as thread:
+
+        def made():
+            return thread.submit(lambda: K.Dense(1).name).result()
+
+        names = [made()]
+
+        class Making(K.Layer):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.norm = K.BatchNormalization()
+
+            def build(self, shape):
+                self.norm.build(shape)
+                super().build(shape)
+
+            def call(self, x):
+                names.append(made())
+                return self.norm(x)
+
+        x = K.Input((SIZE,))
+        model = Model(x, K.Dense(3)(Making()(K.Dense(4)(x))))
+        mbn.plan(model, "fold")
+        names.append(made())
+    assert len(names) > 3  # so that the plan called it
+    assert len(set(names)) == len(names)

@@ -135,14 +135,19 @@ def _node_of(tensor: Any) -> Any:
 def _names_as_they_were() -> Iterator[None]:
     """Context manager after which new layers are named as they would have been."""
     numbers = backend.PER_GRAPH_OBJECT_NAME_UIDS
-    before = {graph: dict(names) for graph, names in numbers.items()}
+    with tf.init_scope():
+        eager = backend.get_graph()
+    # Other threads count in graphs of their own, and go on.
+    graphs = {id(graph): graph for graph in (eager, backend.get_graph())}.values()
+    before = [(graph, dict(numbers.get(graph, {}))) for graph in graphs]
     observed = set(backend.OBSERVED_NAMES)
     try:
         yield
     finally:
-        for graph, names in list(numbers.items()):
-            names.clear()
-            names.update(before.get(graph, {}))
+        for graph, names in before:
+            if graph in numbers:
+                numbers[graph].clear()
+                numbers[graph].update(names)
         backend.OBSERVED_NAMES.intersection_update(observed)
 
 
