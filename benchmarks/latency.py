@@ -46,7 +46,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,8 @@ import tf_keras
 from benchmarks.common import charts, devices, results
 from benchmarks.common.console import progress
 from benchmarks.common.failures import noted
-from benchmarks.common.flags import check_outputs
+from benchmarks.common.flags import check_batch_sizes, check_outputs
+from benchmarks.common.latencies import latency_table, measured
 from benchmarks.models.own_networks import OWN_NETWORKS
 from benchmarks.models.variants import (
     FROZEN,
@@ -82,10 +82,7 @@ from benchmarks.models.variants import (
     wide_network,
 )
 from mbn_rewrite.errors import RewriteError
-from mbn_rewrite.measurement import Ratio, quartiles, ratio
 from mbn_rewrite.options import DEFAULT_BUDGET
-from mbn_rewrite.tables import table
-from mbn_rewrite.tuning.timing import time_calls
 
 MODELS = (
     *("ResNet50", "MobileNetV2", "EfficientNetB0", "InceptionV3", "DenseNet121", "ResNet50V2"),
@@ -94,7 +91,6 @@ MODELS = (
 _BY_DEFAULT = ("original", *MODES, "floor")
 VARIANTS = (*_BY_DEFAULT, FROZEN)
 DTYPES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
-_MOST_REPEATS = 200
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", list(MODELS), "Networks of `applications`, or paths of models on disk.")
@@ -116,31 +112,6 @@ flags.DEFINE_string("chart", None, "Draw times as fast as the original to this P
 
 
 # ------------------------------------------------------------------------------- the program
-
-
-def measured(calls: Calls, known: dict[str, Variant]) -> None:
-    """Times what can be timed; adds the times to what is known."""
-
-    def watched(variant: str, call: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            if "note" not in known[variant]:  # what has failed is not called again
-                with noted(known, variant):
-                    call()
-
-        return run
-
-    watched_calls = {variant: watched(variant, call) for variant, call in calls.items()}
-    seconds = time_calls(
-        watched_calls, FLAGS.seconds * len(watched_calls), FLAGS.repeats, _MOST_REPEATS
-    )
-    seconds = {v: times for v, times in seconds.items() if "note" not in known[v]}
-    for variant, times in seconds.items():
-        low, median, high = quartiles([1e3 * second for second in times])
-        facts = known[variant]
-        facts |= {"ms": median, "quartiles": [low, high], "milliseconds": [1e3 * t for t in times]}
-        for base in ("original", "floor"):
-            if base in seconds:
-                facts[f"x {base}"] = asdict(ratio(seconds[base], times))
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -177,36 +148,8 @@ def _row(
     variants: dict[str, Variant] = {}
     with noted(variants, "original"):
         calls, variants = made()
-        measured(calls, variants)
+        measured(calls, variants, FLAGS.seconds, FLAGS.repeats)
     return row | {"xla": FLAGS.xla, "variants": variants}
-
-
-def cells(row: dict[str, Any]) -> Iterator[list[str]]:
-    """The rows of the table for one row of results."""
-    for variant, facts in row["variants"].items():
-        error = facts.get("error")
-        timed = "ms" in facts
-        low, high = facts.get("quartiles", (0, 0))
-        yield [
-            Path(row["model"]).name,
-            row["keras"],
-            str(row["batch"]),
-            variant,
-            str(facts.get("left", "-")),
-            "-" if error is None else f"{error:.0e}",
-            f"{facts['ms']:.2f}" if timed else "-",
-            f"{low:.2f}-{high:.2f}" if timed else "-",
-            _compared(facts, "original"),
-            _compared(facts, "floor"),
-            facts.get("note", facts.get("form", "")),
-        ]
-
-
-def _compared(facts: Variant, base: str) -> str:
-    if f"x {base}" not in facts:
-        return "-"
-    ratio = Ratio(**facts[f"x {base}"])
-    return f"{ratio.median:.2f} ({ratio})"
 
 
 def draw(done: list[dict[str, Any]], title: str) -> None:
@@ -248,11 +191,7 @@ def main(argv: list[str]) -> int:
         progress("interrupted: what is finished follows")
     how = f"{FLAGS.dtype}{', XLA' if FLAGS.xla else ''}"
     title = f"Latency on {name}, {how}, TensorFlow {tf.__version__}"
-    columns = [
-        *("model", "of", "batch", "variant", "left", "error", "ms", "quartiles"),
-        *("x original", "x floor", "form"),
-    ]
-    print(table(columns, [line for row in done for line in cells(row)], title, width=200))
+    print(latency_table(done, title))
     if FLAGS.chart:
         draw(done, title)
     failed = any("note" in f and v != "floor" for r in done for v, f in r["variants"].items())
@@ -274,9 +213,7 @@ def _check(arguments: list[str]) -> None:
             raise ValueError(
                 f"--models: '{name}' is no path, and no network; some are {', '.join(MODELS)}"
             )
-    for size in FLAGS.batch_sizes:
-        if not size.isdigit() or int(size) < 1:
-            raise ValueError(f"--batch_sizes: '{size}' is no whole number from 1 up")
+    check_batch_sizes(FLAGS.batch_sizes)
     check_outputs(FLAGS.json, FLAGS.chart)
 
 

@@ -22,6 +22,13 @@ def check_known(what: str, names: Iterable[str], known: Sequence[str]) -> None:
             raise ValueError(f"unknown {what} '{name}'; known are {', '.join(known)}")
 
 
+def check_batch_sizes(sizes: Iterable[str]) -> None:
+    """Sees that all are whole numbers from 1 up."""
+    for size in sizes:
+        if not size.isdigit() or int(size) < 1:
+            raise ValueError(f"--batch_sizes: '{size}' is no whole number from 1 up")
+
+
 def check_outputs(json: str | None, chart: str | None = None) -> None:
     """Sees that the files of --json and --chart can be written, and charts drawn."""
     for path in filter(None, (json, chart)):

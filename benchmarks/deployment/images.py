@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.models.networks import patches
+from benchmarks.models.applications import patches
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 

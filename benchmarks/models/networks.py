@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from benchmarks.models.own_networks import OWN_NETWORKS
+from benchmarks.models import applications
 from tools import real_models
 
 APPLICATIONS = (
@@ -33,15 +33,6 @@ APPLICATIONS = (
     "DenseNet121",
 )
 
-# Networks not named here are 224 x 224 by default.
-_DEFAULT_SIZE = {
-    "InceptionV3": 299,
-    "InceptionResNetV2": 299,
-    "Xception": 299,
-    "WideResNet-16-4": 32,
-}
-
-
 _BATCH = 2
 # Images that statistics are drawn from. Late layers see few positions of each: with less to
 # go by, channels that hardly vary in these images are amplified in others.
@@ -57,20 +48,8 @@ def batch_norms(model: Any) -> list[Any]:
 
 
 def build(name: str, seed: int, image_size: int | None, keras: Any = tf_keras) -> Any:
-    """A network of a Keras's applications, or of `OWN_NETWORKS`, with random weights.
-
-    It is without its softmax.
-    """
-    keras.utils.set_random_seed(seed)
-    size = image_size or _DEFAULT_SIZE.get(name, 224)
-    if name in OWN_NETWORKS:
-        return OWN_NETWORKS[name](keras, size)
-    return getattr(keras.applications, name)(
-        include_top=True,
-        weights=None,
-        input_shape=(size, size, 3),
-        classifier_activation=None,
-    )
+    """See `applications.build`."""
+    return applications.build(keras, name, seed, image_size)
 
 
 def random_images(model: Any, rng: np.random.Generator, count: int = _BATCH) -> Any:
@@ -78,18 +57,10 @@ def random_images(model: Any, rng: np.random.Generator, count: int = _BATCH) -> 
 
     With noise alone all examples look alike behind the network's global average.
     """
-    images = patches(model.input_shape[1:], rng, count)
+    images = applications.patches(model.input_shape[1:], rng, count)
     if any(type(layer).__name__ == "Rescaling" for layer in model.layers):  # of either Keras
         images = np.clip(127.5 + 60 * images, 0, 255)
     return tf.constant(images, tf.float32)
-
-
-def patches(shape: tuple[int, int, int], rng: np.random.Generator, count: int) -> np.ndarray:
-    """Normal patches with normal noise on them; `shape` is rows, columns and channels."""
-    height, width, channels = shape
-    coarse = rng.standard_normal((count, 8, 8, channels))
-    images = np.asarray(tf.image.resize(coarse, (height, width), "nearest"))
-    return images + 0.5 * rng.standard_normal(images.shape)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,19 @@ class Backend(Protocol):
         by the instructions of the compiled module, which have no times.
         """
 
+    # -- models
+
+    def inference(self, model: Any, images: Tensor) -> Callable[[], Tensor]:
+        """A function that calls a model at inference: compiled as a whole, but on torch.
+
+        Args:
+            model: of Keras 3, with one input and one output.
+            images: what it is called with.
+        """
+
+    def train_statistics(self, model: Any, images: Tensor) -> None:
+        """Calls a model in training once, which moves its statistics and trains no weight."""
+
     # -- training steps
 
     def check_settings(self, xla: bool, profile: str | None) -> None:

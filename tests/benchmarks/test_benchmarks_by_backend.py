@@ -1,44 +1,13 @@
 """The benchmarks of training on other backends of Keras than TensorFlow, and without it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.training.hlo import instructions
+from tests.support.programs import run_without_tensorflow as run
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
-# Runs a program in a process that cannot import TensorFlow.
-WITHOUT_TENSORFLOW = """
-import runpy, sys
-from importlib.machinery import PathFinder
-
-find = PathFinder.find_spec
-
-def hides(cls, name, path=None, target=None):
-    hidden = name.partition(".")[0] in ("tensorflow", "tf_keras")
-    return None if hidden else find(name, path, target)
-
-PathFinder.find_spec = classmethod(hides)
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def run(backend, program, *flags):
-    """Runs a program of benchmarks without TensorFlow."""
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT_TENSORFLOW, str(ROOT / "benchmarks" / program), *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "KERAS_BACKEND": backend},
-    )
 
 
 def test_layers_on_torch(tmp_path):

@@ -1,8 +1,6 @@
 """`benchmarks/latency.py`, as a program: it takes seconds to start, so it is started twice."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+from benchmarks.common.latencies import measured
 from tests.support.programs import run_program
 
 pytestmark = pytest.mark.slow
@@ -80,24 +79,12 @@ def test_networks_of_both_kerases_and_their_floor(tmp_path):
             assert facts["x floor"]["median"] > 0
 
 
-FAILING = """
-import json
-from benchmarks import latency
-
-def bad():
-    raise MemoryError
-
-latency.FLAGS(["latency", "--repeats=2", "--seconds=0"])
-known = {"original": {}, "fold": {}, "auto": {"note": "WRONG"}}
-latency.measured({"original": lambda: None, "fold": bad}, known)
-print(json.dumps(known))
-"""
-
-
 def test_what_fails_while_it_is_timed_costs_the_others_nothing():
-    command = [sys.executable, "-c", FAILING]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    known = json.loads(result.stdout.splitlines()[-1])
+    def bad():
+        raise MemoryError
+
+    known = {"original": {}, "fold": {}, "auto": {"note": "WRONG"}}
+    measured({"original": lambda: None, "fold": bad}, known, seconds=0, repeats=2)
     assert known["fold"] == {"note": "OUT OF MEMORY"}
     assert known["auto"] == {"note": "WRONG"}
     assert len(known["original"]["milliseconds"]) == 2

@@ -115,6 +115,29 @@ def ran(
     return instructions(function.module(x, dy)), {}
 
 
+# ------------------------------------------------------------------------------------ models
+
+
+def inference(model: Any, images: jax.Array) -> Callable[[], jax.Array]:
+    call = jax.jit(lambda *arguments: model.stateless_call(*arguments, training=False)[0])
+    state = _state_of(model)
+    return lambda: call(*state, images)
+
+
+def train_statistics(model: Any, images: jax.Array) -> None:
+    call = jax.jit(lambda *arguments: model.stateless_call(*arguments, training=True)[1])
+    for variable, value in zip(
+        model.non_trainable_variables, call(*_state_of(model), images), strict=True
+    ):
+        variable.assign(value)
+
+
+def _state_of(model: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    both = model.trainable_variables, model.non_trainable_variables
+    trained, others = ([variable.value for variable in variables] for variables in both)
+    return trained, others
+
+
 # ----------------------------------------------------------------------------- training steps
 
 

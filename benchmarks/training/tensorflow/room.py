@@ -127,6 +127,19 @@ def ran(
     )
 
 
+# ------------------------------------------------------------------------------------ models
+
+
+def inference(model: Any, images: tf.Tensor) -> Callable[[], tf.Tensor]:
+    call = tf.function(lambda data: model(data, training=False), autograph=False)
+    concrete = call.get_concrete_function(images)
+    return lambda: concrete(images)
+
+
+def train_statistics(model: Any, images: tf.Tensor) -> None:
+    model(images, training=True)
+
+
 # ----------------------------------------------------------------------------- training steps
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def name_of(device: str) -> str:
     return cpu_name() if device == "CPU" else torch.cuda.get_device_name(0)
 
 
-on = keras_devices.on
+def on(device: str) -> AbstractContextManager[Any]:
+    # With a number, the weights that Keras makes on a CPU would be copies, which are no leaves.
+    return keras_devices.on(device) if device == "GPU" else keras.device("cpu")
 
 
 def synchronize(result: Any = None) -> None:
@@ -93,6 +96,22 @@ def ran(
         if op.listed:
             counts[op.op] = counts.get(op.op, 0) + op.count
     return counts, milliseconds
+
+
+# ------------------------------------------------------------------------------------ models
+
+
+def inference(model: Any, images: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(images, training=False)
+
+    return run
+
+
+def train_statistics(model: Any, images: torch.Tensor) -> None:
+    with torch.no_grad():
+        model(images, training=True)
 
 
 # ----------------------------------------------------------------------------- training steps
