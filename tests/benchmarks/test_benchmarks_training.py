@@ -274,7 +274,9 @@ def test_operations_that_xla_compiles(keras):
     assert list(kinds) == LAYERS
     assert "StridedSlice" in kinds["prep_bn"]["forward"]
     assert "StridedSliceGrad" in kinds["prep_bn"]["backward"]
-    assert "FusedBatchNormGradV3" in kinds["layer3_res2_bn"]["backward"]
+    whole = kinds["layer3_res2_bn"]["backward"]  # too small for a stride
+    assert "Sum" in whole
+    assert "StridedSliceGrad" not in whole
 
 
 def test_kernels_of_a_gpu():
