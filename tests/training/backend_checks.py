@@ -395,6 +395,15 @@ def test_convert_there_and_back(mode):
         np.testing.assert_allclose(array(served(x)), expected, atol=1e-5, err_msg=back)
 
 
+@pytest.mark.parametrize("mode", ["strided", "mbn", "fold", "depthwise"])
+def test_models_in_float64_convert_as_exactly_as_keras_computes(mode):
+    inputs = keras.Input((6, 6, 3), dtype="float64")
+    y = keras.layers.Dense(4, dtype="float64")(inputs)
+    model = keras.Model(inputs, keras.layers.BatchNormalization(dtype="float64")(y))
+    _, plan = mbn.convert_with_plan(model, mode)
+    assert plan.verification.ok
+
+
 @pytest.mark.parametrize("mode", ["strided", "mbn"])
 def test_a_converted_model_trains_on_as_the_original(mode):
     model = network(keras.layers.BatchNormalization)

@@ -71,6 +71,17 @@ class Keras3FrontEnd(KerasFrontEnd):
 
     # -- other backends than TensorFlow ------------------------------------------------------
 
+    def compute_dtypes(self, model: Any) -> set[str]:
+        """See `protocols.FrontEnd`.
+
+        On JAX (but for its 64 bits) and torch, Keras computes in float32 where float64 meets it, as
+        in BatchNormalization.
+        """
+        dtypes = super().compute_dtypes(model)
+        if "float64" in dtypes:
+            dtypes.add(keras.backend.result_type("float64", "float32"))
+        return dtypes
+
     def closer_look(
         self, model: Any, new: Any, inputs: Any, plain: Comparison, rounding: bool
     ) -> Comparison | None:
