@@ -139,3 +139,18 @@ def test_sparse_arrays_are_refused(kind):
     layer.build((None, 6))
     with pytest.raises(mbn.RewriteError, match=r"was given a BCOO.*todense\(\)"):
         layer.call(sparse.BCOO.fromdense(jnp.eye(6)), training=True)
+
+
+def test_models_are_compared_in_full_precision():
+    seen = []
+
+    class Asking(keras.layers.Layer):
+        def call(self, x):
+            seen.append(jax.config.jax_default_matmul_precision)
+            return x + 0
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(), Asking()])
+    seen.clear()
+    mbn.verify(model, model)
+    assert set(seen) == {"highest"}
+    assert jax.config.jax_default_matmul_precision is None

@@ -263,3 +263,20 @@ def test_nothing_in_the_input(shape, depthwise):
     assert all(torch.isfinite(t).all() for t in got)
     assert normalize(x, one, one, one, one, case.sampling).shape == shape
     assert keras.ops.convert_to_numpy(got[-1]) == 0
+
+
+def test_models_are_compared_without_tensor_float_32():
+    seen = []
+
+    class Asking(keras.layers.Layer):
+        def call(self, x):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+            return x + 0
+
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(), Asking()])
+    seen.clear()
+    mbn.verify(model, model)
+    assert seen == [(False, "highest")] * 2
+    assert before == (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    assert before[0]  # or nothing is shown

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -102,13 +102,14 @@ class Keras3FrontEnd(KerasFrontEnd):
     def device(self) -> str:
         if _on_tensorflow():
             return super().device()
-        return f"{processor()}, Keras on {keras.backend.backend()}"
+        return f"{_accelerator() or processor()}, Keras on {keras.backend.backend()}"
 
     def _called(self, function: Callable[[Any], Any], inputs: Any, who: str) -> list[np.ndarray]:
         if _on_tensorflow():
             return super()._called(function, inputs, who)
         try:
-            outputs = keras.tree.flatten(function(inputs))
+            with _full_products():
+                outputs = keras.tree.flatten(function(inputs))
         except Exception as error:
             raise uncallable(who, error) from error
         return [keras.ops.convert_to_numpy(output) for output in outputs]
@@ -119,6 +120,45 @@ class Keras3FrontEnd(KerasFrontEnd):
         if _on_tensorflow():
             return super()._runner(function, inputs, run_config)
         return lambda: self._called(function, inputs, "it")
+
+
+def _accelerator() -> str:
+    """The name of the device that JAX or torch runs on, or "" for the processor."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return "" if jax.default_backend() == "cpu" else str(jax.devices()[0].device_kind)
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return ""
+
+
+@contextmanager
+def _full_products() -> Iterator[None]:
+    """Context manager in which JAX and torch multiply float32 in full precision on GPUs.
+
+    See `execution`, which does so for TensorFlow.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        with jax.default_matmul_precision("highest"):
+            yield
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
+    else:
+        yield
 
 
 def _on_tensorflow() -> bool:

@@ -116,10 +116,12 @@ def _with_state(old: Any, new: Any, keras: KerasAdapter) -> Any:
     known = keras.known_variables(optimizer, keras.variables(old))
     for variable in known or ():
         if id(variable) not in found:
-            name = "that is no weight of it" if variable is None else variable.name
+            if variable is None:
+                why = "a weight that is not the model's (does it train another model, too?)"
+            else:
+                why = f"a weight that has no counterpart in the new model: {variable.name}"
             raise RewriteError(
-                f"the optimizer of {label(old)} keeps state for a weight that has no counterpart "
-                f"in the new model: {name}. {_COMPILE_IT}"
+                f"the optimizer of {label(old)} keeps state for {why}. {_COMPILE_IT}"
             )
     copied = _copied_optimizer(optimizer, keras)
     _exclude_from_decay(
