@@ -69,7 +69,10 @@ def rewritten(original):
     front_end = front_end_of(original)
     reading = front_end.read(original)
     plans = candidates(reading.graph)
-    return {name: front_end.write(original, reading, plans[name]) for name in FORMS}
+    forms = {name: front_end.write(original, reading, plans[name]) for name in FORMS}
+    for form in forms.values():
+        form(IMAGES)  # as the check of convert does: Keras exports to ONNX only what was called
+    return forms
 
 
 def from_saved_model(path):
