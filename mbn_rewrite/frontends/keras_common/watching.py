@@ -129,8 +129,8 @@ class Watcher:
     def at_work(self) -> Iterator[None]:
         """Context manager in which layers can be watched; one thread's at a time.
 
-        Methods of Keras's base class are exchanged in it. That is done once for all layers, since
-        it takes as long as tracing a small one. The code of other threads goes on as it was.
+        Methods of Keras's base class are exchanged in it, once for all layers. The code of other
+        threads goes on as it was.
         """
         base = self._keras.layers.Layer
         call, add_weight = base.__call__, base.add_weight
