@@ -72,9 +72,10 @@ from absl import app, flags
 
 from benchmarks.common import results
 from benchmarks.common.console import progress
+from benchmarks.common.devices import DEVICES
 from benchmarks.common.flags import check_known, check_no_arguments, check_outputs
 from benchmarks.common.timing import time_rounds
-from benchmarks.training.backends import DEVICES, in_use
+from benchmarks.training.backends import in_use
 from benchmarks.training.layer_checks import check, guarded, note_operations
 from benchmarks.training.layer_tables import (
     COPY,

@@ -8,21 +8,28 @@ from mbn_rewrite.device import cpu_name
 DEVICES = ("CPU", "GPU")
 
 
-def chosen(asked: str | None) -> str:
+def chosen_of(asked: str | None, gpu: bool, backend: str) -> str:
     """CPU or GPU: what is asked for; if nothing is, a GPU if there is one.
 
-    Where it is the CPU, TensorFlow sees no GPU from then on.
+    Args:
+        asked: the device, or None.
+        gpu: whether there is a GPU.
+        backend: who sees it, or does not.
 
     Raises:
         ValueError: a GPU is asked for, and there is none; or there is no such kind of device.
     """
+    check_known("device", [asked] if asked is not None else [], DEVICES)
+    if asked == "GPU" and not gpu:
+        raise ValueError(f"{backend} sees no GPU; --device=CPU runs without")
+    return asked or ("GPU" if gpu else "CPU")
+
+
+def chosen(asked: str | None) -> str:
+    """`chosen_of` what TensorFlow sees; where it is the CPU, it sees no GPU from then on."""
     import tensorflow as tf
 
-    check_known("device", [asked] if asked is not None else [], DEVICES)
-    gpus = tf.config.list_physical_devices("GPU")
-    if asked == "GPU" and not gpus:
-        raise ValueError("TensorFlow sees no GPU; --device=CPU runs without")
-    device = asked or ("GPU" if gpus else "CPU")
+    device = chosen_of(asked, bool(tf.config.list_physical_devices("GPU")), "TensorFlow")
     if device == "CPU":
         tf.config.set_visible_devices([], "GPU")
     return device

@@ -21,7 +21,6 @@ Tensor = Any
 Function = Callable[[Tensor, Tensor], list[Tensor]]  # of x and dy
 
 NAMES = ("tensorflow", "jax", "torch")
-DEVICES = ("CPU", "GPU")
 
 
 class Step(Protocol):

@@ -15,6 +15,7 @@ import keras
 import ml_dtypes
 import numpy as np
 
+from benchmarks.common.devices import chosen_of
 from benchmarks.training import keras_devices
 from benchmarks.training.hlo import instructions
 from benchmarks.training.operations import ByLayer, LayerTime, OpTime, norms_of
@@ -43,7 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def chosen(asked: str | None) -> str:
-    return keras_devices.chosen(asked, jax.default_backend() in ("gpu", "cuda", "rocm"), "JAX")
+    return chosen_of(asked, jax.default_backend() in ("gpu", "cuda", "rocm"), "JAX")
 
 
 def name_of(device: str) -> str:

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import torch
 
+from benchmarks.common.devices import chosen_of
 from benchmarks.training import keras_devices
 from benchmarks.training.operations import ByLayer, norms_of
 from benchmarks.training.torch import profiles
@@ -33,7 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def chosen(asked: str | None) -> str:
-    return keras_devices.chosen(asked, torch.cuda.is_available(), "torch")
+    return chosen_of(asked, torch.cuda.is_available(), "torch")
 
 
 def name_of(device: str) -> str:
