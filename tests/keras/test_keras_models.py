@@ -731,12 +731,3 @@ def test_verify_leaves_moving_statistics_alone(rng):
     assert mbn.verify(model, model).ok
     for old, now in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, now)
-
-
-@pytest.mark.parametrize("mode", ["strided", "mbn"])
-def test_training_needs_tensorflow(mode, monkeypatch):
-    x = K.Input((8, 8, 3))
-    model = keras.Model(x, B()(x))
-    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(mbn.RewriteError, match=r"needs Keras 3 on TensorFlow; it runs on jax"):
-        mbn.convert(model, mode)
