@@ -180,10 +180,18 @@ def report_text(report: Report, full: bool = False) -> str:
         lines.append(table(_SIZES, _size_rows(report, report.after)))
     lines += _carried_over(report)
     lines += [f"verification of {name}: {c}" for name, c in report.comparisons.items()]
-    lines += ["frozen: its weights are constants"] if report.frozen else []
+    lines += _freezing(report)
     lines += _caveats(report)
     lines += [f"speed: {report.speed.figure}"] if report.speed else []
     return encodable("\n".join(lines))
+
+
+def _freezing(report: Report) -> Iterator[str]:
+    measured = f", {report.freezing.figure}" if report.freezing else ""
+    if report.frozen:
+        yield f"frozen: its weights are constants{measured}"
+    elif measured:
+        yield f"not frozen: its weights stay variables; with constants{measured}"
 
 
 def _carried_over(report: Report) -> Iterator[str]:

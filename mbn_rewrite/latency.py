@@ -117,6 +117,13 @@ def figure_on_disk(
     )
 
 
+def freezing_figure(variables: OnDisk, constants: OnDisk, options: Options) -> Latencies:
+    """Latencies of a model whose weights are variables, and of it with constants for them."""
+    pair, names = (variables, constants), ("variables", "constants")
+    seconds = min(FIGURE_SECONDS, options.budget)
+    return _or_why_not(lambda: on_disk(pair, options, seconds, names), options)
+
+
 def figure(
     measured: Callable[[], Latencies], changed: bool, options: Options, operations: int = 0
 ) -> Latencies:
@@ -130,11 +137,16 @@ def figure(
     """
     if not changed:
         return Latencies("", options.run_config, (), why=UNCHANGED)
+    found = _or_why_not(measured, options)
+    return replace(found, why=_why_no_faster(found, operations)) if found.timings else found
+
+
+def _or_why_not(measured: Callable[[], Latencies], options: Options) -> Latencies:
+    """Latencies, or why they cannot be had."""
     try:
-        found = measured()
+        return measured()
     except RewriteError as error:
         return Latencies("", options.run_config, (), why=str(error))
-    return replace(found, why=_why_no_faster(found, operations))
 
 
 def _why_no_faster(found: Latencies, operations: int) -> str:

@@ -138,6 +138,12 @@ class Latencies:
         return self.timings[1].speed_up if len(self.timings) > 1 else None
 
     @property
+    def is_faster(self) -> bool:
+        """Whether the second model is faster than the first, beyond noise."""
+        ratio, calls = self.speed_up, len(self.timings[-1].seconds) if self.timings else 0
+        return ratio is not None and calls >= LEAST_ROUNDS and ratio.low > _ALIKE
+
+    @property
     def where(self) -> str:
         """What was run how, and on what."""
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}, " if self.threads else ""

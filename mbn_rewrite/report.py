@@ -33,6 +33,8 @@ class Report:
         left_out: functions that were not carried over, and why.
         speed: the latencies of the original and of what was written, where they were measured.
         frozen: whether its weights are constants.
+        freezing: the latencies with variables and with constants for weights, where mode "auto"
+            chose between them.
     """
 
     source: str
@@ -47,6 +49,7 @@ class Report:
     by_xla: tuple[str, ...] = ()
     speed: Latencies | None = None
     frozen: bool = False
+    freezing: Latencies | None = None
 
     @property
     def comparison(self) -> Comparison | None:
@@ -85,6 +88,7 @@ class Report:
             "left_out": dict(self.left_out),
             "plan": self.plan.to_dict(),
             "frozen": self.frozen,
+            "freezing": self.freezing and self.freezing.to_dict(),
             "changed": self.changed,
             "speed": self.speed and self.speed.to_dict(),
         }

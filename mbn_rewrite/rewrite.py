@@ -7,6 +7,7 @@ only then put in its place, so that it appears whole or not at all; see `output_
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from mbn_rewrite.errors import RewriteError, VerificationError
 from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import ModelSource
 from mbn_rewrite.frontends.registry import check_source, open_source
-from mbn_rewrite.latency import OnDisk, figure_on_disk
+from mbn_rewrite.latency import OnDisk, figure_on_disk, freezing_figure
 from mbn_rewrite.named_arrays import as_arrays
 from mbn_rewrite.options import TRAINING_MODES, Mode, Options, checked_options
 from mbn_rewrite.plans import Plan
@@ -110,7 +111,8 @@ def rewrite_saved_model(
         freeze: whether weights become constants of the graphs. That may be faster, since TensorFlow
             then computes beforehand what depends on them alone. The written model has signatures
             and nothing else: no variables to train or to restore, no methods. Graphs hold less
-            than 2 GiB.
+            than 2 GiB. In mode "auto" they become constants where that measures faster, and the
+            report says by how much.
         measure: whether to measure at the end how much faster than the original the written model
             is, for some seconds, run as `batch_size`, `jit_compile` and `dtype` say, in any mode.
             Both are loaded for that.
@@ -159,7 +161,7 @@ def rewrite_saved_model(
         weights = _write(model, report.plan, folder.new, options)
         del model  # so that the two are not in memory side by side
         if freeze:
-            report, reference = _frozen(report, reference, folder.new, options)
+            report, reference = _frozen(report, reference, folder, trusted, options)
         report = _verified(report, weights, folder.new, reference, tolerance, options)
         output_dir.put_in_place(folder, destination, overwrite)
     if measure:
@@ -275,15 +277,34 @@ def _write(model: ModelSource, plan: Plan, directory: Path, options: Options) ->
 
 
 def _frozen(
-    report: Report, reference: Reference, directory: Path, options: Options
+    report: Report,
+    reference: Reference,
+    folder: output_dir.OwnFolder,
+    trusted: bool,
+    options: Options,
 ) -> tuple[Report, Reference]:
-    """Freezes what was written; the report on that, and what there is to compare."""
+    """Freezes what was written; the report on that, and what there is to compare.
+
+    In mode "auto" the frozen model is a candidate: it is taken if it measures faster.
+    """
     from mbn_rewrite.frontends.execution import without_saying_where
     from mbn_rewrite.frontends.saved_model.freezing import freeze
 
     options.progress("freezing")
+    frozen = folder.path / "frozen"
     with without_saying_where():
-        freeze(directory)
+        freeze(folder.new, frozen)
+    if options.mode == "auto":
+        signature = report.before.signature or None
+        with_variables = OnDisk(folder.new, trusted, signature=signature)
+        with_constants = replace(with_variables, path=frozen)
+        measured = freezing_figure(with_variables, with_constants, options)
+        report = replace(report, freezing=measured)
+        if not measured.is_faster:
+            shutil.rmtree(frozen)
+            return report, reference
+    shutil.rmtree(folder.new)
+    frozen.rename(folder.new)
     methods = [name for name, call in reference.calls.items() if call.method]
     left = dict.fromkeys(methods, "a frozen model has signatures and nothing else")
     calls = {name: call for name, call in reference.calls.items() if name not in left}

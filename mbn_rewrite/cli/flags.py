@@ -136,7 +136,7 @@ flags.DEFINE_bool(
     "freeze",
     False,
     "Make weights constants of graphs, which may be faster. OUT then has signatures and nothing "
-    "else: no variables to train or to restore, no methods.",
+    "else: no variables to train or to restore, no methods. Mode auto: where that measures faster.",
     flag_values=FLAGS,
 )
 flags.DEFINE_bool("dry_run", False, "As the command plan: OUT is not needed.", flag_values=FLAGS)

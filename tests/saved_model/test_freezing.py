@@ -5,7 +5,9 @@ import pytest
 import tensorflow as tf
 
 import mbn_rewrite as mbn
+from mbn_rewrite import latency
 from mbn_rewrite.frontends.saved_model import freezing
+from mbn_rewrite.measurement import Latencies, Timing, ratio
 from tests.support import saved_models
 
 pytestmark = pytest.mark.slow
@@ -48,6 +50,40 @@ def test_methods_are_left_out_and_said_to_be(tmp_path):
     assert all("signatures and nothing else" in report.left_out[name] for name in methods)
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "frozen", "said"),
+    [
+        (9.0, True, "frozen: its weights are constants, 1.11 times as fast here"),
+        (9.95, False, "with constants, no difference beyond noise here"),
+        (12.0, False, "with constants, 0.83 times as fast here"),
+    ],
+)
+def test_auto_freezes_what_is_faster_frozen(milliseconds, frozen, said, tmp_path, monkeypatch):
+    saved_models.tf_keras_functional(tmp_path / "in")
+
+    def on_disk(models, options, seconds, names):
+        assert names == ("variables", "constants")
+        loaded = [tf.saved_model.load(str(model.path)) for model in models]
+        with_variables = [bool(m.signatures["serving_default"].graph.variables) for m in loaded]
+        assert with_variables == [True, False]
+        times = [[10.0] * 30, [milliseconds] * 30]
+        timings = (
+            Timing("variables", (*times[0],)),
+            Timing("constants", (*times[1],), ratio(*times)),
+        )
+        return Latencies("device", options.run_config, timings)
+
+    monkeypatch.setattr(latency, "on_disk", on_disk)
+    report = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", freeze=True)
+    assert report.ok
+    assert report.frozen is frozen
+    assert said in str(report)
+    assert report.to_dict()["freezing"]["figure"] == report.freezing.figure
+    new = tf.saved_model.load(str(tmp_path / "out"))
+    assert bool(new.signatures["serving_default"].graph.variables) is not frozen
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
 def test_signatures_that_do_the_same_share_their_constants(tmp_path):
     class Twice(tf.Module):
         def __init__(self):
@@ -61,10 +97,10 @@ def test_signatures_that_do_the_same_share_their_constants(tmp_path):
     module = Twice()
     both = {"serving_default": module.serve, "serve": module.serve}
     tf.saved_model.save(module, str(tmp_path / "model"), both)
-    freezing.freeze(tmp_path / "model")
-    size = (tmp_path / "model" / "saved_model.pb").stat().st_size
+    freezing.freeze(tmp_path / "model", tmp_path / "frozen")
+    size = (tmp_path / "frozen" / "saved_model.pb").stat().st_size
     assert 4 * 300 * 300 < size < 1.5 * 4 * 300 * 300
-    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    loaded = tf.saved_model.load(str(tmp_path / "frozen"))
     x = tf.ones((1, 300))
     for name in both:
         np.testing.assert_array_equal(loaded.signatures[name](x=x)["y"], np.full((1, 300), 300.0))

@@ -8,7 +8,6 @@ and a graph holds less than 2 GiB.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from mbn_rewrite.frontends.saved_model.signature_calls import specs_of
 _MOST_BYTES = 2**31 - 2**24  # of a protocol buffer, less what is no weight
 
 
-def freeze(directory: Path) -> None:
-    """Freezes a SavedModel in its place; methods beside signatures are left out.
+def freeze(directory: Path, destination: Path) -> None:
+    """Writes a SavedModel with constants for weights; methods beside signatures are left out.
 
     Raises:
         RewriteError: it writes to its variables, uses tables, or is too large.
@@ -35,17 +34,14 @@ def freeze(directory: Path) -> None:
     signatures = dict(loaded.signatures)
     for name, function in signatures.items():
         _check(name, function)
-    frozen = directory.with_name("frozen")
     root = tf.__internal__.tracking.AutoTrackable()
     try:
         frozen_functions = _Frozen()
         new = {name: frozen_functions.of(function) for name, function in signatures.items()}
-        tf.saved_model.save(root, str(frozen), signatures=new)
+        tf.saved_model.save(root, str(destination), signatures=new)
     except Exception as error:
         raise RewriteError(f"the model cannot be frozen: {cause_of(error)}") from error
-    finish(parse_saved_model(str(directory)).meta_graphs[0], directory, frozen)
-    shutil.rmtree(directory)
-    frozen.rename(directory)
+    finish(parse_saved_model(str(directory)).meta_graphs[0], directory, destination)
 
 
 def _check(name: str, function: Any) -> None:
