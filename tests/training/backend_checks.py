@@ -243,8 +243,13 @@ def network(norm, **options):
 
 
 def trained(model, steps, seed=0):
-    """The losses of some steps."""
+    """The losses of some steps, with an optimizer of its own."""
     model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
+    return continued(model, steps, seed)
+
+
+def continued(model, steps, seed=0):
+    """The losses of some steps of a compiled model."""
     losses = []
     for i in range(steps):
         x, target = numbers((8, 12, 12, 3), seed + i % 5), numbers((8, 2), 100 + seed + i % 5)
@@ -412,6 +417,21 @@ def test_a_converted_model_trains_on_as_the_original(mode):
     np.testing.assert_allclose(
         trained(ours, 20, seed=7), trained(model, 20, seed=7), rtol=TOLERANCES["float32"]
     )
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("mode", ["strided", "mbn"])
+def test_an_interrupted_training_goes_on(mode, optimizer):
+    model = network(keras.layers.BatchNormalization)
+    state = {"SGD": {"momentum": 0.9}, "AdamW": {"weight_decay": 0.1}}[optimizer]
+    model.compile(getattr(keras.optimizers, optimizer)(0.02, **state), "mse")
+    continued(model, 5)
+    ours = mbn.convert(model, mode, stride=1, keep_compiled=True)
+    fresh = mbn.convert(model, mode, stride=1)
+    fresh.compile(type(model.optimizer)(0.02, **state), "mse")
+    expected = continued(model, 10, seed=7)
+    np.testing.assert_allclose(continued(ours, 10, seed=7), expected, rtol=TOLERANCES["float32"])
+    assert not np.allclose(continued(fresh, 10, seed=7), expected, rtol=1e-2)
 
 
 # --------------------------------------------------------------------- beside other backends
