@@ -64,7 +64,7 @@ def plan_fold(
         if owner in stay:
             kept.setdefault(owner, stay[owner].removesuffix("."))
     bounded = _bounded(work) if equalize else frozenset()
-    only_shift = equalize
+    in_full: set[str] = set()  # sites that stay with their scales
     while True:
         solved = _Solved(work, kept, borders)
         able = _clips_after(work, solved.kept.keys() - kept.keys(), clips)
@@ -73,18 +73,19 @@ def plan_fold(
             clipping = _Solved(work, kept, borders, able, signs=clips, first=first)
             if len(clipping.assumptions.gone) > len(first):
                 solved = clipping
-        if only_shift:
-            solved.leave_only_shifts()
+        if equalize:
+            solved.leave_only_shifts(in_full)
         folding = _Folding(work, solved, equalize)
-        if folding.refused and solved.assumptions.only_shift:
-            only_shift = False  # which may be what asks for too much
+        only_shift = solved.assumptions.only_shift
+        if folding.refused and only_shift:
+            # What their scales are asked of, or, where none is, all of them.
+            in_full.update(folding.refused.keys() & only_shift.keys() or only_shift)
             continue
         if bounded and not folding.refused:
             # The same goes, and nothing else; only scales may pass more.
             gone, clip = solved.assumptions.gone, able | bounded
             free = _Solved(work, solved.kept, borders, clip, signs=clips, first=gone)
-            if only_shift:
-                free.leave_only_shifts()
+            free.leave_only_shifts(in_full)
             through = _Folding(work, free, equalize)
             is_as_good = free.assumptions.gone.keys() == gone.keys() and not through.refused
             if is_as_good and through.settled.equalised:
@@ -179,10 +180,10 @@ class _Solved:
                 if why:
                     self.kept[owner] = why
 
-    def leave_only_shifts(self) -> None:
-        """Has layers do the scales of sites that stay, wherever that can be."""
+    def leave_only_shifts(self, in_full: Collection[str]) -> None:
+        """Has layers do the scales of sites that stay, wherever that can be, but for some sites."""
         for owner in self.kept:
-            if not _why_fixed(self.strands.graph, owner):
+            if owner not in in_full and not _why_fixed(self.strands.graph, owner):
                 self.assumptions.assume_only_shift(owner)
 
 
@@ -214,9 +215,13 @@ class _Folding:
         self._bundles = Bundles(values, len(strand))
         self._edited: dict[int, list[str]] = {}  # bundle of scales -> layers edited for it
         self._sites: dict[int, list[str]] = {}  # bundle of scales -> sites that go beside it
-        for owner in self.assumptions.gone:
-            for bundle in self._around(owner):
+        for owner, edges in self.assumptions.gone.items():
+            for bundle in self._around(edges):
                 self._sites.setdefault(bundle, []).append(owner)
+        self._shifts: dict[int, list[str]] = {}  # bundle of scales -> sites that only add beside it
+        for owner, edges in self.assumptions.only_shift.items():
+            for bundle in self._around(edges):
+                self._shifts.setdefault(bundle, []).append(owner)
         for owner, ends in self._ends().items():
             self._absorb(owner, ends)
         for node in self.strands.clips:
@@ -335,8 +340,10 @@ class _Folding:
             self._edited.setdefault(bundle, []).append(node.owner)
 
     def _refuse(self, units: Iterable[Units], why: str) -> None:
-        """Keeps the site that asks most of a layer, of those that go if any do."""
-        near = {o for b in self._of(units) for o in self._sites.get(b, ())}
+        """Keeps the site that asks most of a layer: of those that only add, if any is near."""
+        bundles = self._of(units)
+        near = {o for b in bundles for o in self._shifts.get(b, ())}
+        near = near or {o for b in bundles for o in self._sites.get(b, ())}
         edges = {**self.assumptions.only_shift, **self.assumptions.gone}
         near = near or set(self.assumptions.gone) or set(edges)
         asked = {owner: max(map(_size, edges[owner])) for owner in sorted(near)}
@@ -345,9 +352,8 @@ class _Folding:
     def _of(self, units: Iterable[Units]) -> list[int]:
         return self._bundles.of(*(self.assumptions.strand[u.scales] for u in units))
 
-    def _around(self, owner: str) -> list[int]:
+    def _around(self, edges: Iterable[Edge]) -> list[int]:
         """Bundles of scales on both sides of a site."""
-        edges = self.assumptions.gone[owner]
         return self._of(units for edge in edges for units in (edge.before, edge.after))
 
     def equalised_notes(self) -> tuple[str, ...]:
@@ -387,7 +393,7 @@ class _Folding:
         Where a site is next to others that go, and to nothing else, they are those around these. So
         what is edited is passed on from bundle to bundle, each at its distance from an edit.
         """
-        around = {owner: self._around(owner) for owner in self.assumptions.gone}
+        around = {owner: self._around(edges) for owner, edges in self.assumptions.gone.items()}
         edited = {bundle: set(owners) for bundle, owners in self._edited.items()}
         distance = dict.fromkeys(edited, 0)
         farthest, level = set(edited), 0

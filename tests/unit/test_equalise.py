@@ -172,6 +172,22 @@ def test_a_scale_that_a_dtype_cannot_hold_stays():
     assert "only add" not in "".join(plan.notes)
 
 
+def test_a_scale_that_a_dtype_cannot_hold_leaves_the_others_to_layers():
+    b = Builder(np.random.default_rng(0))
+    x = b.norm(b.relu(b.linear(b.source(2), 6)))
+    i, norm = len(b.nodes) - 1, b.nodes[-1]
+    m = norm.op.map
+    b.nodes[i] = replace(norm, op=replace(norm.op, map=replace(m, scale=m.scale * 1e39)))
+    x = b.norm(b.relu(b.linear(x, 6, window=3)))
+    graph = b.graph(b.linear(x, 3, window=3))
+    graph = replace(graph, nodes=tuple(replace(node, dtype="float16") for node in graph.nodes))
+    plan = plan_fold(graph, equalize=True)
+    assert plan.left == 2
+    (second,) = plan.of(Remap)
+    assert second != norm.owner
+    assert "1 that stays only adds" in plan.notes[0]
+
+
 def test_a_scale_that_something_fixes_stays():
     b = Builder(np.random.default_rng(0))
     value = b.norm(b.relu(b.tanh(b.linear(b.source(2), 6))))
