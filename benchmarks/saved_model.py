@@ -5,7 +5,8 @@
 
 Every network is written as SavedModel by tf_keras and by Keras 3, with the same weights, and
 rewritten (mode fold). Trained models of others (tools/real_models.py) are written by tf_keras,
-or are SavedModels already. For each:
+or are SavedModels already. On request there are models of unusual size (models/large.py): a chain
+of 5,000 BatchNormalizations, and one with 1 GiB of weights. For each:
 
     left        BatchNormalization in the serving function, counted in the written graph: fused
                 operations and square roots of variances; and what the Keras front end leaves
@@ -18,6 +19,7 @@ Examples:
     python benchmarks/saved_model.py
     python benchmarks/saved_model.py --models=MobileNetV2,basic_pitch --repeats=100
     python benchmarks/saved_model.py --keras=keras_3 --json=saved_model.json
+    python benchmarks/saved_model.py --models=Chain-5000,Wide-1GB --runs=1    # half an hour
 
 Exit codes:
     0  all is within the limits that the table names
@@ -57,6 +59,8 @@ NETWORKS = (
 )
 KERAS = ("tf_keras", "keras_3")
 TRAINED = (*real_models.MODELS, *real_models.SAVED_MODELS)
+LARGE = ("Chain-5000", "Wide-1GB")
+ALL = (*NETWORKS, *TRAINED, *LARGE)
 
 # The least times as fast that the rewritten model has to be.
 SPEED_UPS = {
@@ -70,7 +74,7 @@ MOST_TIME = 2.0  # times loading and saving
 MOST_MEMORY = 3.0  # times the weights
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("models", [*NETWORKS, *TRAINED], f"Of {', '.join((*NETWORKS, *TRAINED))}.")
+flags.DEFINE_list("models", [*NETWORKS, *TRAINED], f"Of {', '.join(ALL)}.")
 flags.DEFINE_list("keras", list(KERAS), "Which Keras writes the networks.")
 flags.DEFINE_integer("repeats", 50, "Timed calls of each signature.", lower_bound=1)
 flags.DEFINE_integer("runs", 3, "Processes that load and save, and that rewrite.", lower_bound=1)
@@ -87,8 +91,11 @@ def make(name: str, keras_name: str, directory: str) -> dict[str, Any]:
     import tf_keras
 
     import mbn_rewrite as mbn
-    from benchmarks.models import networks
+    from benchmarks.models import large, networks
 
+    if name in LARGE:
+        large.write(name, directory)
+        return {"left_by_keras": None}
     if name in real_models.SAVED_MODELS:
         shutil.copytree(real_models.fetch(name), directory)
         return {"left_by_keras": None}
@@ -229,6 +236,12 @@ def measure(name: str, keras_name: str) -> dict[str, Any]:
     return row
 
 
+# Who writes what is not of Keras.
+_WRITER_OF = dict.fromkeys(real_models.SAVED_MODELS, "its authors") | dict.fromkeys(
+    LARGE, "tf.Module"
+)
+
+
 def _missed(row: dict[str, Any]) -> list[str]:
     least = SPEED_UPS.get((row["model"], row["keras"]), LEAST_SPEED_UP)
     missed = [f"speed-up {least:g}"] if row["speed_up"] < least else []
@@ -262,7 +275,7 @@ def main(argv: list[str]) -> int:
     if FLAGS.step:
         print(json.dumps(STEPS[FLAGS.step](*argv[1:])))
         return 0
-    unknown = sorted(set(FLAGS.models) - {*NETWORKS, *TRAINED})
+    unknown = sorted(set(FLAGS.models) - set(ALL))
     if unknown or len(argv) > 1:
         progress(f"error: unknown {unknown or argv[1:]}; --help lists the models")
         return 1
@@ -273,7 +286,7 @@ def main(argv: list[str]) -> int:
         return 1
     rows, failed = [], False
     for name in FLAGS.models:
-        for keras_name in FLAGS.keras if name in NETWORKS else ["tf_keras"]:
+        for keras_name in FLAGS.keras if name in NETWORKS else [_WRITER_OF.get(name, "tf_keras")]:
             progress(f"{name}, {keras_name} ...")
             try:
                 rows.append(measure(name, keras_name))

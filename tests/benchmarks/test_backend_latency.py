@@ -13,7 +13,7 @@ FLAGS = ("--models=MobileNet", "--size=32", "--batch_sizes=1", "--repeats=2", "-
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
-    [("jax", "float32", 2e-4), ("torch", "float32", 2e-4), ("torch", "mixed_bfloat16", 1)],
+    [("jax", "float32", 2e-4), ("torch", "mixed_bfloat16", 1)],
 )
 def test_variants_are_compared_and_timed(backend, dtype, tolerance, tmp_path):
     pytest.importorskip(backend, reason=f"{backend} is not installed")
@@ -37,9 +37,7 @@ def test_variants_are_compared_and_timed(backend, dtype, tolerance, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--models=ResNet500", "--models: unknown network 'ResNet500'"),
         ("--variants=auto", "unknown variant 'auto'"),
-        ("--batch_sizes=0", "--batch_sizes: '0' is no whole number"),
         ("--device=GPU", "torch sees no GPU"),
     ],
 )

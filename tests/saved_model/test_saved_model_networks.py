@@ -21,7 +21,12 @@ from tools.real_models import fetch
 pytestmark = pytest.mark.slow
 
 # benchmarks/saved_model.py has more of them, at full size.
-NAMES = ("MobileNetV2", "EfficientNetB0", "ResNet50V2")
+NETWORKS_OF = (
+    ("MobileNetV2", "tf_keras"),
+    ("MobileNetV2", "keras"),
+    ("EfficientNetB0", "tf_keras"),
+    ("ResNet50V2", "keras"),
+)
 
 
 def left_in_graph(ops):
@@ -40,8 +45,7 @@ def check(model, inputs, directory, expected):
     assert left_in_graph(report.after.ops) == report.plan.left
 
 
-@pytest.mark.parametrize("keras_name", ["tf_keras", "keras"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "keras_name"), NETWORKS_OF)
 def test_network(name, keras_name, tmp_path):
     model = build(name, seed=0, image_size=96)
     rng = np.random.default_rng(0)

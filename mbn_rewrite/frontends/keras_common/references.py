@@ -111,9 +111,8 @@ def _parts_of(value: Any, base: type) -> list[Any]:
     return [*kept.values(), *(getattr(value, name, None) for name in slots)]
 
 
-def _names(code: CodeType) -> Iterator[str]:
+@functools.lru_cache(maxsize=1000)
+def _names(code: CodeType) -> tuple[str, ...]:
     """Names of globals that a function's code uses, and functions within it."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _names(inner)
+    within = (_names(inner) for inner in code.co_consts if isinstance(inner, CodeType))
+    return tuple(dict.fromkeys([*code.co_names, *(name for names in within for name in names)]))

@@ -32,7 +32,7 @@ def sublayers(layer: Any, keras: KerasAdapter) -> Iterator[tuple[Place, Any]]:
     """Layers in the attributes of a layer, with their places."""
     kinds = (keras.layers.Layer, dict, list, tuple)
     for attribute, value in own_attributes(layer, keras, kinds).items():
-        for keys, inner in _layers_in(value, (), keras.layers.Layer):
+        for keys, inner in _layers_in(value, (), kinds):
             yield Place(attribute, keys), inner
 
 
@@ -78,16 +78,16 @@ def all_sublayers(layer: Any, keras: KerasAdapter) -> Iterator[Any]:
 
 
 def _layers_in(
-    value: Any, keys: tuple[Any, ...], base: type
+    value: Any, keys: tuple[Any, ...], kinds: tuple[type, ...]
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    if isinstance(value, base):
+    """Layers in a value of one of some classes: that of layers, and those of containers."""
+    if isinstance(value, kinds[0]):
         yield keys, value
-    elif isinstance(value, dict):
-        for key, inner in list(value.items()):
-            yield from _layers_in(inner, (*keys, key), base)
-    elif isinstance(value, (list, tuple)):
-        for i, inner in enumerate(value):
-            yield from _layers_in(inner, (*keys, i), base)
+        return
+    items = list(value.items()) if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        if isinstance(inner, kinds):
+            yield from _layers_in(inner, (*keys, key), kinds)
 
 
 def sublayer_at(parent: Any, place: Place) -> Any:
