@@ -4,6 +4,7 @@ import contextlib
 import gc
 import itertools
 import os
+import signal
 import sys
 from unittest import mock
 
@@ -17,6 +18,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import hypothesis
 import pytest
+
+# Where the suite runs in the background, its processes would ignore an interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("suite")

@@ -603,8 +603,6 @@ def test_killed_while_writing_leaves_no_output(how, tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        # Where the suite runs in the background, its processes would ignore an interrupt.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in running.stderr:
         if line.startswith("writing"):

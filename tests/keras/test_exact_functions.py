@@ -127,8 +127,7 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("shift", [True, False])
-@pytest.mark.parametrize("gamma", ["powers", "mixed"])
+@pytest.mark.parametrize(("gamma", "shift"), [("powers", True), ("mixed", False)])
 @pytest.mark.parametrize("name", AROUND)
 def test_constants_among_values_that_others_read_stay_exact(name, gamma, shift, rng):
     x = K.Input((8, 8, 4), dtype="float64")
