@@ -59,8 +59,12 @@ NETWORKS = (
 )
 KERAS = ("tf_keras", "keras_3")
 TRAINED = (*real_models.MODELS, *real_models.SAVED_MODELS)
-LARGE = ("Chain-5000", "Wide-1GB")
+LARGE = ("Chain-5000", "Wide-1GB")  # of models/large.py
 ALL = (*NETWORKS, *TRAINED, *LARGE)
+# Who writes what is not of Keras.
+_WRITER_OF = dict.fromkeys(real_models.SAVED_MODELS, "its authors") | dict.fromkeys(
+    LARGE, "tf.Module"
+)
 
 # The least times as fast that the rewritten model has to be.
 SPEED_UPS = {
@@ -234,12 +238,6 @@ def measure(name: str, keras_name: str) -> dict[str, Any]:
         }
     row["missed"] = _missed(row)
     return row
-
-
-# Who writes what is not of Keras.
-_WRITER_OF = dict.fromkeys(real_models.SAVED_MODELS, "its authors") | dict.fromkeys(
-    LARGE, "tf.Module"
-)
 
 
 def _missed(row: dict[str, Any]) -> list[str]:

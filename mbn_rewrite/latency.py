@@ -118,10 +118,22 @@ def figure_on_disk(
 
 
 def freezing_figure(variables: OnDisk, constants: OnDisk, options: Options) -> Latencies:
-    """Latencies of a model whose weights are variables, and of it with constants for them."""
+    """Latencies of a model whose weights are variables, and of it with constants for them.
+
+    They are measured for some seconds, or for the budget if that is less.
+    """
+    say = options.progress
     pair, names = (variables, constants), ("variables", "constants")
     seconds = min(FIGURE_SECONDS, options.budget)
-    return _or_why_not(lambda: on_disk(pair, options, seconds, names), options)
+
+    def named(said: str) -> str:  # the paths are those of a working folder
+        for model, name in zip(pair, names, strict=True):
+            said = said.replace(str(model.path), f"the model with {name} for weights")
+        return said
+
+    options = replace(options, progress=lambda line: say(named(line)))
+    found = _or_why_not(lambda: on_disk(pair, options, seconds, names), options)
+    return replace(found, why=named(found.why))
 
 
 def figure(
@@ -136,7 +148,7 @@ def figure(
         operations: how many the rewritten model has, if known.
     """
     if not changed:
-        return Latencies("", options.run_config, (), why=UNCHANGED)
+        return not_measured(UNCHANGED, options)
     found = _or_why_not(measured, options)
     return replace(found, why=_why_no_faster(found, operations)) if found.timings else found
 
@@ -146,7 +158,12 @@ def _or_why_not(measured: Callable[[], Latencies], options: Options) -> Latencie
     try:
         return measured()
     except RewriteError as error:
-        return Latencies("", options.run_config, (), why=str(error))
+        return not_measured(str(error), options)
+
+
+def not_measured(why: str, options: Options) -> Latencies:
+    """What stands for latencies that there are not, with why as a phrase."""
+    return Latencies("", options.run_config, (), why=why)
 
 
 def _why_no_faster(found: Latencies, operations: int) -> str:

@@ -139,9 +139,11 @@ class Latencies:
 
     @property
     def is_faster(self) -> bool:
-        """Whether the second model is faster than the first, beyond noise."""
-        ratio, calls = self.speed_up, len(self.timings[-1].seconds) if self.timings else 0
-        return ratio is not None and calls >= LEAST_ROUNDS and ratio.low > _ALIKE
+        """Whether the second model is faster than the first, beyond what `figure` calls noise."""
+        ratio = self.speed_up
+        if ratio is None or len(self.timings[1].seconds) < LEAST_ROUNDS:
+            return False
+        return ratio.low > _ALIKE
 
     @property
     def where(self) -> str:
@@ -157,7 +159,8 @@ class Latencies:
             return f"not measured: {self.why}"
         calls = len(self.timings[1].seconds)
         if calls < LEAST_ROUNDS:
-            return f"{ratio.median:.2f} times as fast here, by {calls} calls only ({self.where})"
+            only = f"{calls} call{'s' * (calls != 1)} only"
+            return f"{ratio.median:.2f} times as fast here, by {only} ({self.where})"
         measured = f"(95% {ratio}; {self.where})"
         if ratio.low <= _ALIKE and ratio.high >= 1 / _ALIKE:
             return f"no difference beyond noise here {measured}{self.why and f': {self.why}'}"

@@ -23,7 +23,7 @@ from mbn_rewrite.errors import RewriteError, VerificationError
 from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import ModelSource
 from mbn_rewrite.frontends.registry import check_source, open_source
-from mbn_rewrite.latency import OnDisk, figure_on_disk, freezing_figure
+from mbn_rewrite.latency import OnDisk, figure_on_disk, freezing_figure, not_measured
 from mbn_rewrite.named_arrays import as_arrays
 from mbn_rewrite.options import TRAINING_MODES, Mode, Options, checked_options
 from mbn_rewrite.plans import Plan
@@ -285,18 +285,23 @@ def _frozen(
 ) -> tuple[Report, Reference]:
     """Freezes what was written; the report on that, and what there is to compare.
 
-    In mode "auto" the frozen model is a candidate: it is taken if it measures faster.
+    In mode "auto" the frozen model is a candidate: it is taken if it can be had and measures
+    faster.
     """
     from mbn_rewrite.frontends.execution import without_saying_where
     from mbn_rewrite.frontends.saved_model.freezing import freeze
 
     options.progress("freezing")
     frozen = folder.path / "frozen"
-    with without_saying_where():
-        freeze(folder.new, frozen)
+    try:
+        with without_saying_where():
+            signatures = freeze(folder.new, frozen)
+    except RewriteError as error:
+        if options.mode != "auto":
+            raise
+        return replace(report, freezing=not_measured(str(error), options)), reference
     if options.mode == "auto":
-        signature = report.before.signature or None
-        with_variables = OnDisk(folder.new, trusted, signature=signature)
+        with_variables = OnDisk(folder.new, trusted, signature=report.before.signature or None)
         with_constants = replace(with_variables, path=frozen)
         measured = freezing_figure(with_variables, with_constants, options)
         report = replace(report, freezing=measured)
@@ -305,10 +310,13 @@ def _frozen(
             return report, reference
     shutil.rmtree(folder.new)
     frozen.rename(folder.new)
-    methods = [name for name, call in reference.calls.items() if call.method]
+    # Methods are gone, those that were not to be compared, too.
+    methods = [name for name in (*reference.calls, *report.unverified) if name not in signatures]
     left = dict.fromkeys(methods, "a frozen model has signatures and nothing else")
     calls = {name: call for name, call in reference.calls.items() if name not in left}
-    report = replace(report, left_out={**report.left_out, **left}, frozen=True)
+    unverified = {name: why for name, why in report.unverified.items() if name not in left}
+    left_out = {**report.left_out, **left}
+    report = replace(report, left_out=left_out, unverified=unverified, frozen=True)
     return report, replace(reference, calls=calls)
 
 

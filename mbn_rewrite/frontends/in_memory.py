@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.frontends.protocols import FrontEnd, Run
-from mbn_rewrite.frontends.sample_inputs import InputRecipe, tried
+from mbn_rewrite.frontends.sample_inputs import InputRecipe, at_open_sizes, tried
 from mbn_rewrite.ir.graph import Graph
 from mbn_rewrite.options import Options, RunConfig
 from mbn_rewrite.plans import Plan
@@ -95,4 +95,5 @@ def outputs_of_original(
         return inputs, front_end.outputs_of(model, inputs, "the original")
 
     recipe = replace(front_end.recipe_for(model), pictures=pictures)
-    return tried([recipe], call, lambda found: found[1])
+    shapes = [tuple(tensor.shape) for tensor in getattr(model, "inputs", None) or ()]
+    return tried(at_open_sizes(recipe, shapes), call, lambda found: found[1])

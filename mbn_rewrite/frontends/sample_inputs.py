@@ -90,7 +90,8 @@ def tried(
     """The result of a call with the first inputs for which all outputs are finite.
 
     Args:
-        recipes: alternatives for what a model may take; the first that it takes is kept to.
+        recipes: alternatives for what a model may take; the first is kept to that it takes, and for
+            which it gives any value.
         call: makes up inputs by a recipe and calls a model. RewriteError: the model cannot be
             called with them.
         arrays: the outputs among what the call gives.
@@ -104,6 +105,7 @@ def tried(
         RewriteError: the model cannot be called with inputs of any of these recipes.
     """
     fits: list[tuple[int, T]] = []
+    empty: list[T] = []
     first: RewriteError | None = None
     pads = any(r.padding is not None or r.pad_id is not None for r in recipes)
     for manner in manners if pads else [each for each in manners if each != WITH_EMPTY]:
@@ -114,15 +116,32 @@ def tried(
                 first = first or error
                 continue
             outputs = list(arrays(found))
+            if outputs and not any(array.size for array in outputs):
+                empty.append(found)
+                continue
             if all(np.all(np.isfinite(array)) for array in map(_numbers, outputs)):
                 return found
             fits.append((nans(outputs), found))
             recipes = [recipe]
             break
+        if empty and not fits:
+            return empty[0]
     if fits:
         return min(fits, key=lambda each: each[0])[1]
     assert first is not None
     raise first
+
+
+# Sizes to try where a model leaves them open: networks have a minimum, which may be long where one
+# size is open, as of sequences.
+_OPEN_SIZES, _LONG_SIZES = (64, 224, 16, 1), (1_024, 16_384)
+
+
+def at_open_sizes(recipe: InputRecipe, shapes: Iterable[Shape]) -> list[InputRecipe]:
+    """A recipe with each of the sizes to try for what shapes leave open, the likeliest first."""
+    most_open = max((sum(size is None for size in shape[1:]) for shape in shapes), default=0)
+    sizes = (*_OPEN_SIZES, *_LONG_SIZES) if most_open == 1 else _OPEN_SIZES
+    return [replace(recipe, open_size=size) for size in sizes] if most_open else [recipe]
 
 
 def nans(arrays: Iterable[np.ndarray]) -> int:

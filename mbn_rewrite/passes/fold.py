@@ -78,7 +78,7 @@ def plan_fold(
         folding = _Folding(work, solved, equalize)
         only_shift = solved.assumptions.only_shift
         if folding.refused and only_shift:
-            # What their scales are asked of, or, where none is, all of them.
+            # The sites refused, if any of them only adds; else all that only add.
             in_full.update(folding.refused.keys() & only_shift.keys() or only_shift)
             continue
         if bounded and not folding.refused:
@@ -214,14 +214,9 @@ class _Folding:
         values = (strand[units.scales] for units in self.strands.units.values())
         self._bundles = Bundles(values, len(strand))
         self._edited: dict[int, list[str]] = {}  # bundle of scales -> layers edited for it
-        self._sites: dict[int, list[str]] = {}  # bundle of scales -> sites that go beside it
-        for owner, edges in self.assumptions.gone.items():
-            for bundle in self._around(edges):
-                self._sites.setdefault(bundle, []).append(owner)
-        self._shifts: dict[int, list[str]] = {}  # bundle of scales -> sites that only add beside it
-        for owner, edges in self.assumptions.only_shift.items():
-            for bundle in self._around(edges):
-                self._shifts.setdefault(bundle, []).append(owner)
+        # Bundle of scales -> sites beside it: those that go, and those that only add.
+        self._sites = self._by_bundle(self.assumptions.gone)
+        self._shifts = self._by_bundle(self.assumptions.only_shift)
         for owner, ends in self._ends().items():
             self._absorb(owner, ends)
         for node in self.strands.clips:
@@ -352,6 +347,13 @@ class _Folding:
     def _of(self, units: Iterable[Units]) -> list[int]:
         return self._bundles.of(*(self.assumptions.strand[u.scales] for u in units))
 
+    def _by_bundle(self, sites: Mapping[str, list[Edge]]) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for owner, edges in sites.items():
+            for bundle in self._around(edges):
+                found.setdefault(bundle, []).append(owner)
+        return found
+
     def _around(self, edges: Iterable[Edge]) -> list[int]:
         """Bundles of scales on both sides of a site."""
         return self._of(units for edge in edges for units in (edge.before, edge.after))
@@ -359,7 +361,8 @@ class _Folding:
     def equalised_notes(self) -> tuple[str, ...]:
         """What to say of the layers whose weights change."""
         notes = []
-        shifts = len(self.assumptions.only_shift)
+        only_shift = self.assumptions.only_shift.values()
+        shifts = sum(any(np.any(edge.scale != 1) for edge in edges) for edges in only_shift)
         if shifts:
             which = "1 that stays only adds" if shifts == 1 else f"{shifts} that stay only add"
             notes.append(f"For int8, {which}: layers around have taken on the scale.")

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 import mbn_rewrite as mbn
+from mbn_rewrite.frontends.keras_common.known_results import KnownResults
 from tests.support.holders import (
     assert_same,
     blocked,
@@ -357,3 +358,39 @@ def test_what_is_found_not_to_be_right_is_left_as_it_is(mode, own, each_keras, r
     assert (last.name, last.action) == ("lies/norm", "kept")
     assert last.reason == "Lies 'lies' gave something else when it had other layers."
     assert plan.verification.ok
+
+
+def test_what_a_layer_gave_is_known_for_the_same_structure_alone(each_keras):
+    x, layer = K.Input((3,)), K.Activation("linear")
+    known = KnownResults(adapter_of(Model(x, layer(x))))
+    known.note(layer, ([x, x],), {"mask": None}, x)
+    assert known.of(layer, ([x, x],), {"mask": None}) is x
+    for other in ((x, x), [x], x, {"a": x, "b": x}, [x, [x]], [x, True], [x, 1]):
+        assert known.of(layer, (other,), {"mask": None}) is None
+    assert known.of(layer, ([x, x],), {}) is None
+    known.note(layer, ({"a": x},), {}, x)
+    assert known.of(layer, ({"b": x},), {}) is None
+
+
+@pytest.mark.parametrize("each_keras", ["tf_keras"], indirect=True)
+def test_layers_of_two_sequential_models_that_keras_builds_anew(own):
+    class Odd(own.Holder):
+        def call(self, x, training=None):
+            return (
+                self.part(x) + self.part(x[:, 2:-2, 2:-2])[:, :1, :1] + self.relu(x)[:, :1, :1, :1]
+            )
+
+        def part(self, x):
+            return self.second(self.first(x)) + self.first(self.conv(x))
+
+    odd = Odd(name="odd")
+    odd.relu, shared = K.ReLU(), K.BatchNormalization()
+    odd.conv = K.Conv2D(3, 1)
+    odd.first = tf_keras.Sequential([K.Conv2D(4, 3, padding="same"), shared, odd.relu])
+    odd.second = tf_keras.Sequential([K.Conv2D(4, 3, padding="same"), odd.relu, shared])
+    x = K.Input((12, 12, 3))
+    model = Model(x, odd(x))
+    with pytest.raises(
+        mbn.RewriteError, match=r"Keras has lost calls.*A SavedModel .* hides nothing"
+    ):
+        mbn.plan(model, "fold")

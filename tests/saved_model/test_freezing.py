@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 
 import mbn_rewrite as mbn
 from mbn_rewrite import latency
@@ -82,6 +83,36 @@ def test_auto_freezes_what_is_faster_frozen(milliseconds, frozen, said, tmp_path
     new = tf.saved_model.load(str(tmp_path / "out"))
     assert bool(new.signatures["serving_default"].graph.variables) is not frozen
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.parametrize("write", [saved_models.vocabulary, saved_models.counter])
+def test_auto_says_what_cannot_be_frozen(write, tmp_path):
+    write(tmp_path / "in")
+    report = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", freeze=True)
+    assert not report.frozen
+    assert "cannot be frozen: it " in report.freezing.why
+    assert "not frozen: its weights stay variables; with constants, not measured: " in str(report)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["in", "out"]
+
+
+def test_what_cannot_be_measured_names_no_working_folder(tmp_path):
+    x = tf_keras.Input((8, 8, 3), batch_size=3)
+    y = tf_keras.layers.BatchNormalization()(tf_keras.layers.Conv2D(4, 3)(x))
+    tf_keras.Model(x, y).save(tmp_path / "in", save_format="tf")
+    report = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "out", batch_size=4, freeze=True)
+    assert not report.frozen
+    assert report.freezing.why.startswith("the model with variables for weights takes batches of 3")
+
+
+def test_methods_that_were_not_compared_are_left_out_too(tmp_path):
+    saved_models.tf_keras_functional(tmp_path / "in")
+    plain = mbn.rewrite_saved_model(tmp_path / "in", tmp_path / "plain", "fold")
+    method = next(name for name in plain.comparisons if name != "serving_default")
+    report = mbn.rewrite_saved_model(
+        tmp_path / "in", tmp_path / "out", "fold", freeze=True, unverified=[method]
+    )
+    assert method in report.left_out
+    assert method not in report.unverified
 
 
 def test_signatures_that_do_the_same_share_their_constants(tmp_path):

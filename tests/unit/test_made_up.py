@@ -13,6 +13,7 @@ from mbn_rewrite.frontends.sample_inputs import (
     WITH_EDGES,
     WITH_EMPTY,
     InputRecipe,
+    at_open_sizes,
     nans,
     random_array,
     tried,
@@ -146,6 +147,32 @@ def test_what_fails_with_edges_is_tried_without():
 
 
 # ---------------------------------------------------------------------------------- sizes
+
+
+def test_sizes_for_which_a_model_gives_nothing_are_passed_over():
+    calls = []
+
+    def call(way):
+        calls.append(way.open_size)
+        return np.zeros(max(0, way.open_size - 1000))
+
+    found = tried(at_open_sizes(InputRecipe(), [(None, None, 4)]), call, lambda x: [x])
+    assert found.shape == (24,)
+    assert calls == [64, 224, 16, 1, 1024]
+    calls.clear()
+    found = tried(at_open_sizes(InputRecipe(), [(None, None, None, 4)]), call, lambda x: [x])
+    assert found.size == 0
+    assert calls == [64, 224, 16, 1]
+    assert at_open_sizes(InputRecipe(), [(None, 3), ()]) == [InputRecipe()]
+
+
+def test_a_model_of_long_sequences_is_compared(each_keras):
+    x = K.Input((None, 4))
+    y = K.BatchNormalization()(K.Conv1D(4, 3, padding="same")(x))
+    model = Model(x, K.Cropping1D(100)(y))
+    _, plan = mbn.convert_with_plan(model, "fold")
+    assert plan.verification.ok
+    assert not plan.unverified
 
 
 def test_inputs_that_would_fill_the_memory_are_not_made(monkeypatch):

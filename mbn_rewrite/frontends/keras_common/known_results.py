@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mbn_rewrite.frontends.keras_common.cloning import is_stock, parts
-
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 
-_Told = list[Any]  # shapes and dtypes of Keras tensors, and other arguments
+_Told = tuple[Any, ...]  # shapes and dtypes of Keras tensors, and other arguments, as they nest
+
+
+class _ValuesDecide(Exception):  # noqa: N818 - what a call is, not what went wrong
+    """A call has arguments that shapes and dtypes do not tell apart."""
 
 
 class KnownResults:
@@ -22,14 +24,12 @@ class KnownResults:
     def __init__(self, keras: KerasAdapter) -> None:
         self._keras = keras
         self._known: dict[int, list[tuple[_Told, Any]]] = {}
-        self._layers: dict[int, Any] = {}  # so that no other object takes the id of one
 
     def note(self, layer: Any, args: Any, kwargs: Any, outputs: Any) -> None:
         """Notes what a call gave, if another call can be told to be the same."""
         told = self._told(args, kwargs)
         if told is not None and all(map(self._is_plain, self._keras.flatten(outputs))):
             self._known.setdefault(id(layer), []).append((told, outputs))
-            self._layers[id(layer)] = layer
 
     def of(self, layer: Any, args: Any, kwargs: Any) -> Any:
         """What such a call of a layer gave; None if that is not known."""
@@ -41,34 +41,23 @@ class KnownResults:
 
     def _told(self, args: Any, kwargs: Any) -> _Told | None:
         """What a layer is called with, to be compared; None where values decide."""
-        told: _Told = [len(args), *sorted(kwargs)]
-        for value in self._keras.flatten((args, sorted(kwargs.items()))):
-            if self._is_plain(value):
-                told.append((self._keras.shape_of(value), self._keras.dtype_of(value)))
-            elif value is None or isinstance(value, (bool, int, str)):
-                told.append(value)
-            else:
-                return None
-        return told
+        try:
+            return self._of((args, kwargs))
+        except _ValuesDecide:
+            return None
+
+    def _of(self, value: Any) -> _Told:
+        kind = type(value)
+        if kind is dict:
+            return (kind, *((key, self._of(value[key])) for key in sorted(value)))
+        if kind in (list, tuple):
+            return (kind, *map(self._of, value))
+        if value is None or kind in (bool, int, str):
+            return kind, value
+        if self._is_plain(value):
+            return self._keras.shape_of(value), self._keras.dtype_of(value)
+        raise _ValuesDecide
 
     def _is_plain(self, value: Any) -> bool:
         """Whether something is a Keras tensor without a mask."""
         return self._keras.is_symbolic(value) and not self._keras.carries_mask(value)
-
-
-class KnownSimpleResults(KnownResults):
-    """Results of calls of Keras's own layers that hold no others: arguments alone decide these.
-
-    Code in code in code calls such a layer once for each of the three that is traced.
-    """
-
-    def __init__(self, keras: KerasAdapter) -> None:
-        super().__init__(keras)
-        self._simple: dict[int, tuple[Any, bool]] = {}  # layers, and whether they are
-
-    def is_simple(self, layer: Any) -> bool:
-        """Whether a layer is one of these."""
-        if id(layer) not in self._simple:
-            is_simple = is_stock(type(layer)) and len(parts(layer)) == 1
-            self._simple[id(layer)] = layer, is_simple
-        return self._simple[id(layer)][1]

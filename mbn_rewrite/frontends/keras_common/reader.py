@@ -9,9 +9,11 @@ hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mbn_rewrite.errors import CopyError
 from mbn_rewrite.frontends.keras_common import weights
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
 from mbn_rewrite.frontends.keras_common.calls import Record, other_arguments, training_of
@@ -108,6 +110,21 @@ def read(model: Any, keras: KerasAdapter, leaves_code: bool = False) -> Reading:
     )
 
 
+def _values_of(tensors: Sequence[Any], seen: Mapping[int, int], model: Any) -> list[int]:
+    """Values of Keras tensors of a model whose calls were read.
+
+    Raises:
+        CopyError: no call gave one.
+    """
+    if not all(id(tensor) in seen for tensor in tensors):
+        raise CopyError(
+            f"{label(model)} cannot be copied: Keras has lost calls that it is made of. It does "
+            "where layers belong to two Sequential models that are called at several sizes. Give "
+            "each layers of its own"
+        )
+    return [seen[id(tensor)] for tensor in tensors]
+
+
 @dataclass
 class _Reader(TimeStepReader):
     """Reader of one model."""
@@ -132,14 +149,14 @@ class _Reader(TimeStepReader):
         for record in self.keras.calls_of(model):
             if all(id(t) in seen for t in record.outputs):
                 continue
-            sources = [seen[id(t)] for t in record.inputs]
+            sources = _values_of(record.inputs, seen, model)
             outputs = tuple(at_sizes.get(id(t), t) for t in record.outputs)
             as_called = replace(record, outputs=outputs)
             results = self._read_call(as_called, prefix, training, sources, sizes_hold)
             self.calls.add(results[0], record, model)
             seen.update(zip(map(id, record.outputs), results, strict=True))
         self._read_attributes(model, prefix, training, seen)
-        return [seen[id(t)] for t in model.outputs]
+        return _values_of(model.outputs, seen, model)
 
     def _read_attributes(
         self, model: Any, prefix: str, training: bool | None, seen: dict[int, int]

@@ -32,7 +32,7 @@ def sublayers(layer: Any, keras: KerasAdapter) -> Iterator[tuple[Place, Any]]:
     """Layers in the attributes of a layer, with their places."""
     kinds = (keras.layers.Layer, dict, list, tuple)
     for attribute, value in own_attributes(layer, keras, kinds).items():
-        for keys, inner in _layers_in(value, (), kinds):
+        for keys, inner in _layers_in(value, (), keras.layers.Layer):
             yield Place(attribute, keys), inner
 
 
@@ -78,16 +78,16 @@ def all_sublayers(layer: Any, keras: KerasAdapter) -> Iterator[Any]:
 
 
 def _layers_in(
-    value: Any, keys: tuple[Any, ...], kinds: tuple[type, ...]
+    value: Any, keys: tuple[Any, ...], base: type
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Layers in a value of one of some classes: that of layers, and those of containers."""
-    if isinstance(value, kinds[0]):
+    """Layers in a value that is one, or a container."""
+    if isinstance(value, base):
         yield keys, value
         return
     items = list(value.items()) if isinstance(value, dict) else enumerate(value)
     for key, inner in items:
-        if isinstance(inner, kinds):
-            yield from _layers_in(inner, (*keys, key), kinds)
+        if isinstance(inner, (base, dict, list, tuple)):
+            yield from _layers_in(inner, (*keys, key), base)
 
 
 def sublayer_at(parent: Any, place: Place) -> Any:

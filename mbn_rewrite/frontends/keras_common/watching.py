@@ -21,7 +21,7 @@ import numpy as np
 
 from mbn_rewrite.frontends.keras_common.cloning import parts
 from mbn_rewrite.frontends.keras_common.custom_models import BUILT_IN, FRAMEWORKS, is_of
-from mbn_rewrite.frontends.keras_common.known_results import KnownResults, KnownSimpleResults
+from mbn_rewrite.frontends.keras_common.known_results import KnownResults
 
 if TYPE_CHECKING:
     from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
@@ -40,18 +40,15 @@ class Watch:
     Attributes:
         calls: the layers that were called, each with those that called it, outermost first.
         results: what calls gave that the code of `probe` made.
-        simple: what calls of simple layers gave, by whatever code.
         probe: a layer.
         instead: called with a layer and its arguments; what it gives, if that is not None, stands
             for what a call would give, which is then not made.
         keep_other: keeps what a layer has that stands for one that is watched.
     """
 
-    def __init__(self, keras: KerasAdapter, simple: KnownSimpleResults) -> None:
+    def __init__(self, results: KnownResults) -> None:
         self.calls: list[tuple[list[Any], Any]] = []
-        self.results = KnownResults(keras)
-        self._keras = keras
-        self.simple = simple
+        self.results = results
         self.probe: Any = None
         self.instead: Callable[[Any, Any, Any], Any] | None = None
         self.keep_other: Callable[[Any], None]
@@ -75,23 +72,11 @@ class Watch:
         self.calls.append((list(self._callers), layer))
         self._callers.append(layer)
         try:
-            outputs = self._result_of(call, layer, args, kwargs)
+            outputs = call(layer, *args, **kwargs)
         finally:
             self._callers.pop()
         if is_direct:
             self.results.note(layer, args, kwargs, outputs)
-        return outputs
-
-    def _result_of(
-        self, call: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if not self.simple.is_simple(layer):
-            return call(layer, *args, **kwargs)
-        outputs = self.simple.of(layer, args, kwargs)
-        if outputs is not None:
-            return self._keras.called_on_record(layer, args, kwargs, outputs)
-        outputs = call(layer, *args, **kwargs)
-        self.simple.note(layer, args, kwargs, outputs)
         return outputs
 
     def note_read(self, key: Any) -> None:
@@ -128,7 +113,6 @@ class Watcher:
     def __init__(self, keras: KerasAdapter) -> None:
         self._keras = keras
         self._snapshots = _Snapshots()
-        self._simple = KnownSimpleResults(keras)
         self._watch: Watch | None = None
         self._kept = _KeptLayers(self._snapshots)
         self._own: set[int] = set()
@@ -179,7 +163,7 @@ class Watcher:
         Raises:
             NeverCalled: a layer in it would be given weights.
         """
-        watch, self._kept = Watch(self._keras, self._simple), _KeptLayers(self._snapshots)
+        watch, self._kept = Watch(KnownResults(self._keras)), _KeptLayers(self._snapshots)
         self._own = {id(part) for part in parts(layer)}
         self._kept.keep_layers_of(layer, is_lasting=True)
         watch.keep_other = partial(self._kept.keep_layers_of, is_lasting=True)

@@ -24,8 +24,11 @@ from mbn_rewrite.frontends.saved_model.signature_calls import specs_of
 _MOST_BYTES = 2**31 - 2**24  # of a protocol buffer, less what is no weight
 
 
-def freeze(directory: Path, destination: Path) -> None:
+def freeze(directory: Path, destination: Path) -> frozenset[str]:
     """Writes a SavedModel with constants for weights; methods beside signatures are left out.
+
+    Returns:
+        The names of its signatures.
 
     Raises:
         RewriteError: it writes to its variables, uses tables, or is too large.
@@ -42,6 +45,7 @@ def freeze(directory: Path, destination: Path) -> None:
     except Exception as error:
         raise RewriteError(f"the model cannot be frozen: {cause_of(error)}") from error
     finish(parse_saved_model(str(directory)).meta_graphs[0], directory, destination)
+    return frozenset(new)
 
 
 def _check(name: str, function: Any) -> None:

@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from mbn_rewrite.frontends.sample_inputs import InputRecipe, with_batch
+from mbn_rewrite.frontends.sample_inputs import InputRecipe, at_open_sizes, with_batch
 from mbn_rewrite.frontends.saved_model.function_graph import FunctionGraph, source_of
 from mbn_rewrite.frontends.saved_model.sample_strings import Text, texts_for
-
-# Sizes to try where a signature leaves them open: networks have a minimum.
-_OPEN_SIZES = (64, 224, 16, 1)
 
 
 def input_recipes(
@@ -27,10 +24,9 @@ def input_recipes(
     if any(spec.dtype == tf.string for spec in specs.values()):
         texts = [*texts_for(function)]
     shapes = [tuple(spec.shape) for spec in specs.values() if spec.shape.rank]
-    is_open = any(None in shape[1:] for shape in shapes)
     return [
-        with_batch(replace(recipe, open_size=size, text=text), shapes)
-        for size in (_OPEN_SIZES if is_open else _OPEN_SIZES[:1])
+        with_batch(replace(each, text=text), shapes)
+        for each in at_open_sizes(recipe, shapes)
         for text in texts
     ]
 
