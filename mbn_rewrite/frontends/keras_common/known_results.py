@@ -42,16 +42,16 @@ class KnownResults:
     def _told(self, args: Any, kwargs: Any) -> _Told | None:
         """What a layer is called with, to be compared; None where values decide."""
         try:
-            return self._of((args, kwargs))
+            return self._described((args, kwargs))
         except _ValuesDecide:
             return None
 
-    def _of(self, value: Any) -> _Told:
+    def _described(self, value: Any) -> _Told:
         kind = type(value)
         if kind is dict:
-            return (kind, *((key, self._of(value[key])) for key in sorted(value)))
+            return (kind, *((key, self._described(inner)) for key, inner in value.items()))
         if kind in (list, tuple):
-            return (kind, *map(self._of, value))
+            return (kind, *map(self._described, value))
         if value is None or kind in (bool, int, str):
             return kind, value
         if self._is_plain(value):
