@@ -15,7 +15,7 @@ import tensorflow as tf
 EPSILON = 1e-3
 
 
-class _Chain(tf.Module):  # type: ignore[misc]
+class Chain(tf.Module):  # type: ignore[misc]
     """Convolutions of 1x1, each with a BatchNormalization and a ReLU behind it.
 
     Args:
@@ -50,8 +50,8 @@ _NORM = ((0.8, 1.2), (-0.1, 0.1), (-0.1, 0.1), (0.8, 1.2))
 
 # A chain of many BatchNormalizations; and four kernels of 256 MiB, 1 GiB in all.
 LARGE: dict[str, Callable[[], tf.Module]] = {
-    "Chain-5000": lambda: _Chain((8,) * 5001, 8),
-    "Wide-1GB": lambda: _Chain((8192,) * 5, 1),
+    "Chain-5000": lambda: Chain((8,) * 5001, 8),
+    "Wide-1GB": lambda: Chain((8192,) * 5, 1),
 }
 
 
