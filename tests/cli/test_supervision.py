@@ -242,11 +242,16 @@ def test_a_signal_ends_the_work_at_once(number):
         watched.steps.append(True)
         threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
-    with Interrupts() as interrupts, pytest.raises(Interrupted) as caught:
-        supervised(
-            JOB, send, print, interrupts, watched.limits,
-            (sys.executable, "-S", "-c", BEGIN + watched.program),
-        )  # fmt: skip
+    # Where the suite runs under nohup, SIGHUP is ignored, and would stay so.
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with Interrupts() as interrupts, pytest.raises(Interrupted) as caught:
+            supervised(
+                JOB, send, print, interrupts, watched.limits,
+                (sys.executable, "-S", "-c", BEGIN + watched.program),
+            )  # fmt: skip
+    finally:
+        signal.signal(number, before)
     assert caught.value.exit_code == 128 + number
     assert watched.steps == [True]
 
