@@ -195,7 +195,7 @@ def test_the_figure_is_one_line():
         "no difference beyond noise here (95% 0.50-2.00; batch 1, 1 thread, a CPU): it is small"
     )
     few = latencies((30.0,), (20.0,))
-    assert few.figure == "1.50 times as fast here, by 1 calls only (batch 1, a CPU)"
+    assert few.figure == "1.50 times as fast here, by 1 call only (batch 1, a CPU)"
     assert Latencies("", RunConfig(), (), why="no reason").figure == "not measured: no reason"
 
 
