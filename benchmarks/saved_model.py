@@ -19,7 +19,7 @@ Examples:
     python benchmarks/saved_model.py
     python benchmarks/saved_model.py --models=MobileNetV2,basic_pitch --repeats=100
     python benchmarks/saved_model.py --keras=keras_3 --json=saved_model.json
-    python benchmarks/saved_model.py --models=Chain-5000,Wide-1GB --runs=1    # half an hour
+    python benchmarks/saved_model.py --models=Chain-5000,Wide-1GB --runs=1
 
 Exit codes:
     0  all is within the limits that the table names

@@ -111,9 +111,8 @@ def _parts_of(value: Any, base: type) -> list[Any]:
     return [*kept.values(), *(getattr(value, name, None) for name in slots)]
 
 
-@functools.lru_cache(
-    maxsize=1000
-)  # the methods of a class are looked through for every layer of it
+# The methods of a class are looked through for every layer of it.
+@functools.lru_cache(maxsize=1000)
 def _names(code: CodeType) -> tuple[str, ...]:
     """Names of globals that a function's code uses, and functions within it."""
     within = (_names(inner) for inner in code.co_consts if isinstance(inner, CodeType))
