@@ -91,7 +91,7 @@ class Ties:
         moved = False
         while True:
             further = self._root[root]
-            if np.array_equal(further, root):
+            if (further == root).all():
                 break
             moved = True
             b = a * self._b[root] + b
@@ -197,14 +197,13 @@ class Ties:
     def _linked(self, left: Array, right: Array, a: Array, b: Array) -> Conflict | None:
         """Links roots by left = a * right + b, each left or right root once."""
         high, low = np.maximum(left, right), np.minimum(left, right)
-        first = np.unique(high, return_index=True)[1]
-        left, right, high, low = left[first], right[first], high[first], low[first]
-        a, b = a[first], b[first]
-        # One of them may be a root here and linked there, or the root of several: what each of
-        # several says must agree, so that they come one after the other.
-        free = np.flatnonzero(~np.isin(low, high))
-        free = free[np.unique(low[free], return_index=True)[1]]
-        left, right, high, low, a, b = (x[free] for x in (left, right, high, low, a, b))
+        if not (_are_rising(high) and _are_rising(low) and low[-1] < high[0]):
+            first = np.unique(high, return_index=True)[1]
+            # One of them may be a root here and linked there, or the root of several: what each of
+            # several says must agree, so that they come one after the other.
+            first = first[~np.isin(low[first], high)]
+            first = first[np.unique(low[first], return_index=True)[1]]
+            left, right, high, low, a, b = (x[first] for x in (left, right, high, low, a, b))
         known_l, known_r = self._known[left], self._known[right]
         implied = a * self._value[right] + b
         both = known_l & known_r
@@ -247,6 +246,11 @@ class Ties:
     def _why_sign(self, root: int) -> int:
         cause = self._cause if self._known[root] else self._sign_cause
         return int(cause[root])
+
+
+def _are_rising(numbers: Array) -> bool:
+    """Whether each number is larger than the one before it."""
+    return bool(np.all(numbers[1:] > numbers[:-1]))
 
 
 def _close(x: Array, y: Array, size: Array) -> Array:

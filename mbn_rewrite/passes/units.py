@@ -345,7 +345,10 @@ class _Blocks:
                     self._sums[block].discard(number)
 
     def _blocks(self, numbers: Array) -> list[int]:
-        blocks = np.unique(np.searchsorted(self._starts, numbers, side="right") - 1)
+        first, last = self._starts.searchsorted((numbers.min(), numbers.max()), side="right") - 1
+        if first == last:
+            return [self._find(int(first))]
+        blocks = np.unique(self._starts.searchsorted(numbers, side="right") - 1)
         return [self._find(int(block)) for block in blocks]
 
     def _find(self, block: int) -> int:

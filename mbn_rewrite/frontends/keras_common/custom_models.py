@@ -30,7 +30,12 @@ BUILT_IN = (*FRAMEWORKS, "builtins", "numpy")  # their objects refer to no layer
 
 def is_of(value: Any, packages: tuple[str, ...]) -> bool:
     """Whether something is of a class of one of these packages."""
-    return type(value).__module__.partition(".")[0] in packages
+    return is_from(type(value), packages)
+
+
+def is_from(kind: type, packages: tuple[str, ...]) -> bool:
+    """Whether a class is of one of these packages."""
+    return kind.__module__.partition(".")[0] in packages
 
 
 def made_without_constructor(old: Any, base: type, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from mbn_rewrite.frontends.keras_common.calls import (
     other_arguments,
     training_of,
 )
-from mbn_rewrite.frontends.keras_common.cloning import label, parts
+from mbn_rewrite.frontends.keras_common.cloning import is_stock, label, parts
 from mbn_rewrite.frontends.keras_common.op_table import describe
 from mbn_rewrite.frontends.keras_common.recorded_calls import RecordedCalls
 from mbn_rewrite.frontends.keras_common.references import referred_to
@@ -186,7 +186,7 @@ class LayerReader(ABC):
                 self.untraced.setdefault(id(layer), self.untraced.get(id(parent), ""))
                 owner = self._owner(layer, prefix)
                 self.read_sublayers(layer, f"{owner}/", label(layer), training)
-        if not is_visible:
+        if not (is_visible or is_stock(type(parent))):  # Keras's own have theirs in attributes
             self._list_unreachable(self.keras.all_layers_in(parent), who)
 
     def bind_referred(self, referred: dict[int, Any], who: str) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.cloning import is_stock
 from mbn_rewrite.frontends.keras_common.custom_models import (
     BUILT_IN,
     CheckedConfig,
     filled_cells,
+    is_from,
     is_of,
 )
 from mbn_rewrite.frontends.keras_common.sublayers import own_attributes
@@ -34,7 +34,7 @@ def referred_to(called: Any, keras: KerasAdapter) -> dict[int, Any]:
     methods = (
         value
         for kind in type(called).__mro__
-        if not is_stock(kind)
+        if not is_from(kind, BUILT_IN)
         for value in vars(kind).values()
         if isinstance(value, FunctionType)
     )
