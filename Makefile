@@ -10,11 +10,12 @@ DOCS    := $(VENV)/.ready-docs
 # Test processes at a time; each runs TensorFlow on one thread.
 JOBS ?= 2
 
-.PHONY: help demo test check matrix lint format types fuzz coverage benchmark docs clean
+.PHONY: help demo test thorough check matrix lint format types fuzz coverage benchmark docs clean
 
 help:
 	@echo "make demo       rewrite a real trained model: table, verification, latency"
-	@echo "make test       the whole test suite"
+	@echo "make test       the test suite"
+	@echo "make thorough   what it leaves out: larger networks, more combinations"
 	@echo "make check      make lint, and the fast part of the test suite"
 	@echo "make matrix     that part with the oldest and newest TensorFlow, Python 3.10 and 3.13"
 	@echo "make lint       linter, formatter check, type checker, and who may import from whom"
@@ -49,10 +50,13 @@ demo: $(PACKAGE)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not thorough"
+
+thorough: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) -m thorough
 
 check: lint
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not network"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not network and not thorough"
 
 matrix: $(READY)
 	$(BIN)/python tools/matrix.py --jobs=$(JOBS)

@@ -10,9 +10,9 @@ runs as one tf.function (a model on disk: as its served signature). Variants:
     fold, depthwise, auto    rewritten in that mode; auto measures for the batch at hand
     frozen      folded, with constants in place of variables; not by default
     floor       the same network without any BatchNormalization, and nothing in its place: what it
-                would cost if BatchNormalization were free. It computes something else. It has no
-                biases that folding needs, and those it has not, it need not add. There is none
-                for a SavedModel
+                would cost if BatchNormalization were free. It computes something else. It
+                lacks the biases that folding adds, and so does not spend time adding them. There
+                is none for a SavedModel
 
 Before they are timed, the outputs of all variants but the floor are compared with the original's,
 called as they are and as they are timed; what is wrong is not timed. In narrow dtypes the tolerance

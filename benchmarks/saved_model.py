@@ -22,8 +22,8 @@ Examples:
     python benchmarks/saved_model.py --models=Chain-5000,Wide-1GB --runs=1
 
 Exit codes:
-    0  all is within the limits that the table names
-    1  something is not, or failed
+    0  all ran; what is beyond a limit is named in the column "missed"
+    1  something failed
 """
 
 from __future__ import annotations
@@ -297,7 +297,7 @@ def main(argv: list[str]) -> int:
         *("time", "memory", "missed"),
     ]
     print(table(columns, map(as_cells, rows), "SavedModels, mode fold", width=140))
-    return int(failed or any(row["missed"] for row in rows))
+    return int(failed)
 
 
 if __name__ == "__main__":

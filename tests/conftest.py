@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import sys
+import zlib
 from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -31,6 +32,17 @@ def _collect():
     """Collects garbage. What is left stays, so that no other collection looks through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks half of the tests that alternate as thorough: of each case that with one Keras."""
+    for item in items:
+        if item.get_closest_marker("alternating"):
+            case = item.nodeid.replace("tf_keras", "keras")
+            chosen = ("keras", "tf_keras")[zlib.crc32(case.encode()) % 2]
+            if item.callspec.params["each_keras"] != chosen:
+                item.add_marker(pytest.mark.thorough)
 
 
 def pytest_collection_finish():

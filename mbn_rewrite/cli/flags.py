@@ -22,8 +22,8 @@ Rewrites the BatchNormalization of a model on disk, and compares and measures mo
 IN is any SavedModel (of TensorFlow 1 or 2, Keras 2 or 3, frozen or not), or a .h5, .hdf5 or
 .keras file of tf_keras or Keras 3. OUT is the directory of the SavedModel to write, with the
 signatures, methods, assets and tables of IN. IN is never changed; OUT appears only when the
-written model was loaded again and every signature gave the outputs of the original. A folder
-that is called like one of the commands is given as ./plan.
+written model was loaded again and every signature that can be run gave the original's outputs. If a
+folder has the name of a command, write ./plan.
 
 Results are printed to standard output, what is being done and errors to standard error.
 
@@ -71,7 +71,7 @@ flags.DEFINE_enum(
 flags.DEFINE_integer(
     "batch_size",
     None,
-    "Measure calls of so many examples. 1 by default.",
+    "Examples in each call that is measured. 1 by default.",
     lower_bound=1,
     flag_values=FLAGS,
 )
@@ -101,7 +101,7 @@ flags.DEFINE_bool(
 flags.DEFINE_bool(
     "measure",
     True,
-    "Measure at the end, for some seconds, how much faster than IN OUT is here. --nomeasure leaves "
+    "Measure at the end, for some seconds, how much faster OUT is here than IN. --nomeasure leaves "
     "it out.",
     flag_values=FLAGS,
 )

@@ -13,7 +13,10 @@ FLAGS = ("--models=MobileNet", "--size=32", "--batch_sizes=1", "--repeats=2", "-
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
-    [("jax", "float32", 2e-4), ("torch", "mixed_bfloat16", 1)],
+    [
+        pytest.param("jax", "float32", 2e-4, marks=pytest.mark.thorough),
+        ("torch", "mixed_bfloat16", 1),
+    ],
 )
 def test_variants_are_compared_and_timed(backend, dtype, tolerance, tmp_path):
     pytest.importorskip(backend, reason=f"{backend} is not installed")

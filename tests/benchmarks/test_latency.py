@@ -59,6 +59,7 @@ def test_rows_that_fail_are_said_and_the_others_are_measured(saved, tmp_path):
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_networks_of_both_kerases_and_their_floor(tmp_path):
     report = tmp_path / "latency.json"
     code, _, err = run(

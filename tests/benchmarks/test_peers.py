@@ -545,6 +545,7 @@ def test_one_that_cannot_be_timed_costs_no_others_their_times(monkeypatch, tmp_p
     assert rows["ours_fold"]["times_as_fast"] == 1
 
 
+@pytest.mark.thorough
 def test_steps_of_a_model_in_earnest(tmp_path):
     """What `answering` leaves out: writing, converting and timing, as they are for a small one."""
     run_flags = ["--batch=3", "--repeats=2", "--models=MobileNet", "--image_size=32"]

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tests.support.kerases import K, Model, package, set_policy
 from tests.support.whole_numbers import assert_exact, norm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alternating]
 
 
 @pytest.fixture(autouse=True)

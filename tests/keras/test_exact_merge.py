@@ -9,7 +9,7 @@ import mbn_rewrite as mbn
 from tests.support.kerases import K, Model, adapter_of, package, set_policy
 from tests.support.whole_numbers import assert_equal_bits, inputs_for, norm, randomise
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alternating]
 
 LINE, IMAGE, ODD, VOLUME, FLAT = (8, 4), (8, 8, 4), (7, 9, 4), (4, 4, 4, 3), (6,)
 SAME = {"padding": "same"}

@@ -21,7 +21,7 @@ from tests.support.whole_numbers import (
     randomise,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alternating]
 
 
 @pytest.fixture(autouse=True)

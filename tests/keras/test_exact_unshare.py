@@ -16,7 +16,7 @@ from tests.support.whole_numbers import (
     randomise,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alternating]
 
 LEVELS = ((8, 8, 4), (4, 4, 4), (2, 2, 4))
 

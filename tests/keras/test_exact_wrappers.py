@@ -15,7 +15,7 @@ from tests.support.whole_numbers import (
     randomise,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alternating]
 
 SEQUENCE, FRAMES, IMAGE = (8, 4), (3, 8, 8, 2), (8, 8, 4)
 

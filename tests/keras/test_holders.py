@@ -18,6 +18,7 @@ from tests.support.holders import (
 from tests.support.kerases import K, Model
 from tests.support.random_holders import check_holders, pair
 from tests.support.random_models import randomise
+from tests.support.thorough import thorough_but_for
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +139,7 @@ def test_converting_what_was_converted(own, rng):
 # ---------------------------------------------------------- decisions equal those in sight
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", thorough_but_for(range(12), range(5)))
 def test_decisions_are_those_of_the_network_without_holders(seed, each_keras):
     check_holders(seed, each_keras)
 

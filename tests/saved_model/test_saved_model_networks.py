@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 NETWORKS_OF = (
     ("MobileNetV2", "tf_keras"),
     ("MobileNetV2", "keras"),
-    ("EfficientNetB0", "tf_keras"),
-    ("ResNet50V2", "keras"),
+    pytest.param("EfficientNetB0", "tf_keras", marks=pytest.mark.thorough),
+    pytest.param("ResNet50V2", "keras", marks=pytest.mark.thorough),
 )
 
 
