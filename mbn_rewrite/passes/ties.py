@@ -170,15 +170,15 @@ class Ties:
             apart = np.flatnonzero(root_l != root_r)
             if not len(apart):
                 break
-            conflict = self._linked(
-                root_l[apart],
-                root_r[apart],
-                # a_l L + b_l = s (a_r R + b_r) + t
-                (s * a_r / a_l)[apart],
-                ((s * b_r + t - b_l) / a_l)[apart],
-            )
+            once = _are_all_once(root_l[apart], root_r[apart])
+            # a_l L + b_l = s (a_r R + b_r) + t
+            a, b = (s * a_r / a_l)[apart], ((s * b_r + t - b_l) / a_l)[apart]
+            conflict = self._linked(root_l[apart], root_r[apart], a, b, once)
             if conflict is not None:
                 return conflict
+            # Where all were apart and have been linked, there is nothing left to contradict.
+            if once and len(apart) == len(left) and np.isfinite(a + b + (1 + b) / a).all():
+                return None
         loop = ~self._known[root_l] & ~_close(a_l, s * a_r, np.abs(a_l))
         if self._may_be_zero and loop.any():
             value = ((s * b_r + t - b_l) / (a_l - s * a_r))[loop]
@@ -194,10 +194,15 @@ class Ties:
         wrong = ~(slope & _close(left_x, right_x, size))
         return Conflict(int(wrong.sum())) if wrong.any() else None
 
-    def _linked(self, left: Array, right: Array, a: Array, b: Array) -> Conflict | None:
-        """Links roots by left = a * right + b, each left or right root once."""
+    def _linked(self, left: Array, right: Array, a: Array, b: Array, once: bool) -> Conflict | None:
+        """Links roots by left = a * right + b, each left or right root once.
+
+        Args:
+            left, right, a, b: the roots and numbers.
+            once: whether each root is there once; else some may be left out.
+        """
         high, low = np.maximum(left, right), np.minimum(left, right)
-        if not (_are_rising(high) and _are_rising(low) and low[-1] < high[0]):
+        if not once:
             first = np.unique(high, return_index=True)[1]
             # One of them may be a root here and linked there, or the root of several: what each of
             # several says must agree, so that they come one after the other.
@@ -248,9 +253,12 @@ class Ties:
         return int(cause[root])
 
 
-def _are_rising(numbers: Array) -> bool:
-    """Whether each number is larger than the one before it."""
-    return bool(np.all(numbers[1:] > numbers[:-1]))
+def _are_all_once(left: Array, right: Array) -> bool:
+    """Whether no number comes twice, as shows at a glance: ascending, one side above the other."""
+    if left[0] > right[0]:
+        left, right = right, left
+    rise = (left[1:] > left[:-1]).all() and (right[1:] > right[:-1]).all()
+    return bool(rise and left[-1] < right[0])
 
 
 def _close(x: Array, y: Array, size: Array) -> Array:

@@ -26,6 +26,7 @@ from mbn_rewrite.ir.channel_map import Array
 
 # Larger results are no per-channel parameters.
 _MOST_ELEMENTS = 1 << 20
+_FEW = 1 << 14  # elements of arrays that are kept when they have been computed
 
 
 class Constants:
@@ -158,7 +159,10 @@ class Constants:
         name = tensor.op.name
         # Functions that compute the same of the same variables share it.
         own = () if variables else (id(self.function), name)
-        digest = hashlib.sha256(np.ascontiguousarray(read()).tobytes()).hexdigest()
+        # Of few numbers without a session where that can be: it takes longer than all else here.
+        value = self.value(tensor) if tensor.shape.num_elements() <= _FEW else None
+        array = np.ascontiguousarray(read() if value is None else value)
+        digest = hashlib.sha256(array.tobytes()).hexdigest()
         key = ("computed", tuple(variables), digest, own)
         return Stored(key, name, tuple(tensor.shape), tensor.dtype.name, read, place)
 
