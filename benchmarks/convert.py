@@ -21,6 +21,7 @@ NOT OK, and the exit code is 0 all the same.
 Examples:
     python benchmarks/convert.py
     python benchmarks/convert.py --repeats=11 --json=convert.json
+    python benchmarks/convert.py --tables=time
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ COMPARED_PER_CONVERT = 1.5  # times convert fold
 GROWTH_BEYOND_CLONE = 0.2  # of the exponent; cloning slows down with the machine, too
 PEAK_PER_WEIGHTS = 2.0  # times the bytes of the weights
 SIZES = (100, 200, 400, 800)
+_CHAIN = 400  # layers of the one that is timed
 MEMORY_RUNS = 3
 
 FLAGS = flags.FLAGS
@@ -241,6 +243,10 @@ def print_memory(rows: Sequence[Mapping[str, Any]]) -> None:
     print(table(columns, cells, "Memory (MiB)"))
 
 
+TABLES = {"time": print_times, "growth": print_growth, "memory": print_memory}
+flags.DEFINE_list("tables", list(TABLES), f"Of {', '.join(TABLES)}.")
+
+
 def timed(name: str, model: Any, calls: Iterable[str] = tuple(CALLS)) -> dict[str, float]:
     progress(f"timing {name} ...")
     times = median_times(model, calls, FLAGS.repeats)
@@ -250,26 +256,34 @@ def timed(name: str, model: Any, calls: Iterable[str] = tuple(CALLS)) -> dict[st
 
 def main(argv: list[str]) -> None:
     check_usage(argv[1:], FLAGS.json)
+    unknown = sorted(set(FLAGS.tables) - set(TABLES))
+    if unknown:
+        raise app.UsageError(f"unknown table '{unknown[0]}'; known are {', '.join(TABLES)}")
     if FLAGS.memory_of:
         print(json.dumps(measure_memory(FLAGS.memory_of)))
         return
-    memory = []
-    for call in CALLS:
-        progress(f"measuring the memory of {call} ...")
-        memory.append(memory_row(call))
-    resnet = timed("ResNet50", application("ResNet50"))
-    copied_and_planned = ("plan", "clone and copy")
-    densenet = timed("DenseNet201", application("DenseNet201"), copied_and_planned)
-    chains = {size: timed(f"{size} layers", make_model(size)) for size in SIZES}
-    times = [time_row("ResNet50", call, resnet) for call in CALLS]
-    times += [time_row("DenseNet201", call, densenet) for call in copied_and_planned]
-    times += [time_row("400 layers", call, chains[400]) for call in CALLS]
-    seconds = {call: [chains[size][call] for size in SIZES] for call in CALLS}
-    growth = [growth_row(call, seconds[call], seconds["clone and copy"]) for call in CALLS]
-    print_times(times)
-    print_growth(growth)
-    print_memory(memory)
-    results.keep(FLAGS.json, {"time": times, "growth": growth, "memory": memory})
+    made: dict[str, list[dict[str, Any]]] = {}
+    if "memory" in FLAGS.tables:
+        made["memory"] = []
+        for call in CALLS:
+            progress(f"measuring the memory of {call} ...")
+            made["memory"].append(memory_row(call))
+    sizes = SIZES if "growth" in FLAGS.tables else (_CHAIN,) if "time" in FLAGS.tables else ()
+    chains = {size: timed(f"{size} layers", make_model(size)) for size in sizes}
+    if "time" in FLAGS.tables:
+        resnet = timed("ResNet50", application("ResNet50"))
+        planned = ("plan", "clone and copy")
+        densenet = timed("DenseNet201", application("DenseNet201"), planned)
+        made["time"] = [time_row("ResNet50", call, resnet) for call in CALLS]
+        made["time"] += [time_row("DenseNet201", call, densenet) for call in planned]
+        made["time"] += [time_row(f"{_CHAIN} layers", call, chains[_CHAIN]) for call in CALLS]
+    if "growth" in FLAGS.tables:
+        seconds = {call: [chains[size][call] for size in SIZES] for call in CALLS}
+        copying = seconds["clone and copy"]
+        made["growth"] = [growth_row(call, seconds[call], copying) for call in CALLS]
+    for name, rows in made.items():
+        TABLES[name](rows)
+    results.keep(FLAGS.json, made)
 
 
 if __name__ == "__main__":
