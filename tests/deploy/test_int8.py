@@ -9,9 +9,9 @@ from benchmarks.deployment import forms, models
 from benchmarks.peer_tools.work import Work
 
 pytestmark = pytest.mark.slow
-pytest.importorskip(
-    "ai_edge_litert", reason="ai-edge-litert is not installed: pip install '.[deploy]'"
-)
+Interpreter = pytest.importorskip(
+    "ai_edge_litert.interpreter", reason="ai-edge-litert is not installed: pip install '.[deploy]'"
+).Interpreter
 
 GAIN, NO_LOSS = 0.9, 1.02  # of the original's error
 
@@ -46,3 +46,22 @@ def test_uneven_channels_are_equalised(form, written):
     assert equalised["error"] <= 0.5 * plain["error"]
     original = forms.examined(form, "original", work, 1)
     assert equalised["error"] <= NO_LOSS * original["error"]
+
+
+def test_relus_in_products_keep_the_network_in_one_part(written):
+    """XNNPACK's int8 kernels take the original whole, and not a ReLU that folding leaves alone."""
+    work = written("WideResNet-16-4")
+    rows = {v: forms.examined("litert_int8", v, work, 1) for v in ("original", "fold", "products")}
+    operators = {variant: operators_of(row["path"]) for variant, row in rows.items()}
+    parts = {variant: names.count("DELEGATE") for variant, names in operators.items()}
+    assert (parts["original"], parts["products"]) == (1, 1)
+    assert parts["fold"] > 1
+    assert (operators["fold"].count("RELU"), operators["products"].count("RELU")) == (3, 0)
+    assert rows["products"]["error"] <= NO_LOSS * rows["original"]["error"]
+
+
+def operators_of(path):
+    """What a model consists of as it runs: its operators, and the parts that kernels take whole."""
+    interpreter = Interpreter(str(path), num_threads=1)
+    interpreter.allocate_tensors()
+    return [each["op_name"] for each in interpreter._get_ops_details()]
