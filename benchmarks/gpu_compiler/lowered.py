@@ -143,7 +143,7 @@ def training(name: str, keras_name: str, variant: str, dtype: str, batch: int) -
         return _gradients(model, batch)
     _, *size, _ = model.inputs[0].shape
     data = Batch.random(batch, size[0], model.outputs[0].shape[-1])
-    step = trainer(keras, model).step.python_function
+    step = trainer(keras, model).step.function.python_function
     return lowered(step, data.images, data.labels)
 
 

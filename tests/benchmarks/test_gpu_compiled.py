@@ -218,6 +218,20 @@ def missing():
 
 
 @pytest.mark.slow
+def test_training_steps_are_lowered():
+    """They hold the gradients of convolutions, as is seen without the compiler."""
+    import keras
+
+    from benchmarks.gpu_compiler import lowered
+    from benchmarks.models.training_networks import NETWORKS
+
+    step = lowered.training("ResNet9", "keras_3", "strided2", "float32", batch=2)
+    forward = lowered.inference(NETWORKS["ResNet9"](keras, "original"), "original", batch=2)
+    assert step.inputs == 2
+    assert step.program.count(b"convolution") > 2 * forward.program.count(b"convolution")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 def test_small_networks_are_compiled_for_a_gpu_that_is_not_there(tmp_path):
     report = tmp_path / "compiled.json"
