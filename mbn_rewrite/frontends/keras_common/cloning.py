@@ -199,7 +199,12 @@ def _listed(layers: list[Any]) -> str:
 
 def is_stock(kind: type) -> bool:
     """Whether a class is one of Keras's own."""
-    return kind.__module__.partition(".")[0] in _PACKAGES
+    return is_from(kind, _PACKAGES)
+
+
+def is_from(kind: type, packages: tuple[str, ...]) -> bool:
+    """Whether a class is of one of some packages."""
+    return kind.__module__.partition(".")[0] in packages
 
 
 def stock_call(layer: Any) -> Any:

@@ -21,7 +21,13 @@ import numpy as np
 
 from mbn_rewrite.errors import RewriteError, cause_of
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
-from mbn_rewrite.frontends.keras_common.cloning import custom_classes, is_stock, label, parts
+from mbn_rewrite.frontends.keras_common.cloning import (
+    custom_classes,
+    is_from,
+    is_stock,
+    label,
+    parts,
+)
 from mbn_rewrite.passes.wording import listed
 
 FRAMEWORKS = ("keras", "tf_keras", "tensorflow")
@@ -31,11 +37,6 @@ BUILT_IN = (*FRAMEWORKS, "builtins", "numpy")  # their objects refer to no layer
 def is_of(value: Any, packages: tuple[str, ...]) -> bool:
     """Whether something is of a class of one of these packages."""
     return is_from(type(value), packages)
-
-
-def is_from(kind: type, packages: tuple[str, ...]) -> bool:
-    """Whether a class is of one of these packages."""
-    return kind.__module__.partition(".")[0] in packages
 
 
 def made_without_constructor(old: Any, base: type, *args: Any, **kwargs: Any) -> Any:

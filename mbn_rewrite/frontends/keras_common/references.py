@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite.frontends.keras_common.adapter import KerasAdapter
+from mbn_rewrite.frontends.keras_common.cloning import is_from
 from mbn_rewrite.frontends.keras_common.custom_models import (
     BUILT_IN,
     CheckedConfig,
     filled_cells,
-    is_from,
     is_of,
 )
 from mbn_rewrite.frontends.keras_common.sublayers import own_attributes
