@@ -3,7 +3,7 @@
 
     python benchmarks/convert.py [FLAGS]
 
-Prints three tables:
+Prints these tables, or those of --tables:
 
     time      planning and converting ResNet50 and a chain of 400 layers, measured in turn
               with tf_keras.models.clone_model and a copy of the weights; by default converting
@@ -111,7 +111,7 @@ def application(name: str) -> Any:
 
 
 def with_random_norms(model: Any) -> Any:
-    """So that no scale is 1 and no shift 0, and values stay finite through 800 layers."""
+    """Of vectors, so that no scale is 1 and no shift 0, and 800 layers keep values finite."""
     rng = np.random.default_rng(0)
     for variable in model.weights:
         if len(variable.shape) == 1:
@@ -263,11 +263,6 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measure_memory(FLAGS.memory_of)))
         return
     made: dict[str, list[dict[str, Any]]] = {}
-    if "memory" in FLAGS.tables:
-        made["memory"] = []
-        for call in CALLS:
-            progress(f"measuring the memory of {call} ...")
-            made["memory"].append(memory_row(call))
     sizes = SIZES if "growth" in FLAGS.tables else (_CHAIN,) if "time" in FLAGS.tables else ()
     chains = {size: timed(f"{size} layers", make_model(size)) for size in sizes}
     if "time" in FLAGS.tables:
@@ -281,6 +276,11 @@ def main(argv: list[str]) -> None:
         seconds = {call: [chains[size][call] for size in SIZES] for call in CALLS}
         copying = seconds["clone and copy"]
         made["growth"] = [growth_row(call, seconds[call], copying) for call in CALLS]
+    if "memory" in FLAGS.tables:
+        made["memory"] = []
+        for call in CALLS:
+            progress(f"measuring the memory of {call} ...")
+            made["memory"].append(memory_row(call))
     for name, rows in made.items():
         TABLES[name](rows)
     results.keep(FLAGS.json, made)

@@ -36,13 +36,21 @@ def _collect():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks half of the tests that alternate as thorough: of each case that with one Keras."""
+    """Marks half of the tests that alternate as thorough: of each case that with one Keras.
+
+    A test of one Keras names it: `alternating(only="keras")`.
+    """
     for item in items:
-        if item.get_closest_marker("alternating"):
-            case = item.nodeid.replace("tf_keras", "keras")
-            chosen = ("keras", "tf_keras")[zlib.crc32(case.encode()) % 2]
-            if item.callspec.params["each_keras"] != chosen:
-                item.add_marker(pytest.mark.thorough)
+        alternating = item.get_closest_marker("alternating")
+        if not alternating:
+            continue
+        params = getattr(item, "callspec", None) and item.callspec.params
+        if not params or "each_keras" not in params:
+            raise pytest.UsageError(f"{item.nodeid} alternates, but does not take each_keras")
+        case = item.nodeid.replace("tf_keras", "keras")
+        by_chance = ("keras", "tf_keras")[zlib.crc32(case.encode()) % 2]
+        if params["each_keras"] != alternating.kwargs.get("only", by_chance):
+            item.add_marker(pytest.mark.thorough)
 
 
 def pytest_collection_finish():

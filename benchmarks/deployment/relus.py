@@ -47,11 +47,12 @@ def folded_with_products(work: Work) -> Path:
     Raises:
         Declined: the original was not saved by tf_keras.
     """
-    out = work.output("ours_fold_products")
+    out, unfinished = work.output("ours_fold_products"), work.output("unfinished")
     if not out.exists():
         try:
             model = tf_keras.models.load_model(work.original, compile=False)
         except (OSError, ValueError) as error:
             raise Declined("it takes SavedModels of tf_keras only") from error
-        relus_in_products(mbn.convert(model, mode="fold")).save(out, save_format="tf")
+        relus_in_products(mbn.convert(model, mode="fold")).save(unfinished, save_format="tf")
+        unfinished.rename(out)
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -251,6 +251,8 @@ class Strands:
         shapes = Shapes(tuple(map(graph.shape, node.inputs)), graph.shape(node.outputs[0]))
         units = self.units[self._value(node, slot)]
         axis, shape = units.axis, shapes.of(slot)
+        if not len(units.scales):
+            return "has no channels"
         if axis >= len(shape) or shape[axis] not in (None, len(units.scales)):
             return "has another number of channels"
         shapes = shapes.with_channels(slot, axis, len(units.scales))
@@ -258,6 +260,9 @@ class Strands:
             relation = clipped(node.op, shapes, slot, axis, positive=not self._signs)
         else:
             relation = RELATIONS[type(node.op)](node.op, shapes, slot, axis)
+        if isinstance(relation, Tied):  # parts without channels are tied to nothing
+            parts = {i: spread for i, spread in relation.spread.items() if spread.channels}
+            relation = replace(relation, spread=parts)
         if isinstance(relation, (Tied, Gated)):
             before, after = graph.dtype(node.inputs[0]), graph.dtype(node.outputs[0])
             if before != after and "16" in before + after:

@@ -170,14 +170,16 @@ class Ties:
             apart = np.flatnonzero(root_l != root_r)
             if not len(apart):
                 break
-            once = _are_all_once(root_l[apart], root_r[apart])
+            once = _are_plainly_distinct(root_l[apart], root_r[apart])
             # a_l L + b_l = s (a_r R + b_r) + t
             a, b = (s * a_r / a_l)[apart], ((s * b_r + t - b_l) / a_l)[apart]
             conflict = self._linked(root_l[apart], root_r[apart], a, b, once)
             if conflict is not None:
                 return conflict
-            # Where all were apart and have been linked, there is nothing left to contradict.
-            if once and len(apart) == len(left) and np.isfinite(a + b + (1 + b) / a).all():
+            # Where all were apart and have been linked, nothing is left to contradict: exactly so
+            # without shifts, which may lose digits to one another.
+            all_linked = once and len(apart) == len(left) and not (b_l.any() or b_r.any())
+            if all_linked and np.isfinite([a, b, 1 / a, b / a]).all():
                 return None
         loop = ~self._known[root_l] & ~_close(a_l, s * a_r, np.abs(a_l))
         if self._may_be_zero and loop.any():
@@ -199,7 +201,7 @@ class Ties:
 
         Args:
             left, right, a, b: the roots and numbers.
-            once: whether each root is there once; else some may be left out.
+            once: whether no root comes twice; else those that do are left for the next round.
         """
         high, low = np.maximum(left, right), np.minimum(left, right)
         if not once:
@@ -253,8 +255,8 @@ class Ties:
         return int(cause[root])
 
 
-def _are_all_once(left: Array, right: Array) -> bool:
-    """Whether no number comes twice, as shows at a glance: ascending, one side above the other."""
+def _are_plainly_distinct(left: Array, right: Array) -> bool:
+    """Whether numbers ascend on both sides, one above the other, so that none comes twice."""
     if left[0] > right[0]:
         left, right = right, left
     rise = (left[1:] > left[:-1]).all() and (right[1:] > right[:-1]).all()

@@ -70,8 +70,8 @@ class Assumptions:
         self._merges: dict[int, list[Node]] = defaultdict(list)  # by scale of their first channel
         for node in strands.graph.graph.nodes:
             if isinstance(node.op, (Merge, Concat, Stack)) and node.outputs[0] in strands.units:
-                number = self.strand[strands.units[node.outputs[0]].scales[0]]
-                self._merges[int(number)].append(node)
+                for number in strands.units[node.outputs[0]].scales[:1]:
+                    self._merges[int(self.strand[number])].append(node)
         self._blocks = _Blocks(strands)
         self._solved: list[int] = []  # sums that have nothing more to tell
         # Sums that tell something once scales are known.
@@ -345,6 +345,8 @@ class _Blocks:
                     self._sums[block].discard(number)
 
     def _blocks(self, numbers: Array) -> list[int]:
+        if not len(numbers):
+            return []
         first, last = self._starts.searchsorted((numbers.min(), numbers.max()), side="right") - 1
         if first == last:
             return [self._find(int(first))]

@@ -334,7 +334,7 @@ def _selection(op: Selection, shapes: Shapes, slot: int, axis: int) -> Relation:
         if axis != own:
             continue
         other, channels = 0 if slot == OUT else OUT, _channels(shapes, slot, axis)
-        places = np.arange(channels or 0) if chosen is None else np.asarray(chosen)
+        places = np.arange(channels or 0) if chosen is None else np.asarray(chosen, np.intp)
         if channels is None or (chosen is not None and shapes.of(whole)[moved] is None):
             return "has an unknown number of channels"
         if slot == whole or chosen is None:

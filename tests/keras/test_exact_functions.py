@@ -368,6 +368,7 @@ def test_examples_may_be_taken_and_moved(rng):
     assert assert_exact(model, rng).left == 0
 
 
+@pytest.mark.alternating(only="tf_keras")
 @pytest.mark.parametrize("inverse", [False, True])
 def test_blocks_become_channels_and_back(inverse, rng):
     if package() is keras:
@@ -380,6 +381,13 @@ def test_blocks_become_channels_and_back(inverse, rng):
     assert plan.left == int(not inverse)
 
 
+@pytest.mark.parametrize("place", [behind, before])
+def test_parts_without_channels_are_no_part(place, rng):
+    model = place(lambda x: K.Concatenate()([x[..., :0], x]))
+    assert assert_exact(model, rng).left == 0
+
+
+@pytest.mark.alternating(only="keras")
 def test_code_may_compute_a_constant_in_every_call(rng):
     if package() is not keras:
         pytest.skip("such code is not traced in tf_keras")

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import tf_keras
 
 import mbn_rewrite as mbn
 from tests.support.holders import (
@@ -188,3 +190,24 @@ def test_private_attributes_of_any_name(own, each_keras, rng):
             return self._operations_last(norm(conv(x)))
 
     folded(model_with(Private(), rng=rng))
+
+
+def test_a_module_in_the_place_of_an_activation(rng):
+    """tf_keras finds its layers; they are no attribute that a layer has of its own class."""
+
+    class Normalized(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = tf_keras.layers.BatchNormalization(name="inner")
+            self.norm.build((None, 5))
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    layers = tf_keras.layers
+    x = tf_keras.Input((6,))
+    y = layers.BatchNormalization()(layers.Dense(5, activation=Normalized())(x))
+    model = tf_keras.Model(x, layers.Dense(3)(y))
+    randomise(model, rng)
+    actions = [decision.action for decision in mbn.plan(model, "fold").decisions]
+    assert sorted(actions) == ["folded", "kept"]

@@ -327,3 +327,26 @@ def test_random_kernel_stays(tmp_path):
 
     report, *_ = rewrite(tmp_path, root, serve)
     assert actions(report) == ["kept"]
+
+
+def test_computed_kernel_in_another_dtype_is_another(tmp_path):
+    """Numbers that are the same in float32 and float64 are two arrays all the same."""
+    rng = np.random.default_rng(3)
+    module = tf.Module()
+    module.kernel = tf.Variable(rng.integers(-2, 3, (3, 3, 2, 4)).astype("float32"))
+    module.factor = tf.Variable(rng.integers(1, 4, 4).astype("float32"))
+    module.norm = [tf.Variable(array.astype("float32")) for array in statistics(rng, 4)]
+
+    def serving(dtype):
+        @tf.function(input_signature=[tf.TensorSpec([None, 8, 8, 2], dtype)])
+        def serve(x):
+            kernel = tf.cast(module.kernel, dtype) * tf.cast(module.factor, dtype)
+            gamma, beta, mean, variance = (tf.cast(array, dtype) for array in module.norm)
+            y = tf.nn.conv2d(x, kernel, 1, "VALID")
+            return {"y": tf.nn.batch_normalization(y, mean, variance, beta, gamma, EPSILON)}
+
+        return serve
+
+    signatures = {dtype.name: serving(dtype) for dtype in (tf.float32, tf.float64)}
+    report, _, _ = rewrite(tmp_path, module, signatures)
+    assert actions(report) == ["folded", "folded"]

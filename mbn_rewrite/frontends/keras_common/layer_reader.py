@@ -154,8 +154,8 @@ class LayerReader(ABC):
             is_seen: whether its calls were read.
         """
         is_visible = is_seen or self.keras.is_visible(parent)
-        if not is_visible:
-            self.bind_referred(referred_to(parent, self.keras), who)
+        referred = {} if is_visible else referred_to(parent, self.keras)
+        self.bind_referred(referred, who)
         for _, layer in sublayers(parent, self.keras):
             self.bindings.held.add(id(layer))
             if not self.keras.is_visible(parent):
@@ -186,7 +186,8 @@ class LayerReader(ABC):
                 self.untraced.setdefault(id(layer), self.untraced.get(id(parent), ""))
                 owner = self._owner(layer, prefix)
                 self.read_sublayers(layer, f"{owner}/", label(layer), training)
-        if not (is_visible or is_stock(type(parent))):  # Keras's own have theirs in attributes
+        # Keras's own classes have theirs in attributes, unless they were given something else.
+        if not is_visible and (referred or not is_stock(type(parent))):
             self._list_unreachable(self.keras.all_layers_in(parent), who)
 
     def bind_referred(self, referred: dict[int, Any], who: str) -> None:

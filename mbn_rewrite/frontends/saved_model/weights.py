@@ -26,7 +26,7 @@ from mbn_rewrite.ir.channel_map import Array
 
 # Larger results are no per-channel parameters.
 _MOST_ELEMENTS = 1 << 20
-_FEW = 1 << 14  # elements of arrays that are kept when they have been computed
+_FEW = 1 << 14  # elements up to which computed arrays are told apart by their values in float64
 
 
 class Constants:
@@ -163,7 +163,7 @@ class Constants:
         value = self.value(tensor) if tensor.shape.num_elements() <= _FEW else None
         array = np.ascontiguousarray(read() if value is None else value)
         digest = hashlib.sha256(array.tobytes()).hexdigest()
-        key = ("computed", tuple(variables), digest, own)
+        key = ("computed", tuple(variables), tensor.dtype.name, digest, own)
         return Stored(key, name, tuple(tensor.shape), tensor.dtype.name, read, place)
 
     def written(self, tensor: Any) -> tuple[Any, str] | None:
