@@ -9,6 +9,7 @@ are all ones and zeros, whatever became of the network.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -59,8 +60,8 @@ def _kecam(family: str, name: str, size: int = SIZE, **arguments: Any) -> Callab
 
 def _segmentation(name: str, backbone: str, size: int = SIZE) -> Callable[[], Any]:
     def build() -> Any:
+        os.environ.setdefault("SM_FRAMEWORK", "tf.keras")  # it asks when it is imported
         models = importlib.import_module("segmentation_models")
-        models.set_framework("tf.keras")
         return getattr(models, name)(
             backbone,
             encoder_weights=None,
