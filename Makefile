@@ -56,7 +56,7 @@ thorough: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) -m thorough
 
 check: lint
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not network and not thorough"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not network"
 
 matrix: $(READY)
 	$(BIN)/python tools/matrix.py --jobs=$(JOBS)

@@ -47,7 +47,7 @@ from absl import app, flags
 import mbn_rewrite as mbn
 from benchmarks.common import results
 from benchmarks.common.console import progress
-from benchmarks.common.flags import check_usage
+from benchmarks.common.flags import check_known, check_usage
 from benchmarks.common.memory import forget_peak, resident
 from benchmarks.common.timing import time_rounds
 from mbn_rewrite.device import give_back_memory
@@ -256,9 +256,10 @@ def timed(name: str, model: Any, calls: Iterable[str] = tuple(CALLS)) -> dict[st
 
 def main(argv: list[str]) -> None:
     check_usage(argv[1:], FLAGS.json)
-    unknown = sorted(set(FLAGS.tables) - set(TABLES))
-    if unknown:
-        raise app.UsageError(f"unknown table '{unknown[0]}'; known are {', '.join(TABLES)}")
+    try:
+        check_known("table", FLAGS.tables, list(TABLES))
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
     if FLAGS.memory_of:
         print(json.dumps(measure_memory(FLAGS.memory_of)))
         return

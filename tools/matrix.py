@@ -110,7 +110,7 @@ def outcome_of(one: Combination, tests: list[str]) -> Outcome:
     python = environment / "bin" / "python"
     versions = tuple(version_of(package, python) for package in PACKAGES)
     command = [python, "-m", "pytest", "-n", str(FLAGS.jobs), "-p", "no:cacheprovider"]
-    command += ["-m", "not slow and not network and not thorough", *tests]
+    command += ["-m", "not slow and not network", *tests]
     code, last = run(command, logged(environment, "tests"))
     if code:
         print(f"see {logged(environment, 'tests')}")

@@ -27,7 +27,13 @@ def case(request):
 
 
 @pytest.mark.parametrize(
-    ("mode", "kind"), [("fold", "normal"), ("fold", "real"), ("depthwise", "real")]
+    ("mode", "kind"),
+    [
+        ("fold", "normal"),
+        ("fold", "real"),
+        ("depthwise", "real"),
+        pytest.param("depthwise", "normal", marks=pytest.mark.thorough),
+    ],
 )
 def test_real_model(case, mode, kind):
     name, model = case
