@@ -17,7 +17,9 @@ Runs with the same seed start from the same weights and see the same images in t
 the same augmentations, whatever the variant. Each records the operations of BatchNormalization
 that a step of it executed; a variant that ran just what the original runs is an error. A run is
 kept when it is finished. Interrupt the program as you like: the same command goes on with the first
-run that is missing.
+run that is missing. The same command, started again beside the first, takes the runs that the first
+has not begun: on the CPU two that have a core each are faster than one that has two
+(taskset --cpu-list 0 python -m study run ...).
 
 Images come from tensorflow-datasets (pip install tensorflow-datasets), or from a folder with
 --data_dir: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg, or DIR/CLASS/*.jpg.
@@ -119,9 +121,12 @@ def run() -> None:
         configuration = running.configuration(setting, images, running.device(gpus), name)
         results = Results(directory, configuration)
         results.begin()
-        made = running.run_missing(setting, images, results, variants, FLAGS.runs, strategy)
-    total = len(variants) * FLAGS.runs
-    progress(f"{total} runs are finished, {made} of them now: python -m study report")
+    made = running.run_missing(setting, images, results, variants, FLAGS.runs, strategy)
+    wanted = set(running.order(variants, FLAGS.runs))
+    left = len(wanted - results.finished().keys())
+    others = f", and other processes train {left}" if left else ""
+    finished = f"{len(wanted) - left} runs are finished, {made} of them now{others}"
+    progress(f"{finished}: python -m study report")
 
 
 def _devices(wanted: int | None) -> tuple[Any, int, int]:

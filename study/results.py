@@ -3,8 +3,10 @@
     DIRECTORY/study.json            the configuration that all runs have in common
     DIRECTORY/runs/VARIANT-SEED.json    one finished run
 
-A run is written beside its file and renamed, so that a file is whole or not there. Room for it is
-held while it trains: a full disk is noticed before the work and not after it.
+A run is written beside its file and renamed, so that a file is whole or not there. Several
+processes may add to one directory: each claims the run that it trains, by a lock on a file beside
+the run's. Room for the result is held in that file: a full disk is noticed before the work and not
+after it.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.common.results import write_whole
 from study import program
@@ -25,7 +27,7 @@ from study.errors import StudyError
 
 FORMAT = 1  # of these files; another number is another version
 _ROOM = 1 << 20  # bytes held for a run
-_STUDY, _RUNS, _RESERVE, _LOCK = "study.json", "runs", ".reserve", ".lock"
+_STUDY, _RUNS, _LOCK, _CLAIM = "study.json", "runs", ".lock", ".claim"
 
 
 class Results:
@@ -66,12 +68,10 @@ class Results:
             StudyError: it is not.
         """
         runs = self.directory / _RUNS
-        # Where no run is finished, there is nothing that another configuration could spoil.
-        if any(runs.glob("*.json")):
+        # Where no run is finished or training, there is nothing another configuration could spoil.
+        if any(runs.glob("*.json")) or any(map(_is_held, runs.glob(f"*{_CLAIM}"))):
             self._go_on_with(Results.open(self.directory))
         runs.mkdir(parents=True, exist_ok=True)
-        for left in (*self.directory.glob(f"{_STUDY}.part"), *runs.glob("*.json.part")):
-            left.unlink()
         content = {"format": FORMAT, "configuration": self.configuration}
         _write(self.directory / _STUDY, content)
 
@@ -91,21 +91,38 @@ class Results:
         self.configuration, self.digest = found.configuration, found.digest
 
     @contextmanager
-    def room(self) -> Iterator[None]:
-        """Holds disk space for a run while it trains."""
-        reserve = self.directory / _RESERVE
-        try:
-            with reserve.open("wb") as file:
-                file.write(bytes(_ROOM))
-                file.flush()
-                os.fsync(file.fileno())
-            yield
-        finally:
-            reserve.unlink(missing_ok=True)
+    def claimed(self, variant: str, seed: int, wait: bool = False) -> Iterator[bool]:
+        """Claims a run for this process, and holds disk space for it while it trains.
+
+        Args:
+            variant: whose run it is.
+            seed: which.
+            wait: for another process that trains it, until it is finished or given up.
+
+        Yields:
+            Whether the run is this process's: not if it is finished, or another one's.
+        """
+        path = self._claim(variant, seed)
+        with path.open("ab") as file:
+            if not _locked(file, wait):
+                yield False
+                return
+            try:
+                missing = not self.path(variant, seed).exists()
+                if missing:
+                    file.write(bytes(_ROOM))
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield missing
+            finally:
+                path.unlink(missing_ok=True)
 
     def path(self, variant: str, seed: int) -> Path:
         """The file of a run."""
         return self.directory / _RUNS / f"{variant}-{seed:03d}.json"
+
+    def _claim(self, variant: str, seed: int) -> Path:
+        return self.path(variant, seed).with_suffix(_CLAIM)
 
     def save(self, variant: str, seed: int, record: Mapping[str, Any]) -> None:
         """Keeps a finished run.
@@ -114,7 +131,8 @@ class Results:
             StudyError: it cannot be written there, and is kept elsewhere.
         """
         content = {"format": FORMAT, "digest": self.digest, "variant": variant, "seed": seed}
-        (self.directory / _RESERVE).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.truncate(self._claim(variant, seed), 0)
         path = self.path(variant, seed)
         try:
             _write(path, content | {"record": record})
@@ -148,18 +166,26 @@ class Results:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Sees that no other process adds to the results in a directory, which it makes.
-
-    Raises:
-        StudyError: one does.
-    """
+    """Keeps other processes waiting that begin a study in a directory, which it makes."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StudyError(f"another process adds to {directory}") from error
+    with (directory / _LOCK).open("ab") as file:
+        _locked(file, wait=True)
         yield
+
+
+def _locked(file: IO[bytes], wait: bool) -> bool:
+    """Whether a file could be locked; closing it, or the end of the process, unlocks it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_held(claim: Path) -> bool:
+    """Whether a process trains the run: the lock of one that was killed is gone."""
+    with claim.open("ab") as file:
+        return not _locked(file, wait=False)
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

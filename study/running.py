@@ -1,4 +1,7 @@
-"""All runs of a study, one after the other: what is missing, in an order that keeps runs paired."""
+"""All runs of a study: what is missing, in an order that keeps runs paired.
+
+A process trains one after the other; several share the runs of one directory.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +129,7 @@ def run_missing(
     runs: int,
     strategy: Any = None,
 ) -> int:
-    """Runs what is not finished, and keeps it.
+    """Runs what is not finished and no other process has claimed, and keeps it.
 
     Returns:
         How many runs were made.
@@ -138,21 +141,30 @@ def run_missing(
     all_runs = list(order(variants, runs))
     missing = [one for one in all_runs if one not in finished]
     # A variant is compared with the original as it runs, so that has to be there.
-    missing.sort(key=lambda one: one[0] != ORIGINAL or one[1] != 0)
+    first = (ORIGINAL, 0)
+    missing.sort(key=lambda one: one != first)
+    made = 0
     with Progress(len(all_runs), len(missing), setting.epochs) as progress:
         for variant, seed in missing:
+            with results.claimed(variant, seed, wait=(variant, seed) == first) as ours:
+                if not ours:
+                    progress.skip()
+                    continue
+                original = results.finished().get(first)
 
-            def check(operations: Mapping[str, int], variant: str = variant) -> None:
-                original = finished.get((ORIGINAL, 0))
-                check_operations(variant, operations, original and original["operations"])
+                def check(
+                    operations: Mapping[str, int],
+                    variant: str = variant,
+                    original: dict[str, Any] | None = original,
+                ) -> None:
+                    check_operations(variant, operations, original and original["operations"])
 
-            progress.begin(variant, seed)
-            with results.room():
+                progress.begin(variant, seed)
                 record = training.run(setting, data, variant, seed, check, progress.epoch, strategy)
                 results.save(variant, seed, record)
-            finished[variant, seed] = record
+            made += 1
             progress.end(record)
-    return len(missing)
+    return made
 
 
 class Progress:
@@ -165,6 +177,7 @@ class Progress:
     def __init__(self, runs: int, missing: int, epochs: int) -> None:
         self._number, self._runs = runs - missing, runs
         self._label, self._epochs = "", 0
+        self._run, self._all = epochs, missing * epochs
         self._started = self._said = 0.0
         console = Console(stderr=True, highlight=False)
         # Speed is taken over all epochs: variants differ, and take turns.
@@ -175,7 +188,7 @@ class Progress:
             disable=not console.is_terminal,
             speed_estimate_period=math.inf,
         )
-        self._task = self._bar.add_task("", total=missing * epochs)
+        self._task = self._bar.add_task("", total=self._all)
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -183,6 +196,12 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def skip(self) -> None:
+        """A run is another process's."""
+        self._number += 1
+        self._all -= self._run
+        self._bar.update(self._task, total=self._all)
 
     def begin(self, variant: str, seed: int) -> None:
         """A run starts."""

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from study import data, image_folder, models, program, proof, report, running, s
 from study.errors import StudyError, exit_code
 from study.pipeline import Pipeline
 from study.recipes import RECIPES, learning_rate
-from study.results import Results, differences, locked
+from study.results import Results, differences
 from study.training import Setting
 
 pytestmark = pytest.mark.slow
@@ -495,7 +496,7 @@ def test_an_interrupt_in_the_middle_of_training_leaves_nothing(images, tmp_path)
     def interrupted(record):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), results.room():
+    with pytest.raises(KeyboardInterrupt), results.claimed("original", 0):
         training.run(SETTING, images, "original", 0, after_epoch=interrupted)
     assert not results.finished()
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["study.json"]
@@ -507,16 +508,10 @@ def test_a_run_that_was_being_written_is_not_finished(copied):
     half.write_text(whole.read_text()[:100])
     whole.unlink()
     copied.begin()
-    assert not half.exists()
     assert len(copied.finished()) == 3
-
-
-def test_only_its_own_files_are_cleared_away(copied):
-    film = copied.directory / "films" / "film.mkv.part"
-    film.parent.mkdir()
-    film.touch()
-    copied.begin()
-    assert film.exists()
+    copied.save("strided4", 1, {"another": "record"})
+    assert not half.exists()
+    assert copied.finished()["strided4", 1] == {"another": "record"}
 
 
 def test_a_run_that_cannot_be_kept_in_its_place_is_kept_elsewhere(copied, monkeypatch):
@@ -544,7 +539,7 @@ def test_a_full_disk_loses_nothing_that_is_finished(copied, tmp_path, monkeypatc
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"), copied.room():
+    with pytest.raises(OSError, match="No space left"), copied.claimed("strided4", 9):
         pytest.fail("there was no room, and the run was begun")
     with pytest.raises(OSError, match="No space left"):
         copied.save("strided4", 1, {"another": "record"})
@@ -553,13 +548,59 @@ def test_a_full_disk_loses_nothing_that_is_finished(copied, tmp_path, monkeypatc
     assert not list(temporary.iterdir())
 
 
-def test_another_process_is_kept_out(copied):
-    with (
-        locked(copied.directory),
-        pytest.raises(StudyError, match="another process"),
-        locked(copied.directory),
-    ):
-        pytest.fail("two at a time")
+# ------------------------------------------------------------------------ several processes
+
+
+def test_a_run_is_trained_by_one_process(images, tmp_path, quick_runs):
+    results, others = results_in(tmp_path, images), results_in(tmp_path, images)
+    results.begin()
+    with others.claimed("strided4", 1) as theirs:
+        assert theirs
+        assert running.run_missing(SETTING, images, results, VARIANTS, 2) == 3
+        with results.claimed("strided4", 1) as ours:
+            assert not ours
+    assert quick_runs == [("original", 0), ("strided4", 0), ("original", 1)]
+    with results.claimed("strided4", 1) as ours:
+        assert ours, "the other one gave it up"
+    assert running.run_missing(SETTING, images, others, VARIANTS, 2) == 1
+
+
+def test_a_run_that_another_process_finished_is_not_trained_again(copied):
+    with copied.claimed("strided4", 1) as ours:
+        assert not ours
+    assert not list(copied.directory.rglob("*.claim"))
+
+
+def test_the_original_is_waited_for(finished, images, tmp_path, quick_runs):
+    """A variant is compared with it, even where another process trains it."""
+    results, others = results_in(tmp_path, images), results_in(tmp_path, images)
+    results.begin()
+    with ThreadPoolExecutor() as threads:
+        with others.claimed("original", 0):
+            run = threads.submit(running.run_missing, SETTING, images, results, VARIANTS, 1)
+            with pytest.raises(TimeoutError):
+                run.result(timeout=0.2)
+            assert not quick_runs
+            others.save("original", 0, finished.finished()["original", 0])
+        assert run.result() == 1
+    assert quick_runs == [("strided4", 0)]
+
+
+def test_a_killed_process_has_no_claim(images, tmp_path):
+    results = results_in(tmp_path, images)
+    results.begin()
+    results.path("original", 0).with_suffix(".claim").write_bytes(b"room")
+    with results.claimed("original", 0) as ours:
+        assert ours
+
+
+def test_a_configuration_binds_while_a_process_trains_by_it(images, tmp_path):
+    results = results_in(tmp_path, images)
+    results.begin()
+    other = results_in(tmp_path, images, dataclasses.replace(SETTING, batch=4))
+    with results.claimed("original", 0), pytest.raises(StudyError, match="batch: there 8, here 4"):
+        other.begin()
+    other.begin()
 
 
 # ---------------------------------------------------------------------- other configurations
