@@ -16,7 +16,7 @@ def processor() -> str:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # where processes are not bound to cores
         cores = os.cpu_count() or 1
-    return f"{cpu_name()}, {cores} cores"
+    return f"{cpu_name()}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
 def cpu_name() -> str:
