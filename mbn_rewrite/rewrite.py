@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mbn_rewrite import output_dir
-from mbn_rewrite.device import give_back_memory
+from mbn_rewrite.device import give_back_memory, older_objects_spared
 from mbn_rewrite.errors import RewriteError, VerificationError
 from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import ModelSource
@@ -47,6 +47,7 @@ def _outside_strategies() -> Iterator[None]:
 
 
 @_outside_strategies()
+@older_objects_spared()
 def rewrite_saved_model(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import rich.progress
@@ -137,8 +138,7 @@ def run_missing(
     Raises:
         StudyError: a variant ran just what the original runs, or a run cannot be made.
     """
-    finished = results.finished()
-    all_runs = list(order(variants, runs))
+    all_runs, finished = list(order(variants, runs)), results.finished()
     missing = [one for one in all_runs if one not in finished]
     # A variant is compared with the original as it runs, so that has to be there.
     first = (ORIGINAL, 0)
@@ -148,18 +148,11 @@ def run_missing(
         for variant, seed in missing:
             with results.claimed(variant, seed, wait=(variant, seed) == first) as ours:
                 if not ours:
-                    progress.skip()
                     continue
-                original = results.finished().get(first)
-
-                def check(
-                    operations: Mapping[str, int],
-                    variant: str = variant,
-                    original: dict[str, Any] | None = original,
-                ) -> None:
-                    check_operations(variant, operations, original and original["operations"])
-
-                progress.begin(variant, seed)
+                finished = results.finished()
+                original = finished[first]["operations"] if first in finished else None
+                check = partial(check_operations, variant, originals=original)
+                progress.begin(variant, seed, len(finished.keys() & set(all_runs)))
                 record = training.run(setting, data, variant, seed, check, progress.epoch, strategy)
                 results.save(variant, seed, record)
             made += 1
@@ -175,9 +168,9 @@ class Progress:
     """
 
     def __init__(self, runs: int, missing: int, epochs: int) -> None:
-        self._number, self._runs = runs - missing, runs
+        self._runs, self._before = runs, runs - missing
+        self._epochs_of_run = epochs
         self._label, self._epochs = "", 0
-        self._run, self._all = epochs, missing * epochs
         self._started = self._said = 0.0
         console = Console(stderr=True, highlight=False)
         # Speed is taken over all epochs: variants differ, and take turns.
@@ -188,7 +181,7 @@ class Progress:
             disable=not console.is_terminal,
             speed_estimate_period=math.inf,
         )
-        self._task = self._bar.add_task("", total=self._all)
+        self._task = self._bar.add_task("", total=missing * epochs)
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -197,19 +190,13 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def skip(self) -> None:
-        """A run is another process's."""
-        self._number += 1
-        self._all -= self._run
-        self._bar.update(self._task, total=self._all)
-
-    def begin(self, variant: str, seed: int) -> None:
-        """A run starts."""
-        self._number += 1
-        self._label = f"run {self._number}/{self._runs}: {variant}, seed {seed}"
+    def begin(self, variant: str, seed: int, finished: int) -> None:
+        """A run starts, when so many are finished, be it by other processes."""
+        self._label = f"run {finished + 1}/{self._runs}: {variant}, seed {seed}"
         self._started = self._said = time.perf_counter()
         self._epochs = 0
-        self._bar.update(self._task, description=self._label)
+        completed = (finished - self._before) * self._epochs_of_run
+        self._bar.update(self._task, completed=completed, description=self._label)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """An epoch has ended."""

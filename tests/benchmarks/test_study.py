@@ -586,6 +586,15 @@ def test_the_original_is_waited_for(finished, images, tmp_path, quick_runs):
     assert quick_runs == [("strided4", 0)]
 
 
+def test_progress_counts_the_runs_of_all_processes(copied, images, quick_runs, capsys):
+    copied.path("original", 1).unlink()
+    copied.path("strided4", 1).unlink()
+    assert running.run_missing(SETTING, images, copied, VARIANTS, 3) == 4
+    lines = [line.split(" in ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines[0].startswith("run 3/6: strided4, seed 1: ")
+    assert lines[-1].startswith("run 6/6: strided4, seed 2: ")
+
+
 def test_a_killed_process_has_no_claim(images, tmp_path):
     results = results_in(tmp_path, images)
     results.begin()

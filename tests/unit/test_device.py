@@ -1,0 +1,68 @@
+"""The processor's name, and what of the memory collections of garbage look at."""
+
+import gc
+import os
+import weakref
+
+import pytest
+
+from mbn_rewrite import device
+
+
+@pytest.mark.parametrize(("cores", "named"), [({0}, "1 core"), ({0, 3}, "2 cores")])
+def test_a_processor_is_named_with_the_cores_of_this_process(monkeypatch, cores, named):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    assert device.processor() == f"{device.cpu_name()}, {named}"
+
+
+@pytest.fixture
+def nothing_frozen():
+    """As in a process of its own: this suite freezes TensorFlow."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    yield
+    if frozen:
+        gc.freeze()
+
+
+class Cycle:
+    """Garbage that only a collection finds, once it is let go."""
+
+    def __init__(self):
+        self.self = self
+
+
+def test_older_objects_are_spared_until_the_end(nothing_frozen):
+    old, kept = Cycle(), Cycle()
+    gone = weakref.ref(old)
+    with device.older_objects_spared():
+        assert gc.get_freeze_count()
+        del old
+        young = weakref.ref(Cycle())
+        gc.collect()
+        assert gone() is not None
+        assert young() is None
+    assert not gc.get_freeze_count()
+    gc.collect()
+    assert gone() is None
+    assert kept.self is kept
+
+
+def test_garbage_of_before_is_not_spared(nothing_frozen):
+    gone = weakref.ref(Cycle())
+    with device.older_objects_spared():
+        assert gone() is None
+
+
+def test_objects_are_thawed_when_something_fails(nothing_frozen):
+    with pytest.raises(ValueError, match="fails"), device.older_objects_spared():
+        raise ValueError("fails")
+    assert not gc.get_freeze_count()
+
+
+def test_what_the_caller_froze_stays_frozen(nothing_frozen):
+    gc.freeze()
+    with device.older_objects_spared():
+        pass
+    assert gc.get_freeze_count()
+    gc.unfreeze()
