@@ -19,7 +19,8 @@ that a step of it executed; a variant that ran just what the original runs is an
 kept when it is finished. Interrupt the program as you like: the same command goes on with the first
 run that is missing. The same command, started again beside the first, takes the runs that the first
 has not begun: on the CPU two that have a core each are faster than one that has two
-(taskset --cpu-list 0 python -m study run ...).
+(taskset --cpu-list 0 python -m study run ...). The runs of a seed are trained on one device; on
+another machine the same command goes on with the seeds that are not begun.
 
 Images come from tensorflow-datasets (pip install tensorflow-datasets), or from a folder with
 --data_dir: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg, or DIR/CLASS/*.jpg.
@@ -96,7 +97,7 @@ def run() -> None:
         raise StudyError(f"--recipe is missing; there are {', '.join(RECIPES)}")
     recipe = RECIPES[FLAGS.recipe]
     variants = running.checked_variants(FLAGS.variants)
-    strategy, gpus, replicas = _devices(FLAGS.devices)
+    strategy, replicas = _devices(FLAGS.devices)
     setting = Setting(
         recipe=recipe,
         keras=FLAGS.keras,
@@ -118,7 +119,7 @@ def run() -> None:
             progress,
         )
         name = FLAGS.data_name or f"{recipe.images} ({images.source})"
-        configuration = running.configuration(setting, images, running.device(gpus), name)
+        configuration = running.configuration(setting, images, name)
         results = Results(directory, configuration)
         results.begin()
     made = running.run_missing(setting, images, results, variants, FLAGS.runs, strategy)
@@ -129,8 +130,8 @@ def run() -> None:
     progress(f"{finished}: python -m study report")
 
 
-def _devices(wanted: int | None) -> tuple[Any, int, int]:
-    """A strategy, where there are several devices; the GPUs, and all devices in use."""
+def _devices(wanted: int | None) -> tuple[Any, int]:
+    """A strategy, where there are several devices; and how many are in use."""
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
@@ -146,7 +147,7 @@ def _devices(wanted: int | None) -> tuple[Any, int, int]:
     kind = "GPU" if gpus else "CPU"
     names = [f"{kind}:{i}" for i in range(count)]
     strategy = tf.distribute.MirroredStrategy(names) if count > 1 else None
-    return strategy, count if gpus else 0, count
+    return strategy, count
 
 
 def report() -> None:

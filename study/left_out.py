@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from study.pairs import Runs
+from study.pairs import Runs, devices
 from study.recipes import RECIPES, RUNS, VARIANTS
 
 
@@ -28,7 +28,7 @@ def left_out(configuration: Mapping[str, Any], runs: Runs, alone: Sequence[str])
     missing = [v for v in VARIANTS if v not in runs]
     if missing:
         yield f"These variants: {', '.join(missing)}."
-    yield from _elsewhere(configuration)
+    yield from _elsewhere(configuration, list(devices(runs)))
 
 
 def _reduced(c: Mapping[str, Any]) -> Iterator[str]:
@@ -50,7 +50,7 @@ def _images_left_out(data: Mapping[str, Any]) -> Iterator[str]:
             yield f"All {there:,} {part} images: these are {data[part]:,}."
 
 
-def _elsewhere(c: Mapping[str, Any]) -> Iterator[str]:
+def _elsewhere(c: Mapping[str, Any], devices: Sequence[str]) -> Iterator[str]:
     """Other recipes, and the same on other ground."""
     others = [name for name in RECIPES if name != c["recipe"]["name"]]
     yield f"These recipes: {', '.join(others)}."
@@ -58,7 +58,7 @@ def _elsewhere(c: Mapping[str, Any]) -> Iterator[str]:
     yield f"The same in {other}."
     if c["dtype"] == "float32":
         yield "Mixed precision."
-    if c["device"].startswith("CPU"):
+    if all(device.startswith("CPU") for device in devices):
         yield "A GPU: the times are those of a CPU."
     if c["replicas"] == 1:
-        yield "More than one device."
+        yield "Several devices at a time."

@@ -1,8 +1,9 @@
-"""Runs in pairs: each with the one of the original that has the same seed."""
+"""Runs in pairs: each with the one of the original that has the same seed, on the same device."""
 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,20 +21,42 @@ def paired(finished: Mapping[tuple[str, int], dict[str, Any]]) -> Runs:
     Raises:
         StudyError: there is no pair.
     """
-    originals = {seed for variant, seed in finished if variant == ORIGINAL}
+    originals = {
+        seed: record["device"]
+        for (variant, seed), record in finished.items()
+        if variant == ORIGINAL
+    }
     variants = sorted({variant for variant, _ in finished}, key=_rank)
     runs = {
         variant: {
             seed: finished[variant, seed]
             for seed in sorted(originals)
-            if (variant, seed) in finished
+            if (variant, seed) in finished and finished[variant, seed]["device"] == originals[seed]
         }
         for variant in variants
     }
     runs = {variant: of_variant for variant, of_variant in runs.items() if of_variant}
     if len(runs) < 2:
-        raise StudyError("no run of a variant has one of the original with the same seed beside it")
+        raise StudyError(
+            "no run of a variant has one of the original with the same seed, on the same device, "
+            "beside it"
+        )
     return runs
+
+
+def devices(runs: Runs) -> Counter[str]:
+    """How many runs each device trained, the one with the most first."""
+    counts = Counter(record["device"] for of in runs.values() for record in of.values())
+    return Counter(dict(counts.most_common()))
+
+
+def on_device(runs: Runs, device: str) -> Runs:
+    """The runs of one device, of the variants that have some."""
+    kept = {
+        variant: {seed: record for seed, record in of.items() if record["device"] == device}
+        for variant, of in runs.items()
+    }
+    return {variant: of for variant, of in kept.items() if of}
 
 
 def _rank(variant: str) -> tuple[bool, str, int]:

@@ -22,11 +22,21 @@ from study.markdown import (
     strides_text,
     table,
 )
-from study.pairs import ORIGINAL, Runs, accuracy, check, paired, seconds_per_epoch
+from study.pairs import (
+    ORIGINAL,
+    Runs,
+    accuracy,
+    check,
+    devices,
+    on_device,
+    paired,
+    seconds_per_epoch,
+)
 from study.results import Results
 from study.statistics import Comparison, compare_all
 
 PAGE = "report.md"
+_LAUNCHING = " On a GPU these are times of launching, not of computing."
 _CHANCE = 1.2  # times the accuracy of guessing: below it, nothing was learnt
 
 
@@ -83,6 +93,10 @@ class Page:
         self.compared = compare_all(self.accuracies, margin)
         self.compared_times = compare_all(self.times, time_margin)
         self.margin, self.time_margin = margin, time_margin
+        self.devices = devices(runs)
+        # Times as such are those of one device; ratios are of pairs, and each has one.
+        self.device = next(iter(self.devices))
+        self.timed = on_device(runs, self.device)
         self.alone: list[str] = []  # runs that are in no pair
 
     def text(self) -> str:
@@ -175,7 +189,7 @@ class Page:
         )
 
     def _time(self) -> str:
-        values = {v: [seconds_per_epoch(r) for r in of.values()] for v, of in self.runs.items()}
+        values = {v: [seconds_per_epoch(r) for r in of.values()] for v, of in self.timed.items()}
         picture = charts.differences(
             self.times,
             self.compared_times,
@@ -187,13 +201,18 @@ class Page:
                 "## Time per epoch",
                 "Training alone; the median of a run's epochs without the first, in which the step "
                 "is traced and profiled (with one epoch, there is only that: it says nothing). "
-                "Differences of pairs, in percent of the original.",
+                f"Differences of pairs, in percent of the original.{self._on_which_device()}",
                 spread_table("seconds", values, 3),
                 comparison_table(self.compared_times, "%"),
                 *(power_text(v, c, "%") for v, c in self.compared_times.items()),
                 picture_of(picture),
             ]
         )
+
+    def _on_which_device(self) -> str:
+        if len(self.devices) == 1:
+            return ""
+        return f" Times, but not differences, are those of the runs on {self.device}."
 
     # ------------------------------------------------------------------------------ proof
 
@@ -244,7 +263,6 @@ class Page:
             v: [strides_text(layer, v).replace("\\", "") for layer in first["layers"]]
             for v, first in self._firsts().items()
         }
-        on_cpu = self.configuration["device"].startswith("CPU")
         picture = charts.layer_times(times, labels, self.directory / "layer_times.png")
         rows = [
             [name]
@@ -264,7 +282,8 @@ class Page:
                 "Forward + backward, milliseconds of a step, by the profiler; medians over runs of "
                 "the median of a few steps. Times of operations that ran side by side overlap, and "
                 "those of FusedBatchNormEx have the ReLU in them."
-                + ("" if on_cpu else " On a GPU these are times of launching, not of computing."),
+                + ("" if self.device.startswith("CPU") else _LAUNCHING)
+                + self._on_which_device(),
                 table(["layer", *times], [*rows, ["sum", *sums]]),
                 picture_of(picture),
             ]
@@ -284,7 +303,7 @@ class Page:
                 }
                 for name in names
             }
-            for variant, of_variant in self.runs.items()
+            for variant, of_variant in self.timed.items()
         }
 
     def _norms(self) -> str:
@@ -319,7 +338,10 @@ class Page:
             "width": c["width"],
             "epochs": c["epochs"],
             "batch on a device": c["batch"],
-            "devices": f"{c['replicas']} ({c['device']})",
+            "devices": c["replicas"],
+            "trained on": ", ".join(
+                f"{name} ({count} runs)" for name, count in self.devices.items()
+            ),
             "precision": c["dtype"],
             "Keras": c["keras"],
             "versions": versions,

@@ -81,7 +81,9 @@ class Results:
         Raises:
             StudyError: it is not.
         """
-        lines = list(differences(program.renewed(found.configuration), self.configuration))
+        before = program.renewed(found.configuration)
+        before.pop("device", None)  # of all runs, before runs named their own
+        lines = list(differences(before, self.configuration))
         if lines:
             raise StudyError(
                 f"{self.directory} has results of another configuration:\n"
@@ -144,7 +146,7 @@ class Results:
             ) from error
 
     def finished(self) -> dict[tuple[str, int], dict[str, Any]]:
-        """The records of all finished runs, by variant and seed.
+        """The records of all finished runs, by variant and seed, with the device of each.
 
         Raises:
             StudyError: a file cannot be read, or is of another configuration.
@@ -160,7 +162,7 @@ class Results:
             key = found["variant"], found["seed"]
             if path != self.path(*key):
                 raise StudyError(f"{path} is a copy of the run {key[0]}, seed {key[1]}. Delete it")
-            runs[key] = found["record"]
+            runs[key] = {"device": self.configuration.get("device"), **found["record"]}
         return runs
 
 

@@ -51,7 +51,7 @@ def checked_variants(variants: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([ORIGINAL, *variants]))
 
 
-def configuration(setting: Setting, data: Data, device: str, images: str) -> dict[str, Any]:
+def configuration(setting: Setting, data: Data, images: str) -> dict[str, Any]:
     """Configuration that runs have to share to be compared."""
     return {
         "versions": {
@@ -60,7 +60,6 @@ def configuration(setting: Setting, data: Data, device: str, images: str) -> dic
             "tensorflow": tf.__version__,
             setting.keras: _keras_version(setting.keras),
         },
-        "device": device,
         "replicas": setting.replicas,
         "keras": setting.keras,
         "dtype": setting.dtype,
@@ -84,10 +83,11 @@ def _keras_version(keras: str) -> str:
     return str(importlib.import_module(KERAS[keras]).__version__)
 
 
-def device(gpus: int) -> str:
-    """Name of the device that all runs on."""
+def device() -> str:
+    """Name of the device that this process trains on."""
+    gpus = tf.config.get_visible_devices("GPU")
     if gpus:
-        return f"{gpus} x {devices.name_of('GPU')}"
+        return f"{len(gpus)} x {devices.name_of('GPU')}"
     return f"CPU, {processor()}"
 
 
@@ -132,16 +132,28 @@ def run_missing(
 ) -> int:
     """Runs what is not finished and no other process has claimed, and keeps it.
 
+    A pair is trained on one device, so that seeds begun on others are left to them.
+
     Returns:
         How many runs were made.
 
     Raises:
-        StudyError: a variant ran just what the original runs, or a run cannot be made.
+        StudyError: a variant ran just what the original runs, a run cannot be made, or all that is
+            missing is of seeds begun on other devices.
     """
-    all_runs, finished = list(order(variants, runs)), results.finished()
-    missing = [one for one in all_runs if one not in finished]
-    # A variant is compared with the original as it runs, so that has to be there.
-    first = (ORIGINAL, 0)
+    all_runs, finished, here = list(order(variants, runs)), results.finished(), device()
+    elsewhere = {seed: r["device"] for (_, seed), r in finished.items() if r["device"] != here}
+    left = [one for one in all_runs if one not in finished]
+    missing = [one for one in left if one[1] not in elsewhere]
+    if left and not missing:
+        begun_on = sorted({elsewhere[seed] for _, seed in left})
+        raise StudyError(
+            f"all that is missing is of seeds begun on {' and '.join(begun_on)}, and this is "
+            f"{here}: a pair is trained on one device. Go on there, or ask for more --runs"
+        )
+    # A variant is compared with the original as it runs here, so that has to be there.
+    originals = [one for one in missing if one[0] == ORIGINAL]
+    first = None if _original_on(here, finished) else next(iter(originals), None)
     missing.sort(key=lambda one: one != first)
     made = 0
     with Progress(len(all_runs), len(missing), setting.epochs) as progress:
@@ -150,14 +162,23 @@ def run_missing(
                 if not ours:
                     continue
                 finished = results.finished()
-                original = finished[first]["operations"] if first in finished else None
-                check = partial(check_operations, variant, originals=original)
+                original = _original_on(here, finished)
+                check = partial(
+                    check_operations, variant, originals=original and original["operations"]
+                )
                 progress.begin(variant, seed, len(finished.keys() & set(all_runs)))
                 record = training.run(setting, data, variant, seed, check, progress.epoch, strategy)
-                results.save(variant, seed, record)
+                results.save(variant, seed, record | {"device": here})
             made += 1
             progress.end(record)
     return made
+
+
+def _original_on(
+    device: str, finished: Mapping[tuple[str, int], dict[str, Any]]
+) -> dict[str, Any] | None:
+    records = (record for (variant, _), record in finished.items() if variant == ORIGINAL)
+    return next((record for record in records if record["device"] == device), None)
 
 
 class Progress:

@@ -60,7 +60,7 @@ def images(folder):
 
 
 def results_in(directory, images, setting=SETTING):
-    configuration = running.configuration(setting, images, "a device", "made-up images")
+    configuration = running.configuration(setting, images, "made-up images")
     return Results(Path(directory), configuration)
 
 
@@ -511,7 +511,7 @@ def test_a_run_that_was_being_written_is_not_finished(copied):
     assert len(copied.finished()) == 3
     copied.save("strided4", 1, {"another": "record"})
     assert not half.exists()
-    assert copied.finished()["strided4", 1] == {"another": "record"}
+    assert copied.finished()["strided4", 1]["another"] == "record"
 
 
 def test_a_run_that_cannot_be_kept_in_its_place_is_kept_elsewhere(copied, monkeypatch):
@@ -593,6 +593,53 @@ def test_progress_counts_the_runs_of_all_processes(copied, images, quick_runs, c
     lines = [line.split(" in ")[0] for line in capsys.readouterr().err.splitlines()]
     assert lines[0].startswith("run 3/6: strided4, seed 1: ")
     assert lines[-1].startswith("run 6/6: strided4, seed 2: ")
+
+
+@pytest.fixture
+def begun_elsewhere(images, tmp_path, quick_runs, monkeypatch):
+    """Two variants of the first seed, and the original of the second, on another device."""
+    results = results_in(tmp_path, images)
+    results.begin()
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "device", lambda: "1 x a GPU")
+        assert running.run_missing(SETTING, images, results, VARIANTS, 1) == 2
+        assert running.run_missing(SETTING, images, results, ["original"], 2) == 1
+    quick_runs.clear()
+    return results
+
+
+def test_a_seed_is_trained_on_one_device(begun_elsewhere, images, quick_runs, monkeypatch):
+    assert running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 3) == 2
+    assert quick_runs == [("original", 2), ("strided4", 2)]
+    with pytest.raises(StudyError, match=r"begun on 1 x a GPU, .* or ask for more --runs"):
+        running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 3)
+    monkeypatch.setattr(running, "device", lambda: "1 x a GPU")
+    assert running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 3) == 1
+    assert quick_runs[-1] == ("strided4", 1)
+    assert running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 3) == 0
+
+
+def test_the_original_goes_first_on_every_device(begun_elsewhere, images, quick_runs):
+    """Whose turn it is on the other does not count."""
+    assert list(running.order(VARIANTS, 4))[-2:] == [("strided4", 3), ("original", 3)]
+    for run in (("original", 2), ("strided4", 2)):
+        begun_elsewhere.save(*run, begun_elsewhere.finished()["original", 0])
+    running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 4)
+    assert quick_runs == [("original", 3), ("strided4", 3)]
+
+
+def test_a_report_pairs_runs_of_one_device_and_times_one(begun_elsewhere, images, quick_runs):
+    running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 4)
+    lone = begun_elsewhere.finished()["original", 3] | {"device": "another device"}
+    begun_elsewhere.save("strided4", 1, lone)
+    page = report.write(begun_elsewhere, 0.5, 5).read_text()
+    assert "; 3 pairs." in page
+    assert "not reported: strided4, seed 1." in page
+    assert f"| trained on | {running.device()} (4 runs), 1 x a GPU (3 runs) |" in page
+    assert f"are those of the runs on {running.device()}." in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| variant | runs | mean sec")]
+    seconds = page[page.index(row) :].splitlines()[2:4]
+    assert [line.split(" | ")[1] for line in seconds] == ["2", "2"]
 
 
 def test_a_killed_process_has_no_claim(images, tmp_path):
@@ -679,9 +726,11 @@ def earlier(tmp_path):
 
 
 def as_begun_now(earlier, **changed):
-    """The same study, as this program describes it."""
+    """The same study, as this program describes it: runs name their device."""
     versions = earlier.configuration["versions"] | {"program": program.digest()}
-    return Results(earlier.directory, earlier.configuration | {"versions": versions} | changed)
+    configuration = earlier.configuration | {"versions": versions} | changed
+    del configuration["device"]
+    return Results(earlier.directory, configuration)
 
 
 def test_a_study_begun_with_the_version_before_is_reported(earlier):
@@ -698,7 +747,10 @@ def test_a_study_begun_with_the_version_before_goes_on(earlier, images, quick_ru
     results.begin()
     assert running.run_missing(SETTING, images, results, VARIANTS, 3) == 2
     assert quick_runs == [("original", 2), ("strided4", 2)]
-    assert len(Results.open(earlier.directory).finished()) == 6
+    finished = Results.open(earlier.directory).finished()
+    assert len(finished) == 6
+    assert finished["original", 1]["device"] == "CPU, a processor, 2 cores"
+    assert finished["original", 2]["device"] == running.device()
 
 
 def test_it_goes_on_with_its_own_flags_alone(earlier):
@@ -888,7 +940,7 @@ def test_a_report_has_all_parts(finished, page):
         "These recipes: resnet50_imagenette, resnet50_imagenet, resnet50_imagenet_scripts.",
         "The same in Keras 3.",
         "Mixed precision.",
-        "More than one device.",
+        "Several devices at a time.",
     ],
 )
 def test_a_report_names_what_was_not_run(page, line):
