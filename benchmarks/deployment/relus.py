@@ -9,50 +9,46 @@ LiteRT's reference kernel, and breaks the network into parts. A product takes it
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
-import tf_keras
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-import mbn_rewrite as mbn
-from benchmarks.common.failures import Declined
+from benchmarks.peer_tools.converters import ours
 from benchmarks.peer_tools.work import Work
 
 
-def relus_in_products(model: Any) -> Any:
-    """A copy of a tf_keras model in which each ReLU reads a product, with the number next to 1."""
-
-    def copied(layer: Any) -> Any:
-        config = layer.get_config()
-        names = ("max_value", "negative_slope", "threshold")
-        is_plain = isinstance(layer, tf_keras.layers.ReLU) and not any(map(config.get, names))
-        is_named = isinstance(layer, tf_keras.layers.Activation) and config["activation"] == "relu"
-        if is_plain or is_named:
-            return tf_keras.layers.Lambda(_relu_of_product, name=layer.name, dtype=layer.dtype)
-        return type(layer).from_config(config)
-
-    copy = tf_keras.models.clone_model(model, clone_function=copied)
-    copy.set_weights(model.get_weights())
-    return copy
+def put_relus_in_products(directory: Path) -> None:
+    """Has each ReLU of a SavedModel read a product, with the number next to 1."""
+    path = directory / "saved_model.pb"
+    model = SavedModel.FromString(path.read_bytes())
+    for graph in (meta_graph.graph_def for meta_graph in model.meta_graphs):
+        _put_in_products(graph.node, "", "")
+        for function in graph.library.function:
+            _put_in_products(function.node_def, ":output:0", ":z:0")
+    path.write_bytes(model.SerializeToString())
+    (directory / "fingerprint.pb").unlink(missing_ok=True)  # of what it was
 
 
-def _relu_of_product(x: tf.Tensor) -> tf.Tensor:
-    return tf.nn.relu(x * (1 + 2**-23))  # a product by 1 would be optimised away
+def _put_in_products(nodes: Any, of_constant: str, of_product: str) -> None:
+    kind = tf.float32.as_datatype_enum
+    for relu in [n for n in nodes if n.op in ("Relu", "Relu6") and n.attr["T"].type == kind]:
+        number = nodes.add(name=f"{relu.name}/number", op="Const", device=relu.device)
+        number.attr["dtype"].type = kind
+        number.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(1 + 2**-23, tf.float32))
+        product = nodes.add(name=f"{relu.name}/product", op="Mul", device=relu.device)
+        product.attr["T"].type = kind
+        product.input[:] = [relu.input[0], number.name + of_constant]
+        relu.input[0] = product.name + of_product
 
 
 def folded_with_products(work: Work) -> Path:
-    """Folded in memory, with ReLUs in products, and saved.
-
-    Raises:
-        Declined: the original was not saved by tf_keras.
-    """
+    """Folded, and its ReLUs put into products."""
     out, unfinished = work.output("ours_fold_products"), work.output("unfinished")
     if not out.exists():
-        try:
-            model = tf_keras.models.load_model(work.original, compile=False)
-        except (OSError, ValueError) as error:
-            raise Declined("it takes SavedModels of tf_keras only") from error
-        relus_in_products(mbn.convert(model, mode="fold")).save(unfinished, save_format="tf")
+        shutil.copytree(ours("fold", 1)(work), unfinished)
+        put_relus_in_products(unfinished)
         unfinished.rename(out)
     return out

@@ -3,9 +3,11 @@
 Networks have random weights, and statistics of the images that they are calibrated with.
 """
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
-from benchmarks.deployment import forms, models
+from benchmarks.deployment import forms, models, relus
 from benchmarks.peer_tools.work import Work
 
 pytestmark = pytest.mark.slow
@@ -58,6 +60,24 @@ def test_relus_in_products_keep_the_network_in_one_part(written):
     assert parts["fold"] > 1
     assert (operators["fold"].count("RELU"), operators["products"].count("RELU")) == (3, 0)
     assert rows["products"]["error"] <= NO_LOSS * rows["original"]["error"]
+
+
+def test_relus_in_products_compute_the_same(tmp_path):
+    class Model(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, 4])])
+        def serve(self, x):
+            return tf.nn.relu6(2 * tf.nn.relu(x)), tf.nn.relu(tf.cast(x, tf.float64))
+
+    model, x = Model(), tf.random.stateless_normal([64, 4], (0, 0), stddev=3)
+    tf.saved_model.save(model, str(tmp_path))
+    relus.put_relus_in_products(tmp_path)
+    serve = tf.saved_model.load(str(tmp_path)).serve
+    for given, expected in zip(serve(x), model.serve(x), strict=True):
+        np.testing.assert_allclose(given, expected, rtol=5e-7)
+    nodes = serve.get_concrete_function().graph.as_graph_def().library.function[0].node_def
+    read = {node.op: node.input[0].split(":")[0] for node in nodes if node.op.startswith("Relu")}
+    assert read["Relu6"] == "Relu6/product"
+    assert [node.op for node in nodes].count("Mul") == 3  # no product for the one of float64
 
 
 def operators_of(path):
