@@ -46,8 +46,16 @@ def _outside_strategies() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _tensorflow_spared() -> Iterator[None]:
+    """Has collections of garbage leave the modules of TensorFlow alone, which it imports."""
+    import tensorflow  # noqa: F401
+
+    with older_objects_spared():
+        yield
+
+
 @_outside_strategies()
-@older_objects_spared()
 def rewrite_saved_model(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -146,32 +154,33 @@ def rewrite_saved_model(
     output_dir.clean_up(*([] if dry_run else [destination.absolute().parent]))
     check_paths(source, None if dry_run else destination, overwrite, trusted)
     options.progress(f"loading {source}")
-    model = open_source(source, trusted, tags, signatures, set_input)
-    _leave_unverified(model, unverified, source)
-    report = _planned(model, options, source)
-    if dry_run:
-        return report
-    reference = _run(model, options)
-    report = replace(
-        report,
-        destination=str(destination),
-        unverified={**model.unverifiable, **reference.not_compared},
-        by_xla=reference.by_xla,
-    )
-    with output_dir.working_folder(destination) as folder:
-        weights = _write(model, report.plan, folder.new, options)
-        del model  # so that the two are not in memory side by side
-        if freeze:
-            report, reference = _frozen(report, reference, folder, trusted, options)
-        report = _verified(report, weights, folder.new, reference, tolerance, options)
-        output_dir.put_in_place(folder, destination, overwrite)
-    if measure:
-        original = OnDisk(source, trusted, tags, set_input, report.before.signature or None)
-        speed = figure_on_disk(
-            original, destination, options, report.changed, report.after_operations
+    with _tensorflow_spared():
+        model = open_source(source, trusted, tags, signatures, set_input)
+        _leave_unverified(model, unverified, source)
+        report = _planned(model, options, source)
+        if dry_run:
+            return report
+        reference = _run(model, options)
+        report = replace(
+            report,
+            destination=str(destination),
+            unverified={**model.unverifiable, **reference.not_compared},
+            by_xla=reference.by_xla,
         )
-        report = replace(report, speed=speed)
-    return report
+        with output_dir.working_folder(destination) as folder:
+            weights = _write(model, report.plan, folder.new, options)
+            del model  # so that the two are not in memory side by side
+            if freeze:
+                report, reference = _frozen(report, reference, folder, trusted, options)
+            report = _verified(report, weights, folder.new, reference, tolerance, options)
+            output_dir.put_in_place(folder, destination, overwrite)
+        if measure:
+            original = OnDisk(source, trusted, tags, set_input, report.before.signature or None)
+            speed = figure_on_disk(
+                original, destination, options, report.changed, report.after_operations
+            )
+            report = replace(report, speed=speed)
+        return report
 
 
 def verify_saved_model(

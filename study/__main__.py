@@ -17,10 +17,10 @@ Runs with the same seed start from the same weights and see the same images in t
 the same augmentations, whatever the variant. Each records the operations of BatchNormalization
 that a step of it executed; a variant that ran just what the original runs is an error. A run is
 kept when it is finished. Interrupt the program as you like: the same command goes on with the first
-run that is missing. The same command, started again beside the first, takes the runs that the first
-has not begun: on the CPU two that have a core each are faster than one that has two
-(taskset --cpu-list 0 python -m study run ...). The runs of a seed are trained on one device; on
-another machine the same command goes on with the seeds that are not begun.
+run that is missing. Started again beside the first, it takes runs that the first has not begun: on
+a CPU with two cores, `taskset --cpu-list 0 python -m study run ...` and the same with 1 are faster
+than one that has both. The runs of a seed are trained on one device (one core of a CPU is another
+than two); on another machine the same command goes on with the seeds that are not begun.
 
 Images come from tensorflow-datasets (pip install tensorflow-datasets), or from a folder with
 --data_dir: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg, or DIR/CLASS/*.jpg.
@@ -90,7 +90,9 @@ def run() -> None:
 
     import_tensorflow()
     from study import data, running
-    from study.results import Results, locked
+    from study.claims import locked
+    from study.results import Results
+    from study.standing import Standing, order
     from study.training import Setting
 
     if not FLAGS.recipe:
@@ -108,8 +110,11 @@ def run() -> None:
         replicas=replicas,
     )
     directory = Path(FLAGS.results)
-    with locked(directory):
-        progress("reading images")
+    directory.mkdir(parents=True, exist_ok=True)
+    progress("reading images")
+    with locked(
+        directory / ".images.lock", lambda: progress("another process reads them: waiting")
+    ):
         images = data.load(
             recipe,
             FLAGS.data_dir,
@@ -118,16 +123,13 @@ def run() -> None:
             directory / "images.json",
             progress,
         )
-        name = FLAGS.data_name or f"{recipe.images} ({images.source})"
-        configuration = running.configuration(setting, images, name)
-        results = Results(directory, configuration)
-        results.begin()
-    made = running.run_missing(setting, images, results, variants, FLAGS.runs, strategy)
-    wanted = set(running.order(variants, FLAGS.runs))
-    left = len(wanted - results.finished().keys())
-    others = f", and other processes train {left}" if left else ""
-    finished = f"{len(wanted) - left} runs are finished, {made} of them now{others}"
-    progress(f"{finished}: python -m study report")
+    name = FLAGS.data_name or f"{recipe.images} ({images.source})"
+    results = Results(directory, running.configuration(setting, images, name))
+    with results.joined():
+        made = running.run_missing(setting, images, results, variants, FLAGS.runs, strategy)
+    runs = tuple(order(variants, FLAGS.runs))
+    standing = Standing(runs, running.device(), results.finished(), results.training())
+    progress(f"{standing}; this process made {made}: python -m study report")
 
 
 def _devices(wanted: int | None) -> tuple[Any, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from study.pairs import Runs, devices
+from study.pairs import Runs, devices_of
 from study.recipes import RECIPES, RUNS, VARIANTS
 
 
@@ -20,7 +20,7 @@ def left_out(configuration: Mapping[str, Any], runs: Runs, alone: Sequence[str])
     yield from _reduced(configuration)
     yield from _images_left_out(configuration["data"])
     if alone:
-        yield f"The other half of a pair; not reported: {'; '.join(alone)}."
+        yield f"The other half of a pair, on the same device; not reported: {'; '.join(alone)}."
     few = {v: len(of) for v, of in runs.items() if len(of) < RUNS}
     if few:
         counts = ", ".join(f"{count} of {v}" for v, count in few.items())
@@ -28,7 +28,7 @@ def left_out(configuration: Mapping[str, Any], runs: Runs, alone: Sequence[str])
     missing = [v for v in VARIANTS if v not in runs]
     if missing:
         yield f"These variants: {', '.join(missing)}."
-    yield from _elsewhere(configuration, list(devices(runs)))
+    yield from _elsewhere(configuration, list(devices_of(runs)))
 
 
 def _reduced(c: Mapping[str, Any]) -> Iterator[str]:

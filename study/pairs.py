@@ -44,10 +44,14 @@ def paired(finished: Mapping[tuple[str, int], dict[str, Any]]) -> Runs:
     return runs
 
 
-def devices(runs: Runs) -> Counter[str]:
-    """How many runs each device trained, the one with the most first."""
-    counts = Counter(record["device"] for of in runs.values() for record in of.values())
-    return Counter(dict(counts.most_common()))
+def devices_of(runs: Runs) -> dict[str, int]:
+    """How many runs each device trained, the one with the most pairs first."""
+    pairs, all_runs = Counter[str](), Counter[str]()
+    for variant, of_variant in runs.items():
+        for record in of_variant.values():
+            all_runs[record["device"]] += 1
+            pairs[record["device"]] += variant != ORIGINAL
+    return {device: all_runs[device] for device, _ in pairs.most_common()}
 
 
 def on_device(runs: Runs, device: str) -> Runs:

@@ -27,7 +27,7 @@ from study.pairs import (
     Runs,
     accuracy,
     check,
-    devices,
+    devices_of,
     on_device,
     paired,
     seconds_per_epoch,
@@ -77,6 +77,9 @@ class Page:
         directory: Path,
     ) -> None:
         self.configuration, self.runs, self.directory = configuration, runs, directory
+        self.devices = devices_of(runs)
+        self.device = next(iter(self.devices))  # whose times are reported
+        self.timed = on_device(runs, self.device)
         originals = runs[ORIGINAL]
         self.variants = [variant for variant in runs if variant != ORIGINAL]
         self.accuracies = {
@@ -86,17 +89,14 @@ class Page:
         self.times = {
             v: [
                 100 * (seconds_per_epoch(r) / seconds_per_epoch(originals[seed]) - 1)
-                for seed, r in runs[v].items()
+                for seed, r in of_variant.items()
             ]
-            for v in self.variants
+            for v, of_variant in self.timed.items()
+            if v != ORIGINAL
         }
         self.compared = compare_all(self.accuracies, margin)
         self.compared_times = compare_all(self.times, time_margin)
         self.margin, self.time_margin = margin, time_margin
-        self.devices = devices(runs)
-        # Times as such are those of one device; ratios are of pairs, and each has one.
-        self.device = next(iter(self.devices))
-        self.timed = on_device(runs, self.device)
         self.alone: list[str] = []  # runs that are in no pair
 
     def text(self) -> str:
@@ -125,7 +125,7 @@ class Page:
                 f"- **{v}**: accuracy {signed(a)} points, {a.verdict} (±{self.margin:g}); time "
                 f"{self._time_verdict(t)}; {a.count} pairs."
                 for v in self.variants
-                for a, t in [(self.compared[v], self.compared_times[v])]
+                for a, t in [(self.compared[v], self.compared_times.get(v))]
             ),
             *(f"- **Warning**: {line}" for line in self._warnings()),
             "",
@@ -136,7 +136,9 @@ class Page:
         ]
         return "\n".join(lines)
 
-    def _time_verdict(self, compared: Comparison) -> str:
+    def _time_verdict(self, compared: Comparison | None) -> str:
+        if compared is None:
+            return f"not compared, since times are those of {self.device}"
         if self.configuration["epochs"] == 1:
             return "not compared, since the one epoch has tracing and profiling in it"
         return f"{signed(compared)}%, {compared.verdict} (±{self.time_margin:g}%)"
@@ -212,7 +214,7 @@ class Page:
     def _on_which_device(self) -> str:
         if len(self.devices) == 1:
             return ""
-        return f" Times, but not differences, are those of the runs on {self.device}."
+        return f" All of the runs on {self.device}."
 
     # ------------------------------------------------------------------------------ proof
 
@@ -339,9 +341,7 @@ class Page:
             "epochs": c["epochs"],
             "batch on a device": c["batch"],
             "devices": c["replicas"],
-            "trained on": ", ".join(
-                f"{name} ({count} runs)" for name, count in self.devices.items()
-            ),
+            "runs by device": ", ".join(f"{name}: {count}" for name, count in self.devices.items()),
             "precision": c["dtype"],
             "Keras": c["keras"],
             "versions": versions,

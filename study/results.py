@@ -4,30 +4,30 @@
     DIRECTORY/runs/VARIANT-SEED.json    one finished run
 
 A run is written beside its file and renamed, so that a file is whole or not there. Several
-processes may add to one directory: each claims the run that it trains, by a lock on a file beside
-the run's. Room for the result is held in that file: a full disk is noticed before the work and not
-after it.
+processes may add to one directory: each claims the run that it trains. Room for the result is held
+with the claim: a full disk is noticed before the work and not after it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from benchmarks.common.results import write_whole
 from study import program
+from study.claims import Claims, Run
 from study.errors import StudyError
 
 FORMAT = 1  # of these files; another number is another version
-_ROOM = 1 << 20  # bytes held for a run
-_STUDY, _RUNS, _LOCK, _CLAIM = "study.json", "runs", ".lock", ".claim"
+_STUDY, _RUNS = "study.json", "runs"
+_LEFT_OVER = (f"{_STUDY}.part", f"{_RUNS}/*.json.part")
+# Records by variant and seed.
+Finished = dict[Run, dict[str, Any]]
 
 
 class Results:
@@ -42,6 +42,7 @@ class Results:
         self.directory = directory
         self.configuration = json.loads(json.dumps(configuration))  # as it reads when it is read
         self.digest = _digest(self.configuration)
+        self._claims = Claims(directory)
 
     @classmethod
     def open(cls, directory: Path) -> Results:
@@ -61,19 +62,25 @@ class Results:
             )
         return cls(directory, found["configuration"])
 
-    def begin(self) -> None:
-        """Makes the directory, or sees that what is there is of the same configuration.
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Begins the study, or goes on with it, be it beside other processes.
 
         Raises:
-            StudyError: it is not.
+            StudyError: what is there is of another configuration.
         """
-        runs = self.directory / _RUNS
-        # Where no run is finished or training, there is nothing another configuration could spoil.
-        if any(runs.glob("*.json")) or any(map(_is_held, runs.glob(f"*{_CLAIM}"))):
+        (self.directory / _RUNS).mkdir(parents=True, exist_ok=True)
+        with self._claims.joined(self._begin):
+            yield
+
+    def _begin(self, is_alone: bool) -> None:
+        # Otherwise there is nothing that another configuration could spoil.
+        if any(self.directory.glob(f"{_RUNS}/*.json")) or not is_alone:
             self._go_on_with(Results.open(self.directory))
-        runs.mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT, "configuration": self.configuration}
-        _write(self.directory / _STUDY, content)
+        if is_alone:
+            for path in (path for left in _LEFT_OVER for path in self.directory.glob(left)):
+                path.unlink()
+        _write(self.directory / _STUDY, {"format": FORMAT, "configuration": self.configuration})
 
     def _go_on_with(self, found: Results) -> None:
         """Takes the configuration of finished runs, which name it, if it is the same to training.
@@ -93,38 +100,37 @@ class Results:
         self.configuration, self.digest = found.configuration, found.digest
 
     @contextmanager
-    def claimed(self, variant: str, seed: int, wait: bool = False) -> Iterator[bool]:
+    def claimed(
+        self, device: str, choose: Callable[[Finished, Mapping[Run, str]], Run | None]
+    ) -> Iterator[Run | None]:
         """Claims a run for this process, and holds disk space for it while it trains.
 
         Args:
-            variant: whose run it is.
-            seed: which.
-            wait: for another process that trains it, until it is finished or given up.
+            device: that this process trains on.
+            choose: gives the run, or None, by the finished ones and those that processes train,
+                with their devices.
 
         Yields:
-            Whether the run is this process's: not if it is finished, or another one's.
+            What was chosen.
         """
-        path = self._claim(variant, seed)
-        with path.open("ab") as file:
-            if not _locked(file, wait):
-                yield False
-                return
-            try:
-                missing = not self.path(variant, seed).exists()
-                if missing:
-                    file.write(bytes(_ROOM))
-                    file.flush()
-                    os.fsync(file.fileno())
-                yield missing
-            finally:
-                path.unlink(missing_ok=True)
+        with self._claims.lock():
+            run = choose(self.finished(), self._claims.held())
+            claim = run and self._claims.take(run, device)
+        try:
+            yield run
+        finally:
+            if run and claim:
+                with self._claims.lock():
+                    self._claims.end(run, claim)
+
+    def training(self) -> dict[Run, str]:
+        """The device of each run that a process trains just now."""
+        with self._claims.lock():
+            return self._claims.held()
 
     def path(self, variant: str, seed: int) -> Path:
         """The file of a run."""
         return self.directory / _RUNS / f"{variant}-{seed:03d}.json"
-
-    def _claim(self, variant: str, seed: int) -> Path:
-        return self.path(variant, seed).with_suffix(_CLAIM)
 
     def save(self, variant: str, seed: int, record: Mapping[str, Any]) -> None:
         """Keeps a finished run.
@@ -133,8 +139,7 @@ class Results:
             StudyError: it cannot be written there, and is kept elsewhere.
         """
         content = {"format": FORMAT, "digest": self.digest, "variant": variant, "seed": seed}
-        with suppress(FileNotFoundError):
-            os.truncate(self._claim(variant, seed), 0)
+        self._claims.give_room((variant, seed))
         path = self.path(variant, seed)
         try:
             _write(path, content | {"record": record})
@@ -145,7 +150,7 @@ class Results:
                 "move it there before the study goes on"
             ) from error
 
-    def finished(self) -> dict[tuple[str, int], dict[str, Any]]:
+    def finished(self) -> Finished:
         """The records of all finished runs, by variant and seed, with the device of each.
 
         Raises:
@@ -164,30 +169,6 @@ class Results:
                 raise StudyError(f"{path} is a copy of the run {key[0]}, seed {key[1]}. Delete it")
             runs[key] = {"device": self.configuration.get("device"), **found["record"]}
         return runs
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keeps other processes waiting that begin a study in a directory, which it makes."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("ab") as file:
-        _locked(file, wait=True)
-        yield
-
-
-def _locked(file: IO[bytes], wait: bool) -> bool:
-    """Whether a file could be locked; closing it, or the end of the process, unlocks it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_held(claim: Path) -> bool:
-    """Whether a process trains the run: the lock of one that was killed is gone."""
-    with claim.open("ab") as file:
-        return not _locked(file, wait=False)
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -23,14 +23,17 @@ from benchmarks.models import training_networks
 from mbn_rewrite.device import processor
 from mbn_rewrite.errors import RewriteError
 from study import program, proof, training
+from study.claims import Run
 from study.errors import StudyError
 from study.images import Data
+from study.pairs import ORIGINAL
 from study.recipes import KERAS
 from study.results import Results
+from study.standing import Standing, order
 from study.training import Setting
 
-ORIGINAL = "original"
 _SILENCE = 60  # seconds
+_PAUSE = 1.0  # seconds between looks at what other processes have finished
 
 
 def checked_variants(variants: Sequence[str]) -> tuple[str, ...]:
@@ -91,17 +94,6 @@ def device() -> str:
     return f"CPU, {processor()}"
 
 
-def order(variants: Sequence[str], runs: int) -> Iterator[tuple[str, int]]:
-    """All runs, seed by seed, so that a part of the study is paired too.
-
-    The variants take turns in going first: what the machine does over time hits all alike.
-    """
-    for seed in range(runs):
-        turn = seed % len(variants)
-        for variant in (*variants[turn:], *variants[:turn]):
-            yield variant, seed
-
-
 def check_operations(
     variant: str, operations: Mapping[str, int], originals: Mapping[str, int] | None
 ) -> None:
@@ -130,55 +122,33 @@ def run_missing(
     runs: int,
     strategy: Any = None,
 ) -> int:
-    """Runs what is not finished and no other process has claimed, and keeps it.
-
-    A pair is trained on one device, so that seeds begun on others are left to them.
+    """Runs what is not finished and no other process trains, and keeps it.
 
     Returns:
         How many runs were made.
 
     Raises:
-        StudyError: a variant ran just what the original runs, a run cannot be made, or all that is
-            missing is of seeds begun on other devices.
+        StudyError: a variant ran just what the original runs, or a run cannot be made.
     """
-    all_runs, finished, here = list(order(variants, runs)), results.finished(), device()
-    elsewhere = {seed: r["device"] for (_, seed), r in finished.items() if r["device"] != here}
-    left = [one for one in all_runs if one not in finished]
-    missing = [one for one in left if one[1] not in elsewhere]
-    if left and not missing:
-        begun_on = sorted({elsewhere[seed] for _, seed in left})
-        raise StudyError(
-            f"all that is missing is of seeds begun on {' and '.join(begun_on)}, and this is "
-            f"{here}: a pair is trained on one device. Go on there, or ask for more --runs"
-        )
-    # A variant is compared with the original as it runs here, so that has to be there.
-    originals = [one for one in missing if one[0] == ORIGINAL]
-    first = None if _original_on(here, finished) else next(iter(originals), None)
-    missing.sort(key=lambda one: one != first)
+    here = device()
+    standing = partial(Standing, tuple(order(variants, runs)), here)
     made = 0
-    with Progress(len(all_runs), len(missing), setting.epochs) as progress:
-        for variant, seed in missing:
-            with results.claimed(variant, seed, wait=(variant, seed) == first) as ours:
-                if not ours:
-                    continue
-                finished = results.finished()
-                original = _original_on(here, finished)
-                check = partial(
-                    check_operations, variant, originals=original and original["operations"]
-                )
-                progress.begin(variant, seed, len(finished.keys() & set(all_runs)))
-                record = training.run(setting, data, variant, seed, check, progress.epoch, strategy)
-                results.save(variant, seed, record | {"device": here})
-            made += 1
-            progress.end(record)
-    return made
-
-
-def _original_on(
-    device: str, finished: Mapping[tuple[str, int], dict[str, Any]]
-) -> dict[str, Any] | None:
-    records = (record for (variant, _), record in finished.items() if variant == ORIGINAL)
-    return next((record for record in records if record["device"] == device), None)
+    with Progress(setting.epochs) as progress:
+        while True:
+            with results.claimed(here, lambda *state: standing(*state).next) as run:
+                now = standing(results.finished(), results.training())
+                if run:
+                    progress.begin(run, now)
+                    check = partial(check_operations, run[0], originals=now.originals)
+                    record = training.run(setting, data, *run, check, progress.epoch, strategy)
+                    results.save(*run, record | {"device": here})
+                    progress.end(record)
+                    made += 1
+            if not run and not now.waits:
+                return made
+            if not run:
+                progress.wait()
+                time.sleep(_PAUSE)
 
 
 class Progress:
@@ -188,10 +158,11 @@ class Progress:
     line for an epoch where a minute has passed since the last.
     """
 
-    def __init__(self, runs: int, missing: int, epochs: int) -> None:
-        self._runs, self._before = runs, runs - missing
+    def __init__(self, epochs: int) -> None:
         self._epochs_of_run = epochs
+        self._finished_before: int | None = None
         self._label, self._epochs = "", 0
+        self._is_waiting = False
         self._started = self._said = 0.0
         console = Console(stderr=True, highlight=False)
         # Speed is taken over all epochs: variants differ, and take turns.
@@ -202,7 +173,7 @@ class Progress:
             disable=not console.is_terminal,
             speed_estimate_period=math.inf,
         )
-        self._task = self._bar.add_task("", total=missing * epochs)
+        self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -211,13 +182,28 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def begin(self, variant: str, seed: int, finished: int) -> None:
-        """A run starts, when so many are finished, be it by other processes."""
-        self._label = f"run {finished + 1}/{self._runs}: {variant}, seed {seed}"
+    def begin(self, run: Run, now: Standing) -> None:
+        """A run starts."""
+        variant, seed = run
+        finished = len(now.runs) - len(now.left)
+        self._label = f"run {finished + 1}/{len(now.runs)}: {variant}, seed {seed}"
         self._started = self._said = time.perf_counter()
         self._epochs = 0
-        completed = (finished - self._before) * self._epochs_of_run
-        self._bar.update(self._task, completed=completed, description=self._label)
+        if self._finished_before is None:
+            self._finished_before = finished
+        completed = finished - self._finished_before
+        self._bar.update(
+            self._task,
+            completed=completed * self._epochs_of_run,
+            total=(completed + len(now.here)) * self._epochs_of_run,
+            description=self._label,
+        )
+
+    def wait(self) -> None:
+        """There is nothing to begin just now."""
+        if not self._is_waiting:
+            self._say("waiting for the original, which another process trains")
+        self._is_waiting = True
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """An epoch has ended."""

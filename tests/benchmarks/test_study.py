@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,18 @@ from scipy import stats
 
 from benchmarks.models import training_networks
 from benchmarks.training.operations import OpTime
-from study import data, image_folder, models, program, proof, report, running, statistics, training
+from study import (
+    data,
+    image_folder,
+    models,
+    program,
+    proof,
+    report,
+    running,
+    standing,
+    statistics,
+    training,
+)
 from study.errors import StudyError, exit_code
 from study.pipeline import Pipeline
 from study.recipes import RECIPES, learning_rate
@@ -64,11 +75,17 @@ def results_in(directory, images, setting=SETTING):
     return Results(Path(directory), configuration)
 
 
+def begin(results):
+    """Begins a study, or goes on with it; nobody is at work."""
+    with results.joined():
+        pass
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, images):
     """Two runs of each variant, made once; the second of each is made up of the first."""
     results = results_in(tmp_path_factory.mktemp("finished"), images)
-    results.begin()
+    begin(results)
     assert running.run_missing(SETTING, images, results, VARIANTS, 1) == 2
     for (variant, _), record in results.finished().items():
         record["epochs"][0]["test_accuracy"] += 0.01 * len(variant)
@@ -450,7 +467,7 @@ def test_gradients_without_names_go_to_their_layers():
 
 
 def test_a_study_is_run_seed_by_seed_in_turns():
-    assert list(running.order(("original", "a", "b"), 2)) == [
+    assert list(standing.order(("original", "a", "b"), 2)) == [
         *(("original", 0), ("a", 0), ("b", 0)),
         *(("a", 1), ("b", 1), ("original", 1)),
     ]
@@ -461,7 +478,7 @@ def test_an_interrupted_study_goes_on_with_the_first_run_missing(
     images, tmp_path, monkeypatch, quick_runs, when
 ):
     results = results_in(tmp_path, images)
-    results.begin()
+    begin(results)
     with monkeypatch.context() as patched:
 
         def interrupt(*_):
@@ -473,16 +490,16 @@ def test_an_interrupted_study_goes_on_with_the_first_run_missing(
         with pytest.raises(KeyboardInterrupt):
             running.run_missing(SETTING, images, results, VARIANTS, 3)
     kept = set(results.finished())
-    all_runs = list(running.order(VARIANTS, 3))
+    all_runs = list(standing.order(VARIANTS, 3))
     assert kept == set(all_runs[: 2 if when == "within a run" else 3])
 
     quick_runs.clear()
     results = results_in(tmp_path, images)
-    results.begin()
+    begin(results)
     running.run_missing(SETTING, images, results, VARIANTS, 3)
     assert quick_runs == all_runs[len(kept) :]
     assert results.finished().keys() == set(all_runs)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "study.json"]
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["runs", "study.json"]
 
     quick_runs.clear()
     assert running.run_missing(SETTING, images, results, VARIANTS, 3) == 0
@@ -491,15 +508,15 @@ def test_an_interrupted_study_goes_on_with_the_first_run_missing(
 
 def test_an_interrupt_in_the_middle_of_training_leaves_nothing(images, tmp_path):
     results = results_in(tmp_path, images)
-    results.begin()
+    begin(results)
 
     def interrupted(record):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), results.claimed("original", 0):
+    with pytest.raises(KeyboardInterrupt), claiming(results, ("original", 0)):
         training.run(SETTING, images, "original", 0, after_epoch=interrupted)
     assert not results.finished()
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["study.json"]
+    assert [p.name for p in tmp_path.rglob("[!.]*") if p.is_file()] == ["study.json"]
 
 
 def test_a_run_that_was_being_written_is_not_finished(copied):
@@ -507,7 +524,7 @@ def test_a_run_that_was_being_written_is_not_finished(copied):
     half = whole.with_name(f"{whole.name}.part")
     half.write_text(whole.read_text()[:100])
     whole.unlink()
-    copied.begin()
+    begin(copied)
     assert len(copied.finished()) == 3
     copied.save("strided4", 1, {"another": "record"})
     assert not half.exists()
@@ -524,9 +541,9 @@ def test_a_run_that_cannot_be_kept_in_its_place_is_kept_elsewhere(copied, monkey
 
 
 def test_a_configuration_without_runs_binds_nobody(tmp_path, images):
-    results_in(tmp_path, images).begin()
+    begin(results_in(tmp_path, images))
     other = results_in(tmp_path, images, dataclasses.replace(SETTING, batch=4))
-    other.begin()
+    begin(other)
     assert Results.open(tmp_path).configuration["batch"] == 4
 
 
@@ -539,7 +556,7 @@ def test_a_full_disk_loses_nothing_that_is_finished(copied, tmp_path, monkeypatc
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"), copied.claimed("strided4", 9):
+    with pytest.raises(OSError, match="No space left"), claiming(copied, ("strided4", 9)):
         pytest.fail("there was no room, and the run was begun")
     with pytest.raises(OSError, match="No space left"):
         copied.save("strided4", 1, {"another": "record"})
@@ -550,113 +567,196 @@ def test_a_full_disk_loses_nothing_that_is_finished(copied, tmp_path, monkeypatc
 
 # ------------------------------------------------------------------------ several processes
 
-
-def test_a_run_is_trained_by_one_process(images, tmp_path, quick_runs):
-    results, others = results_in(tmp_path, images), results_in(tmp_path, images)
-    results.begin()
-    with others.claimed("strided4", 1) as theirs:
-        assert theirs
-        assert running.run_missing(SETTING, images, results, VARIANTS, 2) == 3
-        with results.claimed("strided4", 1) as ours:
-            assert not ours
-    assert quick_runs == [("original", 0), ("strided4", 0), ("original", 1)]
-    with results.claimed("strided4", 1) as ours:
-        assert ours, "the other one gave it up"
-    assert running.run_missing(SETTING, images, others, VARIANTS, 2) == 1
-
-
-def test_a_run_that_another_process_finished_is_not_trained_again(copied):
-    with copied.claimed("strided4", 1) as ours:
-        assert not ours
-    assert not list(copied.directory.rglob("*.claim"))
-
-
-def test_the_original_is_waited_for(finished, images, tmp_path, quick_runs):
-    """A variant is compared with it, even where another process trains it."""
-    results, others = results_in(tmp_path, images), results_in(tmp_path, images)
-    results.begin()
-    with ThreadPoolExecutor() as threads:
-        with others.claimed("original", 0):
-            run = threads.submit(running.run_missing, SETTING, images, results, VARIANTS, 1)
-            with pytest.raises(TimeoutError):
-                run.result(timeout=0.2)
-            assert not quick_runs
-            others.save("original", 0, finished.finished()["original", 0])
-        assert run.result() == 1
-    assert quick_runs == [("strided4", 0)]
-
-
-def test_progress_counts_the_runs_of_all_processes(copied, images, quick_runs, capsys):
-    copied.path("original", 1).unlink()
-    copied.path("strided4", 1).unlink()
-    assert running.run_missing(SETTING, images, copied, VARIANTS, 3) == 4
-    lines = [line.split(" in ")[0] for line in capsys.readouterr().err.splitlines()]
-    assert lines[0].startswith("run 3/6: strided4, seed 1: ")
-    assert lines[-1].startswith("run 6/6: strided4, seed 2: ")
+HERE, THERE = "CPU, here", "1 x a GPU"
 
 
 @pytest.fixture
-def begun_elsewhere(images, tmp_path, quick_runs, monkeypatch):
-    """Two variants of the first seed, and the original of the second, on another device."""
+def on(monkeypatch):
+    """A function that has this process train on another device."""
+
+    def use(name):
+        monkeypatch.setattr(running, "device", lambda: name)
+
+    use(HERE)
+    return use
+
+
+@pytest.fixture
+def begun(images, tmp_path, quick_runs, on):
+    """No runs, of a study that has begun."""
     results = results_in(tmp_path, images)
-    results.begin()
-    with monkeypatch.context() as patched:
-        patched.setattr(running, "device", lambda: "1 x a GPU")
-        assert running.run_missing(SETTING, images, results, VARIANTS, 1) == 2
-        assert running.run_missing(SETTING, images, results, ["original"], 2) == 1
+    with results.joined():
+        yield results
+
+
+def claiming(results, run, device=HERE):
+    """Has another process train a run."""
+    other = Results(results.directory, results.configuration)
+    return other.claimed(device, lambda finished, training: None if run in training else run)
+
+
+def test_a_run_is_trained_by_one_process(begun, images, quick_runs):
+    with claiming(begun, ("strided4", 1)):
+        assert running.run_missing(SETTING, images, begun, VARIANTS, 2) == 3
+        with claiming(begun, ("strided4", 1)) as second:
+            assert second is None
+        assert begun.training() == {("strided4", 1): HERE}
+    assert quick_runs == [("original", 0), ("strided4", 0), ("original", 1)]
+    assert running.run_missing(SETTING, images, begun, VARIANTS, 2) == 1, "it was given up"
+    assert not list(begun.directory.rglob("*.claim"))
+
+
+def test_what_another_process_gives_up_is_taken(begun, images, quick_runs, monkeypatch):
+    """While this one is still at work."""
+    other = ExitStack()
+    other.enter_context(claiming(begun, ("strided4", 0)))
+    end = running.Progress.end
+
+    def ended(progress, record):
+        other.close()
+        end(progress, record)
+
+    monkeypatch.setattr(running.Progress, "end", ended)
+    assert running.run_missing(SETTING, images, begun, VARIANTS, 2) == 4
+    assert quick_runs[:2] == [("original", 0), ("strided4", 0)]
+
+
+def test_another_original_goes_first_where_one_is_being_trained(begun, images, quick_runs):
+    """A variant is compared with an original, whose runs compare with none."""
+    with claiming(begun, ("original", 0)):
+        running.run_missing(SETTING, images, begun, VARIANTS, 2)
+    assert quick_runs == [("original", 1), ("strided4", 0), ("strided4", 1)]
+
+
+def test_the_original_is_waited_for(begun, finished, images, quick_runs, monkeypatch, capsys):
+    other = ExitStack()
+    other.enter_context(claiming(begun, ("original", 0)))
+
+    def sleep(_):
+        assert not quick_runs
+        begun.save("original", 0, finished.finished()["original", 0] | {"device": HERE})
+        other.close()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert running.run_missing(SETTING, images, begun, VARIANTS, 1) == 1
+    assert quick_runs == [("strided4", 0)]
+    assert capsys.readouterr().err.startswith("waiting for the original, which another process")
+
+
+def test_a_killed_process_has_no_claim(begun):
+    program = (
+        "import os, sys; from pathlib import Path; from study.claims import Claims\n"
+        "held = Claims(Path(sys.argv[1])).take(('original', 0), 'a device')\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, begun.directory], cwd=ROOT, check=False)
+    assert killed.returncode == -9
+    claim = begun.path("original", 0).with_suffix(".claim")
+    assert claim.stat().st_size == 1 << 20
+    assert begun.training() == {}
+    assert not claim.exists()
+
+
+def test_progress_counts_the_runs_of_all_processes(begun, images, quick_runs, capsys):
+    with claiming(begun, ("original", 0)):
+        for run in (("original", 1), ("strided4", 1)):
+            begun.save(*run, {"device": THERE, "epochs": []})
+        running.run_missing(SETTING, images, begun, VARIANTS, 3)
+    lines = [line.split(" in ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert [line.rsplit(": ", 1)[0] for line in lines] == [
+        "run 3/6: original, seed 2",
+        "run 4/6: strided4, seed 0",
+        "run 5/6: strided4, seed 2",
+    ]
+
+
+def test_time_left_is_that_of_runs_on_this_device(begun, images, quick_runs, monkeypatch):
+    totals = []
+    update = running.rich.progress.Progress.update
+
+    def updated(bar, task, **what):
+        totals.append((what["completed"], what["total"]))
+        update(bar, task, **what)
+
+    monkeypatch.setattr(running.rich.progress.Progress, "update", updated)
+    begun.save("original", 1, {"device": THERE, "epochs": []})
+    running.run_missing(SETTING, images, begun, VARIANTS, 3)
+    assert totals == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def test_a_configuration_binds_while_a_process_is_at_work(begun, images):
+    """Before its first run, too."""
+    other = results_in(begun.directory, images, dataclasses.replace(SETTING, batch=4))
+    with pytest.raises(StudyError, match="batch: there 8, here 4"):
+        begin(other)
+    begin(results_in(begun.directory, images))
+
+
+# --------------------------------------------------------------------------- several devices
+
+
+def test_a_seed_is_trained_on_one_device(begun, images, quick_runs, on):
+    on(THERE)
+    assert running.run_missing(SETTING, images, begun, VARIANTS, 1) == 2
+    assert running.run_missing(SETTING, images, begun, ["original"], 2) == 1
     quick_runs.clear()
-    return results
-
-
-def test_a_seed_is_trained_on_one_device(begun_elsewhere, images, quick_runs, monkeypatch):
-    assert running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 3) == 2
+    on(HERE)
+    assert running.run_missing(SETTING, images, begun, VARIANTS, 3) == 2
     assert quick_runs == [("original", 2), ("strided4", 2)]
-    with pytest.raises(StudyError, match=r"begun on 1 x a GPU, .* or ask for more --runs"):
-        running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 3)
-    monkeypatch.setattr(running, "device", lambda: "1 x a GPU")
-    assert running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 3) == 1
+    assert running.run_missing(SETTING, images, begun, VARIANTS, 3) == 0
+    now = standing.Standing(all_runs(3), HERE, begun.finished(), {("strided4", 1): THERE})
+    assert str(now) == "5 of 6 runs are finished; other processes train 1"
+    now = dataclasses.replace(now, training={})
+    assert str(now) == f"5 of 6 runs are finished; seeds begun on {THERE} are left to that"
+    on(THERE)
+    assert running.run_missing(SETTING, images, begun, VARIANTS, 3) == 1
     assert quick_runs[-1] == ("strided4", 1)
-    assert running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 3) == 0
 
 
-def test_the_original_goes_first_on_every_device(begun_elsewhere, images, quick_runs):
+def all_runs(seeds):
+    return list(standing.order(VARIANTS, seeds))
+
+
+def test_a_seed_in_training_is_not_begun_on_another_device(begun, images, quick_runs):
+    with claiming(begun, ("original", 0), THERE):
+        assert running.run_missing(SETTING, images, begun, VARIANTS, 2) == 2
+    assert quick_runs == [("original", 1), ("strided4", 1)]
+
+
+def test_the_original_goes_first_on_every_device(begun, images, quick_runs, on):
     """Whose turn it is on the other does not count."""
-    assert list(running.order(VARIANTS, 4))[-2:] == [("strided4", 3), ("original", 3)]
-    for run in (("original", 2), ("strided4", 2)):
-        begun_elsewhere.save(*run, begun_elsewhere.finished()["original", 0])
-    running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 4)
-    assert quick_runs == [("original", 3), ("strided4", 3)]
+    assert all_runs(2)[2:] == [("strided4", 1), ("original", 1)]
+    on(THERE)
+    running.run_missing(SETTING, images, begun, VARIANTS, 1)
+    quick_runs.clear()
+    on(HERE)
+    running.run_missing(SETTING, images, begun, VARIANTS, 2)
+    assert quick_runs == [("original", 1), ("strided4", 1)]
 
 
-def test_a_report_pairs_runs_of_one_device_and_times_one(begun_elsewhere, images, quick_runs):
-    running.run_missing(SETTING, images, begun_elsewhere, VARIANTS, 4)
-    lone = begun_elsewhere.finished()["original", 3] | {"device": "another device"}
-    begun_elsewhere.save("strided4", 1, lone)
-    page = report.write(begun_elsewhere, 0.5, 5).read_text()
-    assert "; 3 pairs." in page
-    assert "not reported: strided4, seed 1." in page
-    assert f"| trained on | {running.device()} (4 runs), 1 x a GPU (3 runs) |" in page
-    assert f"are those of the runs on {running.device()}." in page
-    (row,) = [line for line in page.splitlines() if line.startswith("| variant | runs | mean sec")]
-    seconds = page[page.index(row) :].splitlines()[2:4]
-    assert [line.split(" | ")[1] for line in seconds] == ["2", "2"]
-
-
-def test_a_killed_process_has_no_claim(images, tmp_path):
-    results = results_in(tmp_path, images)
-    results.begin()
-    results.path("original", 0).with_suffix(".claim").write_bytes(b"room")
-    with results.claimed("original", 0) as ours:
-        assert ours
-
-
-def test_a_configuration_binds_while_a_process_trains_by_it(images, tmp_path):
-    results = results_in(tmp_path, images)
-    results.begin()
-    other = results_in(tmp_path, images, dataclasses.replace(SETTING, batch=4))
-    with results.claimed("original", 0), pytest.raises(StudyError, match="batch: there 8, here 4"):
-        other.begin()
-    other.begin()
+def test_a_report_pairs_runs_of_one_device_and_times_one(begun, images, quick_runs, on):
+    on(THERE)
+    running.run_missing(SETTING, images, begun, VARIANTS, 1)
+    running.run_missing(SETTING, images, begun, ["original"], 4)
+    on(HERE)
+    running.run_missing(SETTING, images, begun, VARIANTS, 7)
+    lone = begun.finished()["strided4", 5] | {"device": "another device"}
+    begun.save("strided4", 1, lone)
+    begun.save("mbn1", 0, lone | {"device": THERE, "operations": {"Mul": 1}})
+    page = report.write(begun, 0.5, 5).read_text()
+    lines = page.splitlines()
+    assert "; 4 pairs." in page
+    assert "on the same device; not reported: strided4, seed 1." in page
+    assert f"| runs by device | {HERE}: 6, {THERE}: 6 |" in page
+    assert page.count(f" All of the runs on {HERE}.") == 2
+    for title, count in (
+        ("| variant | runs | mean sec", 3),
+        ("| variant | pairs | mean difference, %", 3),
+    ):
+        ((first, *_), *_) = [lines[i + 2 :] for i, x in enumerate(lines) if x.startswith(title)]
+        assert first.split(" | ")[1] == str(count)
+    (mbn1,) = [line for line in lines if line.startswith("- **mbn1**")]
+    assert f"time not compared, since times are those of {HERE}; 1 pairs." in mbn1
 
 
 # ---------------------------------------------------------------------- other configurations
@@ -677,14 +777,14 @@ def test_results_of_another_configuration_are_refused(copied, images, change, me
     other = results_in(copied.directory, images, dataclasses.replace(SETTING, **change))
     before = copied.finished()
     with pytest.raises(StudyError, match=message):
-        other.begin()
+        begin(other)
     assert copied.finished() == before
 
 
 def test_results_of_another_version_are_refused(copied, images, monkeypatch):
     monkeypatch.setattr("mbn_rewrite.__version__", "99")
     with pytest.raises(StudyError, match=r'versions\.mbn_rewrite: there ".*", here "99"'):
-        results_in(copied.directory, images).begin()
+        begin(results_in(copied.directory, images))
 
 
 def test_another_format_is_refused(copied):
@@ -744,7 +844,7 @@ def test_a_study_begun_with_the_version_before_goes_on(earlier, images, quick_ru
     """Where this fails, code that trains was changed; see `study.program.TRAIN_ALIKE`."""
     results = as_begun_now(earlier)
     assert results.digest != earlier.digest
-    results.begin()
+    begin(results)
     assert running.run_missing(SETTING, images, results, VARIANTS, 3) == 2
     assert quick_runs == [("original", 2), ("strided4", 2)]
     finished = Results.open(earlier.directory).finished()
@@ -755,7 +855,7 @@ def test_a_study_begun_with_the_version_before_goes_on(earlier, images, quick_ru
 
 def test_it_goes_on_with_its_own_flags_alone(earlier):
     with pytest.raises(StudyError, match=r"width: there 0\.0625, here 1") as raised:
-        as_begun_now(earlier, width=1).begin()
+        begin(as_begun_now(earlier, width=1))
     assert "program" not in str(raised.value)
 
 
@@ -763,7 +863,7 @@ def test_it_goes_on_with_its_own_flags_alone(earlier):
 def test_another_program_is_refused(earlier, monkeypatch, alike):
     monkeypatch.setattr(program, "TRAIN_ALIKE", alike)
     with pytest.raises(StudyError, match=r'versions\.program: there "fa8880dd70377ef1", here'):
-        as_begun_now(earlier).begin()
+        begin(as_begun_now(earlier))
 
 
 CODE = '''"""Module."""
@@ -960,7 +1060,9 @@ def test_runs_that_diverged_and_chance_are_warned_of(copied):
 def test_what_is_in_no_pair_is_named(copied):
     copied.path("original", 1).unlink()
     text = report.write(copied, 0.5, 5).read_text()
-    assert "- The other half of a pair; not reported: strided4, seed 1.\n" in text
+    assert (
+        "- The other half of a pair, on the same device; not reported: strided4, seed 1.\n" in text
+    )
 
 
 def test_one_epoch_gives_no_times(page):

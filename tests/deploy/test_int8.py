@@ -80,6 +80,23 @@ def test_relus_in_products_compute_the_same(tmp_path):
     assert [node.op for node in nodes].count("Mul") == 3  # no product for the one of float64
 
 
+def test_relus_in_loops_of_tensorflow_1_read_products(tmp_path):
+    """A loop made of nodes takes no constant from outside of it."""
+    with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as session:
+        tf.compat.v1.disable_control_flow_v2()
+        x = tf.compat.v1.placeholder(tf.float32, [None, 4], "x")
+        tripled = tf.while_loop(lambda y: tf.reduce_max(y) < 8, lambda y: 3 * tf.nn.relu(y), [x])
+        out = tf.nn.relu6(tripled)
+        given = np.array([[1, -2, 0, 0.5]], np.float32)
+        expected = session.run(out, {x: given})
+        tf.compat.v1.saved_model.simple_save(session, str(tmp_path / "v1"), {"x": x}, {"out": out})
+    for _ in range(2):  # once more changes nothing
+        relus.put_relus_in_products(tmp_path / "v1")
+    serve = tf.saved_model.load(str(tmp_path / "v1")).signatures["serving_default"]
+    np.testing.assert_allclose(serve(x=tf.constant(given))["out"], expected, rtol=5e-7)
+    assert [node.type for node in serve.graph.get_operations()].count("Mul") == 3
+
+
 def operators_of(path):
     """What a model consists of as it runs: its operators, and the parts that kernels take whole."""
     interpreter = Interpreter(str(path), num_threads=1)
