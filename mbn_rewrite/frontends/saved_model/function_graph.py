@@ -122,6 +122,18 @@ class FunctionGraph:
             for op in self.operations
         )
 
+    def computes_as(self, other: FunctionGraph) -> bool:
+        """Whether both give the same for the same: one operation for one, of the same variables.
+
+        So it is with what Keras 3 exports: two signatures call one function.
+        """
+        return (
+            (self.arguments, self.results, self.compiled)
+            == (other.arguments, other.results, other.compiled)
+            and _identities(self.captures) == _identities(other.captures)
+            and _without_names_of_users(self.graph_def) == _without_names_of_users(other.graph_def)
+        )
+
     @cached_property
     def readers(self) -> dict[str, list[tuple[Any, int]]]:
         """Tensor name -> the operations that read its values, past those that only forward it."""
@@ -140,6 +152,18 @@ class FunctionGraph:
     def variable(self, handle: Any) -> Any:
         """The variable behind a tensor of dtype resource, or None."""
         return self.variables.get(source_of(handle).op.name)
+
+
+def _identities(captures: Mapping[str, Any]) -> dict[str, int]:
+    return {name: id(tensor) for name, tensor in captures.items()}
+
+
+def _without_names_of_users(graph_def: GraphDef) -> GraphDef:
+    """A graph without what a user, or TensorFlow for him, called its Placeholders."""
+    copy = GraphDef.FromString(graph_def.SerializeToString())
+    for node in copy.node:
+        node.attr.pop("_user_specified_name", None)
+    return copy
 
 
 def counts_of(nodes: Iterable[Any]) -> dict[str, int]:

@@ -48,7 +48,7 @@ def _declared_name(key: str, spec: Any) -> str:
     return name if name and re.sub(r"[^A-Za-z0-9_]", "_", name) == key else key
 
 
-def _interface_of(function: Any) -> dict[str, Any]:
+def interface_of(function: Any) -> dict[str, Any]:
     """The inputs and outputs that a signature declares: a tf.TensorSpec for each."""
     given = {
         name: x if isinstance(x, tf.TypeSpec) else tf.type_spec_from_value(x)
@@ -231,7 +231,7 @@ def call_signature(
     data = dict(inputs)
     arrays, by_xla = _run(flat, data, who, by_xla)
     outputs = dict(zip(labels, arrays, strict=True))
-    return ReferenceIO(data, outputs, by_xla, interface=_interface_of(function))
+    return ReferenceIO(data, outputs, by_xla, interface=interface_of(function))
 
 
 def _run(

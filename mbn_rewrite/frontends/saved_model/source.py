@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from mbn_rewrite.frontends.saved_model.signature_calls import (
     call_method,
     call_signature,
     given_for,
+    interface_of,
     method_reference,
     signature_reference,
     specs_of,
@@ -304,7 +305,8 @@ class SavedModelDirectory:
     def _reference_io(
         self, loaded: Loaded, inputs: Mapping[str, np.ndarray] | None
     ) -> dict[str, ReferenceIO]:
-        found = {}
+        found: dict[str, ReferenceIO] = {}
+        calls: list[_Call] = []
         large = self.footprint.weights > _LARGE
         for entry in loaded.entries:
             name, graph = entry.name, self._graphs.get(entry.name)
@@ -314,7 +316,10 @@ class SavedModelDirectory:
                 give_back_memory()  # which running the one before has left
             if not entry.method:
                 given = given_for(name, entry.function, inputs)
-                found[name] = signature_reference(name, entry.function, graph, given)
+                call = _Call(name, entry.function, graph, given)
+                same = next((other.name for other in calls if call.gives_as(other)), None)
+                found[name] = found[same] if same else signature_reference(*call)
+                calls.append(call)
                 continue
             try:
                 found[name] = method_reference(entry, loaded.root, graph, found.values())
@@ -341,3 +346,24 @@ class SavedModelDirectory:
         give_back_memory()
         functions = [(entry, new.get(entry.name)) for entry in self._loaded.entries]
         return saving.save(self._loaded, functions, initializer, self._source, directory)
+
+
+class _Call(NamedTuple):
+    """Call of a signature, as `signature_reference` takes it."""
+
+    name: str
+    function: Any
+    graph: FunctionGraph | None
+    given: Mapping[str, np.ndarray] | None
+
+    def gives_as(self, other: _Call) -> bool:
+        """Whether the other gives the same outputs for the same inputs, under the same names."""
+        if self.graph is None or other.graph is None:
+            return False
+        given, of_other = ({k: id(v) for k, v in (x.given or {}).items()} for x in (self, other))
+        return (
+            given == of_other
+            and interface_of(self.function) == interface_of(other.function)
+            and not (self.graph.has_side_effects or self.graph.draws_random_numbers)
+            and self.graph.computes_as(other.graph)
+        )
