@@ -36,7 +36,8 @@ class Standing:
     @property
     def here(self) -> list[Run]:
         """Those that are left to this device, be it to other processes."""
-        return [(variant, seed) for variant, seed in self.left if seed not in self.elsewhere]
+        elsewhere = self.elsewhere
+        return [(variant, seed) for variant, seed in self.left if seed not in elsewhere]
 
     @property
     def elsewhere(self) -> dict[int, str]:
@@ -73,9 +74,8 @@ class Standing:
     def __str__(self) -> str:
         """How many are finished, and what becomes of the others."""
         trained = [run for run in self.left if run in self.training]
-        begun = sorted(
-            {self.elsewhere[r[1]] for r in self.left if r[1] in self.elsewhere and r not in trained}
-        )
+        waiting = {seed for variant, seed in self.left if (variant, seed) not in self.training}
+        begun = sorted({device for seed, device in self.elsewhere.items() if seed in waiting})
         return "".join(
             [
                 f"{len(self.runs) - len(self.left)} of {len(self.runs)} runs are finished",
