@@ -103,11 +103,6 @@ class FunctionGraph:
         return counts_of(node for node in self.graph_def.node if node.name in needed)
 
     @property
-    def has_side_effects(self) -> bool:
-        """Whether it does anything beyond computing its outputs."""
-        return any(has_side_effect(op) for op in self.operations)
-
-    @property
     def changes_state(self) -> bool:
         """Whether a call changes what later calls read."""
         library = {f.signature.name: f.node_def for f in self.graph_def.library.function}

@@ -1,4 +1,7 @@
-"""Signatures that call one function, as those that Keras 3 exports: the original is run once."""
+"""The original is loaded and run no more often than its outputs need.
+
+So it is with signatures that call one function, as those that Keras 3 exports.
+"""
 
 import numpy as np
 import pytest
@@ -69,3 +72,29 @@ def test_what_differs_is_run(tmp_path, calls, other):
     found = source.SavedModelDirectory(tmp_path, None, None).reference_io(None)
     assert calls == ["a", "b"]
     assert list(found["b"].outputs) == [other.get("output", "scores")]
+
+
+@pytest.mark.parametrize(("changes", "loaded"), [(False, 1), (True, 3)])
+def test_only_what_changes_state_is_loaded_again(tmp_path, monkeypatch, changes, loaded):
+    """Inputs are found on one copy and used on another; a check of them changes nothing."""
+    model = Model()
+    model.count = tf.Variable(0.0)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 3], name="x")])
+    def function(x):
+        tf.debugging.assert_less(x, 1e6)
+        if changes:
+            model.count.assign_add(1.0)
+        return {"scores": x @ model.first + model.count}
+
+    tf.saved_model.save(model, str(tmp_path), signatures={"a": function})
+    loads, load = [], source.load
+
+    def counted(*arguments):
+        loads.append(arguments)
+        return load(*arguments)
+
+    monkeypatch.setattr(source, "load", counted)
+    found = source.SavedModelDirectory(tmp_path, None, None).reference_io({"x": ONES})
+    assert len(loads) == loaded
+    np.testing.assert_array_equal(found["a"].outputs["scores"], 3 * ONES + float(changes))
