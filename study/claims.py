@@ -46,7 +46,7 @@ class Claims:
         Args:
             begin: called under `lock` with whether this is the only one.
         """
-        with (self._directory / _MEMBERS).open("ab") as members:
+        with (self._directory / _MEMBERS).open("a+b") as members:
             with self.lock():
                 is_alone = _flock(members, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 fcntl.flock(members, fcntl.LOCK_SH)
@@ -91,7 +91,7 @@ class Claims:
 
     def end(self, run: Run, file: IO[bytes]) -> None:
         """Gives up a claim."""
-        self._path(run).unlink()
+        self._path(run).unlink(missing_ok=True)
         file.close()
 
     @property

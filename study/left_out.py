@@ -28,7 +28,7 @@ def left_out(configuration: Mapping[str, Any], runs: Runs, alone: Sequence[str])
     missing = [v for v in VARIANTS if v not in runs]
     if missing:
         yield f"These variants: {', '.join(missing)}."
-    yield from _elsewhere(configuration, list(devices_of(runs)))
+    yield from _elsewhere(configuration, next(iter(devices_of(runs))))
 
 
 def _reduced(c: Mapping[str, Any]) -> Iterator[str]:
@@ -50,7 +50,7 @@ def _images_left_out(data: Mapping[str, Any]) -> Iterator[str]:
             yield f"All {there:,} {part} images: these are {data[part]:,}."
 
 
-def _elsewhere(c: Mapping[str, Any], devices: Sequence[str]) -> Iterator[str]:
+def _elsewhere(c: Mapping[str, Any], timed_on: str) -> Iterator[str]:
     """Other recipes, and the same on other ground."""
     others = [name for name in RECIPES if name != c["recipe"]["name"]]
     yield f"These recipes: {', '.join(others)}."
@@ -58,7 +58,7 @@ def _elsewhere(c: Mapping[str, Any], devices: Sequence[str]) -> Iterator[str]:
     yield f"The same in {other}."
     if c["dtype"] == "float32":
         yield "Mixed precision."
-    if all(device.startswith("CPU") for device in devices):
+    if timed_on.startswith("CPU"):
         yield "A GPU: the times are those of a CPU."
     if c["replicas"] == 1:
         yield "Several devices at a time."

@@ -22,6 +22,7 @@ from benchmarks.common.results import write_whole
 from study import program
 from study.claims import Claims, Run
 from study.errors import StudyError
+from study.standing import Standing
 
 FORMAT = 1  # of these files; another number is another version
 _STUDY, _RUNS = "study.json", "runs"
@@ -101,27 +102,26 @@ class Results:
 
     @contextmanager
     def claimed(
-        self, device: str, choose: Callable[[Finished, Mapping[Run, str]], Run | None]
-    ) -> Iterator[Run | None]:
-        """Claims a run for this process, and holds disk space for it while it trains.
+        self, standing: Callable[[Finished, Mapping[Run, str]], Standing]
+    ) -> Iterator[Standing]:
+        """Claims the next run for this process, and holds disk space for it while it trains.
 
         Args:
-            device: that this process trains on.
-            choose: gives the run, or None, by the finished ones and those that processes train,
-                with their devices.
+            standing: that of the study, by the finished runs and those that processes train, with
+                their devices.
 
         Yields:
-            What was chosen.
+            The standing, whose next run is this process's.
         """
         with self._claims.lock():
-            run = choose(self.finished(), self._claims.held())
-            claim = run and self._claims.take(run, device)
+            now = standing(self.finished(), self._claims.held())
+            claim = now.next and self._claims.take(now.next, now.device)
         try:
-            yield run
+            yield now
         finally:
-            if run and claim:
+            if now.next and claim:
                 with self._claims.lock():
-                    self._claims.end(run, claim)
+                    self._claims.end(now.next, claim)
 
     def training(self) -> dict[Run, str]:
         """The device of each run that a process trains just now."""
@@ -167,7 +167,10 @@ class Results:
             key = found["variant"], found["seed"]
             if path != self.path(*key):
                 raise StudyError(f"{path} is a copy of the run {key[0]}, seed {key[1]}. Delete it")
-            runs[key] = {"device": self.configuration.get("device"), **found["record"]}
+            record = {"device": self.configuration.get("device"), **found["record"]}
+            # As one core was written formerly.
+            record["device"] = str(record["device"]).replace(", 1 cores", ", 1 core")
+            runs[key] = record
         return runs
 
 

@@ -135,8 +135,8 @@ def run_missing(
     made = 0
     with Progress(setting.epochs) as progress:
         while True:
-            with results.claimed(here, lambda *state: standing(*state).next) as run:
-                now = standing(results.finished(), results.training())
+            with results.claimed(standing) as now:
+                run = now.next
                 if run:
                     progress.begin(run, now)
                     check = partial(check_operations, run[0], originals=now.originals)
@@ -188,7 +188,7 @@ class Progress:
         finished = len(now.runs) - len(now.left)
         self._label = f"run {finished + 1}/{len(now.runs)}: {variant}, seed {seed}"
         self._started = self._said = time.perf_counter()
-        self._epochs = 0
+        self._epochs, self._is_waiting = 0, False
         if self._finished_before is None:
             self._finished_before = finished
         completed = finished - self._finished_before

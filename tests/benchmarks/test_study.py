@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from study import (
     statistics,
     training,
 )
+from study.claims import Claims
 from study.errors import StudyError, exit_code
 from study.pipeline import Pipeline
 from study.recipes import RECIPES, learning_rate
@@ -513,7 +514,8 @@ def test_an_interrupt_in_the_middle_of_training_leaves_nothing(images, tmp_path)
     def interrupted(record):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), claiming(results, ("original", 0)):
+    now = functools.partial(standing.Standing, [("original", 0)], HERE)
+    with pytest.raises(KeyboardInterrupt), results.claimed(now):
         training.run(SETTING, images, "original", 0, after_epoch=interrupted)
     assert not results.finished()
     assert [p.name for p in tmp_path.rglob("[!.]*") if p.is_file()] == ["study.json"]
@@ -556,7 +558,8 @@ def test_a_full_disk_loses_nothing_that_is_finished(copied, tmp_path, monkeypatc
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"), claiming(copied, ("strided4", 9)):
+    now = functools.partial(standing.Standing, [("strided4", 9)], running.device())
+    with pytest.raises(OSError, match="No space left"), copied.claimed(now):
         pytest.fail("there was no room, and the run was begun")
     with pytest.raises(OSError, match="No space left"):
         copied.save("strided4", 1, {"another": "record"})
@@ -589,17 +592,20 @@ def begun(images, tmp_path, quick_runs, on):
         yield results
 
 
+@contextmanager
 def claiming(results, run, device=HERE):
     """Has another process train a run."""
-    other = Results(results.directory, results.configuration)
-    return other.claimed(device, lambda finished, training: None if run in training else run)
+    claims = Claims(results.directory)
+    with claims.lock():
+        claim = claims.take(run, device)
+    yield
+    with claims.lock():
+        claims.end(run, claim)
 
 
 def test_a_run_is_trained_by_one_process(begun, images, quick_runs):
     with claiming(begun, ("strided4", 1)):
         assert running.run_missing(SETTING, images, begun, VARIANTS, 2) == 3
-        with claiming(begun, ("strided4", 1)) as second:
-            assert second is None
         assert begun.training() == {("strided4", 1): HERE}
     assert quick_runs == [("original", 0), ("strided4", 0), ("original", 1)]
     assert running.run_missing(SETTING, images, begun, VARIANTS, 2) == 1, "it was given up"

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -81,3 +83,24 @@ def test_what_python_itself_freezes_does_not_count(nothing_frozen, monkeypatch):
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
     with device.older_objects_spared():
         assert frozen
+
+
+@pytest.mark.slow
+def test_a_rewrite_spares_tensorflow(tmp_path):
+    """In a process of its own, since this suite spares it already."""
+    program = (
+        "import gc, sys, mbn_rewrite, tensorflow as tf\n"
+        "module = tf.Module()\n"
+        "module.f = tf.function(lambda x: x + 1, input_signature=[tf.TensorSpec([2])])\n"
+        "tf.saved_model.save(module, sys.argv[1], signatures=module.f)\n"
+        "counts = {}\n"
+        "def note(line): counts[line.split()[0]] = gc.get_freeze_count()\n"
+        "mbn_rewrite.rewrite_saved_model(sys.argv[1], sys.argv[2], progress=note)\n"
+        "assert counts['planning,'] > 100_000, counts\n"
+        "assert gc.get_freeze_count() < 10_000\n"
+    )
+    paths = [str(tmp_path / name) for name in ("original", "rewritten")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *paths], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
+from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.python.framework import op_def_registry
 
 from mbn_rewrite.frontends.saved_model.inlining import inlined
@@ -17,10 +18,13 @@ from mbn_rewrite.frontends.saved_model.ref_variables import variables_in, withou
 from mbn_rewrite.frontends.saved_model.stated_shapes import state_shapes, state_shapes_of_rows
 from mbn_rewrite.frontends.saved_model.variable_writes import ALIASES, READS, writes_in
 
-# Stateful operations that change nothing, so that they are needed only where their output is read.
-_HARMLESS = READS | {
+# Stateful operations that change nothing.
+_READ = READS | {
     *("VarHandleOp", "Placeholder", "HashTableV2", "HashTable"),
     *("LookupTableFindV2", "LookupTableFind", "LookupTableSizeV2", "LookupTableExportV2"),
+}
+# Those that are needed only where their output is read: random numbers go on from call to call.
+_HARMLESS = _READ | {
     *("RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal"),
 }
 # Stateful operations that check or print.
@@ -105,8 +109,16 @@ class FunctionGraph:
     @property
     def changes_state(self) -> bool:
         """Whether a call changes what later calls read."""
+        return self._runs_others_than(_HARMLESS | _ONLY_SPEAK)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a call gives what it would give without the calls before it."""
+        return not self._runs_others_than(_READ | _ONLY_SPEAK)
+
+    def _runs_others_than(self, stateful: Set[str]) -> bool:
         library = {f.signature.name: f.node_def for f in self.graph_def.library.function}
-        return any(_changes_state(op.node_def, library) for op in self.operations)
+        return any(_runs_others_than(stateful, op.node_def, library) for op in self.operations)
 
     @property
     def draws_random_numbers(self) -> bool:
@@ -123,10 +135,12 @@ class FunctionGraph:
         So it is with what Keras 3 exports: two signatures call one function.
         """
         return (
-            (self.arguments, self.results, self.compiled)
-            == (other.arguments, other.results, other.compiled)
+            (self.arguments, self.results, self.labels, self.compiled)
+            == (other.arguments, other.results, other.labels, other.compiled)
             and _identities(self.captures) == _identities(other.captures)
-            and _without_names_of_users(self.graph_def) == _without_names_of_users(other.graph_def)
+            and self.graph_def.library == other.graph_def.library
+            and len(self.graph_def.node) == len(other.graph_def.node)
+            and all(map(_are_alike, self.graph_def.node, other.graph_def.node))
         )
 
     @cached_property
@@ -153,12 +167,14 @@ def _identities(captures: Mapping[str, Any]) -> dict[str, int]:
     return {name: id(tensor) for name, tensor in captures.items()}
 
 
-def _without_names_of_users(graph_def: GraphDef) -> GraphDef:
-    """A graph without what a user, or TensorFlow for him, called its Placeholders."""
-    copy = GraphDef.FromString(graph_def.SerializeToString())
-    for node in copy.node:
-        node.attr.pop("_user_specified_name", None)
-    return copy
+def _are_alike(node: NodeDef, other: NodeDef) -> bool:
+    """Whether nodes are the same, whatever a user, or TensorFlow for him, called a Placeholder."""
+    if node == other or node.op != "Placeholder":
+        return bool(node == other)
+    copies = [NodeDef.FromString(each.SerializeToString()) for each in (node, other)]
+    for copy in copies:
+        copy.attr.pop("_user_specified_name", None)
+    return bool(copies[0] == copies[1])
 
 
 def counts_of(nodes: Iterable[Any]) -> dict[str, int]:
@@ -204,16 +220,17 @@ def has_side_effect(op: Any) -> bool:
     return bool(op.op_def.is_stateful) and op.type not in _HARMLESS
 
 
-def _changes_state(node: Any, library: Mapping[str, Any]) -> bool:
-    """Whether a node changes what later calls read, by itself or in the functions that it calls."""
+def _runs_others_than(stateful: Set[str], node: Any, library: Mapping[str, Any]) -> bool:
+    """Whether a node runs another stateful operation, by itself or in the functions it calls."""
     called = [value.func.name for value in node.attr.values() if value.HasField("func")]
     called += [func.name for value in node.attr.values() for func in value.list.func]
     known = [name for name in called if name in library]
     if known:
-        return any(_changes_state(inner, library) for name in known for inner in library[name])
+        nodes = (inner for name in known for inner in library[name])
+        return any(_runs_others_than(stateful, inner, library) for inner in nodes)
     op_def = op_def_registry.get(node.op)
     is_stateful = op_def is None or op_def.is_stateful
-    return bool(is_stateful) and node.op not in _HARMLESS and node.op not in _ONLY_SPEAK
+    return bool(is_stateful) and node.op not in stateful
 
 
 def source_of(tensor: Any) -> Any:

@@ -289,7 +289,7 @@ class SavedModelDirectory:
 
     def reference_io(self, inputs: Mapping[str, np.ndarray] | None) -> dict[str, ReferenceIO]:
         self.check_inputs(inputs)
-        if not any(graph.changes_state for graph in self._graphs.values()):
+        if not self._unread and all(graph.repeats for graph in self._graphs.values()):
             return self._reference_io(self._loaded, inputs)
         # Calls change state, which must not be written, and failed attempts to make up inputs must
         # not count: so inputs are found on one copy and used on a fresh one.
@@ -364,6 +364,5 @@ class _Call(NamedTuple):
         return (
             given == of_other
             and interface_of(self.function) == interface_of(other.function)
-            and not (self.graph.changes_state or self.graph.draws_random_numbers)
             and self.graph.computes_as(other.graph)
         )
