@@ -18,6 +18,7 @@ from typing import IO
 
 # A variant, and a seed.
 Run = tuple[str, int]
+RUNS = "runs"  # the directory of their files
 _LOCK, _MEMBERS, _CLAIM = ".lock", ".members", ".claim"
 _ROOM = 1 << 20  # bytes held for a result
 _NAME = 1 << 12  # of them at the beginning, for the device
@@ -96,11 +97,16 @@ class Claims:
 
     @property
     def _runs(self) -> Path:
-        return self._directory / "runs"
+        return self._directory / RUNS
 
     def _path(self, run: Run) -> Path:
-        variant, seed = run
-        return self._runs / f"{variant}-{seed:03d}{_CLAIM}"
+        return self._runs / f"{stem(run)}{_CLAIM}"
+
+
+def stem(run: Run) -> str:
+    """Name of a run's files, without what says of which kind they are."""
+    variant, seed = run
+    return f"{variant}-{seed:03d}"
 
 
 @contextmanager

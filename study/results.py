@@ -20,13 +20,13 @@ from typing import Any
 
 from benchmarks.common.results import write_whole
 from study import program
-from study.claims import Claims, Run
+from study.claims import RUNS, Claims, Run, stem
 from study.errors import StudyError
 from study.standing import Standing
 
 FORMAT = 1  # of these files; another number is another version
-_STUDY, _RUNS = "study.json", "runs"
-_LEFT_OVER = (f"{_STUDY}.part", f"{_RUNS}/*.json.part")
+_STUDY = "study.json"
+_LEFT_OVER = (f"{_STUDY}.part", f"{RUNS}/*.json.part")
 # Records by variant and seed.
 Finished = dict[Run, dict[str, Any]]
 
@@ -70,13 +70,13 @@ class Results:
         Raises:
             StudyError: what is there is of another configuration.
         """
-        (self.directory / _RUNS).mkdir(parents=True, exist_ok=True)
+        (self.directory / RUNS).mkdir(parents=True, exist_ok=True)
         with self._claims.joined(self._begin):
             yield
 
     def _begin(self, is_alone: bool) -> None:
         # Otherwise there is nothing that another configuration could spoil.
-        if any(self.directory.glob(f"{_RUNS}/*.json")) or not is_alone:
+        if any(self.directory.glob(f"{RUNS}/*.json")) or not is_alone:
             self._go_on_with(Results.open(self.directory))
         if is_alone:
             for path in (path for left in _LEFT_OVER for path in self.directory.glob(left)):
@@ -130,7 +130,7 @@ class Results:
 
     def path(self, variant: str, seed: int) -> Path:
         """The file of a run."""
-        return self.directory / _RUNS / f"{variant}-{seed:03d}.json"
+        return self.directory / RUNS / f"{stem((variant, seed))}.json"
 
     def save(self, variant: str, seed: int, record: Mapping[str, Any]) -> None:
         """Keeps a finished run.
@@ -157,7 +157,7 @@ class Results:
             StudyError: a file cannot be read, or is of another configuration.
         """
         runs = {}
-        for path in sorted((self.directory / _RUNS).glob("*.json")):
+        for path in sorted((self.directory / RUNS).glob("*.json")):
             found = _read(path)
             if found.get("format") != FORMAT or found.get("digest") != self.digest:
                 raise StudyError(

@@ -144,11 +144,12 @@ def run_missing(
                     results.save(*run, record | {"device": here})
                     progress.end(record)
                     made += 1
-            if not run and not now.waits:
+            if run:
+                continue
+            if not now.waits:
                 return made
-            if not run:
-                progress.wait()
-                time.sleep(_PAUSE)
+            progress.wait()
+            time.sleep(_PAUSE)
 
 
 class Progress:

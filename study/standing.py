@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from study.claims import Run
@@ -28,7 +29,7 @@ class Standing:
     finished: Mapping[Run, Mapping[str, Any]]
     training: Mapping[Run, str]
 
-    @property
+    @cached_property
     def left(self) -> list[Run]:
         """Runs that are not finished."""
         return [run for run in self.runs if run not in self.finished]
@@ -36,10 +37,9 @@ class Standing:
     @property
     def here(self) -> list[Run]:
         """Those that are left to this device, be it to other processes."""
-        elsewhere = self.elsewhere
-        return [(variant, seed) for variant, seed in self.left if seed not in elsewhere]
+        return [(variant, seed) for variant, seed in self.left if seed not in self.elsewhere]
 
-    @property
+    @cached_property
     def elsewhere(self) -> dict[int, str]:
         """Device of each seed that was begun on another."""
         finished = {run: str(record["device"]) for run, record in self.finished.items()}
@@ -52,7 +52,7 @@ class Standing:
         records = (record for (variant, _), record in self.finished.items() if variant == ORIGINAL)
         return next((r["operations"] for r in records if r["device"] == self.device), None)
 
-    @property
+    @cached_property
     def next(self) -> Run | None:
         """The next run for a process, if there is one that it can begin."""
         free = self._free
