@@ -36,7 +36,7 @@ def added_zeros_are_read(site: Site) -> bool:
     data = source_of(site.op.inputs[0])
     if any(source_of(op.inputs[0]) is not data for op in shapes):
         return True
-    evaluation = site.constants.evaluation_given(op.name for op in shapes)
+    evaluation = site.constants.evaluation_given_shapes
     if not all(evaluation.is_fixed(tensor) for tensor in tensors):
         return True
     return not all(

@@ -10,7 +10,6 @@ from typing import Any
 
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
-from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.python.framework import op_def_registry
 
 from mbn_rewrite.frontends.saved_model.inlining import inlined
@@ -129,20 +128,6 @@ class FunctionGraph:
             for op in self.operations
         )
 
-    def computes_as(self, other: FunctionGraph) -> bool:
-        """Whether both give the same for the same: one operation for one, of the same variables.
-
-        So it is with what Keras 3 exports: two signatures call one function.
-        """
-        return (
-            (self.arguments, self.results, self.labels, self.compiled)
-            == (other.arguments, other.results, other.labels, other.compiled)
-            and _identities(self.captures) == _identities(other.captures)
-            and self.graph_def.library == other.graph_def.library
-            and len(self.graph_def.node) == len(other.graph_def.node)
-            and all(map(_are_alike, self.graph_def.node, other.graph_def.node))
-        )
-
     @cached_property
     def readers(self) -> dict[str, list[tuple[Any, int]]]:
         """Tensor name -> the operations that read its values, past those that only forward it."""
@@ -161,20 +146,6 @@ class FunctionGraph:
     def variable(self, handle: Any) -> Any:
         """The variable behind a tensor of dtype resource, or None."""
         return self.variables.get(source_of(handle).op.name)
-
-
-def _identities(captures: Mapping[str, Any]) -> dict[str, int]:
-    return {name: id(tensor) for name, tensor in captures.items()}
-
-
-def _are_alike(node: NodeDef, other: NodeDef) -> bool:
-    """Whether nodes are the same, whatever a user, or TensorFlow for him, called a Placeholder."""
-    if node == other or node.op != "Placeholder":
-        return bool(node == other)
-    copies = [NodeDef.FromString(each.SerializeToString()) for each in (node, other)]
-    for copy in copies:
-        copy.attr.pop("_user_specified_name", None)
-    return bool(copies[0] == copies[1])
 
 
 def counts_of(nodes: Iterable[Any]) -> dict[str, int]:

@@ -65,15 +65,15 @@ class Step:
 
 def step_of(constants: Constants, op: Any) -> Step | None:
     """The step of an elementwise operation that has one operand that is not constant, or None."""
-    if op.type not in _ELEMENTWISE:
-        return None
+    if op.type not in _ELEMENTWISE or not op.inputs[0].dtype.is_floating:
+        return None  # nor is arithmetic of shapes
     left, right = op.inputs[0], op.inputs[1]
     value = _value_beside(constants, left, right)
     data, constant, flipped = left, right, False
     if value is None:
         value = _value_beside(constants, right, left)
         data, constant, flipped = right, left, True
-    if value is None or constants.value(data) is not None or not data.dtype.is_floating:
+    if value is None or constants.value(data) is not None:
         return None
     if flipped and op.type in _DIVISIONS:
         return None

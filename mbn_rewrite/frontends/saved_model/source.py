@@ -19,6 +19,7 @@ from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import Run
 from mbn_rewrite.frontends.reference_io import ReferenceIO
 from mbn_rewrite.frontends.saved_model import saving, writer
+from mbn_rewrite.frontends.saved_model.fingerprints import fingerprint
 from mbn_rewrite.frontends.saved_model.flags import decided
 from mbn_rewrite.frontends.saved_model.function_graph import (
     FunctionGraph,
@@ -35,6 +36,7 @@ from mbn_rewrite.frontends.saved_model.signature_calls import (
     call_signature,
     given_for,
     interface_of,
+    method_as,
     method_reference,
     signature_reference,
     specs_of,
@@ -65,6 +67,7 @@ class SavedModelDirectory:
         self.as_it_was: dict[str, str] = {}
         self.unverifiable: dict[str, str] = {}
         self._graphs: dict[str, FunctionGraph] = {}
+        self._fingerprints: dict[str, bytes | None] = {}
         self._acting: dict[str, str] = {}
         self._copies: dict[Any, Any] = {}  # weights of forms that were run
         self._measured_with: Mapping[str, Any] | None = None
@@ -316,16 +319,57 @@ class SavedModelDirectory:
                 give_back_memory()  # which running the one before has left
             if not entry.method:
                 given = given_for(name, entry.function, inputs)
-                call = _Call(name, entry.function, graph, given)
-                same = next((other.name for other in calls if call.gives_as(other)), None)
-                found[name] = found[same] if same else signature_reference(*call)
-                calls.append(call)
+                call = _Call(entry, given)
+                same = next((other for other in calls if self._gives_as(call, other)), None)
+                if same is None:
+                    found[name] = signature_reference(name, entry.function, graph, given)
+                    calls.append(call)
+                else:
+                    found[name] = found[same.entry.name]
                 continue
             try:
-                found[name] = method_reference(entry, loaded.root, graph, found.values())
+                found[name] = self._method_reference(entry, loaded.root, found)
             except RewriteError as error:
                 self.unverifiable[name] = str(error)
         return found
+
+    def _method_reference(
+        self, entry: Entry, root: Any, found: Mapping[str, ReferenceIO]
+    ) -> ReferenceIO:
+        """What a method gives: as a function that computes the same did, or by a call."""
+        # The method picks the function to run, so that it must not matter which.
+        siblings = [e.name for e in self._loaded.entries if e.method == entry.method]
+        for name, call in found.items():
+            if all(self._compute_alike(sibling, name) for sibling in siblings):
+                as_known = method_as(entry, call, self._inputs_in_order(name))
+                if as_known is not None:
+                    return as_known
+        return method_reference(entry, root, self._graphs.get(entry.name), found.values())
+
+    def _gives_as(self, call: _Call, other: _Call) -> bool:
+        """Whether a signature gives what another does, under the same names, for its inputs."""
+        given, of_other = ({k: id(v) for k, v in (x.given or {}).items()} for x in (call, other))
+        functions = [each.entry.function for each in (call, other)]
+        name, of_another = call.entry.name, other.entry.name
+        return (
+            given == of_other
+            and interface_of(functions[0]) == interface_of(functions[1])
+            and self._compute_alike(name, of_another)
+            and self._inputs_in_order(name) == self._inputs_in_order(of_another)
+        )
+
+    def _compute_alike(self, name: str, other: str) -> bool:
+        """Whether functions give the same for the same arguments, in order."""
+        for each in {name, other} - set(self._fingerprints):
+            graph = self._graphs.get(each)
+            self._fingerprints[each] = None if graph is None else fingerprint(graph)
+        found = self._fingerprints[name]
+        return found is not None and found == self._fingerprints[other]
+
+    def _inputs_in_order(self, name: str) -> list[str]:
+        """The names of the inputs of a signature, in the order of its function's arguments."""
+        graph = self._graphs[name]
+        return [graph.labels.get(argument, argument) for argument in graph.arguments]
 
     def _loaded_again(self) -> Loaded:
         return load(self._source, *self._asked_for)
@@ -349,20 +393,7 @@ class SavedModelDirectory:
 
 
 class _Call(NamedTuple):
-    """Call of a signature, as `signature_reference` takes it."""
+    """Call of a signature, with the arrays that are given for it, if any."""
 
-    name: str
-    function: Any
-    graph: FunctionGraph | None
+    entry: Entry
     given: Mapping[str, np.ndarray] | None
-
-    def gives_as(self, other: _Call) -> bool:
-        """Whether the other gives the same outputs for the same inputs, under the same names."""
-        if self.graph is None or other.graph is None:
-            return False
-        given, of_other = ({k: id(v) for k, v in (x.given or {}).items()} for x in (self, other))
-        return (
-            given == of_other
-            and interface_of(self.function) == interface_of(other.function)
-            and self.graph.computes_as(other.graph)
-        )

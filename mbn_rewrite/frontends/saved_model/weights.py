@@ -9,7 +9,7 @@ the gamma * rsqrt(variance + epsilon) of a BatchNormalization, in float64 where 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -60,9 +60,11 @@ class Constants:
         """The output of a switch of TensorFlow 1 that a weight comes through, or None."""
         return switch_before(self.function, self._evaluation, tensor)
 
-    def evaluation_given(self, operations: Iterable[str]) -> Evaluation:
-        """Evaluation of what is computed of the results of operations, too, which are given."""
-        return Evaluation(self.function, self._writes, operations)
+    @cached_property
+    def evaluation_given_shapes(self) -> Evaluation:
+        """Evaluation of what is computed of shapes, too: the results of Shape are given."""
+        shapes = [op.name for op in self.function.graph.get_operations() if op.type == "Shape"]
+        return Evaluation(self.function, self._writes, shapes)
 
     # -- stored arrays -------------------------------------------------------------------
 
@@ -123,7 +125,7 @@ class Constants:
             return None
         return Stored(
             ("variable", id(variable)), variable.name.partition(":")[0],
-            tuple(variable.shape), variable.dtype.name, variable.numpy, variable,
+            tuple(variable.shape), variable.dtype.name, lambda: _read(variable), variable,
         )  # fmt: skip
 
     def kernel(self, tensor: Any) -> Weight | None:
@@ -287,6 +289,11 @@ def _reshapes(op: Any) -> bool:
     sizes = [tensor.shape.num_elements() for tensor in (op.inputs[0], op.outputs[0])]
     steps = tf.get_static_value(op.inputs[3])
     return sizes[0] == sizes[1] is not None and steps is not None and bool(np.all(steps == 1))
+
+
+def _read(variable: Any) -> Array:
+    """The value of a variable. Not to be written to: on a CPU it is not copied."""
+    return np.asarray(variable.read_value())
 
 
 def whole(stored: Stored) -> Weight:

@@ -267,8 +267,8 @@ class _Writer:
     def _store(self, owner: str, name: str, stored: Stored, value: Array, action: Fold) -> None:
         dtype = tf.as_dtype(stored.dtype)
         with np.errstate(all="ignore"):
-            array = value.astype(dtype.as_numpy_dtype)
-        if not np.all(np.isfinite(array.astype(np.float64))):
+            array = value.astype(dtype.as_numpy_dtype, copy=False)
+        if not np.all(np.isfinite(array)):
             raise RewriteError(_out_of_range(owner, stored.dtype))
         if not self._is_stored(owner):
             variable = self._new(owner, name, array, dtype)
@@ -304,7 +304,7 @@ class _Writer:
         # See `_add_bias`: a map of one position looks like a bias.
         op, sign = ("Sub", -1.0) if _is_grouped(call) else ("AddV2", 1.0)
         weight = self._new(owner, "border", sign * border[np.newaxis], result.dtype)
-        if not np.all(np.isfinite(weight.numpy().astype(np.float64))):
+        if not np.all(np.isfinite(weight.numpy())):
             raise RewriteError(_out_of_range(owner, result.dtype.name))
         name = editor.add(
             f"{call.op.name}/border", op, ["", editor.read(weight, as_variable)], T=result.dtype

@@ -1,0 +1,94 @@
+"""Fingerprints of functions: alike where two compute the same, whatever operations are called.
+
+A signature and a method often call one function, as those that Keras and tf.Module write. Their
+flat graphs differ in the names that inlining gives, and in operations that only forward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from mbn_rewrite.frontends.saved_model.function_graph import (
+    FunctionGraph,
+    has_side_effect,
+    source_of,
+)
+
+
+def fingerprint(function: FunctionGraph) -> bytes | None:
+    """What a function gives for its arguments, in order: each operation, and what it reads.
+
+    Returns:
+        A digest. Equal ones mean that functions give the same for the same, and check the same on
+        the way. None where a call depends on the calls before it, or for loops of TensorFlow 1,
+        which are cycles.
+    """
+    if not function.repeats:
+        return None
+    bodies = _Bodies(function)
+    of: dict[str, bytes] = {}  # by operation
+    for op in function.operations:
+        inputs = [source_of(tensor) for tensor in op.inputs]
+        if op.type == "Assert":
+            del inputs[1:]  # what it says when the condition does not hold, with names of its own
+        if any(tensor.op.name not in of for tensor in inputs):
+            return None
+        read = [(of[tensor.op.name], tensor.value_index) for tensor in inputs]
+        of[op.name] = _digest(_itself(function, op, bodies), read)
+    outputs = [source_of(tensor) for tensor in function.outputs]
+    effects = sorted(of[op.name] for op in function.operations if has_side_effect(op))
+    given = [(of[tensor.op.name], tensor.value_index) for tensor in outputs]
+    return _digest(function.compiled, given, effects)
+
+
+def _itself(function: FunctionGraph, op: Any, bodies: _Bodies) -> Any:
+    """What an operation is, without its name and what it reads."""
+    if op.name in function.arguments:
+        return "argument", function.arguments.index(op.name)
+    if op.name in function.variables:
+        return "variable", id(function.variables[op.name])
+    if op.name in function.captures:
+        return "captured", id(function.captures[op.name])
+    return op.type if op.type == "Assert" else (op.type, bodies.attributes(op.node_def))
+
+
+class _Bodies:
+    """The functions that operations of a graph call, such as the bodies of loops."""
+
+    def __init__(self, function: FunctionGraph) -> None:
+        self._library = {f.signature.name: f for f in function.graph_def.library.function}
+        self._found: dict[str, str] = {}
+
+    def attributes(self, node: Any) -> list[tuple[str, bytes]]:
+        """The attributes of a node, with functions by what they do: their names are numbered."""
+        found = []
+        for name, value in sorted(node.attr.items()):
+            if not name.startswith("_"):  # a note, as of what a user called it
+                copy = type(value).FromString(value.SerializeToString())
+                for called in (*([copy.func] if copy.HasField("func") else []), *copy.list.func):
+                    called.name = self._what_does(called.name)
+                found.append((name, copy.SerializeToString(deterministic=True)))
+        return found
+
+    def _what_does(self, name: str) -> str:
+        """What a function does, by the names that its nodes have; the name of an operation."""
+        body = self._library.get(name)
+        if body is None:
+            return name
+        if name not in self._found:
+            self._found[name] = "itself"  # where it calls itself
+            signature = body.signature
+            arguments = [(arg.name, arg.type) for arg in signature.input_arg]
+            nodes = sorted(
+                (node.name, self._what_does(node.op), list(node.input), self.attributes(node))
+                for node in body.node_def
+            )
+            results = sorted(body.ret.items()), sorted(body.control_ret.items())
+            order = [arg.name for arg in signature.output_arg], list(signature.control_output)
+            self._found[name] = _digest(arguments, nodes, results, order).hex()
+        return self._found[name]
+
+
+def _digest(*parts: Any) -> bytes:
+    return hashlib.sha256(repr(parts).encode()).digest()
