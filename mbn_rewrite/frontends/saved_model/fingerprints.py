@@ -20,9 +20,9 @@ def fingerprint(function: FunctionGraph) -> bytes | None:
     """What a function gives for its arguments, in order: each operation, and what it reads.
 
     Returns:
-        A digest. Equal ones mean that functions give the same for the same, and check the same on
-        the way. None where a call depends on the calls before it, or for loops of TensorFlow 1,
-        which are cycles.
+        A digest. Equal ones mean that functions take arguments of the same dtypes and shapes, give
+        the same for the same, and check the same on the way. None where a call depends on the calls
+        before it, or for loops of TensorFlow 1, which are cycles.
     """
     if not function.repeats:
         return None
@@ -39,7 +39,9 @@ def fingerprint(function: FunctionGraph) -> bytes | None:
     outputs = [source_of(tensor) for tensor in function.outputs]
     effects = sorted(of[op.name] for op in function.operations if has_side_effect(op))
     given = [(of[tensor.op.name], tensor.value_index) for tensor in outputs]
-    return _digest(function.compiled, given, effects)
+    placeholders = map(function.graph.get_operation_by_name, function.arguments)  # read or not
+    taken = [bodies.attributes(op.node_def) for op in placeholders]
+    return _digest(function.compiled, taken, given, effects)
 
 
 def _itself(function: FunctionGraph, op: Any, bodies: _Bodies) -> Any:
@@ -50,7 +52,9 @@ def _itself(function: FunctionGraph, op: Any, bodies: _Bodies) -> Any:
         return "variable", id(function.variables[op.name])
     if op.name in function.captures:
         return "captured", id(function.captures[op.name])
-    return op.type if op.type == "Assert" else (op.type, bodies.attributes(op.node_def))
+    if op.type == "Assert":
+        return op.type
+    return bodies.what_does(op.type), bodies.attributes(op.node_def)
 
 
 class _Bodies:
@@ -67,26 +71,37 @@ class _Bodies:
             if not name.startswith("_"):  # a note, as of what a user called it
                 copy = type(value).FromString(value.SerializeToString())
                 for called in (*([copy.func] if copy.HasField("func") else []), *copy.list.func):
-                    called.name = self._what_does(called.name)
+                    called.name = self.what_does(called.name)
                 found.append((name, copy.SerializeToString(deterministic=True)))
         return found
 
-    def _what_does(self, name: str) -> str:
-        """What a function does, by the names that its nodes have; the name of an operation."""
+    def what_does(self, name: str) -> str:
+        """What a function does, by the names of its nodes; of an operation, its name."""
         body = self._library.get(name)
         if body is None:
             return name
         if name not in self._found:
             self._found[name] = "itself"  # where it calls itself
-            signature = body.signature
-            arguments = [(arg.name, arg.type) for arg in signature.input_arg]
+            inputs = body.signature.input_arg
+            arguments = {arg.name: f"#{number}" for number, arg in enumerate(inputs)}
+
+            def source(tensor: str) -> str:
+                node, colon, output = tensor.partition(":")
+                return arguments.get(node, node) + colon + output
+
             nodes = sorted(
-                (node.name, self._what_does(node.op), list(node.input), self.attributes(node))
+                (
+                    node.name,
+                    self.what_does(node.op),
+                    [*map(source, node.input)],
+                    self.attributes(node),
+                )
                 for node in body.node_def
             )
-            results = sorted(body.ret.items()), sorted(body.control_ret.items())
-            order = [arg.name for arg in signature.output_arg], list(signature.control_output)
-            self._found[name] = _digest(arguments, nodes, results, order).hex()
+            results = [source(body.ret[arg.name]) for arg in body.signature.output_arg]
+            effects = sorted(body.control_ret.values())
+            dtypes = [arg.type for arg in inputs]
+            self._found[name] = _digest(dtypes, nodes, results, effects).hex()
         return self._found[name]
 
 

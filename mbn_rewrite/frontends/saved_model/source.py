@@ -26,7 +26,7 @@ from mbn_rewrite.frontends.saved_model.function_graph import (
     Writes,
     function_graph_of,
 )
-from mbn_rewrite.frontends.saved_model.graph_editor import unchanged
+from mbn_rewrite.frontends.saved_model.graph_editor import Rewritten, unchanged
 from mbn_rewrite.frontends.saved_model.loaded_model import Entry, Loaded
 from mbn_rewrite.frontends.saved_model.loading import load
 from mbn_rewrite.frontends.saved_model.reader import read
@@ -67,7 +67,6 @@ class SavedModelDirectory:
         self.as_it_was: dict[str, str] = {}
         self.unverifiable: dict[str, str] = {}
         self._graphs: dict[str, FunctionGraph] = {}
-        self._fingerprints: dict[str, bytes | None] = {}
         self._acting: dict[str, str] = {}
         self._copies: dict[Any, Any] = {}  # weights of forms that were run
         self._measured_with: Mapping[str, Any] | None = None
@@ -78,7 +77,8 @@ class SavedModelDirectory:
         self._leave_out_what_trains()
         self._writes = self._all_writes()
         pinned = [v for entry in self._unread for v in entry.function.graph.variables]
-        self._reading = read(self._graphs.values(), self._writes, pinned)
+        self._first = self._first_of_alike()
+        self._reading = read(self._distinct.values(), self._writes, pinned)
 
     # -- steps of opening ----------------------------------------------------------------
 
@@ -174,6 +174,22 @@ class SavedModelDirectory:
         kept = [entry for entry in self._loaded.entries if entry.name not in self.left_out]
         self._loaded.entries = kept
 
+    def _first_of_alike(self) -> dict[str, str]:
+        """Name of each function -> the first one that computes the same, maybe itself.
+
+        A model is read and rewritten without those that only repeat what others compute.
+        """
+        firsts: dict[bytes | str, str] = {}
+        return {
+            name: firsts.setdefault(fingerprint(graph) or name, name)
+            for name, graph in self._graphs.items()
+        }
+
+    @property
+    def _distinct(self) -> dict[str, FunctionGraph]:
+        """The functions of which no two compute the same."""
+        return {name: self._graphs[name] for name in dict.fromkeys(self._first.values())}
+
     # -- the protocol --------------------------------------------------------------------
 
     @property
@@ -228,10 +244,8 @@ class SavedModelDirectory:
         entry = self._entry_to_measure()
         function = entry.function
         if plan is not None:
-            graphs = list(self._graphs.values())
-            new = writer.rewritten(graphs, self._reading, plan, self._writes, self._copies)
-            rewritten = dict(zip(self._graphs, new, strict=True))[entry.name]
-            function = saving.signature_of(entry, rewritten)
+            rewritten = self._rewritten(plan, self._copies)
+            function = saving.signature_of(entry, rewritten[entry.name])
         if self._measured_with is None:
             self._measured_with = self._inputs_to_measure(entry, options)
         inputs = self._measured_with
@@ -360,11 +374,7 @@ class SavedModelDirectory:
 
     def _compute_alike(self, name: str, other: str) -> bool:
         """Whether functions give the same for the same arguments, in order."""
-        for each in {name, other} - set(self._fingerprints):
-            graph = self._graphs.get(each)
-            self._fingerprints[each] = None if graph is None else fingerprint(graph)
-        found = self._fingerprints[name]
-        return found is not None and found == self._fingerprints[other]
+        return self._first.get(name, name) == self._first.get(other, other)
 
     def _inputs_in_order(self, name: str) -> list[str]:
         """The names of the inputs of a signature, in the order of its function's arguments."""
@@ -383,13 +393,19 @@ class SavedModelDirectory:
         # The graphs were read; the functions themselves hold more memory than small models do.
         self._loaded.release(self._graphs)
         give_back_memory()
-        rewritten = writer.rewritten(list(self._graphs.values()), self._reading, plan, self._writes)
-        new = dict(zip(self._graphs, rewritten, strict=True))
+        new = self._rewritten(plan)
         initializer = None if self._initializer is None else unchanged(self._initializer)
         del self._reading, self._graphs, self._initializer
         give_back_memory()
         functions = [(entry, new.get(entry.name)) for entry in self._loaded.entries]
         return saving.save(self._loaded, functions, initializer, self._source, directory)
+
+    def _rewritten(self, plan: Plan, copies: dict[Any, Any] | None = None) -> dict[str, Rewritten]:
+        """Name of each function -> its new graph; see `writer.rewritten`."""
+        functions = list(self._distinct.values())
+        graphs = writer.rewritten(functions, self._reading, plan, self._writes, copies)
+        new = dict(zip(self._distinct, graphs, strict=True))
+        return {name: new[first] for name, first in self._first.items()}
 
 
 class _Call(NamedTuple):
