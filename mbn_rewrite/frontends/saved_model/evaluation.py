@@ -102,7 +102,7 @@ class Evaluation:
         """
         if not self._sessions:
             on_cpu = tf.compat.v1.ConfigProto(device_count={"GPU": 0})  # GPUs round products
-            # What is run once is not worth optimising, which takes longer.
+            # Values are computed once or a few times: to optimise that takes longer.
             on_cpu.graph_options.rewrite_options.disable_meta_optimizer = True
             self._sessions.append(tf.compat.v1.Session(graph=self._imported(), config=on_cpu))
         (session,) = self._sessions

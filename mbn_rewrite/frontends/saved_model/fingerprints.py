@@ -1,4 +1,4 @@
-"""Fingerprints of functions: alike where two compute the same, whatever operations are called.
+"""Fingerprints of functions: the same where two compute the same, whatever their nodes are called.
 
 A signature and a method often call one function, as those that Keras and tf.Module write. Their
 flat graphs differ in the names that inlining gives, and in operations that only forward.
@@ -9,22 +9,29 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from tensorflow.core.framework.attr_value_pb2 import AttrValue
+
+from mbn_rewrite.frontends.saved_model.compiled_parts import COMPILED, is_marked
 from mbn_rewrite.frontends.saved_model.function_graph import (
     FunctionGraph,
     has_side_effect,
     source_of,
 )
+from mbn_rewrite.frontends.saved_model.graph_editor import has_frames
+
+# Attributes that are notes: on what a user called something, or on what follows from others.
+_NOTES = {"_user_specified_name", "_output_shapes", "_class"}
 
 
 def fingerprint(function: FunctionGraph) -> bytes | None:
-    """What a function gives for its arguments, in order: each operation, and what it reads.
+    """A digest of all that a function computes from its arguments, in their order.
 
     Returns:
-        A digest. Equal ones mean that functions take arguments of the same dtypes and shapes, give
-        the same for the same, and check the same on the way. None where a call depends on the calls
-        before it, or for loops of TensorFlow 1, which are cycles.
+        The digest. Functions of the same one take arguments of the same dtypes and shapes, give the
+        same for the same, and check the same on the way; a check may say something else. None where
+        a call depends on the calls before it, or where there is control flow of TensorFlow 1.
     """
-    if not function.repeats:
+    if not function.repeats or has_frames(function.graph_def):
         return None
     bodies = _Bodies(function)
     of: dict[str, bytes] = {}  # by operation
@@ -32,8 +39,6 @@ def fingerprint(function: FunctionGraph) -> bytes | None:
         inputs = [source_of(tensor) for tensor in op.inputs]
         if op.type == "Assert":
             del inputs[1:]  # what it says when the condition does not hold, with names of its own
-        if any(tensor.op.name not in of for tensor in inputs):
-            return None
         read = [(of[tensor.op.name], tensor.value_index) for tensor in inputs]
         of[op.name] = _digest(_itself(function, op, bodies), read)
     outputs = [source_of(tensor) for tensor in function.outputs]
@@ -54,7 +59,7 @@ def _itself(function: FunctionGraph, op: Any, bodies: _Bodies) -> Any:
         return "captured", id(function.captures[op.name])
     if op.type == "Assert":
         return op.type
-    return bodies.what_does(op.type), bodies.attributes(op.node_def)
+    return bodies.what_does(op.type), op.device, bodies.attributes(op.node_def)
 
 
 class _Bodies:
@@ -65,15 +70,17 @@ class _Bodies:
         self._found: dict[str, str] = {}
 
     def attributes(self, node: Any) -> list[tuple[str, bytes]]:
-        """The attributes of a node, with functions by what they do: their names are numbered."""
-        found = []
-        for name, value in sorted(node.attr.items()):
-            if not name.startswith("_"):  # a note, as of what a user called it
-                copy = type(value).FromString(value.SerializeToString())
-                for called in (*([copy.func] if copy.HasField("func") else []), *copy.list.func):
-                    called.name = self.what_does(called.name)
-                found.append((name, copy.SerializeToString(deterministic=True)))
-        return found
+        """The attributes of a node, as digests."""
+        names = sorted(set(node.attr) - _NOTES)
+        return [(name, self._of_attribute(node.attr[name])) for name in names]
+
+    def _of_attribute(self, value: Any) -> bytes:
+        """A digest of an attribute, with functions by what they do: their names are numbered."""
+        if value.HasField("func") or value.list.func:
+            value = AttrValue.FromString(value.SerializeToString())
+            for called in value.list.func or [value.func]:
+                called.name = self.what_does(called.name)
+        return hashlib.sha256(value.SerializeToString(deterministic=True)).digest()
 
     def what_does(self, name: str) -> str:
         """What a function does, by the names of its nodes; of an operation, its name."""
@@ -91,17 +98,16 @@ class _Bodies:
 
             nodes = sorted(
                 (
-                    node.name,
-                    self.what_does(node.op),
-                    [*map(source, node.input)],
-                    self.attributes(node),
+                    *(node.name, self.what_does(node.op), node.device),
+                    *([source(tensor) for tensor in node.input], self.attributes(node)),
                 )
                 for node in body.node_def
             )
             results = [source(body.ret[arg.name]) for arg in body.signature.output_arg]
             effects = sorted(body.control_ret.values())
             dtypes = [arg.type for arg in inputs]
-            self._found[name] = _digest(dtypes, nodes, results, effects).hex()
+            compiled = is_marked(body, COMPILED)
+            self._found[name] = _digest(dtypes, nodes, results, effects, compiled).hex()
         return self._found[name]
 
 

@@ -38,7 +38,12 @@ class Rewritten:
     @property
     def has_frames(self) -> bool:
         """Whether it has control flow of TensorFlow 1."""
-        return any(node.op in _CONTROL_FLOW for node in self.graph_def.node)
+        return has_frames(self.graph_def)
+
+
+def has_frames(graph_def: GraphDef) -> bool:
+    """Whether a graph has control flow of TensorFlow 1."""
+    return any(node.op in _CONTROL_FLOW for node in graph_def.node)
 
 
 def unchanged(function: FunctionGraph) -> Rewritten | None:

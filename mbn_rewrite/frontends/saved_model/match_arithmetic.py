@@ -66,7 +66,7 @@ class Step:
 def step_of(constants: Constants, op: Any) -> Step | None:
     """The step of an elementwise operation that has one operand that is not constant, or None."""
     if op.type not in _ELEMENTWISE or not op.inputs[0].dtype.is_floating:
-        return None  # nor is arithmetic of shapes
+        return None  # among others, for arithmetic of shapes
     left, right = op.inputs[0], op.inputs[1]
     value = _value_beside(constants, left, right)
     data, constant, flipped = left, right, False

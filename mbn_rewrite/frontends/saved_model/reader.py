@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from mbn_rewrite.frontends.saved_model import flags, hidden_batchnorm, opaque_calls
+from mbn_rewrite.frontends.saved_model import flags, hidden_batchnorm
 from mbn_rewrite.frontends.saved_model.function_graph import (
     SHAPE_ONLY,
     FunctionGraph,
@@ -66,13 +66,11 @@ def read(functions: Iterable[FunctionGraph], writes: Writes, pinned: Iterable[An
         writes: variables that they, and functions carried over unread, write to.
         pinned: variables that functions carried over unread use.
     """
-    functions = list(functions)
     keys = {("variable", id(variable)) for variable in pinned}
     reader = _Reader(writes, WeightUses(writes, keys))
     for function in functions:
         reader.read(function)
-    notes = (*flags.notes_on(functions), *opaque_calls.notes_on(functions))
-    return replace(reader.finish(), notes=notes)
+    return reader.finish()
 
 
 @dataclass

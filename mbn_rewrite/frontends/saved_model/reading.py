@@ -57,7 +57,6 @@ class Reading:
         clips: owner -> its call, the only one.
         plain: owner -> the operations of that name that merge values or do nothing to them.
         dtypes: the names of the dtypes in which weights are used.
-        notes: sentences that the user should know of any copy of the model.
     """
 
     graph: Graph
@@ -66,7 +65,6 @@ class Reading:
     clips: dict[str, list[ClipCall]]
     plain: dict[str, list[PlainCall]]
     dtypes: frozenset[str]
-    notes: tuple[str, ...] = ()
 
     @property
     def variables(self) -> set[int]:

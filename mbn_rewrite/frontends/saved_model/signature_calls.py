@@ -134,81 +134,23 @@ def method_reference(
     Raises:
         RewriteError: no inputs can be made up that it takes, or it gives NaN or infinity.
     """
-    arguments = _Arguments(entry)
-    if arguments.are_composite:
+    arguments = entry.interface.arguments
+    flat = tf.nest.flatten(arguments, expand_composites=True)
+    if len(flat) > len(tf.nest.flatten(arguments)):
         raise RewriteError("it takes sparse or ragged tensors, which cannot be made up")
+    specs = {f"{i:04}": x for i, x in enumerate(flat) if isinstance(x, tf.TensorSpec)}
 
     def call(inputs: Mapping[str, Any], by_xla: bool | None = None) -> ReferenceIO:
-        packed = arguments.packed(inputs)
+        filled = [inputs.get(f"{i:04}", x) for i, x in enumerate(flat)]
+        packed = tf.nest.pack_sequence_as(arguments, filled, expand_composites=True)
         return call_method(root, entry.method, packed, f"method '{entry.name}'", by_xla)
 
-    specs = arguments.specs
     inputs = next((x for e in known if (x := _suitable(e.inputs, specs)) is not None), None)
     found = _first_that_fits(specs, graph, call) if inputs is None else call(inputs)
-    return _checked(found)
-
-
-def method_as(entry: Entry, call: ReferenceIO, order: Iterable[str]) -> ReferenceIO | None:
-    """What a method gives that computes the same as a function which was called, without a call.
-
-    Args:
-        entry: one of its functions.
-        call: the call of the other function.
-        order: the names of the inputs of a signature, in the order of its function's arguments.
-
-    Returns:
-        None where the method does not take these inputs.
-
-    Raises:
-        RewriteError: as `method_reference`.
-    """
-    arguments = _Arguments(entry)
-    if arguments.are_composite:
-        return None
-    if call.method:
-        tensors = list(filter(tf.is_tensor, tf.nest.flatten(call.inputs, expand_composites=True)))
-    else:
-        tensors = [call.inputs.get(name) for name in order]
-    if len(tensors) != len(arguments.specs):
-        return None
-    inputs = dict(zip(sorted(arguments.specs), tensors, strict=True))
-    if not _fit(inputs, arguments.specs):
-        return None
-    outputs = {str(i): array for i, array in enumerate(call.outputs.values())}
-    found = ReferenceIO(arguments.packed(inputs), outputs, call.compiled, entry.method)
-    return _checked(found)
-
-
-class _Arguments:
-    """The arguments of a method.
-
-    Attributes:
-        specs: those that are tensors, as a tf.TensorSpec each, by names that are in their order.
-    """
-
-    def __init__(self, entry: Entry) -> None:
-        self._all = entry.interface.arguments
-        self._flat = tf.nest.flatten(self._all, expand_composites=True)
-        flat = enumerate(self._flat)
-        self.specs = {f"{i:04}": x for i, x in flat if isinstance(x, tf.TensorSpec)}
-
-    @property
-    def are_composite(self) -> bool:
-        """Whether any is a sparse or ragged tensor."""
-        return len(self._flat) > len(tf.nest.flatten(self._all))
-
-    def packed(self, inputs: Mapping[str, Any]) -> Any:
-        """All arguments, as (args, kwargs), with tensors in place of their specifications."""
-        filled = [inputs.get(f"{i:04}", x) for i, x in enumerate(self._flat)]
-        return tf.nest.pack_sequence_as(self._all, filled, expand_composites=True)
-
-
-def _checked(call: ReferenceIO) -> ReferenceIO:
-    """A call of a method, if it gives numbers; raises RewriteError if not."""
-    for array in call.outputs.values():
+    for array in found.outputs.values():
         if array.dtype.kind in "fc" and not np.all(np.isfinite(array)):
             raise RewriteError("it gives NaN or infinity for made-up inputs")
-    return call
+    return found
 
 
 def _suitable(inputs: Any, specs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -216,17 +158,11 @@ def _suitable(inputs: Any, specs: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(inputs, dict) or len(inputs) != len(specs):
         return None
     pairs = dict(zip(sorted(specs), (inputs[name] for name in sorted(inputs)), strict=True))
-    return pairs if _fit(pairs, specs) else None
-
-
-def _fit(inputs: Mapping[str, Any], specs: Mapping[str, Any]) -> bool:
-    """Whether tensors are as specifications of the same names say."""
-    return all(
-        tf.is_tensor(tensor)
-        and specs[key].dtype == tensor.dtype
-        and specs[key].shape.is_compatible_with(tensor.shape)
-        for key, tensor in inputs.items()
+    fit = all(
+        specs[key].dtype == tensor.dtype and specs[key].shape.is_compatible_with(tensor.shape)
+        for key, tensor in pairs.items()
     )
+    return pairs if fit else None
 
 
 def call_method(

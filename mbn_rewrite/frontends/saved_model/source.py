@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +18,8 @@ from mbn_rewrite.frontends.execution import runner as run_of
 from mbn_rewrite.frontends.footprint import Footprint, bytes_on_disk
 from mbn_rewrite.frontends.protocols import Run
 from mbn_rewrite.frontends.reference_io import ReferenceIO
-from mbn_rewrite.frontends.saved_model import saving, writer
+from mbn_rewrite.frontends.saved_model import flags, opaque_calls, saving, writer
 from mbn_rewrite.frontends.saved_model.fingerprints import fingerprint
-from mbn_rewrite.frontends.saved_model.flags import decided
 from mbn_rewrite.frontends.saved_model.function_graph import (
     FunctionGraph,
     Writes,
@@ -35,8 +34,6 @@ from mbn_rewrite.frontends.saved_model.signature_calls import (
     call_method,
     call_signature,
     given_for,
-    interface_of,
-    method_as,
     method_reference,
     signature_reference,
     specs_of,
@@ -77,6 +74,8 @@ class SavedModelDirectory:
         self._leave_out_what_trains()
         self._writes = self._all_writes()
         pinned = [v for entry in self._unread for v in entry.function.graph.variables]
+        graphs = list(self._graphs.values())
+        self._notes_on_graphs = (*flags.notes_on(graphs), *opaque_calls.notes_on(graphs))
         self._first = self._first_of_alike()
         self._reading = read(self._distinct.values(), self._writes, pinned)
 
@@ -101,7 +100,7 @@ class SavedModelDirectory:
         undecided = set(self._graphs)
         while undecided:
             writes = self._all_writes()
-            found = {name: decided(self._graphs[name], writes) for name in sorted(undecided)}
+            found = {name: flags.decided(self._graphs[name], writes) for name in sorted(undecided)}
             new = {name: graph for name, graph in found.items() if graph is not None}
             self._graphs |= new
             # Where a write is gone, others may be decided, too.
@@ -177,8 +176,11 @@ class SavedModelDirectory:
     def _first_of_alike(self) -> dict[str, str]:
         """Name of each function -> the first one that computes the same, maybe itself.
 
-        A model is read and rewritten without those that only repeat what others compute.
+        A model is read and rewritten without those that only repeat what others compute. Each is
+        run: that is how a mistake would be seen.
         """
+        if len(self._graphs) == 1:
+            return {name: name for name in self._graphs}
         firsts: dict[bytes | str, str] = {}
         return {
             name: firsts.setdefault(fingerprint(graph) or name, name)
@@ -224,7 +226,7 @@ class SavedModelDirectory:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*self._loaded.notes, *self._reading.notes, *self._notes())
+        return (*self._loaded.notes, *self._notes_on_graphs, *self._notes())
 
     def set_up(self, run_config: RunConfig) -> AbstractContextManager[None]:
         return set_up(run_config)
@@ -323,7 +325,6 @@ class SavedModelDirectory:
         self, loaded: Loaded, inputs: Mapping[str, np.ndarray] | None
     ) -> dict[str, ReferenceIO]:
         found: dict[str, ReferenceIO] = {}
-        calls: list[_Call] = []
         large = self.footprint.weights > _LARGE
         for entry in loaded.entries:
             name, graph = entry.name, self._graphs.get(entry.name)
@@ -333,53 +334,13 @@ class SavedModelDirectory:
                 give_back_memory()  # which running the one before has left
             if not entry.method:
                 given = given_for(name, entry.function, inputs)
-                call = _Call(entry, given)
-                same = next((other for other in calls if self._gives_as(call, other)), None)
-                if same is None:
-                    found[name] = signature_reference(name, entry.function, graph, given)
-                    calls.append(call)
-                else:
-                    found[name] = found[same.entry.name]
+                found[name] = signature_reference(name, entry.function, graph, given)
                 continue
             try:
-                found[name] = self._method_reference(entry, loaded.root, found)
+                found[name] = method_reference(entry, loaded.root, graph, found.values())
             except RewriteError as error:
                 self.unverifiable[name] = str(error)
         return found
-
-    def _method_reference(
-        self, entry: Entry, root: Any, found: Mapping[str, ReferenceIO]
-    ) -> ReferenceIO:
-        """What a method gives: as a function that computes the same did, or by a call."""
-        # The method picks the function to run, so that it must not matter which.
-        siblings = [e.name for e in self._loaded.entries if e.method == entry.method]
-        for name, call in found.items():
-            if all(self._compute_alike(sibling, name) for sibling in siblings):
-                as_known = method_as(entry, call, self._inputs_in_order(name))
-                if as_known is not None:
-                    return as_known
-        return method_reference(entry, root, self._graphs.get(entry.name), found.values())
-
-    def _gives_as(self, call: _Call, other: _Call) -> bool:
-        """Whether a signature gives what another does, under the same names, for its inputs."""
-        given, of_other = ({k: id(v) for k, v in (x.given or {}).items()} for x in (call, other))
-        functions = [each.entry.function for each in (call, other)]
-        name, of_another = call.entry.name, other.entry.name
-        return (
-            given == of_other
-            and interface_of(functions[0]) == interface_of(functions[1])
-            and self._compute_alike(name, of_another)
-            and self._inputs_in_order(name) == self._inputs_in_order(of_another)
-        )
-
-    def _compute_alike(self, name: str, other: str) -> bool:
-        """Whether functions give the same for the same arguments, in order."""
-        return self._first.get(name, name) == self._first.get(other, other)
-
-    def _inputs_in_order(self, name: str) -> list[str]:
-        """The names of the inputs of a signature, in the order of its function's arguments."""
-        graph = self._graphs[name]
-        return [graph.labels.get(argument, argument) for argument in graph.arguments]
 
     def _loaded_again(self) -> Loaded:
         return load(self._source, *self._asked_for)
@@ -402,14 +363,8 @@ class SavedModelDirectory:
 
     def _rewritten(self, plan: Plan, copies: dict[Any, Any] | None = None) -> dict[str, Rewritten]:
         """Name of each function -> its new graph; see `writer.rewritten`."""
-        functions = list(self._distinct.values())
+        distinct = self._distinct
+        functions = list(distinct.values())
         graphs = writer.rewritten(functions, self._reading, plan, self._writes, copies)
-        new = dict(zip(self._distinct, graphs, strict=True))
+        new = dict(zip(distinct, graphs, strict=True))
         return {name: new[first] for name, first in self._first.items()}
-
-
-class _Call(NamedTuple):
-    """Call of a signature, with the arrays that are given for it, if any."""
-
-    entry: Entry
-    given: Mapping[str, np.ndarray] | None
